@@ -1,0 +1,40 @@
+"""Hyper-SD in JAX: distil a Stable Diffusion model into a few-step LoRA, sample with it, export it everywhere.
+
+import hypersd_jax as hs
+pipe = hs.Pipeline.from_pretrained("embedded")
+pipe.load_lora("loras/tscd-4.safetensors")
+images = pipe("red apple, fluent flat style")
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hypersd_jax import adapters, diffusion, distill
+    from hypersd_jax.config import load_config
+    from hypersd_jax.errors import UserError
+    from hypersd_jax.pipeline import Pipeline
+    from hypersd_jax.stages import train
+    from hypersd_jax.weights.lora import convert_lora
+
+__version__ = "0.1.0"
+__all__ = ["Pipeline", "UserError", "adapters", "convert_lora", "diffusion", "distill", "load_config", "train"]
+
+_HOMES = {
+    "Pipeline": "pipeline",
+    "UserError": "errors",
+    "convert_lora": "weights.lora",
+    "load_config": "config",
+    "train": "stages",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import on first use, so that ``--help`` and usage errors do not wait for JAX."""
+    if name not in __all__:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    if name in _HOMES:
+        return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return importlib.import_module(f"{__name__}.{name}")

@@ -1,0 +1,22 @@
+"""LoRA as pure functions on trees: start, attach, combine, pad, merge and take apart."""
+
+from __future__ import annotations
+
+from hypersd_jax.adapters.apply import apply_conv as apply_conv
+from hypersd_jax.adapters.apply import apply_linear as apply_linear
+from hypersd_jax.adapters.apply import attach as attach
+from hypersd_jax.adapters.fusing import delta as delta
+from hypersd_jax.adapters.fusing import fuse as fuse
+from hypersd_jax.adapters.fusing import merge as merge
+from hypersd_jax.adapters.fusing import unfuse as unfuse
+from hypersd_jax.adapters.lora import BUCKETS as BUCKETS
+from hypersd_jax.adapters.lora import TARGETS_14 as TARGETS_14
+from hypersd_jax.adapters.lora import Adapter as Adapter
+from hypersd_jax.adapters.lora import bucket as bucket
+from hypersd_jax.adapters.lora import concatenate as concatenate
+from hypersd_jax.adapters.lora import init as init
+from hypersd_jax.adapters.lora import join as join
+from hypersd_jax.adapters.lora import pad as pad
+from hypersd_jax.adapters.lora import scaled as scaled
+from hypersd_jax.adapters.lora import split as split
+from hypersd_jax.adapters.lora import target_paths as target_paths

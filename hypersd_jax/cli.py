@@ -1,0 +1,138 @@
+"""The command line: ``hypersd train | sample | convert | doctor``.
+
+Exit status 0 on success, 2 on bad usage or bad input with a one-line reason on standard error, 1 on anything else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hypersd_jax.errors import UserError
+
+DEFAULT_PROMPT = "red apple, fluent flat style"
+DEFAULT_CONFIG = "emoji"
+
+
+class _Parser(argparse.ArgumentParser):
+    """Reports bad usage in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run one command; ``arguments`` default to the process's own."""
+    options = _parser().parse_args(arguments)
+    warnings.showwarning = _one_line_warning
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        options.run(options)
+    except UserError as error:
+        print(f"hypersd: {' '.join(str(error).split())}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("hypersd: stopped", file=sys.stderr)
+        sys.exit(130)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="hypersd", description="Few-step Stable Diffusion: train, sample and convert LoRAs in JAX.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    train = commands.add_parser("train", help="distil a model into few-step LoRAs")
+    train.add_argument("--config", default=None, help="a recipe (default: the embedded model's, configs/emoji.yaml)")
+    train.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings in place of the recipe's")
+    train.set_defaults(run=_train)
+
+    sample = commands.add_parser("sample", help="draw pictures")
+    sample.add_argument("--model", default="embedded", help="a diffusers model folder (default: the embedded model)")
+    sample.add_argument("--prompt", action="append", help="what to draw; may be given several times")
+    sample.add_argument("--prompts-file", type=Path, help="a text file, one prompt a line")
+    sample.add_argument("--negative-prompt", help="what to steer away from; needs --guidance above 1")
+    sample.add_argument("--preset", help="sampling settings by name")
+    sample.add_argument("--steps", type=int)
+    sample.add_argument("--sampler", help="ddim, tcd or lcm")
+    sample.add_argument("--spacing", help="trailing, leading or linspace")
+    sample.add_argument("--eta", type=float)
+    sample.add_argument("--guidance", type=float, help="classifier-free guidance scale; 0 or 1 is off")
+    sample.add_argument("--seed", type=int, default=0)
+    sample.add_argument("--num-images", type=int, default=1, help="pictures for each prompt")
+    sample.add_argument("--height", type=int)
+    sample.add_argument("--width", type=int)
+    sample.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[@SCALE]", help="may be given several times"
+    )
+    sample.add_argument("--latents", type=Path, help="a .npy file (B, h, w, C) of standard normal latents")
+    sample.add_argument("--timesteps", help="explicit timesteps such as 999,500")
+    sample.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    sample.add_argument("--output", type=Path, default=Path("sample.png"), help="several pictures: OUT-000.png, ...")
+    sample.set_defaults(run=_sample)
+
+    convert = commands.add_parser("convert", help="translate files").add_subparsers(
+        required=True, metavar="KIND", parser_class=_Parser
+    )
+    lora = convert.add_parser("lora", help="a LoRA file into another layout")
+    lora.add_argument("source", metavar="IN")
+    lora.add_argument("destination", metavar="OUT")
+    lora.add_argument("--to", required=True, choices=("kohya", "peft"))
+    lora.add_argument("--base", help="the model folder that the LoRA is for, where its family is not a known one")
+    lora.set_defaults(run=_convert_lora)
+
+    doctor = commands.add_parser("doctor", help="what this machine offers")
+    doctor.set_defaults(run=_doctor)
+    return parser
+
+
+def _train(options: argparse.Namespace) -> None:
+    from hypersd_jax.config import load_config
+    from hypersd_jax.recipes import find_recipe
+    from hypersd_jax.stages import train
+
+    path = find_recipe(options.config or DEFAULT_CONFIG)
+    folder = train(load_config(path, options.overrides))
+    for name, what in (
+        ("loras", "LoRA files"),
+        ("results.json", "results"),
+        ("grid.png", "grid"),
+        ("report.html", "report"),
+    ):
+        if (folder / name).exists():
+            print(f"{what + ':':11s} {folder / name}")
+
+
+def _sample(options: argparse.Namespace) -> None:
+    from hypersd_jax.sampling_command import run_sample
+
+    run_sample(options)
+
+
+def _convert_lora(options: argparse.Namespace) -> None:
+    from hypersd_jax.weights.lora import convert_lora
+
+    convert_lora(options.source, options.destination, options.to, base=options.base)
+    print(options.destination)
+
+
+def _doctor(_options: argparse.Namespace) -> None:
+    import platform
+
+    import flax
+    import jax
+
+    devices: list[Any] = jax.devices()
+    print(f"python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}")
+    print(f"{jax.default_backend()}: {len(devices)} x {devices[0].device_kind}, {os.cpu_count()} CPU cores")
+    stats = devices[0].memory_stats() if jax.default_backend() != "cpu" else None
+    if stats and "bytes_limit" in stats:
+        print(f"memory of a device: {stats['bytes_limit'] / 2**30:.1f} GiB")
+
+
+def _one_line_warning(message: Any, *_rest: Any, **_more: Any) -> None:
+    print(f"hypersd: warning: {message}", file=sys.stderr)

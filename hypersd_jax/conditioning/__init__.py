@@ -1,0 +1,6 @@
+"""Prompts to conditioning: tokenizers, text embeddings, SDXL's size ids and the unconditional."""
+
+from hypersd_jax.conditioning.prompts import Conditioning as Conditioning
+from hypersd_jax.conditioning.prompts import PromptEncoder as PromptEncoder
+from hypersd_jax.conditioning.prompts import load_tokenizer as load_tokenizer
+from hypersd_jax.conditioning.prompts import size_ids as size_ids

@@ -1,0 +1,44 @@
+"""Order and chance from integers alone: the same on every machine, Python and NumPy version."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+
+
+def mix(*parts: Any) -> np.ndarray:
+    """Hash integers or integer arrays, broadcast against each other, to uint64 (SplitMix64's finaliser, chained)."""
+    state = np.zeros((1,), np.uint64)
+    for part in parts:
+        state = state + np.atleast_1d(np.asarray(part)).astype(np.uint64) + np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        state = state ^ (state >> np.uint64(31))
+    return state
+
+
+def fraction(hashed: np.ndarray) -> np.ndarray:
+    """uint64 -> float64 in [0, 1), from the upper 53 bits."""
+    return (hashed >> np.uint64(11)).astype(np.float64) * 2.0**-53
+
+
+def text_fraction(text: str) -> float:
+    """A fixed place in [0, 1) for a text."""
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2.0**64
+
+
+def shuffled(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """Which of ``count`` items stand at these positions (B,) of an endless stream, int64 (B,).
+
+    Position p is place p mod count of epoch p div count; each epoch holds every item once, in an order of its own.
+    """
+    positions = np.asarray(positions, np.int64)
+    epochs, places = positions // count, positions % count
+    items = np.empty_like(positions)
+    for epoch in np.unique(epochs):
+        order = np.argsort(mix(seed, epoch, np.arange(count)), kind="stable")
+        here = epochs == epoch
+        items[here] = order[places[here]]
+    return items

@@ -1,0 +1,15 @@
+"""The mathematics of sampling: schedule, prediction types, solver tables, guidance, the scan."""
+
+from __future__ import annotations
+
+from hypersd_jax.diffusion.guidance import guided as guided
+from hypersd_jax.diffusion.prediction import from_x0_eps as from_x0_eps
+from hypersd_jax.diffusion.prediction import move as move
+from hypersd_jax.diffusion.prediction import to_x0_eps as to_x0_eps
+from hypersd_jax.diffusion.sampling import sample as sample
+from hypersd_jax.diffusion.schedule import PREDICTION_TYPES as PREDICTION_TYPES
+from hypersd_jax.diffusion.schedule import Schedule as Schedule
+from hypersd_jax.diffusion.solvers import SOLVERS as SOLVERS
+from hypersd_jax.diffusion.solvers import SPACINGS as SPACINGS
+from hypersd_jax.diffusion.solvers import injects_noise as injects_noise
+from hypersd_jax.diffusion.solvers import solver_table as solver_table

@@ -1,0 +1,17 @@
+"""Distillation losses; they receive model functions as arguments and know no model."""
+
+from __future__ import annotations
+
+from hypersd_jax.distill.distances import Distance as Distance
+from hypersd_jax.distill.distances import batch_mean as batch_mean
+from hypersd_jax.distill.distances import mse as mse
+from hypersd_jax.distill.distances import pseudo_huber as pseudo_huber
+from hypersd_jax.distill.score import dmd_gradient as dmd_gradient
+from hypersd_jax.distill.score import surrogate_loss as surrogate_loss
+from hypersd_jax.distill.segments import pad_segments as pad_segments
+from hypersd_jax.distill.segments import segment_bounds as segment_bounds
+from hypersd_jax.distill.tscd import Draw as Draw
+from hypersd_jax.distill.tscd import Pair as Pair
+from hypersd_jax.distill.tscd import draw as draw
+from hypersd_jax.distill.tscd import tscd_loss as tscd_loss
+from hypersd_jax.distill.tscd import tscd_pair as tscd_pair

@@ -1,0 +1,52 @@
+"""Trajectory segments of TSCD, on solver indices."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from hypersd_jax.errors import UserError
+
+
+def segment_bounds(N: int, k: int, T: int = 1000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Start, teacher-step and segment-boundary timesteps of the N solver starts when the trajectory has k segments.
+
+    The grid is g_j = (j + 1) T / N - 1. Hyper-SD's Eq. 11 computes the boundary t_b on timesteps, which puts it above
+    t_prev for some starts of every practical grid; on indices t_b <= t_prev always holds, and the boundaries of N = 40
+    are the timesteps that a DDIM "trailing" sampler of k steps visits.
+
+    Args:
+        N: solver points (the paper's NList); divides T.
+        k: segments; divides N.
+        T: training timesteps.
+
+    Returns:
+        (t_n, t_prev, t_b), int64 arrays (N,), with t_b <= t_prev < t_n. Index 0 of the schedule stands for the end of
+        the trajectory, so N = T has one start, t_n = 0, without room: there all three are 0 and the loss is zero.
+
+    Raises:
+        UserError: unless k divides N and N divides T.
+    """
+    if N < 1 or T % N:
+        raise UserError(f"solver_steps: N = {N} must divide the {T} training timesteps")
+    if k < 1 or N % k:
+        raise UserError(f"k: the number of segments, {k}, must divide solver_steps = {N}")
+    grid = np.arange(1, N + 1, dtype=np.int64) * (T // N) - 1
+    first = np.arange(N) * k // N * (N // k)  # the first start of each start's segment
+    before = np.concatenate([np.zeros(1, np.int64), grid])  # before[j] is g_{j-1}, and 0 for j = 0
+    return grid, before[:-1], before[first]
+
+
+def pad_segments(N: int, k: int, length: int, T: int = 1000) -> dict[str, np.ndarray]:
+    """`segment_bounds` as arrays of a fixed length, so that stages with other N and k share one compiled step.
+
+    Returns:
+        {"t_n", "t_prev", "t_b"}: int32 (length,), of which the first "count" (int32 scalar, = N) are drawn from.
+
+    Raises:
+        UserError: as `segment_bounds`, or N > length.
+    """
+    if length < N:
+        raise UserError(f"solver_steps: N = {N} exceeds the padded length {length}")
+    bounds = zip(("t_n", "t_prev", "t_b"), segment_bounds(N, k, T), strict=True)
+    padded = {name: np.pad(values, (0, length - N), mode="edge").astype(np.int32) for name, values in bounds}
+    return {**padded, "count": np.asarray(N, np.int32)}

@@ -1,0 +1,91 @@
+"""Networks as pure functions of a flat parameter dictionary.
+
+An NNX module is built once, abstractly, into a graph definition and the shapes of its parameters. From then on a
+network is `network(params, *args, adapter=None)` where `params` maps dotted paths to arrays, so that `jax.jit`,
+`jax.grad`, sharding, optimizers and files all see plain dictionaries. The module is put together again inside the trace
+(`nnx.merge`), which is where an adapter is attached: one graph definition serves the bare network and every LoRA.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from hypersd_jax.adapters import attach
+
+Params = dict[str, jax.Array]
+Shapes = dict[str, jax.ShapeDtypeStruct]
+
+
+def dotted(path: tuple[Any, ...]) -> str:
+    """Spell an NNX path, e.g. `("down_blocks", 0, "conv_in", "kernel")`, as `down_blocks.0.conv_in.kernel`."""
+    return ".".join(str(part) for part in path)
+
+
+def undotted(path: str) -> tuple[str | int, ...]:
+    """Invert `dotted`: parts made of digits index an `nnx.List`."""
+    return tuple(int(part) if part.isdigit() else part for part in path.split("."))
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Network:
+    """A module's graph definition and parameter shapes; compared and hashed by identity.
+
+    Attributes:
+        graphdef: static structure of the module.
+        shapes: abstract value of every parameter by dotted path.
+    """
+
+    graphdef: nnx.GraphDef
+    shapes: Shapes
+
+    def __call__(
+        self, params: Mapping[str, Any], *args: Any, adapter: Any = None, method: str = "__call__", **kwargs: Any
+    ) -> Any:
+        """Run `method` of the module with these parameters; `adapter` adds LoRA terms (`hypersd_jax.adapters`)."""
+        module = self.module(params)
+        if adapter is not None:
+            attach(module, adapter)
+        return getattr(module, method)(*args, **kwargs)
+
+    def module(self, params: Mapping[str, Any]) -> nnx.Module:
+        """Put the module together around `params`; KeyError unless they have exactly the paths of `shapes`."""
+        if params.keys() != self.shapes.keys():
+            odd = sorted(params.keys() ^ self.shapes.keys())
+            raise KeyError(f"parameters do not match the network: {odd[0]} and {len(odd) - 1} others")
+        return nnx.merge(self.graphdef, nnx.from_flat_state([(undotted(path), params[path]) for path in self.shapes]))
+
+    def init(self, seed: int) -> Params:
+        """Draw random parameters, as PyTorch would for training from scratch but with biases of zero.
+
+        Each leaf depends on (seed, path) alone, not on the device. Kernels are uniform within +-1/sqrt(fan in), norms
+        the identity, embeddings and all else N(0, 0.02).
+        """
+        return {path: jnp.asarray(_draw(seed, path, leaf)) for path, leaf in self.shapes.items()}
+
+
+def _draw(seed: int, path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+    """Draw on the host: compiling one device program for some hundred shapes would take longer than using it."""
+    name = path.rpartition(".")[2]
+    if name in ("bias", "scale"):
+        return np.full(leaf.shape, name == "scale", leaf.dtype)
+    random = np.random.default_rng([seed, zlib.crc32(path.encode())])
+    if name == "kernel":
+        bound = math.prod(leaf.shape[:-1]) ** -0.5
+        return ((2 * random.random(leaf.shape, np.float32) - 1) * bound).astype(leaf.dtype)
+    return (0.02 * random.standard_normal(leaf.shape, np.float32)).astype(leaf.dtype)
+
+
+def build(make: Callable[[], nnx.Module]) -> Network:
+    """Take apart the module that `make` builds of abstract parameters (`layers.parameter`) into a `Network`."""
+    graphdef, state = nnx.split(make())
+    shapes = {dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
+    return Network(graphdef=graphdef, shapes=shapes)

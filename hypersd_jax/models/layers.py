@@ -1,0 +1,216 @@
+"""The few layers that all networks are made of.
+
+Layouts are channels-last: features (B, ..., C), Linear kernels (in, out), Conv kernels (kh, kw, in, out). A layer
+computes in the dtype of its input and casts its parameters to it; float32 means precision `highest`, and norm
+statistics are always float32. `Linear` and `Conv` have a `lora` attribute, None until `hypersd_jax.adapters.attach`
+sets it inside the trace.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import lax
+
+from hypersd_jax.adapters import apply_conv, apply_linear
+
+Padding = tuple[tuple[int, int], tuple[int, int]]
+
+# Sequences from LONG queries on are attended in blocks of BLOCK queries on CPU.
+LONG = 1024
+BLOCK = 512
+
+
+def precision_for(dtype: Any) -> lax.Precision | None:
+    """Matmul and convolution precision: float32 is never quietly computed in TF32 or bf16."""
+    return lax.Precision.HIGHEST if dtype == jnp.float32 else None
+
+
+def parameter(shape: tuple[int, ...], dtype: Any) -> nnx.Param:
+    """Declare a parameter; modules are only ever built abstractly, and `Network.init` draws by the leaf's name."""
+    return nnx.Param(jax.ShapeDtypeStruct(shape, dtype))
+
+
+def _row(vector: jax.Array, like: jax.Array) -> jax.Array:
+    """Give a (C,) parameter the rank and dtype of `like` (..., C)."""
+    return vector.astype(like.dtype).reshape((1,) * (like.ndim - 1) + vector.shape)
+
+
+class Linear(nnx.Module):
+    """x (..., in) @ kernel (in, out) + bias (out,)."""
+
+    def __init__(self, in_features: int, out_features: int, *, bias: bool = True, dtype: Any = jnp.float32) -> None:
+        self.kernel = parameter((in_features, out_features), dtype)
+        self.bias = parameter((out_features,), dtype) if bias else None
+        self.lora = nnx.data(None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (..., in) to (..., out)."""
+        y = jnp.matmul(x, self.kernel[...].astype(x.dtype), precision=precision_for(x.dtype))
+        if self.bias is not None:
+            y = y + _row(self.bias[...], y)
+        if self.lora is not None:
+            y = y + apply_linear(x, self.lora)
+        return y
+
+
+class Conv(nnx.Module):
+    """2-D convolution over (B, H, W, in), kernel (kh, kw, in, out), `padding` ((top, bottom), (left, right))."""
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        size: int,
+        *,
+        stride: int = 1,
+        padding: Padding | int = 0,
+        bias: bool = True,
+        dtype: Any = jnp.float32,
+    ) -> None:
+        self.strides = (stride, stride)
+        self.padding: Padding = ((padding, padding), (padding, padding)) if isinstance(padding, int) else padding
+        self.kernel = parameter((size, size, in_channels, out_channels), dtype)
+        self.bias = parameter((out_channels,), dtype) if bias else None
+        self.lora = nnx.data(None)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Map (B, H, W, in) to (B, H', W', out)."""
+        y = convolve(x, self.kernel[...].astype(x.dtype), self.strides, self.padding)
+        if self.bias is not None:
+            y = y + _row(self.bias[...], y)
+        if self.lora is not None:
+            y = y + apply_conv(x, self.lora, self.strides, self.padding)
+        return y
+
+
+def convolve(x: jax.Array, kernel: jax.Array, strides: tuple[int, int], padding: Padding) -> jax.Array:
+    """Convolve (B, H, W, in) with (kh, kw, in, out); 1x1 kernels of stride 1 are a matmul."""
+    precision = precision_for(x.dtype)
+    if kernel.shape[:2] == (1, 1) and strides == (1, 1) and padding == ((0, 0), (0, 0)):
+        return jnp.matmul(x, kernel[0, 0], precision=precision)
+    return lax.conv_general_dilated(
+        x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
+    )
+
+
+class GroupNorm(nnx.Module):
+    """Normalise (B, ..., C) over space and each group's channels; float32 statistics, variance in a second pass."""
+
+    def __init__(self, groups: int, channels: int, *, eps: float, dtype: Any = jnp.float32) -> None:
+        self.groups = groups
+        self.eps = eps
+        self.scale = parameter((channels,), dtype)
+        self.bias = parameter((channels,), dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Keep shape and dtype."""
+        y = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
+        y = y - jnp.mean(y, axis=(1, 3), keepdims=True)
+        y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=(1, 3), keepdims=True) + self.eps)
+        y = y.reshape(x.shape)
+        return (y * _row(self.scale[...], y) + _row(self.bias[...], y)).astype(x.dtype)
+
+
+class LayerNorm(nnx.Module):
+    """Normalise the last axis of (..., C); statistics in float32, variance in a second pass."""
+
+    def __init__(self, channels: int, *, eps: float = 1e-5, dtype: Any = jnp.float32) -> None:
+        self.eps = eps
+        self.scale = parameter((channels,), dtype)
+        self.bias = parameter((channels,), dtype)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Keep shape and dtype."""
+        y = x.astype(jnp.float32)
+        y = y - jnp.mean(y, axis=-1, keepdims=True)
+        y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=-1, keepdims=True) + self.eps)
+        return (y * _row(self.scale[...], y) + _row(self.bias[...], y)).astype(x.dtype)
+
+
+class Embedding(nnx.Module):
+    """A table (vocabulary, dim) looked up by integer ids."""
+
+    def __init__(self, vocabulary: int, dim: int, *, dtype: Any = jnp.float32) -> None:
+        self.embedding = parameter((vocabulary, dim), dtype)
+
+    def __call__(self, ids: jax.Array) -> jax.Array:
+        """Map ids (...) to vectors (..., dim)."""
+        return jnp.take(self.embedding[...], ids, axis=0)
+
+
+class Empty(nnx.Module):
+    """A list item without parameters: it keeps the index that a dropout or activation takes in the original's path."""
+
+
+def activation(name: str) -> Callable[[jax.Array], jax.Array]:
+    """Look up an activation by its config name; GELU is the exact one (erf), as in the original networks."""
+    table: dict[str, Callable[[jax.Array], jax.Array]] = {
+        "silu": jax.nn.silu,
+        "swish": jax.nn.silu,
+        "gelu": partial(jax.nn.gelu, approximate=False),
+        "relu": jax.nn.relu,
+        "mish": jax.nn.mish,
+    }
+    return table[name]
+
+
+def timestep_embedding(t: jax.Array, dim: int, *, flip_sin_to_cos: bool = True, freq_shift: float = 0.0) -> jax.Array:
+    """Embed times (B,) as sinusoids (B, dim) of periods 2 pi to 20,000 pi; float32.
+
+    Frequencies are 10000^(-i / (dim/2 - freq_shift)); sines come first unless `flip_sin_to_cos`; odd ones end in 0.
+    """
+    half = dim // 2
+    frequencies = np.exp(-np.log(10000.0) * np.arange(half, dtype=np.float64) / (half - freq_shift))
+    angles = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)[None, :]
+    parts = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
+    return jnp.concatenate([*parts, jnp.zeros((t.shape[0], dim % 2), jnp.float32)], axis=-1)
+
+
+def attention(
+    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False, platform: str | None = None
+) -> jax.Array:
+    """Scaled dot-product attention: q (B, L, H, D), k and v (B, S, H, D) to (B, L, H, D); softmax in float32.
+
+    On `platform` "cpu" (None: JAX's default backend) long sequences go head by head and in blocks of queries, which
+    keeps the (L, S) weights in cache instead of in memory.
+    """
+    if not causal and q.shape[1] >= LONG and (platform or jax.default_backend()) == "cpu":
+        return _attention_by_blocks(q, k, v)
+    precision = precision_for(q.dtype)
+    logits = jnp.einsum("blhd,bshd->bhls", q, k, precision=precision, preferred_element_type=jnp.float32)
+    logits = logits * q.shape[-1] ** -0.5
+    if causal:
+        keep = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))[None, None]
+        logits = jnp.where(keep, logits, -jnp.inf)
+    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
+    return jnp.einsum("bhls,bshd->blhd", weights, v, precision=precision)
+
+
+def _attention_by_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    """Attend one head and one block of queries at a time; blocks are recomputed in the backward pass."""
+    b, length, h, d = q.shape
+    precision = precision_for(q.dtype)
+    blocks = -(-length // BLOCK)
+
+    def by_head(x: jax.Array) -> jax.Array:
+        return jnp.moveaxis(x, 2, 1).reshape(b * h, x.shape[1], d)
+
+    @jax.checkpoint
+    def rows(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+        logits = jnp.matmul(q, k.T, precision=precision, preferred_element_type=jnp.float32) * d**-0.5
+        return jnp.matmul(jax.nn.softmax(logits, axis=-1).astype(v.dtype), v, precision=precision)
+
+    def head(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+        q, k, v = qkv
+        return lax.map(lambda block: rows(block, k, v), q)
+
+    padded = jnp.pad(by_head(q), ((0, 0), (0, blocks * BLOCK - length), (0, 0))).reshape(b * h, blocks, BLOCK, d)
+    out = lax.map(head, (padded, by_head(k), by_head(v))).reshape(b, h, blocks * BLOCK, d)
+    return jnp.moveaxis(out[:, :, :length], 1, 2)

@@ -1,0 +1,420 @@
+"""Text to image: the object that users hold.
+
+Three programs are compiled, once for each shape: text encoding, the solver's scan over the UNet, and decoding. Prompt,
+seed, guidance above 1, eta, timesteps, LoRA and LoRA scale enter them as arrays, so changing one compiles nothing.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from hypersd_jax import presets
+from hypersd_jax.adapters import Adapter
+from hypersd_jax.adapters import fuse as fuse_adapter
+from hypersd_jax.adapters import unfuse as unfuse_adapter
+from hypersd_jax.conditioning import Conditioning, PromptEncoder, load_tokenizer, size_ids
+from hypersd_jax.config import nearest
+from hypersd_jax.diffusion import Schedule, guided, sample, solver_table
+from hypersd_jax.errors import UserError
+from hypersd_jax.weights.components import Components, default_dtype, load_components
+from hypersd_jax.weights.lora import LoraReport
+from hypersd_jax.weights.lora_stack import LoraStack
+from hypersd_jax.weights.placement import batch_sharding
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+Callback = Callable[[int, int], None]
+
+
+class Pipeline:
+    """A Stable Diffusion model with its LoRAs, ready to draw. Make one with `from_pretrained`."""
+
+    def __init__(self, components: Components, *, dtype: Any, mesh: Mesh | None = None) -> None:
+        self.components = components
+        self.dtype = dtype
+        self.mesh = mesh
+        self.schedule = Schedule.from_config(dict(components.scheduler_config))
+        self.prompts = make_prompt_encoder(components)
+        self._params: dict[str, dict[str, jax.Array]] = {k: dict(v) for k, v in components.params.items()}
+        self._backup: dict[str, dict[str, jax.Array]] | None = None
+        self._loras = LoraStack(components.shapes)
+        self._encode = jax.jit(functools.partial(_encode, self.prompts, dtype))
+        self._scan = jax.jit(
+            functools.partial(_scan, components, self.schedule.prediction_type),
+            static_argnames=("guidance_on", "on_step"),
+        )
+        self._callback: Callable[[], None] | None = None
+        self._step = self._on_step  # one object, so that jit sees one static argument
+        self._decode = jax.jit(functools.partial(_decode, components))
+        self._draw_noise = jax.jit(_draw_noise, static_argnames=("shape", "steps"))
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """The pictures' height and width in pixels where none are asked for."""
+        h, w = self._latent_size(None, None)
+        return h * self.components.vae_config.downscale, w * self.components.vae_config.downscale
+
+    @classmethod
+    def from_pretrained(cls, source: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> Pipeline:
+        """Load a diffusers model folder, or ``embedded`` for the small model inside the package.
+
+        Args:
+            source: the folder.
+            dtype: of parameters and arithmetic; None is bfloat16 on TPU and GPU, float32 on a CPU.
+            mesh: devices with axes ``data`` and ``fsdp``; batches are split over both, large parameters over ``fsdp``.
+
+        Raises:
+            UserError: one line naming the file or key that is missing, unsupported or damaged.
+        """
+        resolved = parse_dtype(dtype)
+        components = load_components(source, dtype=resolved, mesh=mesh)
+        return cls(components, dtype=resolved, mesh=mesh)
+
+    # MARK: LoRA
+
+    def load_lora(self, file: str | Path, scale: float = 1.0, name: str | None = None) -> LoraReport:
+        """Add a LoRA file of any supported layout; the same ``name`` (default: the file's stem) replaces.
+
+        Returns what matched. Keys that belong to no module of this model are a `UserError`.
+        """
+        self._require_unfused("load_lora")
+        return self._loras.load(Path(file), scale, name)
+
+    def add_lora(
+        self, name: str, adapters: Mapping[str, Adapter], scale: float = 1.0, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Add adapters held in memory, by component; the same ``name`` replaces."""
+        self._require_unfused("add_lora")
+        self._loras.add(name, adapters, scale, metadata)
+
+    def set_lora_scale(self, name: str, scale: float) -> None:
+        """Change the scale of a loaded LoRA; compiles nothing."""
+        self._require_unfused("set_lora_scale")
+        self._loras.set_scale(name, scale)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Take one LoRA out, or all of them."""
+        self._require_unfused("unload_lora")
+        self._loras.remove(name)
+
+    def fuse_lora(self) -> None:
+        """Write the loaded LoRAs into the weights, which makes every UNet call a little cheaper."""
+        self._require_unfused("fuse_lora")
+        self._backup = {}
+        for component, adapter in self._loras.adapters().items():
+            self._params[component], self._backup[component] = fuse_adapter(self._params[component], adapter)
+
+    def unfuse_lora(self) -> None:
+        """Undo `fuse_lora`: the base's weights come back bit for bit."""
+        if self._backup is None:
+            raise UserError("unfuse_lora: no LoRA is fused")
+        for component, backup in self._backup.items():
+            self._params[component] = unfuse_adapter(self._params[component], backup)
+        self._backup = None
+
+    def _require_unfused(self, what: str) -> None:
+        if self._backup is not None:
+            raise UserError(f"{what}: LoRAs are fused into the weights; call unfuse_lora first")
+
+    # MARK: sampling
+
+    def settings(self, preset: str | None = None, **explicit: Any) -> presets.Preset:
+        """What a call with these arguments samples with: explicit, else preset, else LoRA header, else the base's."""
+        chain = [presets.Preset(**explicit)]
+        if preset is not None:
+            chain.append(presets.find(preset))
+        last = self._loras.last()
+        if last is not None:
+            chain.append(presets.from_header(last.metadata, last.origin))
+        chain.append(presets.BASE_SDXL if self.components.is_xl else presets.BASE_SD)
+        return presets.resolve(chain)
+
+    def __call__(
+        self,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        *,
+        steps: int | None = None,
+        sampler: str | None = None,
+        eta: float | None = None,
+        guidance: float | None = None,
+        preset: str | None = None,
+        spacing: str | None = None,
+        seed: int = 0,
+        num_images: int = 1,
+        latents: Any = None,
+        noise: Any = None,
+        timesteps: Sequence[int] | None = None,
+        height: int | None = None,
+        width: int | None = None,
+        output: str = "pil",
+        callback: Callback | None = None,
+        batch_size: int | None = None,
+        stepwise: bool = False,
+    ) -> Any:
+        """Draw ``num_images`` pictures for each prompt.
+
+        Args:
+            prompt: one prompt or several.
+            negative_prompt: what to steer away from when ``guidance`` is above 1; None: the model's own unconditional.
+            steps, sampler, eta, guidance, spacing, timesteps: None takes the preset's, else the last LoRA's header's,
+                else the base's many-step default. ``guidance`` 0 or 1 is off: one UNet call a step.
+            preset: a name from `hypersd_jax.presets.PRESETS`.
+            seed: image j of prompt i depends on (seed, i, j) alone.
+            latents: (B, h, w, C) float32 standard normal start, instead of one from the seed.
+            noise: (steps, B, h, w, C) float32 standard normal, what a stochastic solver adds.
+            height, width: in pixels, multiples of the autoencoder's factor; None is the model's own size.
+            output: ``pil``, ``np`` (B, H, W, 3) in 0..1, or ``latent`` (B, h, w, C) before the scaling factor.
+            callback: called as ``callback(step, steps)`` after each step, counted over all rounds.
+            batch_size: pictures drawn at a time; None is all at once. It changes memory and speed, not the pictures.
+            stepwise: run one compiled step at a time instead of the whole scan, so that another step count compiles
+                nothing; the pictures are the same.
+
+        Raises:
+            UserError: an argument is out of range; the line names it.
+        """
+        if output not in ("pil", "np", "latent"):
+            raise UserError(f"output={output!r} is not valid{nearest(output, ('pil', 'np', 'latent'))}")
+        for name, value in (("num_images", num_images), ("batch_size", batch_size)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} must be at least 1, not {value}")
+        plan = self.settings(
+            preset,
+            steps=len(timesteps) if timesteps is not None else steps,
+            sampler=sampler,
+            eta=eta,
+            guidance=guidance,
+            spacing=spacing,
+            timesteps=None if timesteps is None else tuple(int(t) for t in timesteps),
+        )
+        table = self._table(plan)
+        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+        if not prompts:
+            raise UserError("prompt: none given")
+        scale = float(plan.guidance or 0.0)
+        negatives = self._negatives(negative_prompt, len(prompts)) if scale > 1.0 else None
+        size = self._latent_size(height, width)
+        shape = (len(prompts) * num_images, *size, self.components.unet_config.out_channels)
+        rows = np.arange(shape[0])
+        first, added = self._draw_noise(
+            np.uint32(seed % 2**32), rows // num_images, rows % num_images, shape=shape[1:], steps=len(table["alpha"])
+        )
+        if latents is not None:
+            first = _checked("latents", latents, shape)
+        if noise is not None:
+            added = _checked("noise", noise, (len(table["alpha"]), *shape))
+
+        parts = []
+        rounds = _rounds(rows, batch_size or len(rows))
+        self._callback = None if callback is None else _counter(callback, len(rounds) * len(added))
+        for picked in rounds:
+            asked = [prompts[row // num_images] for row in picked]
+            cond = self._condition(asked, size)
+            uncond = None
+            if negatives is not None:
+                uncond = self._unconditional([negatives[row // num_images] for row in picked], size, cond)
+            last, steps_noise = self._place(first[picked]), self._place(added[:, picked], axis=1)
+            for part, rows_noise in _slices(table, steps_noise) if stepwise else [(table, steps_noise)]:
+                last = self._scan(
+                    self._params["unet"],
+                    self._active_adapters().get("unet", {}),
+                    cond,
+                    uncond,
+                    np.float32(scale),
+                    part,
+                    last,
+                    rows_noise,
+                    guidance_on=uncond is not None,
+                    on_step=None if callback is None else self._step,
+                )
+            parts.append(np.asarray(last if output == "latent" else self._decode(self._params["vae"], last)))
+        jax.effects_barrier()
+        images = np.concatenate(parts)[: len(rows)]
+        return to_pil(images) if output == "pil" else images
+
+    def _on_step(self, _step: Any, _timestep: Any, _latents: Any) -> None:
+        if self._callback is not None:
+            self._callback()
+
+    def _table(self, plan: presets.Preset) -> dict[str, np.ndarray]:
+        config = dict(self.components.scheduler_config)
+        if plan.original_inference_steps is not None:
+            config["original_inference_steps"] = plan.original_inference_steps
+        return solver_table(
+            str(plan.sampler),
+            int(plan.steps or 0),
+            eta=float(plan.eta or 0.0),
+            spacing=plan.spacing,
+            scheduler_config=config,
+            timesteps=plan.timesteps,
+        )
+
+    def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        factor = self.components.vae_config.downscale
+        size = self.components.unet_config.sample_size
+        default = size if isinstance(size, tuple) else (size, size)
+        sizes = []
+        for name, value, native in (("height", height, default[0]), ("width", width, default[1])):
+            pixels = native * factor if value is None else value
+            if pixels < factor or pixels % factor:
+                raise UserError(f"{name}={pixels} must be a positive multiple of {factor}")
+            sizes.append(pixels // factor)
+        return sizes[0], sizes[1]
+
+    def _place(self, value: Any, axis: int = 0) -> Any:
+        if self.mesh is None or value.shape[axis] % self.mesh.size:
+            return value
+        return jax.device_put(value, batch_sharding(self.mesh, axis))
+
+    def _active_adapters(self) -> Mapping[str, Adapter]:
+        """The joined LoRAs by component; none while they are fused into the weights."""
+        return {} if self._backup is not None else self._loras.adapters()
+
+    def _condition(self, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+        text_params = {name: self._params[name] for name in self.components.text_encoders}
+        adapters = {name: a for name, a in self._active_adapters().items() if name in text_params}
+        cond: Conditioning = self._encode(text_params, self.prompts.tokenize(prompts), adapters)
+        if not self.components.is_xl:
+            return cond
+        factor = self.components.vae_config.downscale
+        return cond._replace(time_ids=jnp.asarray(size_ids(size[0] * factor, size[1] * factor, len(prompts))))
+
+    def _negatives(self, negative: str | Sequence[str] | None, count: int) -> list[str | None]:
+        """One negative prompt for each prompt; None stands for the model's own unconditional."""
+        texts = [negative] if isinstance(negative, str) or negative is None else list(negative)
+        if len(texts) not in (1, count):
+            raise UserError(f"negative_prompt: {len(texts)} given for {count} prompts")
+        return list(texts) * (count if len(texts) == 1 else 1)
+
+    def _unconditional(self, texts: list[str | None], size: tuple[int, int], cond: Conditioning) -> Conditioning:
+        if self.components.zero_unconditional and all(text is None for text in texts):
+            pooled = None if cond.pooled is None else jnp.zeros_like(cond.pooled)
+            return Conditioning(jnp.zeros_like(cond.context), pooled, cond.time_ids)
+        return self._condition([text or "" for text in texts], size)
+
+
+# MARK: what is compiled
+
+
+def _encode(encoder: PromptEncoder, dtype: Any, params: Any, ids: Any, adapters: Any) -> Conditioning:
+    return encoder.encode(params, ids, adapters=adapters, dtype=dtype)
+
+
+def _scan(
+    components: Components,
+    prediction_type: str,
+    params: Any,
+    adapter: Any,
+    cond: Conditioning,
+    uncond: Conditioning | None,
+    scale: jax.Array,
+    table: dict[str, jax.Array],
+    latents: jax.Array,
+    noise: jax.Array,
+    *,
+    guidance_on: bool,
+    on_step: Any,
+) -> jax.Array:
+    """The solver's scan. With guidance the two UNet calls of a step are one call on a doubled batch."""
+    both = cond if uncond is None else jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
+
+    def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+        if not guidance_on:
+            return components.unet(params, x, t, both.context, adapter=adapter, **both.unet_kwargs())
+        x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
+        output = components.unet(params, x, t, both.context, adapter=adapter, **both.unet_kwargs())
+        unguided, prompted = jnp.split(output.astype(jnp.float32), 2)
+        return guided(unguided, prompted, scale)
+
+    return sample(predict, table, latents, noise, prediction_type=prediction_type, callback=on_step)
+
+
+def _decode(components: Components, params: Any, latents: jax.Array) -> jax.Array:
+    images = components.vae(params, components.unscale(latents), method="decode")
+    return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+
+
+def _draw_noise(
+    seed: jax.Array, prompts: jax.Array, images: jax.Array, *, shape: tuple[int, int, int], steps: int
+) -> tuple[jax.Array, jax.Array]:
+    """Start (B, h, w, C) and per-step noise (steps, B, h, w, C), each image from its own key."""
+
+    def draw(prompt: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), image)
+        start = jax.random.normal(jax.random.fold_in(key, 0), shape, jnp.float32)
+        # A step's noise has a key of its own, so that more steps extend the list instead of redrawing it.
+        rows = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))
+        return start, rows(jnp.arange(1, steps + 1))
+
+    return jax.vmap(draw, out_axes=(0, 1))(prompts, images)
+
+
+# MARK: small helpers
+
+
+def make_prompt_encoder(components: Components) -> PromptEncoder:
+    """The prompt encoder of loaded components, tokenizers read from beside them."""
+    names = tuple(components.text_encoders)
+    folders = [components.folder / name.replace("text_encoder", "tokenizer") for name in names]
+    return PromptEncoder(
+        names=names,
+        tokenizers=tuple(load_tokenizer(folder) for folder in folders),
+        networks=tuple(components.text_encoders.values()),
+        lengths=tuple(components.text_lengths[name] for name in names),
+        penultimate=components.is_xl,
+    )
+
+
+def parse_dtype(dtype: Any) -> Any:
+    """A dtype from None or ``auto`` (the platform's default), a name, or itself."""
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        return default_dtype()
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UserError(f"dtype={dtype!r} is not valid{nearest(dtype, DTYPES)}")
+        return DTYPES[dtype]
+    return dtype
+
+
+def to_pil(images: np.ndarray) -> list[Image.Image]:
+    """Pictures (B, H, W, 3) in 0..1 as 8-bit RGB images."""
+    return [Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in images]
+
+
+def _rounds(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """The rows in rounds of one size, the last one filled up with its last row, so that all share one program."""
+    rounds = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [np.pad(part, (0, size - len(part)), mode="edge") for part in rounds]
+
+
+def _slices(table: Mapping[str, np.ndarray], noise: Any) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
+    """A solver's table as tables of one step each."""
+    for i in range(len(noise)):
+        row = {key: value if value.ndim == 0 else value[i : i + 1] for key, value in table.items()}
+        if i > 0:
+            row["init_noise_sigma"] = np.ones((), np.float32)  # the start has been scaled once
+        yield row, noise[i : i + 1]
+
+
+def _counter(callback: Callback, total: int) -> Callable[[], None]:
+    """Counts the steps of a call and tells ``callback``."""
+    steps = itertools.count(1)
+    return lambda: callback(next(steps), total)
+
+
+def _checked(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    array = np.asarray(value, np.float32)
+    if array.shape != shape:
+        raise UserError(f"{name} has shape {array.shape}, not {shape}")
+    if not np.isfinite(array).all():
+        raise UserError(f"{name} holds values that are not finite")
+    return array

@@ -1,0 +1,195 @@
+"""After training: each student against the teacher, in numbers, pictures and one page."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from PIL import Image
+from tqdm import tqdm
+
+from hypersd_jax.config import Config, StageConfig
+from hypersd_jax.data import evaluation_list
+from hypersd_jax.evaluation import Report, paired_margin, picture_grid, read_metrics, write_report
+from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.stages.output import Output
+from hypersd_jax.stages.reference import MANY_STEPS, Measured, Reference, draw, get_reference, measure
+
+GRID_ROWS = 12
+NOTES = (
+    "Distance: root mean squared pixel difference (0..1) to the teacher's 25-step picture of the same prompt from the "
+    "same latents. KID and FID: EfficientNet-Lite0 features, against the teacher's 25-step pictures; comparable with "
+    "no Inception figure. The row from other latents is their floor at this number of pictures.",
+    "Calls: UNet calls a picture; guidance doubles them. Margin: how much nearer a student is than the teacher at as "
+    "many calls, in distance, mean over prompts of the paired difference, with its standard error; the nearest such "
+    "teacher counts, with or without guidance.",
+)
+Row = dict[str, Any]
+
+
+def compare(config: Config, output: Output, pipe: Pipeline, base: str) -> list[Row]:
+    """Measure every student; write results.json, grid.png and report.html, and return the rows.
+
+    Args:
+        config: the run's.
+        output: its folder, with one LoRA file a stage.
+        pipe: the base, without LoRAs.
+        base: fingerprint of the base's UNet.
+    """
+    settings = config.evaluation
+    items = evaluation_list(settings.samples, groups=config.data.groups)
+    reference = get_reference(
+        pipe, items, guidance=settings.guidance, batch_size=settings.batch_size, base=base, folder=output.root
+    )
+    shown = min(GRID_ROWS, len(items))
+    columns: dict[str, np.ndarray] = {f"teacher {MANY_STEPS} steps": reference.images[:shown]}
+    rows = _teacher_rows(reference)
+    size = settings.batch_size
+    with tqdm(total=len(config.stages), desc="comparing", unit="student") as bar:
+        for stage in config.stages:
+            teacher_picture, seconds = _timed(pipe, items, shown, stage.k, settings.guidance, "ddim", size)
+            _set_seconds(rows, stage.k, settings.guidance, seconds)
+            columns[f"teacher {_steps(stage.k)}"] = teacher_picture[:shown]
+            pipe.load_lora(output.loras / f"{stage.name}.safetensors", name=stage.name)
+            options: dict[str, Any] = {"steps": stage.k, "guidance": 0.0, "sampler": stage.sampler, "eta": stage.eta}
+            draw(pipe, items[:size], batch_size=size, **options)  # compiles
+            images, seconds = draw(pipe, items, batch_size=size, **options)
+            pipe.unload_lora(stage.name)
+            columns[f"student {_steps(stage.k)}"] = images[:shown]
+            found = measure(images, reference.images, reference.features, stage.k, 0.0)
+            rows.append(_student_row(stage, found, reference, seconds))
+            bar.update()
+    _write_all(config, output, rows, columns, [item.prompt for item in items[:shown]])
+    return rows
+
+
+def _timed(
+    pipe: Pipeline, items: Sequence[Any], shown: int, steps: int, guidance: float, sampler: str, size: int
+) -> tuple[np.ndarray, float]:
+    """Pictures for the grid and the seconds each takes in a full batch, after a first one that compiles."""
+    few = items[: max(shown, min(size, len(items)))]
+    options: dict[str, Any] = {"guidance": guidance, "sampler": sampler, "batch_size": size}
+    draw(pipe, few[:size], steps=1, **options)
+    return draw(pipe, few, steps=steps, **options)
+
+
+def _teacher_rows(reference: Reference) -> list[Row]:
+    first = {
+        "model": "teacher",
+        "sampler": "ddim",
+        "steps": reference.floor.steps,
+        "guidance": reference.floor.guidance,
+        "calls": reference.floor.calls,
+        "n": len(reference.images),
+        "distance": 0.0,
+        "fid_teacher": 0.0,
+    }
+    rows = [first, {**_row("teacher, other latents", "ddim", reference.floor)}]
+    return rows + [_row("teacher", "ddim", teacher) for teacher in reference.teachers]
+
+
+def _set_seconds(rows: list[Row], steps: int, guidance: float, seconds: float) -> None:
+    for row in rows:
+        if row["model"] == "teacher" and row["steps"] == steps and row["guidance"] == guidance:
+            row["seconds_per_image"] = seconds
+
+
+def _student_row(stage: StageConfig, found: Measured, reference: Reference, seconds: float) -> Row:
+    """The student's row, with its margin over the nearest teacher at as many network calls."""
+    row = {**_row(stage.name, stage.sampler, found), "seconds_per_image": seconds}
+    rivals = [teacher for teacher in reference.teachers if teacher.calls == found.calls]
+    if rivals:
+        nearest = min(rivals, key=lambda rival: rival.distance.mean)
+        margin = paired_margin(found.distances, nearest.distances)
+        row |= {
+            "margin": margin.mean,
+            "margin_se": margin.standard_error,
+            "rival": f"{nearest.steps} steps, guidance {nearest.guidance:g}",
+            "kid_margin": min(rival.kid.mean for rival in rivals) - found.kid.mean,
+        }
+    return row
+
+
+def _row(model: str, sampler: str, found: Measured) -> Row:
+    return {
+        "model": model,
+        "sampler": sampler,
+        "steps": found.steps,
+        "guidance": found.guidance,
+        "calls": found.calls,
+        "n": len(found.distances),
+        "fid_teacher": found.fid,
+        "kid": found.kid.mean,
+        "kid_se": found.kid.standard_error,
+        "distance": found.distance.mean,
+        "distance_se": found.distance.standard_error,
+    }
+
+
+def _write_all(
+    config: Config, output: Output, rows: list[Row], columns: Mapping[str, np.ndarray], prompts: Sequence[str]
+) -> None:
+    if jax.process_index() != 0:
+        return
+    _write_json(output.root / "results.json", rows)
+    grid = picture_grid(columns, prompts)
+    temporary = output.root / ".grid.tmp.png"
+    grid.save(temporary)
+    temporary.replace(output.root / "grid.png")
+    report = Report(
+        title="Few-step students",
+        summary=_summary(rows),
+        facts=_facts(config),
+        rows=rows,
+        notes=NOTES,
+        metrics=read_metrics(output.root / "metrics.jsonl"),
+        grids={
+            "Held-out concepts, the same latents along each row": grid,
+            **{f"Training captions: {path.stem}": Image.open(path) for path in sorted(output.samples.glob("*.png"))},
+        },
+    )
+    write_report(report, output.root / "report.html")
+
+
+def _summary(rows: Sequence[Row]) -> list[str]:
+    lines = []
+    for row in rows:
+        if "margin" in row:
+            side = "nearer to" if row["margin"] > 0 else "farther from"
+            lines.append(
+                f"{row['model']}: {_steps(row['steps'])}, {abs(row['margin']):.4f} ± {row['margin_se']:.4f} {side} the "
+                f"teacher's {MANY_STEPS}-step pictures than the teacher itself at as many network calls "
+                f"({row['rival']})."
+            )
+    return lines
+
+
+def _facts(config: Config) -> dict[str, Any]:
+    facts = {
+        "base": config.model.source,
+        "data": config.data.source,
+        "adapter": f"LoRA, rank {config.lora.rank}",
+        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
+        "jax": jax.__version__,
+    }
+    for stage in config.stages:
+        settings = dataclasses.asdict(stage)
+        keys = ("k", "solver_steps", "updates", "batch_size", "learning_rate", "guidance", "teacher", "ema")
+        facts[stage.name] = ", ".join(f"{key} {settings[key]}" for key in keys)
+    return facts
+
+
+def _steps(count: int) -> str:
+    return f"{count} step" + ("" if count == 1 else "s")
+
+
+def _write_json(path: Path, rows: list[Row]) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    temporary.replace(path)

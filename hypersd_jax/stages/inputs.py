@@ -1,0 +1,60 @@
+"""From pictures and captions to what a distillation step reads: latents and conditioning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hypersd_jax.conditioning import Conditioning, PromptEncoder, size_ids
+from hypersd_jax.weights.components import Components
+
+
+def make_encoder(components: Components, prompts: PromptEncoder, dtype: Any, out_shardings: Any) -> Any:
+    """A jitted ``(text params, vae params, images, ids, time_ids, key) -> {"latents", "cond"}``.
+
+    Every leaf has a leading micro-batch axis: images (A, B, H, W, 3) in -1..1, ids a tuple of (A, B, S), time_ids
+    (A, B, 6) or None; latents (A, B, h, w, C) float32, times the scaling factor. The posterior is sampled, each picture
+    with its own key, so that the mesh and the micro-batches change nothing.
+    """
+
+    def encode(text_params: Any, vae_params: Any, images: Any, ids: Any, time_ids: Any, key: jax.Array) -> Any:
+        count = images.shape[0] * images.shape[1]
+        keys = jax.random.split(key, count).reshape(images.shape[:2])
+
+        def micro_batch(rows: Any) -> Any:
+            pictures, tokens, sizes, row_keys = rows
+            mean, logvar = components.vae(vae_params, pictures.astype(dtype), method="encode")
+            mean, deviation = mean.astype(jnp.float32), jnp.exp(0.5 * logvar.astype(jnp.float32))
+            noise = jax.vmap(lambda k: jax.random.normal(k, mean.shape[1:], jnp.float32))(row_keys)
+            latents = components.scale(mean + deviation * noise)
+            cond = prompts.encode(text_params, tokens, dtype=dtype)
+            return {"latents": latents, "cond": cond._replace(time_ids=sizes)}
+
+        return jax.lax.map(micro_batch, (images, ids, time_ids, keys))
+
+    return jax.jit(encode, out_shardings=out_shardings)
+
+
+def unconditional(components: Components, prompts: PromptEncoder, dtype: Any) -> Conditioning:
+    """The unconditional of guidance as one row (1, ...): zeros where the model says so (SDXL), else the encoded ``""``.
+
+    Its time ids are the conditional's own and are filled in beside it.
+    """
+    params = {name: components.params[name] for name in components.text_encoders}
+    encode = jax.jit(lambda weights, ids: prompts.encode(weights, ids, dtype=dtype))
+    found: Conditioning = encode(params, prompts.tokenize([""]))
+    if not components.zero_unconditional:
+        return found
+    pooled = None if found.pooled is None else jnp.zeros_like(found.pooled)
+    return Conditioning(jnp.zeros_like(found.context), pooled)
+
+
+def time_ids(components: Components, images: np.ndarray) -> np.ndarray | None:
+    """SDXL's size ids of a batch (A, B, H, W, 3) of uncropped pictures, (A, B, 6); None for other families."""
+    if not components.is_xl:
+        return None
+    micro, batch, height, width, _ = images.shape
+    return size_ids(height, width, micro * batch).reshape(micro, batch, 6)

@@ -1,0 +1,73 @@
+"""The output folder of a run: its layout, and whether it may be gone on with."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import yaml
+
+from hypersd_jax.config import Config, first_difference, save_config, to_dict
+from hypersd_jax.errors import UserError
+
+# May change between a stopped run and its continuation: they do not reach the student.
+FREE_KEYS = ("output_dir", "mesh", "log", "evaluation")
+
+
+@dataclasses.dataclass(frozen=True)
+class Output:
+    """``root`` holds config.yaml, metrics.jsonl, checkpoints/, loras/, samples/, results.json, grid.png, ...."""
+
+    root: Path
+
+    @property
+    def loras(self) -> Path:
+        """One LoRA file a stage."""
+        return self.root / "loras"
+
+    @property
+    def samples(self) -> Path:
+        """Grids drawn while training."""
+        return self.root / "samples"
+
+    def checkpoints(self, stage: str) -> Path:
+        """A stage's checkpoints."""
+        return self.root / "checkpoints" / stage
+
+
+def open_output(config: Config) -> Output:
+    """Make the folder, or go on with the run that it holds.
+
+    Raises:
+        UserError: the folder holds a run of another configuration, or cannot be written.
+    """
+    output = Output(Path(config.output_dir))
+    saved = output.root / "config.yaml"
+    try:
+        for folder in (output.root, output.loras, output.samples):
+            folder.mkdir(parents=True, exist_ok=True)
+        if saved.exists():
+            _check_same(saved, config)
+        save_config(config, saved)
+    except OSError as error:
+        raise UserError(f"output_dir: {output.root} cannot be written ({error.strerror})") from None
+    return output
+
+
+def _check_same(saved: Path, config: Config) -> None:
+    try:
+        found = yaml.safe_load(saved.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        found = None
+    if not isinstance(found, dict):
+        raise UserError(f"{saved}: not a configuration; choose another output_dir or delete the folder")
+    wanted = to_dict(config)
+    difference = first_difference(
+        {key: value for key, value in found.items() if key not in FREE_KEYS},
+        {key: value for key, value in wanted.items() if key not in FREE_KEYS},
+    )
+    if difference:
+        raise UserError(
+            f"output_dir: {saved.parent} holds a run of another configuration, "
+            f"{difference}; choose another output_dir or delete the folder"
+        )

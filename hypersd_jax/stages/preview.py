@@ -1,0 +1,52 @@
+"""Pictures drawn while training."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from hypersd_jax.adapters import Adapter
+from hypersd_jax.config import StageConfig
+from hypersd_jax.pipeline import Pipeline
+
+NAME = "preview"
+
+
+def draw_preview(
+    pipe: Pipeline, adapter: Adapter, stage: StageConfig, prompts: Sequence[str], path: Path
+) -> Image.Image:
+    """Draw ``prompts`` with the student at its own step count: a strip of pictures, written to ``path``.
+
+    The base draws the same latents with the same settings and its pictures must be others: a preview of a model whose
+    adapter was left off has fooled whole training runs (recipes trap 18).
+    """
+    settings: dict[str, Any] = {
+        "steps": stage.k,
+        "sampler": stage.sampler,
+        "eta": stage.eta,
+        "guidance": 0.0,
+        "output": "np",
+    }
+    base = pipe(list(prompts), **settings)
+    pipe.add_lora(NAME, {"unet": adapter})
+    try:
+        images = pipe(list(prompts), **settings)
+    finally:
+        pipe.unload_lora(NAME)
+    if _digest(images) == _digest(base):
+        raise RuntimeError(f"stage {stage.name}: the student draws exactly as the base does; its adapter is not on")
+    strip = np.concatenate([np.round(image * 255).astype(np.uint8) for image in images], axis=1)
+    picture = Image.fromarray(strip)
+    temporary = path.with_suffix(".tmp.png")
+    picture.save(temporary)
+    temporary.replace(path)
+    return picture
+
+
+def _digest(images: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()

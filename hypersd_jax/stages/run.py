@@ -1,0 +1,263 @@
+"""A whole run: every stage in order, then the comparison."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from hypersd_jax import adapters
+from hypersd_jax.conditioning import Conditioning
+from hypersd_jax.config import Config, StageConfig, to_dict
+from hypersd_jax.data import Source, open_source, prefetch
+from hypersd_jax.errors import UserError
+from hypersd_jax.pipeline import Pipeline, parse_dtype
+from hypersd_jax.stages import tscd
+from hypersd_jax.stages.comparison import compare
+from hypersd_jax.stages.export import export_student
+from hypersd_jax.stages.inputs import make_encoder, time_ids, unconditional
+from hypersd_jax.stages.output import Output, open_output
+from hypersd_jax.stages.preview import draw_preview
+from hypersd_jax.training import (
+    Checkpointer,
+    MetricsLog,
+    Step,
+    TrainState,
+    abstract,
+    batch_sharding,
+    check_facts,
+    init_state,
+    make_mesh,
+    make_optimizer,
+    make_step,
+    put_batch,
+)
+from hypersd_jax.weights.components import load_components
+from hypersd_jax.weights.folder import fingerprint
+
+Factors = dict[str, dict[str, jax.Array]]
+# The streams of randomness of a run, told apart by what is folded into the seed's key.
+ADAPTER_STREAM, NOISE_STREAM, ENCODER_STREAM = 0, 1, 2
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """What the stages of one run share."""
+
+    config: Config
+    output: Output
+    mesh: Mesh
+    pipe: Pipeline
+    source: Source
+    base_fingerprint: str
+    uncond: Conditioning
+    scales: dict[str, jax.Array]
+    encode: Callable[..., Any]
+    steps: dict[tscd.StepKind, Step]
+
+    @property
+    def grid_length(self) -> int:
+        """The longest solver grid of the run; shorter ones are padded to it."""
+        return max(stage.solver_steps for stage in self.config.stages)
+
+
+def train(config: Config) -> Path:
+    """Train every stage of ``config``, compare the students with the teacher, and return the output folder.
+
+    A run that was stopped goes on where its last checkpoint stands, with the same results as if it had not been.
+
+    Raises:
+        UserError: one line naming the key or file at fault.
+    """
+    output = open_output(config)
+    if config.log.compilation_cache:
+        use_compilation_cache()
+    run = open_run(config, output)
+    factors = _initial_factors(run)
+    teacher: Factors | None = None
+    for index, stage in enumerate(config.stages):
+        student = run_stage(run, index, stage, factors, teacher)
+        factors = teacher = student
+    if config.evaluation.samples:
+        compare(config, output, run.pipe, run.base_fingerprint)
+    return output.root
+
+
+def open_run(config: Config, output: Output) -> Run:
+    """Load the base and the data, and lay out the mesh."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    dtype = parse_dtype(config.model.dtype)
+    components = load_components(config.model.source, dtype=dtype, remat=config.model.remat, mesh=mesh)
+    pipe = Pipeline(components, dtype=dtype, mesh=mesh)
+    resolution = config.data.resolution or pipe.native_size[0]
+    batch = batch_sharding(mesh, axis=1)
+    return Run(
+        config=config,
+        output=output,
+        mesh=mesh,
+        pipe=pipe,
+        source=open_source(config.data, resolution=resolution, seed=config.seed),
+        base_fingerprint=fingerprint(components.params["unet"]),
+        uncond=unconditional(components, pipe.prompts, dtype),
+        scales={},
+        encode=make_encoder(components, pipe.prompts, dtype, batch),
+        steps={},
+    )
+
+
+def run_stage(run: Run, index: int, stage: StageConfig, start: Factors, teacher: Factors | None) -> Factors:
+    """Train one stage from ``start`` and export it; returns the exported factors, where the next stage starts.
+
+    Args:
+        run: what the stages share.
+        index: the stage's place, for its randomness and its data.
+        stage: its settings.
+        start: the previous student's factors, or fresh ones.
+        teacher: the previous student's factors; None in the first stage.
+    """
+    rows = stage.batch_size
+    if rows % (stage.accumulate * run.mesh.size):
+        raise UserError(
+            f"stages.{stage.name}.batch_size={rows} must be a multiple of accumulate ({stage.accumulate}) "
+            f"times the number of devices ({run.mesh.size})"
+        )
+    components, schedule = run.pipe.components, run.pipe.schedule
+    kind = tscd.step_kind(stage, first=teacher is None)
+    state = init_state(start, make_optimizer(tscd.optimizer_config(stage)), run.mesh)
+    frozen_teacher = adapters.join(teacher, run.scales) if teacher is not None and kind.from_previous else None
+    frozen = tscd.frozen_tree(components, run.uncond, run.scales, frozen_teacher)
+    controls = tscd.stage_controls(stage, schedule, run.grid_length)
+    facts = {"stage": stage.name, "base": run.base_fingerprint, "settings": to_dict(stage), "seed": run.config.seed}
+
+    with Checkpointer(run.output.checkpoints(stage.name)) as checkpoints:
+        if checkpoints.latest() is not None:
+            check_facts(checkpoints.facts(), facts)
+            state, _ = checkpoints.restore(None, abstract(run.mesh, state))
+        done = int(state.step)
+        if done < stage.updates:
+            if kind not in run.steps:
+                loss = tscd.make_loss(components, schedule, kind)
+                tx = make_optimizer(tscd.optimizer_config(stage))
+                run.steps[kind] = make_step(loss, tx, state, frozen, mesh=run.mesh, accumulate=stage.accumulate)
+            state = _loop(run, index, stage, run.steps[kind], state, frozen, controls, checkpoints, facts, done)
+        exported = state.ema if stage.export == "ema" else state.trainable
+        file = run.output.loras / f"{stage.name}.safetensors"
+        if done < stage.updates or not file.exists():
+            _finish(run, stage, exported, file)
+    return exported
+
+
+def _loop(
+    run: Run,
+    index: int,
+    stage: StageConfig,
+    step: Step,
+    state: TrainState,
+    frozen: Any,
+    controls: Any,
+    checkpoints: Checkpointer,
+    facts: dict[str, Any],
+    done: int,
+) -> TrainState:
+    """The updates from ``done`` to the stage's last."""
+    log = run.config.log
+    key = _stream(run.config.seed, NOISE_STREAM, index)
+    with MetricsLog(run.output.root, stage.updates, stage.name, done, tensorboard=log.tensorboard) as metrics_log:
+        for number, batch in _batches(run, index, stage, done):
+            state, metrics = step(state, frozen, batch, key, controls)
+            if number % log.every == 0 or number == stage.updates:
+                metrics_log.write(number, metrics)
+            last = number == stage.updates
+            if number % log.checkpoint_every == 0 or last:
+                metrics_log.flush()
+                checkpoints.save(number, state, facts)
+            if log.sample_every and number % log.sample_every == 0 and not last:
+                chosen = state.ema if stage.export == "ema" else state.trainable
+                _preview(run, stage, chosen, f"{stage.name}-{number:06d}")
+    return state
+
+
+def _batches(run: Run, index: int, stage: StageConfig, done: int) -> Iterator[tuple[int, Any]]:
+    """(update number from 1, encoded batch) from update ``done + 1`` on; pictures are made in the background."""
+    components = run.pipe.components
+    rows, micro = stage.batch_size, stage.accumulate
+    before = sum(s.updates * s.batch_size for s in run.config.stages[:index])
+    mine = _process_rows(rows, micro)
+
+    def host_batches() -> Iterator[tuple[int, np.ndarray, list[str]]]:
+        for number in range(done, stage.updates):
+            positions = before + number * rows + mine
+            pairs = run.source.batch(positions.reshape(-1))
+            yield number, pairs.images.reshape(micro, -1, *pairs.images.shape[1:]), pairs.captions
+
+    text_params = {name: components.params[name] for name in components.text_encoders}
+    encoder_key = _stream(run.config.seed, ENCODER_STREAM, index)
+    place = batch_sharding(run.mesh, axis=1)
+    for number, images, captions in prefetch(host_batches()):
+        ids = tuple(tokens.reshape(micro, -1, tokens.shape[-1]) for tokens in run.pipe.prompts.tokenize(captions))
+        sizes = time_ids(components, images)
+        host = put_batch({"images": images, "ids": ids, "sizes": sizes}, place)
+        yield (
+            number + 1,
+            run.encode(
+                text_params,
+                dict(components.params["vae"]),
+                host["images"],
+                host["ids"],
+                host["sizes"],
+                jax.random.fold_in(encoder_key, number),
+            ),
+        )
+
+
+def _process_rows(rows: int, micro: int) -> np.ndarray:
+    """The places (A, B') in a global batch (A, B) that this process loads: its own part of each micro-batch."""
+    places = np.arange(rows).reshape(micro, -1)
+    share = places.shape[1] // jax.process_count()
+    first = jax.process_index() * share
+    return places[:, first : first + share]
+
+
+def _finish(run: Run, stage: StageConfig, factors: Factors, file: Path) -> None:
+    """Export the student, and draw with it, which also proves that the adapter is on."""
+    adapter = jax.device_get(adapters.join(factors, run.scales))
+    if jax.process_index() == 0:
+        export_student(file, adapter, stage, run.pipe.components, base_fingerprint=run.base_fingerprint)
+    _preview(run, stage, factors, stage.name)
+
+
+def _preview(run: Run, stage: StageConfig, factors: Factors, name: str) -> None:
+    adapter = adapters.join(factors, run.scales)
+    draw_preview(run.pipe, adapter, stage, run.source.preview_prompts, run.output.samples / f"{name}.png")
+
+
+def _initial_factors(run: Run) -> Factors:
+    """Fresh LoRA factors on the 14-module list; fills ``run.scales``."""
+    lora = run.config.lora
+    adapter = adapters.init(
+        _stream(run.config.seed, ADAPTER_STREAM, 0),
+        run.pipe.components.unet.shapes,
+        rank=lora.rank,
+        alpha=lora.alpha,
+    )
+    factors, scales = adapters.split(adapter)
+    run.scales = jax.tree.map(jnp.asarray, scales)
+    return jax.tree.map(jnp.asarray, factors)
+
+
+def _stream(seed: int, stream: int, index: int) -> jax.Array:
+    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index)
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between processes, in the folder that JAX_COMPILATION_CACHE_DIR names or the user's."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "hypersd_jax" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -1,0 +1,186 @@
+"""Checkpoints of the trainable side: a `TrainState` and a dict of facts, through Orbax.
+
+A checkpoint appears under its final name only when it is whole, and carries a checksum of the state, so that what
+`restore` returns is bit for bit what `save` was given, under whatever mesh.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+import jax.numpy as jnp
+from orbax.checkpoint import v1 as ocp
+
+from hypersd_jax.errors import UserError
+from hypersd_jax.training.state import TrainState
+
+Facts = dict[str, Any]
+"""JSON-serialisable facts beside the state: stage, counters, fingerprints of base and configuration, data position."""
+
+
+class Checkpointer:
+    """The newest checkpoints of one folder. A context manager: leaving it waits for the save in flight.
+
+    In a run of several processes every process calls every method, and the folder is on storage that all of them see.
+    """
+
+    def __init__(self, directory: str | Path, keep: int = 2) -> None:
+        """Open or create the folder; what a killed save left half-written is removed.
+
+        Args:
+            directory: where the checkpoints live, one sub-folder a step.
+            keep: how many of the newest stay.
+        """
+        self.directory = Path(directory).absolute()
+        self._orbax = ocp.training.Checkpointer(
+            self.directory,
+            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+            cleanup_tmp_directories=True,
+        )
+        self._saving: ocp.AsyncResponse[bool] | None = None
+
+    def save(self, step: int, state: TrainState, facts: Mapping[str, Any]) -> None:
+        """Save as `step`, in place of a checkpoint of that step if there is one.
+
+        Returns once the state has been copied off the devices, so the next step may donate it; writing goes on in the
+        background and its errors surface at the next call.
+        """
+        self.wait()
+        metadata = {"facts": json.loads(json.dumps(dict(facts))), "checksum": _checksum(state)}
+        self._saving = self._orbax.save_async(
+            step, _by_name(state), force=True, overwrite=True, custom_metadata=metadata
+        )
+
+    def latest(self) -> int | None:
+        """The newest whole checkpoint's step."""
+        self.wait()
+        newest = self._orbax.latest
+        return None if newest is None else newest.step
+
+    def facts(self, step: int | None = None) -> Facts:
+        """The facts of a checkpoint (None: the newest) without its state, to be checked before anything is built.
+
+        Raises:
+            UserError: no such checkpoint, or a damaged one.
+        """
+        return self._metadata(self._resolve(step))[0]["facts"]
+
+    def restore(self, step: int | None, like: TrainState) -> tuple[TrainState, Facts]:
+        """Read a checkpoint back.
+
+        Args:
+            step: which one; None takes the newest.
+            like: shapes, dtypes and shardings wanted, as from `shardings.abstract`; the mesh may differ from the one
+                that saved.
+
+        Raises:
+            UserError: naming the folder, when there is no such checkpoint, it is damaged, or its leaves differ from
+                those of `like`.
+        """
+        step = self._resolve(step)
+        folder = self.directory / str(step)
+        wanted = _by_name(like)
+        metadata, saved = self._metadata(step)
+        for name in sorted(wanted.keys() | saved.keys()):
+            ours, theirs = (
+                f"{leaf.dtype}{list(leaf.shape)}" if (leaf := leaves.get(name)) is not None else "absent"
+                for leaves in (wanted, saved)
+            )
+            if ours != theirs:
+                raise UserError(f"checkpoint {folder} does not fit this run: {name} is {theirs} there, {ours} here")
+        try:
+            leaves = self._orbax.load(step, wanted)
+        except Exception as error:
+            raise UserError(f"checkpoint {folder} is damaged: {_first_line(error)}; delete the folder") from error
+        state = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
+        if _checksum(state) != metadata["checksum"]:
+            raise UserError(f"checkpoint {folder} is damaged: its checksum does not match; delete the folder")
+        return state, metadata["facts"]
+
+    def wait(self) -> None:
+        """Block until the save in flight is whole on disk; raises what went wrong with it."""
+        saving, self._saving = self._saving, None
+        if saving is not None:
+            saving.result()
+
+    def close(self) -> None:
+        """Wait, and release the folder."""
+        try:
+            self.wait()
+        finally:
+            self._orbax.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _resolve(self, step: int | None) -> int:
+        self.wait()
+        steps = [each.step for each in self._orbax.checkpoints]
+        if not steps:
+            raise UserError(f"no checkpoint in {self.directory}")
+        if step is None:
+            return steps[-1]
+        if step not in steps:
+            raise UserError(f"no checkpoint of step {step} in {self.directory}, only of {steps}")
+        return step
+
+    def _metadata(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `save` wrote beside the state, and the saved leaves' shapes by name."""
+        try:
+            found = self._orbax.metadata(step)
+            custom, leaves = dict(found.custom_metadata), dict(found.metadata)
+            if custom.keys() < {"facts", "checksum"}:
+                raise ValueError("its facts are missing")
+        except Exception as error:
+            folder = self.directory / str(step)
+            raise UserError(f"checkpoint {folder} is damaged: {_first_line(error)}; delete the folder") from error
+        return custom, leaves
+
+
+def check_facts(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Compare facts of a checkpoint with this run's; facts that `expected` does not mention are not compared.
+
+    Raises:
+        UserError: naming every fact that differs, and both values.
+    """
+    wrong = [
+        f"{key} is {found.get(key, 'absent')!r} there, {value!r} here"
+        for key, value in expected.items()
+        if key not in found or found[key] != value
+    ]
+    if wrong:
+        raise UserError("the checkpoint belongs to another run: " + "; ".join(wrong))
+
+
+def _by_name(state: TrainState) -> dict[str, Any]:
+    """The leaves by name, in the tree's order: Orbax stores plain dicts without knowing our or optax's classes."""
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path, simple=True, separator="/"): leaf for path, leaf in leaves}
+
+
+def _checksum(state: TrainState) -> int:
+    """32-bit sum of the state's words, each leaf's times another odd number; independent of the sharding."""
+    return int(_sum_words(jax.tree.leaves(state)))
+
+
+@jax.jit
+def _sum_words(leaves: list[jax.Array]) -> jax.Array:
+    total = jnp.uint32(0)
+    for index, leaf in enumerate(leaves):
+        words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+        total += jnp.uint32(2 * index + 1) * jnp.sum(words, dtype=jnp.uint32)
+    return total
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,154 @@
+"""What a run writes down while it trains: metrics.jsonl, TensorBoard events and a progress bar."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import sys
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+import jax
+from tqdm import tqdm
+
+from hypersd_jax.errors import UserError
+
+METRICS_FILE = "metrics.jsonl"
+
+
+class MetricsLog:
+    """The log of one stage. A context manager: leaving it writes the last line.
+
+    Device scalars are fetched one step late, when the step that made them has long finished, so that logging never
+    holds up the devices. Only process 0 writes.
+    """
+
+    def __init__(
+        self, directory: str | Path, total: int, stage: str, resume_step: int = 0, *, tensorboard: bool = True
+    ) -> None:
+        """Open the log.
+
+        Args:
+            directory: the run's output folder; other stages' lines in its metrics.jsonl stay.
+            total: updates of this stage.
+            stage: its name, in every line and in TensorBoard's tags.
+            tensorboard: whether to write TensorBoard events beside it.
+            resume_step: the restored step; this stage's lines beyond it are dropped, and so is a line that a killed
+                run left unfinished, so that the file has each step once.
+
+        Raises:
+            UserError: naming file and line, when metrics.jsonl holds something else than JSON lines.
+        """
+        self.stage = stage
+        self._pending: tuple[int, Mapping[str, Any], float] | None = None
+        self._last = time.perf_counter()
+        self._active = jax.process_index() == 0
+        if not self._active:
+            return
+        # Imported here because it brings in the whole of PyTorch where that is installed.
+        from tensorboardX import SummaryWriter
+
+        path = Path(directory) / METRICS_FILE
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_lines(path, stage, resume_step)
+        self._file = path.open("a", encoding="utf-8")
+        self._events = (
+            SummaryWriter(str(path.parent / "tensorboard" / stage), purge_step=resume_step + 1 if resume_step else None)
+            if tensorboard
+            else None
+        )
+        interval = 0.5 if sys.stderr.isatty() else 30.0
+        self._bar = tqdm(
+            total=total, initial=resume_step, desc=stage, unit="step", mininterval=interval, dynamic_ncols=True
+        )
+
+    def write(self, step: int, metrics: Mapping[str, Any]) -> None:
+        """Log the step that has just been started.
+
+        Args:
+            step: steps of this stage including it: the first is 1.
+            metrics: scalars, on the devices or off. `seconds` is added: from the previous call to this one, which in
+                a steady loop is the time of one step.
+        """
+        now = time.perf_counter()
+        late, self._pending = self._pending, (step, metrics, now - self._last)
+        self._last = now
+        if not self._active:
+            return
+        for value in metrics.values():
+            if isinstance(value, jax.Array):
+                value.copy_to_host_async()
+        if late is not None:
+            self._emit(*late)
+
+    def flush(self) -> None:
+        """Write everything down now, to disk: call it before a checkpoint is saved, so that no logged step is lost."""
+        late, self._pending = self._pending, None
+        if not self._active:
+            return
+        if late is not None:
+            self._emit(*late)
+        os.fsync(self._file.fileno())
+        if self._events is not None:
+            self._events.flush()
+
+    def close(self) -> None:
+        """Write everything down and close the files."""
+        self.flush()
+        if self._active:
+            self._file.close()
+            if self._events is not None:
+                self._events.close()
+            self._bar.close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def _emit(self, step: int, metrics: Mapping[str, Any], seconds: float) -> None:
+        values = {name: _number(value) for name, value in jax.device_get(dict(metrics)).items()}
+        # JSON has no nan: a loss that was not finite, whose step was skipped, is null.
+        line = {name: value if math.isfinite(value) else None for name, value in values.items()}
+        record = {"stage": self.stage, "step": step, **line, "seconds": round(seconds, 6)}
+        self._file.write(json.dumps(record, allow_nan=False) + "\n")
+        self._file.flush()
+        for name, value in values.items() if self._events is not None else ():
+            self._events.add_scalar(f"{self.stage}/{name}", value, step)
+        self._bar.update(step - self._bar.n)
+        if "loss" in values:
+            self._bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)
+
+
+def _number(value: Any) -> int | float:
+    """A Python number; float32 at the shortest decimal that reads back as the same float32."""
+    if getattr(value, "dtype", None) is not None:
+        return int(value) if value.dtype.kind in "iub" else float(str(value.astype("float32")))
+    return value
+
+
+def _drop_lines(path: Path, stage: str, resume_step: int) -> None:
+    """Rewrite the file without an unfinished last line and without this stage's steps beyond `resume_step`."""
+    if not path.exists():
+        return
+    lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
+    kept = []
+    # Whatever follows the last line break was cut short by a kill.
+    for number, line in enumerate(lines[:-1], start=1):
+        try:
+            record = json.loads(line)
+            beyond = record["stage"] == stage and record["step"] > resume_step
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{path}: line {number} is not a line of metrics: {line[:60]!r}") from error
+        if not beyond:
+            kept.append(line + "\n")
+    repaired = path.with_suffix(".jsonl.tmp")
+    repaired.write_text("".join(kept), encoding="utf-8")
+    os.replace(repaired, path)

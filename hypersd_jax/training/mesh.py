@@ -1,0 +1,85 @@
+"""The device mesh, and how batches land on it.
+
+Two axes: `data` splits the batch alone, `fsdp` splits the batch and every large leaf of the state. One chip is the mesh
+1 x 1, so nothing else in the engine asks how many devices there are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from hypersd_jax.errors import UserError
+
+BATCH_AXES = ("data", "fsdp")
+"""The mesh axes that together split a batch."""
+
+Tree = TypeVar("Tree")
+
+
+def make_mesh(data: int | None = None, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Arrange devices as (data, fsdp).
+
+    Args:
+        data: devices along `data`; None takes all that `fsdp` leaves.
+        fsdp: devices along `fsdp`.
+        devices: the devices to arrange; None takes all of this run. With fewer devices asked for than there are, the
+            first ones serve, except in a run of several processes, where every process must own a part.
+
+    Raises:
+        UserError: naming `mesh.data` or `mesh.fsdp`, when the two do not fit the devices.
+    """
+    devices = list(jax.devices() if devices is None else devices)
+    count = len(devices)
+    if fsdp < 1:
+        raise UserError(f"mesh.fsdp must be at least 1, not {fsdp}")
+    if data is None:
+        if count % fsdp:
+            raise UserError(f"mesh.fsdp={fsdp} does not divide the {count} devices of this run")
+        data = count // fsdp
+    if data < 1:
+        raise UserError(f"mesh.data must be at least 1, not {data}")
+    wanted = data * fsdp
+    if wanted > count or (wanted < count and jax.process_count() > 1):
+        raise UserError(f"mesh.data={data} times mesh.fsdp={fsdp} is {wanted} devices, but this run has {count}")
+    return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
+
+
+def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
+    """Split one axis of a batch leaf over all devices; a training batch splits axis 1, after the micro-batches."""
+    return NamedSharding(mesh, P(*[None] * axis, BATCH_AXES))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, P())
+
+
+def put_batch(batch: Tree, sharding: NamedSharding) -> Tree:
+    """Move a batch of NumPy arrays to the devices.
+
+    Args:
+        batch: tree of arrays. In a run of several processes each brings its own rows, equally many in each, and the
+            result is the global batch.
+        sharding: from `batch_sharding`.
+
+    Raises:
+        UserError: naming `batch_size`, when the rows cannot be dealt out evenly.
+    """
+    axis = len(sharding.spec) - 1
+    shards = sharding.mesh.size // jax.process_count()
+
+    def put(leaf: Any) -> jax.Array:
+        rows = np.shape(leaf)[axis]
+        if rows % shards:
+            raise UserError(f"batch_size: {rows} rows in this process cannot be split evenly over {shards} devices")
+        if jax.process_count() == 1:
+            return jax.device_put(leaf, sharding)
+        return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
+
+    return jax.tree.map(put, batch)

@@ -1,0 +1,247 @@
+"""One component of a diffusers folder: `config.json` and its safetensors, as parameters and back."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+from jax.experimental import multihost_utils
+
+from hypersd_jax.errors import UserError
+from hypersd_jax.weights.keys import (
+    Kind,
+    canonical_key,
+    drop_pointwise,
+    from_torch,
+    is_extra,
+    to_torch,
+    torch_key,
+    torch_shape,
+)
+from hypersd_jax.weights.tensors import PICKLE_SUFFIXES, TensorFile, open_tensors, replacing, save_tensors
+
+Params = dict[str, jax.Array]
+Shapes = Mapping[str, jax.ShapeDtypeStruct]
+ShardingRule = Callable[[str, jax.ShapeDtypeStruct], jax.sharding.Sharding]
+
+STEMS: dict[Kind, str] = {
+    "unet": "diffusion_pytorch_model",
+    "vae": "diffusion_pytorch_model",
+    "clip": "model",
+}
+"""What diffusers and transformers call the weights of each kind of component."""
+
+HALF = "fp16"
+_LISTED = 8
+
+
+def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The object in a JSON file; UserError names the file, and the line where it is no JSON."""
+    path = Path(path)
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: is not text, so not JSON") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{path}:1: expected a JSON object, found {type(content).__name__}")
+    return content
+
+
+def component_files(folder: str | os.PathLike[str], stem: str, variant: str | None = None) -> list[Path]:
+    """The safetensors files that together hold one component.
+
+    Args:
+        folder: the component's folder.
+        stem: file name without suffixes, see `STEMS`.
+        variant: such as "fp16"; None takes the plain files and, where there are none, the fp16 ones.
+
+    Raises:
+        UserError: the folder is missing, holds only pickles or no weights of this name, or its index is damaged.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder")
+    for wanted in (variant,) if variant else (None, HALF):
+        part = f".{wanted}" if wanted else ""
+        single = folder / f"{stem}{part}.safetensors"
+        index = folder / f"{stem}.safetensors.index{part}.json"
+        if single.exists():
+            return [single]
+        if index.exists():
+            return _shards(index)
+    what = f"{stem}{f'.{variant}' if variant else ''}.safetensors"
+    if any(path.name.startswith(stem) and path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
+        raise UserError(f"{folder}: no {what}, only pickled weights, which are not read because they can run any code")
+    others = sorted(path.name for path in folder.glob("*.safetensors"))
+    raise UserError(f"{folder}: no {what}" + (f", only {_few(others)}" if others else ""))
+
+
+def load_params(
+    folder: str | os.PathLike[str],
+    shapes: Shapes,
+    *,
+    dtype: Any,
+    component_kind: Kind,
+    sharding: ShardingRule | None = None,
+    variant: str | None = None,
+) -> Params:
+    """Parameters of one component, read tensor by tensor: host memory holds one at a time.
+
+    Args:
+        folder: the component's folder.
+        shapes: what the network wants, `Network.shapes`.
+        dtype: type to cast to, whatever the file's.
+        component_kind: decides the file's name and the spellings that are understood.
+        sharding: where each parameter goes; None is the default device.
+        variant: see `component_files`.
+
+    Raises:
+        UserError: all missing, unexpected and ill-fitting tensors in one line, found before anything is read; or the
+            first tensor that holds something else than finite numbers.
+    """
+    dtype = np.dtype(dtype)
+    files = [open_tensors(path) for path in component_files(folder, STEMS[component_kind], variant)]
+    found = _match(Path(folder), files, shapes, component_kind)
+    params = {}
+    for path, (file, key) in found.items():
+        array = _cast(file, key, path, shapes[path].shape, dtype)
+        params[path] = jax.device_put(array, sharding(path, shapes[path]) if sharding else None)
+    return {path: params[path] for path in shapes}
+
+
+def save_params(
+    folder: str | os.PathLike[str],
+    params: Mapping[str, jax.Array],
+    *,
+    config: Mapping[str, Any],
+    component_kind: Kind,
+    dtype: Any = None,
+) -> None:
+    """Writes `config.json` and one safetensors file as diffusers and transformers do; existing ones are replaced.
+
+    Args:
+        folder: the component's folder, made where missing.
+        params: the parameters.
+        config: content of `config.json`; a type that it names (`dtype`, `torch_dtype`) is set to the one written.
+        component_kind: decides the file's name.
+        dtype: type to write; None keeps that of each parameter.
+
+    Raises:
+        UserError: the folder holds a sharded model, which readers would go on preferring, or cannot be written.
+    """
+    folder = Path(folder)
+    stem = STEMS[component_kind]
+    index = folder / f"{stem}.safetensors.index.json"
+    if index.exists():
+        raise UserError(f"{index}: the folder holds a sharded model; write to another one")
+    tensors = {}
+    for path, value in params.items():
+        array = to_torch(path, _host(value))
+        tensors[torch_key(path)] = array.astype(np.dtype(dtype), order="C") if dtype is not None else array
+    written = dict(config)
+    types = {str(array.dtype) for array in tensors.values()}
+    for key in ("dtype", "torch_dtype"):
+        if key in written and len(types) == 1:
+            written[key] = next(iter(types))
+    save_tensors(folder / f"{stem}.safetensors", tensors, {"format": "pt"})
+    with replacing(folder / "config.json") as temporary:
+        temporary.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def fingerprint(params: Mapping[str, jax.Array]) -> str:
+    """A name for these weights: the hexadecimal SHA-256 over each path, shape and values in order of the paths.
+
+    Values enter rounded to bfloat16, so that one model has one fingerprint whether it was loaded in float32 or in
+    bfloat16, on whatever device and mesh. Reads one parameter at a time; some seconds for a billion parameters.
+    """
+    digest = hashlib.sha256()
+    for path in sorted(params):
+        array = np.asarray(_host(params[path]).astype(ml_dtypes.bfloat16), order="C")
+        digest.update(f"{path} {array.shape}\n".encode())
+        digest.update(array.view(np.uint16).data)
+    return digest.hexdigest()
+
+
+def _shards(index: Path) -> list[Path]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"{index}: has no weight_map")
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if Path(name).name != name:
+            raise UserError(f"{index}: names {name}, which lies outside the folder")
+    missing = [name for name in names if not (index.parent / name).exists()]
+    if missing:
+        raise UserError(f"{index}: names {len(missing)} missing file(s): {_few(missing)}")
+    return [index.parent / name for name in names]
+
+
+def _match(folder: Path, files: list[TensorFile], shapes: Shapes, kind: Kind) -> dict[str, tuple[TensorFile, str]]:
+    """Where each parameter is stored, in the order of the files; UserError with all that does not fit."""
+    wanted = {torch_key(path): path for path in shapes}
+    found: dict[str, tuple[TensorFile, str]] = {}
+    unexpected, misfits = [], []
+    for file in files:
+        for key in file.keys():  # noqa: SIM118 - not a mapping
+            name = canonical_key(key, kind)
+            path = wanted.get(name)
+            if path is None:
+                if not is_extra(name, kind):
+                    unexpected.append(key)
+                continue
+            stored, expected = file.shape(key), torch_shape(path, shapes[path].shape)
+            if path in found:
+                misfits.append(f"{key} stored twice")
+            elif drop_pointwise(name, stored, kind) != expected:
+                misfits.append(f"{key} {list(stored)} instead of {list(expected)}")
+            elif not jnp.issubdtype(file.dtype(key), jnp.floating):
+                misfits.append(f"{key} of type {file.dtype(key)}")
+            found[path] = (file, key)
+    missing = [name for name, path in wanted.items() if path not in found]
+    problems = [
+        f"{len(names)} {what} ({_few(names)})"
+        for what, names in (("missing", missing), ("unexpected", unexpected), ("ill-fitting", misfits))
+        if names
+    ]
+    if problems:
+        raise UserError(f"{folder}: the tensors do not fit the configuration: " + "; ".join(problems))
+    return found
+
+
+def _cast(file: TensorFile, key: str, path: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+    """One stored tensor in our layout and type."""
+    stored = file.read(key)
+    if not np.isfinite(stored).all():
+        raise UserError(f"{file.path}: tensor {key} holds NaN or infinity")
+    stored = stored.reshape(torch_shape(path, shape))
+    with np.errstate(over="ignore"):
+        array = from_torch(path, stored).astype(dtype, order="C", copy=False)
+    if jnp.finfo(dtype).max < jnp.finfo(stored.dtype).max and not np.isfinite(array).all():
+        raise UserError(f"{file.path}: tensor {key} does not fit into {dtype}")
+    return np.asarray(array, order="C")
+
+
+def _host(value: Any) -> np.ndarray:
+    """The whole array on this host, also where it is spread over several."""
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        value = multihost_utils.process_allgather(value, tiled=True)
+    return np.asarray(value)
+
+
+def _few(names: Iterable[str]) -> str:
+    names = list(names)
+    return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")

@@ -1,0 +1,57 @@
+"""The two factors of one LoRA module: from PyTorch's layout to ours and back.
+
+PyTorch writes down (r, in) and up (out, r) for a Linear, down (r, in, kh, kw) and up (out, r, 1, 1) for a convolution.
+Ours are down (in, r) or (kh, kw, in, r), and up (r, out) always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from hypersd_jax.errors import UserError
+
+
+def fits(down: tuple[int, ...], up: tuple[int, ...], kernel: tuple[int, ...]) -> bool:
+    """Whether factors of these shapes, in PyTorch's layout, belong to a base kernel of this shape in ours.
+
+    A Linear's factors are taken for a 1x1 convolution and the other way round: SD 1.5 and SDXL differ in which of the
+    two `proj_in` is, and exporters mix them up.
+    """
+    *window, fan_in, fan_out = kernel
+    down, up = ((*shape, 1, 1) if len(shape) == 2 else shape for shape in (down, up))
+    rank = down[0] if down else 0
+    return rank > 0 and down == (rank, fan_in, *(window or (1, 1))) and up == (fan_out, rank, 1, 1)
+
+
+def from_torch(down: np.ndarray, up: np.ndarray, kernel: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """(down, up) in our layout, float32, for a base kernel of shape `kernel` that they `fits`."""
+    down = down.reshape(down.shape[0], kernel[-2], *(kernel[:-2] or (1, 1))).transpose(2, 3, 1, 0)
+    down = down.reshape(*kernel[:-1], -1)
+    return np.ascontiguousarray(down, np.float32), np.ascontiguousarray(up.reshape(up.shape[:2]).T, np.float32)
+
+
+def to_torch(entry: Mapping[str, Any], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
+    """(down, up) in PyTorch's layout with the entry's scale folded into `up`, so that alpha = rank means scale 1.
+
+    Raises:
+        UserError: a value is NaN or infinite, or is too large for `dtype`.
+    """
+    down = np.asarray(entry["down"], np.float32)
+    up = (np.asarray(entry["up"], np.float32) * np.asarray(entry["scale"], np.float32)[:, None]).T
+    if down.ndim == 4:
+        down, up = down.transpose(3, 2, 0, 1), up[:, :, None, None]
+    else:
+        down = down.T
+    with np.errstate(over="ignore"):  # reported below, with a name
+        stored = down.astype(dtype, order="C"), up.astype(dtype, order="C")
+    if not all(is_finite(factor) for factor in stored):
+        raise UserError(f"its factors hold NaN, infinite values, or values too large for {np.dtype(dtype).name}")
+    return stored
+
+
+def is_finite(array: np.ndarray) -> bool:
+    """Whether no value is NaN or infinite, for every float type that a file may hold."""
+    return bool(np.isfinite(array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)).all())

@@ -1,0 +1,198 @@
+"""LoRA layouts with dotted module names: PEFT's, and the two that diffusers wrote before it.
+
+    unet.<module>.lora_A.weight / .lora_B.weight                  PEFT inside diffusers; text_encoder., text_encoder_2.
+    base_model.model.<module>.lora_A.weight / .lora_B.weight      PEFT's own folder, with adapter_config.json
+    unet.<module>.lora.down.weight / .lora.up.weight              diffusers, late 2023
+    unet.<attention>.processor.to_q_lora.down.weight / .up.       diffusers, early 2023 (`to_out_lora` is `to_out.0`)
+
+Alpha is no tensor here. diffusers keeps PEFT's LoraConfig in the header as JSON under `lora_adapter_metadata`, its
+fields prefixed by component; a PEFT folder keeps it in adapter_config.json; where there is neither, the scale is 1.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import re
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from hypersd_jax.errors import UserError
+from hypersd_jax.weights.lora_factors import to_torch
+
+HEADER_KEY = "lora_adapter_metadata"
+CONFIG_NAME = "adapter_config.json"
+COMPONENTS = ("unet", "text_encoder_2", "text_encoder")
+
+# (pattern, module, name of the layout); the group `role` says which factor it is.
+_SPELLINGS = tuple(
+    (re.compile(pattern + "$"), module, layout)
+    for pattern, module, layout in (
+        (r"(?P<module>.+)\.lora_(?P<role>A|B)\.weight", r"\g<module>", "PEFT"),
+        (r"(?P<module>.+)\.lora(?:_linear_layer)?\.(?P<role>down|up)\.weight", r"\g<module>", "diffusers"),
+        (
+            r"(?P<module>.+)\.processor\.to_(?P<n>[qkv])_lora\.(?P<role>down|up)\.weight",
+            r"\g<module>.to_\g<n>",
+            "diffusers",
+        ),
+        (r"(?P<module>.+)\.processor\.to_out_lora\.(?P<role>down|up)\.weight", r"\g<module>.to_out.0", "diffusers"),
+        (
+            r"(?P<module>.+\.self_attn)\.to_(?P<n>q|k|v|out)_lora\.(?P<role>down|up)\.weight",
+            r"\g<module>.\g<n>_proj",
+            "diffusers",
+        ),
+        (r"(?P<module>.+)\.(?P<role>alpha)", r"\g<module>", "PEFT"),
+    )
+)
+_ROLES = {"A": "down", "B": "up"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class DottedKey:
+    """What a dotted key says: `component` is None where the key does not name one."""
+
+    component: str | None
+    module: str
+    role: str
+    layout: str
+
+
+def parse(key: str) -> DottedKey | None:
+    """The component, module path and role of a key; None where it follows none of the layouts above."""
+    for pattern, replacement, layout in _SPELLINGS:
+        match = pattern.match(key)
+        if match is not None:
+            name = match.expand(replacement)
+            role = _ROLES.get(match["role"], match["role"])
+            for component in COMPONENTS:
+                if name.startswith(component + "."):
+                    return DottedKey(
+                        component=component, module=name.removeprefix(component + "."), role=role, layout=layout
+                    )
+            return DottedKey(component=None, module=name.removeprefix("base_model.model."), role=role, layout=layout)
+    return None
+
+
+def locate(component: str, module: str, parameters: Mapping[str, Any]) -> str | None:
+    """Our path of `module`, with or without transformers' `text_model.` prefix; None where the model has none such."""
+    names = [module]
+    if component != "unet":
+        names += [module.removeprefix("text_model."), "text_model." + module]
+    return next((name for name in names if name + ".kernel" in parameters), None)
+
+
+def read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str | None, dict[str, Any]]:
+    """PEFT's LoraConfig fields by component (None: of the keys that name no component), from header or folder.
+
+    Raises:
+        UserError: the JSON is broken, or describes another kind of adapter than a plain LoRA.
+    """
+    if HEADER_KEY in metadata:
+        where = f"{file}: header metadata {HEADER_KEY}"
+        fields = _json_object(metadata[HEADER_KEY], where)
+        configs: dict[str | None, dict[str, Any]] = {}
+        for field, value in fields.items():
+            component = next((name for name in COMPONENTS if field.startswith(name + ".")), None)
+            name = field.removeprefix(f"{component}.") if component else field
+            configs.setdefault(component, {})[name] = value
+    else:
+        beside = file.with_name(CONFIG_NAME)
+        if not beside.is_file():
+            return {}
+        where = str(beside)
+        config = _json_object(beside.read_text(encoding="utf-8", errors="replace"), where)
+        configs = dict.fromkeys((None, *COMPONENTS), config)
+    for config in configs.values():
+        _refuse_other_kinds(config, where)
+    return configs
+
+
+def scale_of(config: Mapping[str, Any], module: str, rank: int, where: str) -> tuple[float, float | None]:
+    """(scale, alpha) of one module under PEFT's rules; alpha is None where the config is silent, and the scale 1.
+
+    Args:
+        config: LoraConfig fields; empty means that the file has none.
+        module: the module's name in the file, which `rank_pattern` and `alpha_pattern` are matched against.
+        rank: of the stored factors.
+        where: file and key, for the error.
+
+    Raises:
+        UserError: the config speaks of another rank, so it is not this file's.
+    """
+    if not config:
+        return 1.0, None
+    stated = _patterned(config.get("rank_pattern"), module, config.get("r", rank))
+    alpha = _patterned(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))  # 8 is LoraConfig's default
+    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
+        raise UserError(f"{where}: lora_alpha is {alpha!r}, not a number")
+    if stated != rank:
+        raise UserError(f"{where}: the stored rank is {rank}, but the LoRA's own configuration says {stated}")
+    return (alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank), float(alpha)
+
+
+def encode(component: str, module: str, entry: Mapping[str, Any], *, dtype: Any) -> dict[str, np.ndarray]:
+    """The two tensors of one adapted module, the entry's scale folded into `lora_B`."""
+    name = f"{component}.{_prefixed(component, module)}"
+    down, up = to_torch(entry, dtype)
+    return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+
+
+def describe(adapters: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, str]:
+    """The header metadata that diffusers turns into a LoraConfig on loading: alpha = rank for each module."""
+    fields: dict[str, Any] = {}
+    for component, adapter in adapters.items():
+        ranks = {module.removeprefix("text_model."): entry["scale"].shape[0] for module, entry in adapter.items()}
+        common = Counter(ranks.values()).most_common(1)[0][0]
+        others = {module: rank for module, rank in ranks.items() if rank != common}
+        config = {
+            "peft_type": "LORA",
+            "r": common,
+            "lora_alpha": common,
+            # Without `text_model.`: PEFT compares path endings, and transformers has the prefix in some releases only.
+            "target_modules": sorted(ranks),
+            "rank_pattern": others,
+            "alpha_pattern": others,
+        }
+        fields |= {f"{component}.{name}": value for name, value in config.items()}
+    return {HEADER_KEY: json.dumps(fields, sort_keys=True)}
+
+
+def _prefixed(component: str, module: str) -> str:
+    if component == "unet" or module.startswith(("text_model.", "text_projection")):
+        return module
+    return "text_model." + module
+
+
+def _json_object(text: str, where: str) -> dict[str, Any]:
+    try:
+        value = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{where}: is not JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{where}: is not a JSON object")
+    return value
+
+
+def _refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
+    kind = str(config.get("peft_type") or "LORA").removeprefix("PeftType.")
+    if kind != "LORA":
+        raise UserError(f"{where}: peft_type {kind} is not read here, only LORA")
+    if config.get("use_dora"):
+        raise UserError(f"{where}: DoRA (use_dora) is not read here")
+
+
+def _patterned(patterns: Any, module: str, default: Any) -> Any:
+    """PEFT's rule: the first pattern that the module's name ends with, at a dot, wins."""
+    for pattern, value in (patterns or {}).items():
+        try:
+            matches = re.match(rf"(.*\.)?({pattern})$", module) is not None
+        except re.error:
+            matches = pattern == module
+        if matches:
+            return value
+    return default

@@ -1,0 +1,103 @@
+"""Several LoRAs on one model: named, scaled, and joined into one adapter a component."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax
+
+from hypersd_jax.adapters import Adapter, concatenate, pad, scaled
+from hypersd_jax.config import nearest
+from hypersd_jax.errors import UserError
+from hypersd_jax.weights.lora import LoraReport, read_lora
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoadedLora:
+    """One LoRA as loaded: adapters by component at the file's own strength, the user's scale beside them."""
+
+    adapters: Mapping[str, Adapter]
+    scale: float
+    metadata: Mapping[str, str]
+    origin: str
+
+
+class LoraStack:
+    """The LoRAs of one pipeline, in loading order. `adapters` joins them exactly, by concatenation along the rank."""
+
+    def __init__(self, shapes: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]) -> None:
+        self._shapes = shapes
+        self._loras: dict[str, LoadedLora] = {}
+        self._joined: dict[str, Adapter] | None = None
+
+    def load(self, path: Path, scale: float, name: str | None) -> LoraReport:
+        """Read a file and add it under ``name`` (default: the file's stem)."""
+        file = read_lora(path, self._shapes)
+        self.add(name or path.stem, file.adapters, scale, file.metadata, origin=str(path))
+        return file.report
+
+    def add(
+        self,
+        name: str,
+        adapters: Mapping[str, Adapter],
+        scale: float,
+        metadata: Mapping[str, str] | None = None,
+        origin: str | None = None,
+    ) -> None:
+        """Add adapters under ``name``; a LoRA of that name is replaced and moves to the end."""
+        _check_scale(name, scale)
+        self._loras.pop(name, None)
+        self._loras[name] = LoadedLora(
+            adapters=adapters, scale=scale, metadata=metadata or {}, origin=origin or f"LoRA {name}"
+        )
+        self._joined = None
+
+    def set_scale(self, name: str, scale: float) -> None:
+        """Change the user's scale of one LoRA."""
+        _check_scale(name, scale)
+        self._loras[name] = dataclasses.replace(self._named(name), scale=scale)
+        self._joined = None
+
+    def remove(self, name: str | None) -> None:
+        """Remove one LoRA, or all when ``name`` is None."""
+        if name is None:
+            self._loras.clear()
+        else:
+            self._named(name)
+            del self._loras[name]
+        self._joined = None
+
+    def last(self) -> LoadedLora | None:
+        """The LoRA that was loaded last."""
+        return next(reversed(self._loras.values()), None)
+
+    def adapters(self) -> dict[str, Adapter]:
+        """One adapter a component, its ranks padded to a common bucket; {} without LoRAs."""
+        if self._joined is None:
+            components = dict.fromkeys(name for lora in self._loras.values() for name in lora.adapters)
+            self._joined = {
+                component: pad(
+                    concatenate(
+                        [
+                            scaled(lora.adapters[component], lora.scale)
+                            for lora in self._loras.values()
+                            if component in lora.adapters
+                        ]
+                    )
+                )
+                for component in components
+            }
+        return self._joined
+
+    def _named(self, name: str) -> LoadedLora:
+        if name not in self._loras:
+            raise UserError(f"no LoRA named {name!r} is loaded{nearest(name, self._loras)}")
+        return self._loras[name]
+
+
+def _check_scale(name: str, scale: float) -> None:
+    if not math.isfinite(scale):
+        raise UserError(f"the scale of LoRA {name!r} must be a finite number, not {scale}")

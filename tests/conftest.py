@@ -1,0 +1,20 @@
+"""Settings that every test runs under."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import jax
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update("jax_platforms", "cpu")
+
+try:  # the torch-free suite runs without it
+    import torch
+except ImportError:
+    pass
+else:
+    torch.set_num_threads(1)

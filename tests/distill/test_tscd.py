@@ -1,0 +1,260 @@
+"""Properties of the TSCD loss (Hyper-SD Eq. 12)."""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hypersd_jax.diffusion import PREDICTION_TYPES, Schedule, from_x0_eps, guided, move, to_x0_eps
+from hypersd_jax.distill import Draw, mse, pad_segments, pseudo_huber, tscd_pair
+from hypersd_jax.distill import draw as eager_draw
+from hypersd_jax.distill import tscd_loss as eager_tscd_loss
+from hypersd_jax.errors import UserError
+
+BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+SCHEDULE = Schedule(**BETAS)
+KEY = jax.random.key(7)
+CONTROLS = {name: np.float32(v) for name, v in {"guidance_min": 3, "guidance_max": 9, "offset_noise": 0.1}.items()}
+MEAN = 0.3
+draw = jax.jit(eager_draw, static_argnums=1)
+
+
+def tscd_loss(student, target, tutor, *args, schedule=SCHEDULE, distance=mse, **arrays):
+    """The loss as one compiled program."""
+
+    def loss(args, arrays):
+        return eager_tscd_loss(student, target, tutor, *args, schedule=schedule, distance=distance, **arrays)
+
+    return jax.jit(loss)(args, arrays)
+
+
+def batch_of(size, seed=0):
+    latents = MEAN + jax.random.normal(jax.random.key(seed), (16, 3, 3, 4))[:size]
+    return {"latents": latents, "cond": jnp.linspace(-1, 1, 16)[:size], "uncond": jnp.zeros(size)}
+
+
+def at(t, schedule=SCHEDULE):
+    return tuple(jnp.asarray(a)[t].reshape(-1, 1, 1, 1) for a in (schedule.alpha, schedule.sigma))
+
+
+def network(x, t, cond):
+    return jnp.tanh(0.7 * x + cond.reshape(-1, 1, 1, 1) + t.astype(jnp.float32).reshape(-1, 1, 1, 1) / 1000)
+
+
+def teacher(x, t, cond, uncond, guidance):
+    return guided(network(x, t, uncond), network(x, t, cond), guidance)
+
+
+def gaussian(spread):
+    """The exact noise prediction for data N(MEAN, spread^2)."""
+
+    def predict(x, t, cond):
+        alpha, sigma = at(t)
+        return sigma * (x - alpha * MEAN) / (alpha**2 * spread**2 + sigma**2)
+
+    return predict
+
+
+def ignoring_guidance(predict):
+    return lambda x, t, cond, uncond, guidance: predict(x, t, cond)
+
+
+def psi(x, output, t, s, schedule=SCHEDULE):
+    return move(*to_x0_eps(output, x, *at(t, schedule), schedule.prediction_type), *at(s, schedule))
+
+
+def drawn(t_n, t_prev, t_end):
+    size = len(t_n)
+    return Draw(
+        *(jnp.asarray(t, jnp.int32) for t in (t_n, t_prev, t_end)),
+        jnp.full(size, 5.0),
+        jax.random.normal(KEY, (size, 3, 3, 4)),
+    )
+
+
+def test_pair_is_equation_12():
+    times = drawn([999, 499, 24], [974, 474, 0], [880, 474, 0])
+    batch = batch_of(3)
+    pair = tscd_pair(network, lambda x, t, c: 0.9 * network(x, t, c), teacher, batch, times, schedule=SCHEDULE)
+    x = move(batch["latents"], times.eps, *at(times.t_n))
+    np.testing.assert_array_equal(pair.x_t, x)
+    guided_output = teacher(x, times.t_n, batch["cond"], batch["uncond"], times.guidance)
+    xhat = psi(x, guided_output, times.t_n, times.t_prev)
+    student = psi(x, network(x, times.t_n, batch["cond"]), times.t_n, times.t_end)
+    target = psi(xhat, 0.9 * network(xhat, times.t_prev, batch["cond"]), times.t_prev, times.t_end)
+    np.testing.assert_allclose(pair.prediction, student, rtol=1e-6)
+    np.testing.assert_allclose(pair.target, target, rtol=1e-6)
+
+
+def test_end_at_t_prev_makes_the_target_the_teachers_step():
+    times = drawn([999, 499, 24], [974, 474, 0], [974, 474, 0])
+    batch = batch_of(3)
+    pair = tscd_pair(network, network, teacher, batch, times, schedule=SCHEDULE)
+    xhat = psi(pair.x_t, teacher(pair.x_t, times.t_n, batch["cond"], batch["uncond"], times.guidance), *times[:2])
+    np.testing.assert_allclose(pair.target, xhat, rtol=1e-5, atol=1e-6)
+
+
+def test_one_solver_step_a_segment_ends_on_the_segment_boundary():
+    """With N = k every start has t_prev = t_b, which leaves t_end no choice: the PCM case."""
+    times = draw(KEY, (64, 3, 3, 4), pad_segments(8, 8, 50), CONTROLS)
+    np.testing.assert_array_equal(times.t_end, times.t_prev)
+    segments = pad_segments(40, 8, 50)
+    ends = {**segments, "t_prev": segments["t_b"]}
+    times = draw(KEY, (64, 3, 3, 4), ends, CONTROLS)
+    np.testing.assert_array_equal(times.t_end, times.t_prev)
+
+
+def test_draws_stay_in_their_segments_and_reach_both_ends():
+    segments = pad_segments(40, 4, 1000)
+    times = jax.tree.map(np.asarray, draw(KEY, (4000, 1, 1, 2), segments, CONTROLS))
+    start = np.searchsorted(segments["t_n"][:40], times.t_n)
+    np.testing.assert_array_equal(segments["t_n"][start], times.t_n)
+    np.testing.assert_array_equal(segments["t_prev"][start], times.t_prev)
+    low = segments["t_b"][start]
+    assert np.all((low <= times.t_end) & (times.t_end <= times.t_prev))
+    assert np.unique(start).size == 40
+    assert np.bincount(start).std() < 1.5 * np.sqrt(100)
+    wide = times.t_prev - low == 24
+    assert set(times.t_end[wide] - low[wide]) == set(range(25))
+    assert times.guidance.min() >= 3
+    assert times.guidance.max() <= 9
+    assert times.guidance.mean() == pytest.approx(6, abs=0.1)
+
+
+def test_offset_noise_is_one_shift_a_channel():
+    shape, segments = (2000, 4, 4, 2), pad_segments(8, 1, 8)
+    plain = draw(KEY, shape, segments, {**CONTROLS, "offset_noise": np.float32(0)}).eps
+    shift = draw(KEY, shape, segments, {**CONTROLS, "offset_noise": np.float32(0.1)}).eps - plain
+    assert float(plain.std()) == pytest.approx(1, abs=0.01)
+    assert float(jnp.ptp(shift, axis=(1, 2)).max()) < 1e-6
+    assert float(shift[:, 0, 0].std()) == pytest.approx(0.1, rel=0.05)
+    channels = np.corrcoef(np.asarray(shift[:, 0, 0]).T)
+    assert abs(channels[0, 1]) < 0.1
+
+
+def test_randomness_depends_on_key_and_index_only():
+    segments = pad_segments(40, 4, 50)
+    whole = draw(KEY, (8, 3, 3, 4), segments, CONTROLS)
+    first = draw(KEY, (3, 3, 3, 4), segments, CONTROLS)
+    second = draw(KEY, (5, 3, 3, 4), segments, CONTROLS, indices=np.arange(3, 8))
+    jax.tree.map(
+        np.testing.assert_array_equal, whole, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
+    )
+    assert not np.array_equal(whole.eps[0], whole.eps[1])
+    assert not np.array_equal(whole.eps, draw(jax.random.key(8), (8, 3, 3, 4), segments, CONTROLS).eps)
+    padded = draw(KEY, (8, 3, 3, 4), pad_segments(40, 4, 1000), CONTROLS)
+    jax.tree.map(np.testing.assert_array_equal, whole, padded)
+
+
+def test_padded_samples_count_for_nothing():
+    segments, full = pad_segments(40, 4, 50), batch_of(8)
+    ragged = jax.tree.map(lambda a: a[:5], full)
+    args = (network, network, teacher)
+    weights = jnp.array([1.0] * 5 + [0.0] * 3)
+    loss, metrics = tscd_loss(*args, full, KEY, segments, CONTROLS, weights=weights)
+    expected, expected_metrics = tscd_loss(*args, ragged, KEY, segments, CONTROLS)
+    np.testing.assert_allclose(loss, expected, rtol=1e-6)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, expected_metrics)
+
+
+def test_only_the_student_is_differentiated():
+    def loss(scales):
+        student, target, tutor = (
+            lambda x, t, cond, s=s: s * network(x, t, cond)
+            for s in (scales["student"], scales["target"], scales["teacher"])
+        )
+        segments = pad_segments(40, 4, 50)
+        return tscd_loss(student, target, ignoring_guidance(tutor), batch_of(8), KEY, segments, CONTROLS)[0]
+
+    gradient = jax.grad(loss)({"student": 1.0, "target": 1.0, "teacher": 1.0})
+    assert gradient["student"] != 0
+    assert gradient["target"] == gradient["teacher"] == 0
+
+
+@pytest.mark.parametrize("k", [1, 8])
+def test_straight_trajectories_have_no_loss(k):
+    """Data at one point: the probability-flow ODE is straight in (alpha, sigma), one DDIM step is exact."""
+    point = gaussian(0.0)
+    loss, metrics = tscd_loss(
+        point, point, ignoring_guidance(point), batch_of(16), KEY, pad_segments(40, k, 50), CONTROLS
+    )
+    assert loss < 1e-9
+    assert metrics["mse"] < 1e-9
+    assert metrics["target_variance"] > 1e-3
+
+
+def test_the_exact_solution_of_the_teachers_ode_has_almost_no_loss():
+    """A student that jumps exactly along the curved ODE of Gaussian data; the loss is the teacher's solver error."""
+    spread = 0.5
+    score = gaussian(spread)
+
+    def loss(N):
+        segments = pad_segments(N, 1, 1000)
+        times = draw(KEY, (16, 3, 3, 4), segments, CONTROLS)
+
+        def jump(x, t, cond):
+            # the raw output whose DDIM move to t_end lands on the exact ODE solution: x - alpha MEAN scales with
+            # the standard deviation of the marginal
+            (alpha, sigma), (alpha_s, sigma_s) = at(t), at(times.t_end)
+            scale = jnp.sqrt((alpha_s**2 * spread**2 + sigma_s**2) / (alpha**2 * spread**2 + sigma**2))
+            end = alpha_s * MEAN + scale * (x - alpha * MEAN)
+            slope = sigma_s - alpha_s * sigma / alpha
+            return jnp.where(jnp.abs(slope) > 1e-4, (end - alpha_s / alpha * x) / slope, score(x, t, cond))
+
+        return tscd_loss(jump, jump, ignoring_guidance(score), batch_of(16), KEY, segments, CONTROLS)[0]
+
+    coarse, fine, finest = (float(loss(N)) for N in (8, 40, 500))
+    naive = tscd_loss(score, score, ignoring_guidance(score), batch_of(16), KEY, pad_segments(40, 1, 50), CONTROLS)[0]
+    assert finest < fine < coarse
+    assert finest < 1e-5
+    assert finest < 1e-2 * naive
+
+
+@pytest.mark.parametrize("prediction_type", PREDICTION_TYPES[1:])
+def test_a_wrapped_network_has_the_same_loss(prediction_type):
+    other = Schedule(**BETAS, prediction_type=prediction_type)
+
+    def wrapped(x, t, cond):
+        return from_x0_eps(*to_x0_eps(network(x, t, cond), x, *at(t), "epsilon"), *at(t), prediction_type)
+
+    def wrapped_teacher(x, t, cond, uncond, guidance):
+        return guided(wrapped(x, t, uncond), wrapped(x, t, cond), guidance)
+
+    segments, batch = pad_segments(40, 4, 50), batch_of(16)
+    expected = tscd_loss(network, network, teacher, batch, KEY, segments, CONTROLS)[0]
+    got = tscd_loss(wrapped, wrapped, wrapped_teacher, batch, KEY, segments, CONTROLS, schedule=other)[0]
+    np.testing.assert_allclose(got, expected, rtol=1e-4)
+
+
+def test_stages_share_one_compiled_step():
+    traces = []
+
+    @jax.jit
+    def step(batch, key, segments, controls):
+        traces.append(1)
+        return eager_tscd_loss(network, network, teacher, batch, key, segments, controls, schedule=SCHEDULE)
+
+    losses = [
+        float(step(batch_of(4), KEY, pad_segments(N, k, 50), {**CONTROLS, "guidance_max": np.float32(9 + k)})[0])
+        for N, k in [(40, 8), (40, 4), (40, 2), (50, 1)]
+    ]
+    assert len(traces) == 1
+    assert len(set(losses)) == 4
+
+
+def test_distance_and_metrics():
+    args = (network, network, teacher, batch_of(8), KEY, pad_segments(40, 4, 50), CONTROLS)
+    loss, metrics = tscd_loss(*args)
+    assert loss == metrics["mse"]
+    huber, same = tscd_loss(*args, distance=pseudo_huber(1e-3))
+    assert huber != loss
+    assert same["mse"] == metrics["mse"]
+    assert huber.dtype == jnp.float32
+
+
+def test_clipping_is_refused():
+    clipped = Schedule(**BETAS, clip_sample=True)
+    with pytest.raises(UserError, match="clip_sample"):
+        tscd_pair(network, network, teacher, batch_of(2), drawn([999, 24], [974, 0], [880, 0]), schedule=clipped)

@@ -1,0 +1,124 @@
+"""Train the toy on one mesh shape after another; run by test_devices.py in a process of its own, with eight devices.
+
+Prints one JSON object of what was seen.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import PartitionSpec as P
+
+from hypersd_jax import training
+from hypersd_jax.errors import UserError
+from tests.helpers import toy_training as toy
+
+jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_num_cpu_devices", 8)
+jax.config.update("jax_numpy_rank_promotion", "raise")
+
+WIDTH = 131_200  # 8 x 131,200 float32 is 4.2 MB: just over the rule's threshold
+SLOW = training.OptimizerConfig(learning_rate=1e-4, eps=1e-5)
+SHAPES = [(1, 1), (8, 1), (2, 4), (1, 8)]
+
+
+def split(tree) -> dict[str, list]:
+    """The leaves that are really in pieces, and the shape of a piece."""
+    return {
+        jax.tree_util.keystr(path, simple=True, separator="/"): list(leaf.addressable_shards[0].data.shape)
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+        if leaf.addressable_shards[0].data.shape != leaf.shape
+    }
+
+
+def same_everywhere(seen: dict) -> list[toy.Run]:
+    runs = []
+    for shape in SHAPES:
+        run = toy.Run(training.make_mesh(*shape), width=WIDTH, accumulate=2, config=SLOW)
+        before = split(run.state)
+        first = run.state
+        history = run.go(3)
+        runs.append(run)
+        seen["x".join(map(str, shape))] = {
+            "loss": [each["loss"] for each in history],
+            "grad_norm": [each["grad_norm"] for each in history],
+            "difference": max(
+                float(np.max(np.abs(np.asarray(a) - np.asarray(b))))
+                for a, b in zip(jax.tree.leaves(run.state), jax.tree.leaves(runs[0].state), strict=True)
+            ),
+            "split_before": before,
+            "split_after": split(run.state),
+            "donated": all(leaf.is_deleted() for leaf in jax.tree.leaves(first)),
+            "frozen_kept": not any(leaf.is_deleted() for leaf in jax.tree.leaves(run.frozen)),
+        }
+    return runs
+
+
+def restored_elsewhere(runs: list[toy.Run], folder: Path) -> bool:
+    """A state saved under 2 x 4 comes back bit for bit, and in other pieces, under 1 x 8 and 1 x 1."""
+    saved = runs[SHAPES.index((2, 4))]
+    with training.Checkpointer(folder) as checkpointer:
+        checkpointer.save(3, saved.state, {})
+        for other in (runs[SHAPES.index((1, 8))], runs[0]):
+            state, _ = checkpointer.restore(3, training.abstract(other.mesh, other.state))
+            toy.assert_same(state, saved.state)
+            if split(state) != split(other.state):
+                return False
+    return True
+
+
+def constrained(mesh) -> bool:
+    """A loss may constrain activations to the batch axes by name alone."""
+
+    def loss(trainable, ema, frozen, batch, key, controls):
+        hidden = jax.lax.with_sharding_constraint(batch["x"] @ trainable, P(("data", "fsdp")))
+        return jnp.mean(jnp.square(hidden)), {}
+
+    tx = training.make_optimizer(toy.CONFIG)
+    state = training.init_state(jnp.ones((4, 4)), tx, mesh)
+    step = training.make_step(loss, tx, state, {}, mesh=mesh)
+    batch = training.put_batch({"x": np.ones((1, 16, 4), "f")}, training.batch_sharding(mesh, axis=1))
+    _, metrics = step(state, {}, batch, jax.random.key(0), toy.controls())
+    return float(metrics["loss"]) == 16.0
+
+
+def rules(mesh) -> dict[str, str]:
+    big = 2**21
+    return {
+        name: str(training.leaf_sharding(mesh, shape, dtype).spec)
+        for name, shape, dtype in [
+            ("small", (1024, 1024), np.float32),
+            ("half_as_wide", (big,), jnp.bfloat16),
+            ("tall", (big, 2), np.float32),
+            ("kernel", (3, 3, 640, 1280), np.float32),
+            ("square", (2048, 2048), np.float32),
+            ("second_choice", (1281, 1280), np.float32),
+            ("none_fits", (1281, 1281), np.float32),
+        ]
+    }
+
+
+def main() -> None:
+    seen: dict = {"devices": jax.device_count()}
+    runs = same_everywhere(seen)
+    seen["restored"] = restored_elsewhere(runs, Path(sys.argv[1]))
+    mesh = training.make_mesh(2, 4)
+    seen["constrained"] = constrained(mesh)
+    seen["rules"] = rules(mesh)
+    seen["default"] = dict(training.make_mesh(fsdp=2).shape)
+    try:
+        training.put_batch({"x": np.zeros((1, 12, 4))}, training.batch_sharding(mesh, axis=1))
+    except UserError as error:
+        seen["uneven"] = str(error)
+    batch = training.put_batch({"x": np.zeros((2, 16, 4))}, training.batch_sharding(mesh, axis=1))
+    seen["batch_piece"] = batch["x"].addressable_shards[0].data.shape
+    print(json.dumps(seen))
+
+
+if __name__ == "__main__":
+    main()
