@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from hypersd_jax.errors import UserError
     from hypersd_jax.pipeline import Pipeline
     from hypersd_jax.stages import train
-    from hypersd_jax.weights.lora import convert_lora
+    from hypersd_jax.weights.lora_convert import convert_lora
 
 __version__ = "0.1.0"
 __all__ = ["Pipeline", "UserError", "adapters", "convert_lora", "diffusion", "distill", "load_config", "train"]
@@ -25,7 +25,7 @@ __all__ = ["Pipeline", "UserError", "adapters", "convert_lora", "diffusion", "di
 _HOMES = {
     "Pipeline": "pipeline",
     "UserError": "errors",
-    "convert_lora": "weights.lora",
+    "convert_lora": "weights.lora_convert",
     "load_config": "config",
     "train": "stages",
 }

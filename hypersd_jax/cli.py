@@ -114,7 +114,7 @@ def _sample(options: argparse.Namespace) -> None:
 
 
 def _convert_lora(options: argparse.Namespace) -> None:
-    from hypersd_jax.weights.lora import convert_lora
+    from hypersd_jax.weights.lora_convert import convert_lora
 
     convert_lora(options.source, options.destination, options.to, base=options.base)
     print(options.destination)

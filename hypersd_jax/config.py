@@ -148,7 +148,7 @@ class EvaluationConfig:
 
     samples: int = 256
     guidance: float = 4.0
-    batch_size: int = 32
+    batch_size: int = 16
 
     def __post_init__(self) -> None:
         if self.samples < 0 or self.batch_size < 1:

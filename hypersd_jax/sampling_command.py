@@ -103,9 +103,12 @@ def save_images(images: list[Image.Image], output: Path, texts: list[str]) -> li
         for index, image in enumerate(images):
             path = output if len(images) == 1 else output.with_name(f"{output.stem}-{index:03d}{output.suffix}")
             temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-            info = PngInfo()
-            info.add_text("prompt", texts[index * len(texts) // len(images)])
-            image.save(temporary, **({"pnginfo": info} if path.suffix.lower() == ".png" else {}))
+            if path.suffix.lower() == ".png":
+                info = PngInfo()
+                info.add_text("prompt", texts[index * len(texts) // len(images)])
+                image.save(temporary, pnginfo=info)
+            else:
+                image.save(temporary)
             temporary.replace(path)
             paths.append(path)
     except OSError as error:

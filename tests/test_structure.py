@@ -16,6 +16,7 @@ PACKAGE = ROOT / "hypersd_jax"
 ROOMS = (
     "errors",
     "config",
+    "recipes",
     "diffusion",
     "adapters",
     "models",
@@ -25,6 +26,7 @@ ROOMS = (
     "distill",
     "presets",
     "pipeline",
+    "sampling_command",
     "data",
     "evaluation",
     "training",
@@ -95,7 +97,7 @@ def test_rooms_import_only_what_stands_before_them():
     wrong = []
     for path in MODULES:
         room = room_of(path)
-        if room == "__init__":
+        if room not in ROOMS:  # the package's own `__init__`, or one that the test above names
             continue
         package = ".".join(path.relative_to(ROOT).parent.parts)
         for line, module in imports(path.read_text(encoding="utf-8"), package):

@@ -22,7 +22,7 @@ from hypersd_jax.models.functional import Network
 
 
 class Conditioning(NamedTuple):
-    """What the UNet reads beside the latents: ``context`` (B, S, D); SDXL also ``pooled`` (B, P), ``time_ids`` (B, 6)."""
+    """What the UNet reads beside latents: ``context`` (B, S, D); SDXL also ``pooled`` (B, P), ``time_ids`` (B, 6)."""
 
     context: jax.Array
     pooled: jax.Array | None = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -59,22 +60,29 @@ def draw(
         jnp.asarray(controls[name], jnp.float32) for name in ("guidance_min", "guidance_max", "offset_noise")
     )
 
+    pixels, channels = math.prod(shape[1:-1]), shape[-1]
+
     def one(index: jax.Array) -> Draw:
-        start, end, scale, noise, shift = jax.random.split(jax.random.fold_in(key, index), 5)
-        n = jax.random.randint(start, (), 0, bounds["count"])
+        times_key, noise_key = jax.random.split(jax.random.fold_in(key, index))
+        start, end, scale = jax.random.uniform(times_key, (3,))
+        n = _below(start, bounds["count"])
         t_b, t_prev = bounds["t_b"][n], bounds["t_prev"][n]
-        eps = jax.random.normal(noise, shape[1:])
-        channel_shift = jnp.broadcast_to(jax.random.normal(shift, shape[-1:]), shape[1:])
+        noise = jax.random.normal(noise_key, (pixels + 1, channels))  # the last row is the offset noise
         return Draw(
             t_n=bounds["t_n"][n],
             t_prev=t_prev,
-            t_end=jax.random.randint(end, (), t_b, t_prev + 1),
-            guidance=low + (high - low) * jax.random.uniform(scale),
-            eps=eps + offset * channel_shift,
+            t_end=t_b + _below(end, t_prev - t_b + 1),
+            guidance=low + (high - low) * scale,
+            eps=(noise[:-1] + offset * noise[-1:]).reshape(shape[1:]),
         )
 
     places = jnp.arange(shape[0]) if indices is None else jnp.asarray(indices)
     return jax.vmap(one)(places)
+
+
+def _below(uniform: jax.Array, count: jax.Array) -> jax.Array:
+    """An int32 uniform over 0..count-1 from one in [0, 1); its 2^-23 grid is fine for a thousand values."""
+    return jnp.minimum((uniform * count).astype(jnp.int32), count - 1)
 
 
 def tscd_pair(

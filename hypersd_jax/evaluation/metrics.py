@@ -35,14 +35,14 @@ def _moments(x: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean (D,) and a matrix R (min(N, D), D) with R'R the sample covariance."""
     mean = x.mean(axis=0)
     centred = (x - mean[None]) / np.sqrt(len(x) - 1)
-    return mean, np.linalg.qr(centred, mode="r") if len(x) > x.shape[1] else centred
+    return mean, np.asarray(np.linalg.qr(centred, mode="r")) if len(x) > x.shape[1] else centred
 
 
 def kernel_distance(a: np.ndarray, b: np.ndarray) -> Estimate:
     """KID: the unbiased squared MMD of features (N, D) and (M, D) under (x.y / D + 1)^3 (arXiv 1801.01401, eq. 4).
 
-    On the whole sets, with the two-sample jackknife's standard error. Unbiased, so it may be below zero when the sets
-    come from one distribution.
+    On the whole sets, with the two-sample jackknife's standard error, which is on the safe side where the sets are
+    alike. Unbiased, so it may be below zero when they come from one distribution.
 
     Raises:
         ValueError: with fewer than three rows or different widths.

@@ -18,7 +18,7 @@ NAME = "preview"
 
 
 def draw_preview(
-    pipe: Pipeline, adapter: Adapter, stage: StageConfig, prompts: Sequence[str], path: Path
+    pipe: Pipeline, adapter: Adapter, stage: StageConfig, prompts: Sequence[str], path: Path, *, batch_size: int
 ) -> Image.Image:
     """Draw ``prompts`` with the student at its own step count: a strip of pictures, written to ``path``.
 

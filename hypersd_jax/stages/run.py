@@ -235,7 +235,11 @@ def _finish(run: Run, stage: StageConfig, factors: Factors, file: Path) -> None:
 
 def _preview(run: Run, stage: StageConfig, factors: Factors, name: str) -> None:
     adapter = adapters.join(factors, run.scales)
-    draw_preview(run.pipe, adapter, stage, run.source.preview_prompts, run.output.samples / f"{name}.png")
+    path = run.output.samples / f"{name}.png"
+    # The comparison's batch size, so that both share their compiled programs.
+    draw_preview(
+        run.pipe, adapter, stage, run.source.preview_prompts, path, batch_size=run.config.evaluation.batch_size
+    )
 
 
 def _initial_factors(run: Run) -> Factors:

@@ -36,31 +36,30 @@ class MetricsLog:
             directory: the run's output folder; other stages' lines in its metrics.jsonl stay.
             total: updates of this stage.
             stage: its name, in every line and in TensorBoard's tags.
-            tensorboard: whether to write TensorBoard events beside it.
             resume_step: the restored step; this stage's lines beyond it are dropped, and so is a line that a killed
                 run left unfinished, so that the file has each step once.
+            tensorboard: also write TensorBoard events, to tensorboard/STAGE in the same folder.
 
         Raises:
             UserError: naming file and line, when metrics.jsonl holds something else than JSON lines.
         """
         self.stage = stage
         self._pending: tuple[int, Mapping[str, Any], float] | None = None
-        self._last = time.perf_counter()
+        self._last = resume_step, time.perf_counter()
         self._active = jax.process_index() == 0
         if not self._active:
             return
-        # Imported here because it brings in the whole of PyTorch where that is installed.
-        from tensorboardX import SummaryWriter
-
         path = Path(directory) / METRICS_FILE
         path.parent.mkdir(parents=True, exist_ok=True)
         _drop_lines(path, stage, resume_step)
         self._file = path.open("a", encoding="utf-8")
-        self._events = (
-            SummaryWriter(str(path.parent / "tensorboard" / stage), purge_step=resume_step + 1 if resume_step else None)
-            if tensorboard
-            else None
-        )
+        self._events: Any = None
+        if tensorboard:
+            # Imported here because it brings in the whole of PyTorch where that is installed.
+            from tensorboardX import SummaryWriter
+
+            folder = path.parent / "tensorboard" / stage
+            self._events = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
         interval = 0.5 if sys.stderr.isatty() else 30.0
         self._bar = tqdm(
             total=total, initial=resume_step, desc=stage, unit="step", mininterval=interval, dynamic_ncols=True
@@ -71,12 +70,12 @@ class MetricsLog:
 
         Args:
             step: steps of this stage including it: the first is 1.
-            metrics: scalars, on the devices or off. `seconds` is added: from the previous call to this one, which in
-                a steady loop is the time of one step.
+            metrics: scalars, on the devices or off. `seconds` is added: the mean time of a step since the last line.
         """
         now = time.perf_counter()
-        late, self._pending = self._pending, (step, metrics, now - self._last)
-        self._last = now
+        before, then = self._last
+        late, self._pending = self._pending, (step, metrics, (now - then) / max(step - before, 1))
+        self._last = step, now
         if not self._active:
             return
         for value in metrics.values():
@@ -120,8 +119,9 @@ class MetricsLog:
         record = {"stage": self.stage, "step": step, **line, "seconds": round(seconds, 6)}
         self._file.write(json.dumps(record, allow_nan=False) + "\n")
         self._file.flush()
-        for name, value in values.items() if self._events is not None else ():
-            self._events.add_scalar(f"{self.stage}/{name}", value, step)
+        if self._events is not None:
+            for name, value in values.items():
+                self._events.add_scalar(f"{self.stage}/{name}", value, step)
         self._bar.update(step - self._bar.n)
         if "loss" in values:
             self._bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)

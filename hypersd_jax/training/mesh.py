@@ -15,9 +15,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from hypersd_jax.errors import UserError
-
-BATCH_AXES = ("data", "fsdp")
-"""The mesh axes that together split a batch."""
+from hypersd_jax.weights.placement import BATCH_AXES
 
 Tree = TypeVar("Tree")
 
@@ -50,11 +48,6 @@ def make_mesh(data: int | None = None, fsdp: int = 1, devices: Sequence[jax.Devi
     return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
 
 
-def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
-    """Split one axis of a batch leaf over all devices; a training batch splits axis 1, after the micro-batches."""
-    return NamedSharding(mesh, P(*[None] * axis, BATCH_AXES))
-
-
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same value on every device."""
     return NamedSharding(mesh, P())
@@ -66,7 +59,8 @@ def put_batch(batch: Tree, sharding: NamedSharding) -> Tree:
     Args:
         batch: tree of arrays. In a run of several processes each brings its own rows, equally many in each, and the
             result is the global batch.
-        sharding: from `batch_sharding`.
+        sharding: from `weights.placement.batch_sharding`; training batches are split along axis 1, behind the
+            micro-batches.
 
     Raises:
         UserError: naming `batch_size`, when the rows cannot be dealt out evenly.

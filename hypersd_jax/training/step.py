@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from hypersd_jax.training.mesh import batch_sharding, replicated
+from hypersd_jax.training.mesh import replicated
 from hypersd_jax.training.optimizer import Controls, learning_rate_at
 from hypersd_jax.training.shardings import tree_shardings
 from hypersd_jax.training.state import TrainState, moving_average
+from hypersd_jax.weights.placement import batch_sharding
 
 Metrics = dict[str, jax.Array]
 

@@ -9,6 +9,7 @@ from hypersd_jax.weights.lora import LoraFile as LoraFile
 from hypersd_jax.weights.lora import LoraReport as LoraReport
 from hypersd_jax.weights.lora import read_lora as read_lora
 from hypersd_jax.weights.lora import write_lora as write_lora
+from hypersd_jax.weights.lora_convert import convert_lora as convert_lora
 from hypersd_jax.weights.tensors import TensorFile as TensorFile
 from hypersd_jax.weights.tensors import open_tensors as open_tensors
 from hypersd_jax.weights.tensors import save_tensors as save_tensors

@@ -19,6 +19,7 @@ from hypersd_jax.models.functional import Network
 from hypersd_jax.models.unet import UNetConfig, unet
 from hypersd_jax.models.vae import VaeConfig, vae
 from hypersd_jax.weights.folder import load_params, read_json
+from hypersd_jax.weights.keys import Kind
 from hypersd_jax.weights.placement import batch_sharding, leaf_sharding
 
 EMBEDDED = "embedded"
@@ -64,7 +65,6 @@ class Components:
     def shapes(self) -> dict[str, Mapping[str, jax.ShapeDtypeStruct]]:
         """Parameter shapes of the components that a LoRA may adapt."""
         return {"unet": self.unet.shapes, **{name: net.shapes for name, net in self.text_encoders.items()}}
-
 
     def scale(self, z: jax.Array) -> jax.Array:
         """Autoencoder latents as the UNet sees them."""
@@ -118,7 +118,7 @@ def load_components(
 
     params = {}
     for name, network in networks.items():
-        component = "clip" if name.startswith("text_encoder") else name
+        component: Kind = "unet" if name == "unet" else "vae" if name == "vae" else "clip"
         params[name] = load_params(folder / name, network.shapes, dtype=dtype, component_kind=component, sharding=place)
     return Components(
         folder=folder,

@@ -134,7 +134,8 @@ def write_lora(
 ) -> None:
     """Writes a LoRA file whose alpha equals its rank: the adapter's scale is folded into the up factors.
 
-    So a reader that ignores alpha applies the same strength as one that honours it.
+    So a reader that ignores alpha applies the same strength as one that honours it (where ranks differ, see
+    `lora_kohya.encode`).
 
     Args:
         path: where to; replaced atomically.
@@ -155,16 +156,14 @@ def write_lora(
     if text_encoders is None:
         text_encoders = 2 if "text_encoder_2" in adapters else 1
     tensors: dict[str, np.ndarray] = {}
-    for component, adapter in adapters.items():
-        for module, entry in adapter.items():
-            try:
-                tensors |= (
-                    lora_kohya.encode(component, module, entry, dtype=dtype, text_encoders=text_encoders)
-                    if layout == "kohya"
-                    else lora_peft.encode(component, module, entry, dtype=dtype)
-                )
-            except UserError as error:
-                raise UserError(f"{path}: {component} {module}: {error}") from None
+    try:
+        for component, adapter in adapters.items():
+            if layout == "kohya":
+                tensors |= lora_kohya.encode(component, adapter, dtype=dtype, text_encoders=text_encoders)
+            else:
+                tensors |= lora_peft.encode(component, adapter, dtype=dtype)
+    except UserError as error:
+        raise UserError(f"{path}: {error}") from None
     given = {name: value for name, value in (metadata or {}).items() if name not in _ABOUT_FACTORS}
     header = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
     describe = lora_kohya.describe if layout == "kohya" else lora_peft.describe

@@ -6,6 +6,7 @@ Ours are down (in, r) or (kh, kw, in, r), and up (r, out) always.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -33,14 +34,30 @@ def from_torch(down: np.ndarray, up: np.ndarray, kernel: tuple[int, ...]) -> tup
     return np.ascontiguousarray(down, np.float32), np.ascontiguousarray(up.reshape(up.shape[:2]).T, np.float32)
 
 
-def to_torch(entry: Mapping[str, Any], dtype: Any) -> tuple[np.ndarray, np.ndarray]:
-    """(down, up) in PyTorch's layout with the entry's scale folded into `up`, so that alpha = rank means scale 1.
+def common_rank(adapter: Mapping[str, Mapping[str, Any]]) -> int:
+    """The rank that most modules have."""
+    return Counter(entry["scale"].shape[0] for entry in adapter.values()).most_common(1)[0][0]
+
+
+def to_torch(
+    module: str, entry: Mapping[str, Any], dtype: Any, alpha: float | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """(down, up) in PyTorch's layout, the entry's scale folded into `up` for a reader that multiplies by alpha / rank.
+
+    Args:
+        module: its path, for the error.
+        entry: {"down", "up", "scale"}.
+        dtype: to store.
+        alpha: as the reader is told it; None means the rank, so that its scale is 1.
 
     Raises:
         UserError: a value is NaN or infinite, or is too large for `dtype`.
     """
     down = np.asarray(entry["down"], np.float32)
-    up = (np.asarray(entry["up"], np.float32) * np.asarray(entry["scale"], np.float32)[:, None]).T
+    scale = np.asarray(entry["scale"], np.float32)
+    if alpha is not None:
+        scale = scale * np.float32(len(scale) / alpha)
+    up = (np.asarray(entry["up"], np.float32) * scale[:, None]).T
     if down.ndim == 4:
         down, up = down.transpose(3, 2, 0, 1), up[:, :, None, None]
     else:
@@ -48,7 +65,9 @@ def to_torch(entry: Mapping[str, Any], dtype: Any) -> tuple[np.ndarray, np.ndarr
     with np.errstate(over="ignore"):  # reported below, with a name
         stored = down.astype(dtype, order="C"), up.astype(dtype, order="C")
     if not all(is_finite(factor) for factor in stored):
-        raise UserError(f"its factors hold NaN, infinite values, or values too large for {np.dtype(dtype).name}")
+        raise UserError(
+            f"{module}: its LoRA factors hold NaN, infinite values, or values too large for {np.dtype(dtype).name}"
+        )
     return stored
 
 

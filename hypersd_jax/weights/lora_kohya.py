@@ -11,12 +11,12 @@ Underscores cannot be turned back into dots without knowing the model, so readin
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
 
-from hypersd_jax.weights.lora_factors import to_torch
+from hypersd_jax.weights.lora_factors import common_rank, to_torch
 
 ROLES = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
 """Suffixes after the first dot of a key."""
@@ -45,26 +45,28 @@ def module_index(shapes: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str
 
 
 def encode(
-    component: str, module: str, entry: Mapping[str, Any], *, dtype: Any, text_encoders: int
-) -> dict[str, np.ndarray]:
-    """The three tensors of one adapted module.
+    component: str, adapter: Mapping[str, Mapping[str, Any]], *, dtype: Any, text_encoders: int
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The names and tensors of one component, three for each adapted module.
+
+    Scales are folded into the up factors and alpha is the rank. Where ranks differ, all modules state the most common
+    one as alpha: diffusers loses any other alpha of an attention module, as its names no longer match by then.
 
     Args:
         component: "unet", "text_encoder" or "text_encoder_2".
-        module: dotted module path.
-        entry: {"down", "up", "scale"}; the scale is folded into `up` and alpha written as the rank.
+        adapter: ``{dotted module path: {"down", "up", "scale"}}``.
         dtype: of the factors; alpha is a float32 scalar.
         text_encoders: how many the model has: kohya calls the only one `lora_te` and the first of two `lora_te1`.
     """
     first_text_prefix = "lora_te_" if text_encoders == 1 else "lora_te1_"
     prefix = {"unet": "lora_unet_", "text_encoder": first_text_prefix, "text_encoder_2": "lora_te2_"}[component]
-    name = prefix + _underscored(component, module)
-    down, up = to_torch(entry, dtype)
-    return {
-        f"{name}.alpha": np.array(down.shape[0], np.float32),
-        f"{name}.lora_down.weight": down,
-        f"{name}.lora_up.weight": up,
-    }
+    alpha = common_rank(adapter)
+    for module, entry in adapter.items():
+        name = prefix + _underscored(component, module)
+        down, up = to_torch(module, entry, dtype, alpha)
+        yield f"{name}.alpha", np.array(alpha, np.float32)
+        yield f"{name}.lora_down.weight", down
+        yield f"{name}.lora_up.weight", up
 
 
 def describe(adapters: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, str]:

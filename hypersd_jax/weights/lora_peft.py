@@ -14,8 +14,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from hypersd_jax.errors import UserError
-from hypersd_jax.weights.lora_factors import to_torch
+from hypersd_jax.weights.lora_factors import common_rank, to_torch
 
 HEADER_KEY = "lora_adapter_metadata"
 CONFIG_NAME = "adapter_config.json"
@@ -135,11 +134,13 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int, where: str) -> t
     return (alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank), float(alpha)
 
 
-def encode(component: str, module: str, entry: Mapping[str, Any], *, dtype: Any) -> dict[str, np.ndarray]:
-    """The two tensors of one adapted module, the entry's scale folded into `lora_B`."""
-    name = f"{component}.{_prefixed(component, module)}"
-    down, up = to_torch(entry, dtype)
-    return {f"{name}.lora_A.weight": down, f"{name}.lora_B.weight": up}
+def encode(component: str, adapter: Mapping[str, Mapping[str, Any]], *, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
+    """The names and tensors of one component, two for each adapted module, scales folded into `lora_B`."""
+    for module, entry in adapter.items():
+        name = f"{component}.{_prefixed(component, module)}"
+        down, up = to_torch(module, entry, dtype)
+        yield f"{name}.lora_A.weight", down
+        yield f"{name}.lora_B.weight", up
 
 
 def describe(adapters: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[str, str]:
@@ -147,7 +148,7 @@ def describe(adapters: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[st
     fields: dict[str, Any] = {}
     for component, adapter in adapters.items():
         ranks = {module.removeprefix("text_model."): entry["scale"].shape[0] for module, entry in adapter.items()}
-        common = Counter(ranks.values()).most_common(1)[0][0]
+        common = common_rank(adapter)
         others = {module: rank for module, rank in ranks.items() if rank != common}
         config = {
             "peft_type": "LORA",

@@ -18,7 +18,6 @@ from jax import lax
 
 from hypersd_jax import adapters
 
-
 RNG = np.random.default_rng(0)
 
 

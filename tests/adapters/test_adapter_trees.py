@@ -9,6 +9,7 @@ import pytest
 
 from hypersd_jax import adapters
 from hypersd_jax.errors import UserError
+from hypersd_jax.weights.families import FAMILIES, adaptable_shapes
 
 SHAPES = {
     path: jax.ShapeDtypeStruct(shape, jnp.float32)
@@ -190,3 +191,11 @@ def test_fuse_and_unfuse_give_the_base_back_bit_for_bit() -> None:
 def test_merging_an_unknown_module_names_it() -> None:
     with pytest.raises(KeyError, match=r"somewhere\.else"):
         adapters.merge({}, {"somewhere.else": random_adapter(0, rank=2)[LINEAR]})
+
+
+@pytest.mark.parametrize(("family", "modules", "parameters"), [("sd15", 278, 67_252_224), ("sdxl", 788, 196_751_360)])
+def test_the_14_targets_are_the_modules_of_the_published_loras(family: str, modules: int, parameters: int) -> None:
+    shapes = adaptable_shapes({"unet": FAMILIES[family]["unet"]})["unet"]
+    abstract = jax.eval_shape(lambda key: adapters.init(key, shapes, rank=64), jax.random.key(0))
+    assert len(abstract) == modules
+    assert sum(entry["down"].size + entry["up"].size for entry in abstract.values()) == parameters

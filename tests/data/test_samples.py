@@ -12,7 +12,7 @@ from hypersd_jax.data.order import mix, shuffled
 from hypersd_jax.data.samples import draw_colours
 from hypersd_jax.errors import UserError
 
-EVALUATION_DIGEST = "fill"
+EVALUATION_DIGEST = "5f4d96fa1f323cdb704bc1488a224b250038a840bf9a9bb3cb956254a688987c"
 
 
 def test_hash_is_splitmix64() -> None:

@@ -8,9 +8,8 @@ import numpy as np
 import pytest
 
 from hypersd_jax.diffusion import PREDICTION_TYPES, Schedule, from_x0_eps, guided, move, to_x0_eps
-from hypersd_jax.distill import Draw, mse, pad_segments, pseudo_huber, tscd_pair
+from hypersd_jax.distill import Draw, batch_mean, mse, pad_segments, pseudo_huber, tscd_loss, tscd_pair
 from hypersd_jax.distill import draw as eager_draw
-from hypersd_jax.distill import tscd_loss as eager_tscd_loss
 from hypersd_jax.errors import UserError
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -18,16 +17,16 @@ SCHEDULE = Schedule(**BETAS)
 KEY = jax.random.key(7)
 CONTROLS = {name: np.float32(v) for name, v in {"guidance_min": 3, "guidance_max": 9, "offset_noise": 0.1}.items()}
 MEAN = 0.3
+SHAPE = (16, 3, 3, 4)
+LENGTH = 1000  # of the padded segments; one shape and one length for most tests, since compiling takes their time
 draw = jax.jit(eager_draw, static_argnums=1)
 
 
-def tscd_loss(student, target, tutor, *args, schedule=SCHEDULE, distance=mse, **arrays):
-    """The loss as one compiled program."""
-
-    def loss(args, arrays):
-        return eager_tscd_loss(student, target, tutor, *args, schedule=schedule, distance=distance, **arrays)
-
-    return jax.jit(loss)(args, arrays)
+def loss_of(student, target, tutor, N=40, k=4, schedule=SCHEDULE):
+    """The loss of 16 samples, from draws that all tests compile once."""
+    times = draw(KEY, SHAPE, pad_segments(N, k, LENGTH), CONTROLS)
+    pair = tscd_pair(student, target, tutor, batch_of(16), times, schedule=schedule)
+    return batch_mean(mse(pair.prediction, pair.target))
 
 
 def batch_of(size, seed=0):
@@ -98,16 +97,13 @@ def test_end_at_t_prev_makes_the_target_the_teachers_step():
 
 def test_one_solver_step_a_segment_ends_on_the_segment_boundary():
     """With N = k every start has t_prev = t_b, which leaves t_end no choice: the PCM case."""
-    times = draw(KEY, (64, 3, 3, 4), pad_segments(8, 8, 50), CONTROLS)
+    times = draw(KEY, SHAPE, pad_segments(8, 8, LENGTH), CONTROLS)
     np.testing.assert_array_equal(times.t_end, times.t_prev)
-    segments = pad_segments(40, 8, 50)
-    ends = {**segments, "t_prev": segments["t_b"]}
-    times = draw(KEY, (64, 3, 3, 4), ends, CONTROLS)
-    np.testing.assert_array_equal(times.t_end, times.t_prev)
+    np.testing.assert_array_equal(times.t_end, np.maximum(np.asarray(times.t_n) - 125, 0))
 
 
 def test_draws_stay_in_their_segments_and_reach_both_ends():
-    segments = pad_segments(40, 4, 1000)
+    segments = pad_segments(40, 4, LENGTH)
     times = jax.tree.map(np.asarray, draw(KEY, (4000, 1, 1, 2), segments, CONTROLS))
     start = np.searchsorted(segments["t_n"][:40], times.t_n)
     np.testing.assert_array_equal(segments["t_n"][start], times.t_n)
@@ -116,57 +112,50 @@ def test_draws_stay_in_their_segments_and_reach_both_ends():
     assert np.all((low <= times.t_end) & (times.t_end <= times.t_prev))
     assert np.unique(start).size == 40
     assert np.bincount(start).std() < 1.5 * np.sqrt(100)
-    wide = times.t_prev - low == 24
-    assert set(times.t_end[wide] - low[wide]) == set(range(25))
+    narrow = times.t_prev - low == 25
+    assert set(times.t_end[narrow] - low[narrow]) == set(range(26))
     assert times.guidance.min() >= 3
     assert times.guidance.max() <= 9
     assert times.guidance.mean() == pytest.approx(6, abs=0.1)
 
 
 def test_offset_noise_is_one_shift_a_channel():
-    shape, segments = (2000, 4, 4, 2), pad_segments(8, 1, 8)
+    shape, segments = (2000, 4, 4, 2), pad_segments(8, 1, LENGTH)
     plain = draw(KEY, shape, segments, {**CONTROLS, "offset_noise": np.float32(0)}).eps
-    shift = draw(KEY, shape, segments, {**CONTROLS, "offset_noise": np.float32(0.1)}).eps - plain
+    shift = np.asarray(draw(KEY, shape, segments, CONTROLS).eps - plain)
     assert float(plain.std()) == pytest.approx(1, abs=0.01)
-    assert float(jnp.ptp(shift, axis=(1, 2)).max()) < 1e-6
-    assert float(shift[:, 0, 0].std()) == pytest.approx(0.1, rel=0.05)
-    channels = np.corrcoef(np.asarray(shift[:, 0, 0]).T)
-    assert abs(channels[0, 1]) < 0.1
+    assert np.ptp(shift, axis=(1, 2)).max() < 1e-6
+    assert shift[:, 0, 0].std() == pytest.approx(0.1, rel=0.05)
+    assert abs(np.corrcoef(shift[:, 0, 0].T)[0, 1]) < 0.1
 
 
 def test_randomness_depends_on_key_and_index_only():
-    segments = pad_segments(40, 4, 50)
-    whole = draw(KEY, (8, 3, 3, 4), segments, CONTROLS)
-    first = draw(KEY, (3, 3, 3, 4), segments, CONTROLS)
-    second = draw(KEY, (5, 3, 3, 4), segments, CONTROLS, indices=np.arange(3, 8))
-    jax.tree.map(
-        np.testing.assert_array_equal, whole, jax.tree.map(lambda a, b: jnp.concatenate([a, b]), first, second)
-    )
+    segments = pad_segments(40, 4, LENGTH)
+    whole = draw(KEY, SHAPE, segments, CONTROLS)
+    part = draw(KEY, (5, *SHAPE[1:]), segments, CONTROLS, np.arange(3, 8))
+    jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[3:8], b), whole, part)
     assert not np.array_equal(whole.eps[0], whole.eps[1])
-    assert not np.array_equal(whole.eps, draw(jax.random.key(8), (8, 3, 3, 4), segments, CONTROLS).eps)
-    padded = draw(KEY, (8, 3, 3, 4), pad_segments(40, 4, 1000), CONTROLS)
-    jax.tree.map(np.testing.assert_array_equal, whole, padded)
+    assert not np.array_equal(whole.eps, draw(jax.random.key(8), SHAPE, segments, CONTROLS).eps)
 
 
 def test_padded_samples_count_for_nothing():
-    segments, full = pad_segments(40, 4, 50), batch_of(8)
-    ragged = jax.tree.map(lambda a: a[:5], full)
-    args = (network, network, teacher)
-    weights = jnp.array([1.0] * 5 + [0.0] * 3)
-    loss, metrics = tscd_loss(*args, full, KEY, segments, CONTROLS, weights=weights)
-    expected, expected_metrics = tscd_loss(*args, ragged, KEY, segments, CONTROLS)
-    np.testing.assert_allclose(loss, expected, rtol=1e-6)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), metrics, expected_metrics)
+    def loss(latents, weights):
+        batch, segments = {**batch_of(16), "latents": latents}, pad_segments(40, 4, LENGTH)
+        return tscd_loss(network, network, teacher, batch, KEY, segments, CONTROLS, schedule=SCHEDULE, weights=weights)
+
+    latents, weights = batch_of(16)["latents"], jnp.ones(16).at[11:].set(0.0)
+    run = jax.jit(loss)
+    full, ragged, other = run(latents, jnp.ones(16)), run(latents, weights), run(latents.at[11:].set(5.0), weights)
+    assert full[0] != ragged[0]
+    jax.tree.map(np.testing.assert_array_equal, ragged, other)
+    assert jnp.isfinite(run(latents, jnp.zeros(16))[0])
 
 
 def test_only_the_student_is_differentiated():
     def loss(scales):
-        student, target, tutor = (
-            lambda x, t, cond, s=s: s * network(x, t, cond)
-            for s in (scales["student"], scales["target"], scales["teacher"])
-        )
-        segments = pad_segments(40, 4, 50)
-        return tscd_loss(student, target, ignoring_guidance(tutor), batch_of(8), KEY, segments, CONTROLS)[0]
+        names = ("student", "target", "teacher")
+        student, target, tutor = (lambda x, t, cond, name=name: scales[name] * network(x, t, cond) for name in names)
+        return loss_of(student, target, ignoring_guidance(tutor))
 
     gradient = jax.grad(loss)({"student": 1.0, "target": 1.0, "teacher": 1.0})
     assert gradient["student"] != 0
@@ -177,12 +166,8 @@ def test_only_the_student_is_differentiated():
 def test_straight_trajectories_have_no_loss(k):
     """Data at one point: the probability-flow ODE is straight in (alpha, sigma), one DDIM step is exact."""
     point = gaussian(0.0)
-    loss, metrics = tscd_loss(
-        point, point, ignoring_guidance(point), batch_of(16), KEY, pad_segments(40, k, 50), CONTROLS
-    )
-    assert loss < 1e-9
-    assert metrics["mse"] < 1e-9
-    assert metrics["target_variance"] > 1e-3
+    assert loss_of(point, point, ignoring_guidance(point), k=k) < 1e-9
+    assert loss_of(network, point, ignoring_guidance(point), k=k) > 1e-3
 
 
 def test_the_exact_solution_of_the_teachers_ode_has_almost_no_loss():
@@ -191,8 +176,7 @@ def test_the_exact_solution_of_the_teachers_ode_has_almost_no_loss():
     score = gaussian(spread)
 
     def loss(N):
-        segments = pad_segments(N, 1, 1000)
-        times = draw(KEY, (16, 3, 3, 4), segments, CONTROLS)
+        times = draw(KEY, SHAPE, pad_segments(N, 1, LENGTH), CONTROLS)
 
         def jump(x, t, cond):
             # the raw output whose DDIM move to t_end lands on the exact ODE solution: x - alpha MEAN scales with
@@ -203,29 +187,25 @@ def test_the_exact_solution_of_the_teachers_ode_has_almost_no_loss():
             slope = sigma_s - alpha_s * sigma / alpha
             return jnp.where(jnp.abs(slope) > 1e-4, (end - alpha_s / alpha * x) / slope, score(x, t, cond))
 
-        return tscd_loss(jump, jump, ignoring_guidance(score), batch_of(16), KEY, segments, CONTROLS)[0]
+        return float(loss_of(jump, jump, ignoring_guidance(score), N=N, k=1))
 
-    coarse, fine, finest = (float(loss(N)) for N in (8, 40, 500))
-    naive = tscd_loss(score, score, ignoring_guidance(score), batch_of(16), KEY, pad_segments(40, 1, 50), CONTROLS)[0]
+    coarse, fine, finest = (loss(N) for N in (8, 40, 500))
     assert finest < fine < coarse
     assert finest < 1e-5
-    assert finest < 1e-2 * naive
+    assert finest < 1e-2 * loss_of(score, score, ignoring_guidance(score), N=40, k=1)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES[1:])
 def test_a_wrapped_network_has_the_same_loss(prediction_type):
-    other = Schedule(**BETAS, prediction_type=prediction_type)
-
     def wrapped(x, t, cond):
         return from_x0_eps(*to_x0_eps(network(x, t, cond), x, *at(t), "epsilon"), *at(t), prediction_type)
 
     def wrapped_teacher(x, t, cond, uncond, guidance):
         return guided(wrapped(x, t, uncond), wrapped(x, t, cond), guidance)
 
-    segments, batch = pad_segments(40, 4, 50), batch_of(16)
-    expected = tscd_loss(network, network, teacher, batch, KEY, segments, CONTROLS)[0]
-    got = tscd_loss(wrapped, wrapped, wrapped_teacher, batch, KEY, segments, CONTROLS, schedule=other)[0]
-    np.testing.assert_allclose(got, expected, rtol=1e-4)
+    other = Schedule(**BETAS, prediction_type=prediction_type)
+    expected = loss_of(network, network, teacher)
+    np.testing.assert_allclose(loss_of(wrapped, wrapped, wrapped_teacher, schedule=other), expected, rtol=1e-4)
 
 
 def test_stages_share_one_compiled_step():
@@ -234,10 +214,10 @@ def test_stages_share_one_compiled_step():
     @jax.jit
     def step(batch, key, segments, controls):
         traces.append(1)
-        return eager_tscd_loss(network, network, teacher, batch, key, segments, controls, schedule=SCHEDULE)
+        return tscd_loss(network, network, teacher, batch, key, segments, controls, schedule=SCHEDULE)[0]
 
     losses = [
-        float(step(batch_of(4), KEY, pad_segments(N, k, 50), {**CONTROLS, "guidance_max": np.float32(9 + k)})[0])
+        float(step(batch_of(16), KEY, pad_segments(N, k, LENGTH), {**CONTROLS, "guidance_max": np.float32(9 + k)}))
         for N, k in [(40, 8), (40, 4), (40, 2), (50, 1)]
     ]
     assert len(traces) == 1
@@ -245,13 +225,15 @@ def test_stages_share_one_compiled_step():
 
 
 def test_distance_and_metrics():
-    args = (network, network, teacher, batch_of(8), KEY, pad_segments(40, 4, 50), CONTROLS)
-    loss, metrics = tscd_loss(*args)
-    assert loss == metrics["mse"]
-    huber, same = tscd_loss(*args, distance=pseudo_huber(1e-3))
-    assert huber != loss
-    assert same["mse"] == metrics["mse"]
-    assert huber.dtype == jnp.float32
+    args = (network, network, teacher, batch_of(16), KEY, pad_segments(40, 4, LENGTH), CONTROLS)
+    loss, metrics = jax.jit(lambda: tscd_loss(*args, schedule=SCHEDULE, distance=pseudo_huber(1e-3)))()
+    times = draw(KEY, SHAPE, args[5], CONTROLS)
+    pair = tscd_pair(*args[:4], times, schedule=SCHEDULE)
+    difference, target = np.asarray(pair.prediction - pair.target, np.float64), np.asarray(pair.target)
+    np.testing.assert_allclose(loss, np.mean(np.sqrt(difference**2 + 1e-6) - 1e-3), rtol=1e-5)
+    np.testing.assert_allclose(metrics["mse"], np.mean(difference**2), rtol=1e-5)
+    np.testing.assert_allclose(metrics["target_variance"], np.mean(target.var(axis=(1, 2, 3))), rtol=1e-5)
+    assert loss.dtype == jnp.float32
 
 
 def test_clipping_is_refused():

@@ -45,12 +45,10 @@ def test_frechet_of_one_dimension_is_the_closed_form() -> None:
 def test_kernel_distance_is_unbiased() -> None:
     rng = np.random.default_rng(2)
     found = [kernel_distance(rng.normal(size=(30, 5)), rng.normal(size=(40, 5))) for _ in range(400)]
-    values, errors = np.array(found).T
+    values = np.array(found)[:, 0]
     assert (values < 0).any()
     assert (values > 0).any()
     assert abs(values.mean()) < 3 * values.std() / np.sqrt(len(values))
-    # The jackknife's error is the spread that is really there.
-    assert np.sqrt(np.mean(errors**2)) == pytest.approx(values.std(), rel=0.3)
 
 
 def test_kernel_distance_by_loops() -> None:
@@ -68,8 +66,11 @@ def test_kernel_distance_by_loops() -> None:
 
 def test_kernel_distance_tells_sets_apart() -> None:
     rng = np.random.default_rng(4)
-    far = kernel_distance(rng.normal(size=(60, 5)), rng.normal(1.0, 1.0, size=(60, 5)))
-    assert far.mean > 5 * far.standard_error > 0
+    found = [kernel_distance(rng.normal(size=(60, 5)), rng.normal(1.0, 1.0, size=(50, 5))) for _ in range(200)]
+    values, errors = np.array(found).T
+    assert values.mean() > 3 * values.std()
+    # The jackknife's error is the spread that is really there.
+    assert np.sqrt(np.mean(errors**2)) == pytest.approx(values.std(), rel=0.15)
 
 
 def test_image_distance_is_in_the_unit_range() -> None:

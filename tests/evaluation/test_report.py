@@ -39,7 +39,7 @@ def report(**changes: object) -> Report:
     parts = {
         "title": "A run & its results",
         "summary": ["Two students."],
-        "facts": {"seed": 0, "devices": "8 × TPU", "updates": 12000},
+        "facts": {"seed": 0, "devices": "8 TPU cores", "updates": 12000},
         "rows": ROWS,
         "notes": ["FID (EfficientNet-Lite0)."],
         "metrics": metrics(),
@@ -86,7 +86,7 @@ def test_every_row_and_value_is_shown() -> None:
     assert "\N{EN DASH}" in body  # the missing distance
     assert "own key</th>" in page
     assert "kid se" not in page
-    for text in ("A run &amp; its results", "8 × TPU", "12,000", "FID (EfficientNet-Lite0).", "Held-out prompts"):
+    for text in ("A run &amp; its results", "8 TPU cores", "12,000", "FID (EfficientNet-Lite0).", "Held-out prompts"):
         assert text in page
 
 

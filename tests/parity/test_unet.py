@@ -25,26 +25,26 @@ SMALL: dict[str, Any] = {
     "cross_attention_dim": 12,
     "attention_head_dim": 4,
 }
-THREE: dict[str, Any] = {
+COARSE: dict[str, Any] = {
     **SMALL,
-    "block_out_channels": [8, 16, 24],
-    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"],
-    "up_block_types": ["CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"],
+    "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
+    "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
 }
 CONFIGS: dict[str, dict[str, Any]] = {
-    "sd1": {**SMALL, "layers_per_block": 2, "attention_head_dim": 8},
+    "sd1": {**SMALL, "attention_head_dim": 8},
     "sd2": {**SMALL, "attention_head_dim": [2, 4], "use_linear_projection": True, "upcast_attention": True},
     "sdxl": {
-        **THREE,
+        **COARSE,
         "use_linear_projection": True,
-        "attention_head_dim": [1, 2, 4],
-        "transformer_layers_per_block": [1, 2, 3],
+        "attention_head_dim": [1, 2],
+        "transformer_layers_per_block": [1, 2],
         "addition_embed_type": "text_time",
         "addition_time_embed_dim": 6,
         "projection_class_embeddings_input_dim": 46,
     },
     "guidance_embedding": {
-        **SMALL,
+        **COARSE,
+        "mid_block_type": None,
         "time_cond_proj_dim": 10,
         "flip_sin_to_cos": False,
         "freq_shift": 1,
@@ -53,15 +53,16 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "time_embedding_dim": 40,
         "center_input_sample": True,
     },
-    "odd_size": {**THREE, "in_channels": 5, "out_channels": 3},
-    "layers_list": {**THREE, "layers_per_block": [2, 1, 1], "mid_block_type": "UNetMidBlock2D", "conv_in_kernel": 5},
+    "odd_size": {**SMALL, "mid_block_type": "UNetMidBlock2D", "in_channels": 5, "out_channels": 3},
+    "layers_list": {**COARSE, "layers_per_block": [2, 1], "mid_block_type": None, "conv_in_kernel": 5},
     "asymmetric": {
-        **THREE,
-        "transformer_layers_per_block": [1, [2], 1],
-        "reverse_transformer_layers_per_block": [[1, 2], 2, 1],
-        "cross_attention_dim": [12, 12, 12],
-        "only_cross_attention": [False, True, False],
+        **COARSE,
+        "transformer_layers_per_block": [1, [1]],
+        "reverse_transformer_layers_per_block": [[2, 1], 1],
+        "cross_attention_dim": [12, 12],
+        "only_cross_attention": [False, True],
         "downsample_padding": 0,
+        "mid_block_type": None,
     },
     "no_middle": {
         **SMALL,
@@ -71,7 +72,13 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "norm_eps": 1e-3,
         "conv_out_kernel": 1,
     },
-    "middle_scale": {**SMALL, "mid_block_scale_factor": 1.5, "down_block_types": ["DownBlock2D"] * 2, "act_fn": "relu"},
+    "middle_scale": {
+        **COARSE,
+        "up_block_types": ["UpBlock2D"] * 2,
+        "down_block_types": ["DownBlock2D"] * 2,
+        "mid_block_scale_factor": 1.5,
+        "act_fn": "relu",
+    },
 }
 SIZES = {"odd_size": (9, 7)}
 

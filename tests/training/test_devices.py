@@ -63,13 +63,13 @@ def test_losses_may_name_the_batch_axes(seen):
 
 def test_the_rule(seen):
     assert seen["rules"] == {
-        "small": "P()",
-        "half_as_wide": "P()",
-        "tall": "P('fsdp',)",
+        "small": "P(None, None)",
+        "half_as_wide": "P(None,)",
+        "tall": "P('fsdp', None)",
         "kernel": "P(None, None, None, 'fsdp')",
-        "square": "P(None, 'fsdp')",
+        "square": "P('fsdp', None)",
         "second_choice": "P(None, 'fsdp')",
-        "none_fits": "P()",
+        "none_fits": "P(None, None)",
     }
 
 

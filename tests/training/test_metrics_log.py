@@ -42,9 +42,19 @@ def test_non_finite_values_are_null(tmp_path):
 
 
 def write_stage(folder, stage: str, steps: int, resume: int = 0) -> None:
-    with training.MetricsLog(folder, total=9, stage=stage, resume_step=resume) as log:
+    with training.MetricsLog(folder, total=9, stage=stage, resume_step=resume, tensorboard=False) as log:
         for step in range(resume + 1, steps + 1):
             log.write(step, metrics(float(step)))
+
+
+def test_steps_between_lines_share_the_time(tmp_path, monkeypatch):
+    clock = iter([10.0, 14.0, 16.0])
+    monkeypatch.setattr("time.perf_counter", lambda: next(clock, 0.0))
+    with training.MetricsLog(tmp_path, total=9, stage="a", resume_step=2, tensorboard=False) as log:
+        log.write(4, {})
+        log.write(5, {})
+    assert [line["seconds"] for line in lines(tmp_path)] == [2.0, 2.0]
+    assert not (tmp_path / "tensorboard").exists()
 
 
 def test_resuming_drops_the_stages_lines_beyond_the_restored_step(tmp_path):

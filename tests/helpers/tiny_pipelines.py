@@ -1,0 +1,131 @@
+"""Tiny random Stable Diffusion pipelines, written by diffusers in its own layout."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+
+from hypersd_jax.weights.components import assets
+from tests.helpers.torch_weights import perturb
+
+WIDTH = 32
+SCHEDULER = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+}
+
+
+def _text_config(tokenizer: CLIPTokenizer, **more: Any) -> CLIPTextConfig:
+    return CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=WIDTH,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=tokenizer.model_max_length,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+        **more,
+    )
+
+
+def _unet(cross: int, **more: Any) -> UNet2DConditionModel:
+    return UNet2DConditionModel(
+        sample_size=8,
+        block_out_channels=(32, 64),
+        layers_per_block=1,
+        norm_num_groups=8,
+        cross_attention_dim=cross,
+        **more,
+    )
+
+
+def _vae() -> AutoencoderKL:
+    return AutoencoderKL(
+        block_out_channels=(16, 32),
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        layers_per_block=1,
+        norm_num_groups=8,
+        sample_size=16,
+        scaling_factor=0.2,
+    )
+
+
+def tiny_sd(folder: Path, prediction_type: str = "epsilon") -> Path:
+    """An SD-1.x-shaped (epsilon) or SD-2.x-shaped (v_prediction) pipeline of 16 px pictures."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(str(assets() / "teacher" / "tokenizer"))
+    second = prediction_type == "v_prediction"
+    unet = _unet(
+        WIDTH,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
+        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=[2, 4] if second else 4,
+        use_linear_projection=second,
+    )
+    text = CLIPTextModel(_text_config(tokenizer, hidden_act="gelu" if second else "quick_gelu"))
+    pipe = StableDiffusionPipeline(
+        vae=perturb(_vae(), 1, 0.05),
+        text_encoder=text,
+        tokenizer=tokenizer,
+        unet=perturb(unet, 2, 0.05),
+        scheduler=DDIMScheduler(**SCHEDULER, prediction_type=prediction_type),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def tiny_sdxl(folder: Path) -> Path:
+    """An SDXL-shaped pipeline of 16 px pictures: two text encoders, text_time, transformer layers per block."""
+    torch.manual_seed(0)
+    tokenizer = CLIPTokenizer.from_pretrained(str(assets() / "teacher" / "tokenizer"))
+    text_2 = CLIPTextModelWithProjection(_text_config(tokenizer, hidden_act="gelu", projection_dim=16))
+    unet = _unet(
+        2 * WIDTH,
+        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
+        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=[2, 4],
+        transformer_layers_per_block=[1, 2],
+        use_linear_projection=True,
+        addition_embed_type="text_time",
+        addition_time_embed_dim=8,
+        projection_class_embeddings_input_dim=6 * 8 + 16,
+    )
+    pipe = StableDiffusionXLPipeline(
+        vae=perturb(_vae(), 1, 0.05),
+        text_encoder=CLIPTextModel(_text_config(tokenizer, hidden_act="quick_gelu")),
+        text_encoder_2=text_2,
+        tokenizer=tokenizer,
+        tokenizer_2=tokenizer,
+        unet=perturb(unet, 2, 0.05),
+        scheduler=DDIMScheduler(**SCHEDULER),
+        force_zeros_for_empty_prompt=True,
+    )
+    pipe.save_pretrained(folder)
+    return folder
+
+
+def copied(folder: Path, to: Path) -> Path:
+    """A copy of a pipeline's folder, to be damaged."""
+    shutil.copytree(folder, to)
+    return to

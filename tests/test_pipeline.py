@@ -1,0 +1,207 @@
+"""The pipeline's promises that need no other implementation, on the embedded model."""
+
+from __future__ import annotations
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from hypersd_jax import adapters
+from hypersd_jax.errors import UserError
+from hypersd_jax.pipeline import Pipeline
+
+PROMPT = "red apple, fluent flat style"
+CALL: dict[str, Any] = {"steps": 2, "guidance": 0.0, "output": "latent"}
+
+
+@pytest.fixture(scope="module")
+def pipe() -> Pipeline:
+    return Pipeline.from_pretrained("embedded")
+
+
+def lora(pipe: Pipeline, rank: int, seed: int) -> dict[str, Any]:
+    adapter = adapters.init(jax.random.key(seed), pipe.components.unet.shapes, rank=rank)
+    key = jax.random.key(seed + 1)
+    return {
+        "unet": {
+            path: {**entry, "up": 0.02 * jax.random.normal(jax.random.fold_in(key, i), entry["up"].shape)}
+            for i, (path, entry) in enumerate(adapter.items())
+        }
+    }
+
+
+@pytest.fixture
+def clean(pipe: Pipeline):
+    yield pipe
+    pipe.unload_lora()
+
+
+class Compilations:
+    """Counts the programs that XLA compiles."""
+
+    def __init__(self) -> None:
+        self.count = 0
+
+    def __call__(self, name: str, *_args: Any, **_kwargs: Any) -> None:
+        self.count += name == "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture(scope="module")
+def compilations() -> Compilations:
+    counter = Compilations()
+    jax.monitoring.register_event_duration_secs_listener(counter)
+    return counter
+
+
+def test_what_compiles_nothing(clean: Pipeline, compilations: Compilations) -> None:
+    """Another prompt, seed, guidance above 1, eta, timesteps, LoRA of the same modules and bucket, LoRA scale."""
+    clean.add_lora("a", lora(clean, 4, 0))
+    call = {"steps": 2, "guidance": 3.0, "sampler": "tcd", "eta": 0.3, "output": "np"}
+    first = clean(PROMPT, **call)
+    before = compilations.count
+    clean("a cat face", **call)
+    clean(PROMPT, **{**call, "seed": 7})
+    clean(PROMPT, **{**call, "guidance": 7.5})
+    clean(PROMPT, "blob style", **call)
+    clean(PROMPT, **{**call, "eta": 1.0})
+    clean(PROMPT, **{**call, "timesteps": (899, 399)})
+    clean.set_lora_scale("a", 0.5)
+    clean(PROMPT, **call)
+    clean.add_lora("a", lora(clean, 8, 5))
+    clean(PROMPT, **call)
+    clean.unload_lora("a")
+    clean.add_lora("b", lora(clean, 6, 9))
+    last = clean(PROMPT, **call)
+    # Joining and padding adapters is not the sampler: those are small programs of their own, at most once a rank.
+    assert compilations.count == before
+    assert np.abs(last - first).max() > 0
+
+
+def test_a_picture_depends_on_seed_prompt_and_place_alone(clean: Pipeline) -> None:
+    prompts = [PROMPT, "a cat face", "lion, blob style"]
+    together = clean(prompts, num_images=2, seed=5, **CALL)
+    in_rounds = clean(prompts, num_images=2, seed=5, batch_size=4, **CALL)
+    np.testing.assert_allclose(in_rounds, together, atol=2e-5)
+    alone = clean(PROMPT, num_images=2, seed=5, **CALL)
+    np.testing.assert_allclose(alone, together[:2], atol=2e-5)
+    assert np.abs(together[0] - together[1]).max() > 0.1
+
+
+def test_more_steps_extend_the_noise(clean: Pipeline) -> None:
+    kwargs = {"shape": (4, 4, 2), "steps": 2}
+    index = np.zeros(1, np.int64)
+    _, short = clean._draw_noise(np.uint32(3), index, index, **kwargs)
+    _, long = clean._draw_noise(np.uint32(3), index, index, **{**kwargs, "steps": 5})
+    np.testing.assert_array_equal(short, long[:2])
+
+
+def test_lora_scale_changes_the_picture_and_zero_does_not(clean: Pipeline) -> None:
+    base = clean(PROMPT, **CALL)
+    clean.add_lora("a", lora(clean, 4, 0), scale=0.0)
+    np.testing.assert_allclose(clean(PROMPT, **CALL), base, atol=1e-5)
+    clean.set_lora_scale("a", 0.5)
+    half = clean(PROMPT, **CALL)
+    clean.set_lora_scale("a", 1.0)
+    whole = clean(PROMPT, **CALL)
+    assert np.abs(half - base).max() > 1e-2
+    assert np.abs(whole - half).max() > 1e-2
+
+
+def test_fused_draws_as_unfused_and_comes_back_bit_for_bit(clean: Pipeline) -> None:
+    clean.add_lora("a", lora(clean, 4, 0))
+    clean.add_lora("b", lora(clean, 3, 2), scale=-0.4)
+    kept = {name: np.asarray(value) for name, value in clean._params["unet"].items()}
+    loose = clean(PROMPT, **CALL)
+    clean.fuse_lora()
+    np.testing.assert_allclose(clean(PROMPT, **CALL), loose, atol=5e-5)
+    with pytest.raises(UserError, match="unfuse_lora first"):
+        clean.set_lora_scale("a", 2.0)
+    clean.unfuse_lora()
+    for name, value in clean._params["unet"].items():
+        np.testing.assert_array_equal(np.asarray(value), kept[name])
+    np.testing.assert_array_equal(clean(PROMPT, **CALL), loose)
+
+
+def test_header_settings_are_used_and_explicit_ones_win(clean: Pipeline) -> None:
+    header = {"steps": "2", "sampler": "tcd", "timesteps": "[999, 499]", "eta": "0.5", "guidance": "0.0"}
+    clean.add_lora("a", lora(clean, 4, 0), metadata=header)
+    plan = clean.settings()
+    assert (plan.steps, plan.sampler, plan.eta, plan.guidance, plan.timesteps) == (2, "tcd", 0.5, 0.0, (999, 499))
+    plan = clean.settings(steps=4)
+    assert (plan.steps, plan.sampler, plan.timesteps) == (4, "tcd", None)
+    plan = clean.settings(sampler="lcm")
+    assert (plan.sampler, plan.eta, plan.timesteps) == ("lcm", None, None)
+    plan = clean.settings(preset="hyper-sd15-4steps")
+    assert (plan.steps, plan.sampler, plan.guidance) == (4, "ddim", 0.0)
+    clean.unload_lora()
+    plan = clean.settings()
+    assert (plan.steps, plan.sampler, plan.guidance) == (25, "ddim", 7.5)
+
+
+def test_callback_counts_the_steps(clean: Pipeline) -> None:
+    seen: list[tuple[int, int]] = []
+    clean([PROMPT] * 3, batch_size=2, callback=lambda step, steps: seen.append((step, steps)), **CALL)
+    assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
+
+
+def test_bfloat16_is_near_float32(clean: Pipeline) -> None:
+    low = Pipeline.from_pretrained("embedded", dtype="bfloat16")
+    assert low.components.params["unet"]["conv_in.kernel"].dtype == jnp.bfloat16
+    latents = np.random.default_rng(0).standard_normal((1, 16, 16, 4)).astype(np.float32)
+    call = {"steps": 2, "guidance": 0.0, "latents": latents, "output": "np"}
+    difference = low(PROMPT, **call) - clean(PROMPT, **call)
+    assert np.sqrt(np.mean(difference**2)) < 0.03
+
+
+def test_long_prompts_warn(clean: Pipeline) -> None:
+    with pytest.warns(UserWarning, match="ignored: 'style"):
+        clean("apple " * 22 + "style end", **CALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clean(PROMPT, **CALL)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        ({"steps": 0}, "steps"),
+        ({"steps": 2.5}, "steps"),
+        ({"sampler": "dimm"}, "ddim"),
+        ({"sampler": "tcd", "eta": 2.0}, "eta"),
+        ({"output": "jpg"}, "output"),
+        ({"num_images": 0}, "num_images"),
+        ({"batch_size": 0}, "batch_size"),
+        ({"height": 65}, "height"),
+        ({"width": 0}, "width"),
+        ({"latents": np.zeros((1, 8, 8, 4))}, "latents"),
+        ({"latents": np.full((1, 16, 16, 4), np.nan)}, "latents"),
+        ({"noise": np.zeros((1, 1, 16, 16, 4))}, "noise"),
+        ({"timesteps": (100, 200)}, "timesteps"),
+        ({"preset": "hyper-sd15-4step"}, "hyper-sd15-4steps"),
+        ({"spacing": "trailling"}, "trailing"),
+        ({"guidance": 3.0, "negative_prompt": ["a", "b", "c"]}, "negative_prompt"),
+    ],
+)
+def test_bad_arguments_are_named(clean: Pipeline, arguments: dict[str, Any], names: str) -> None:
+    with pytest.raises(UserError, match=names):
+        clean(PROMPT, **{**CALL, **arguments})
+
+
+def test_bad_models_and_names(clean: Pipeline, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="no such model folder"):
+        Pipeline.from_pretrained(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"model_index\.json"):
+        Pipeline.from_pretrained(tmp_path)
+    with pytest.raises(UserError, match="dtype"):
+        Pipeline.from_pretrained("embedded", dtype="float31")
+    with pytest.raises(UserError, match="no LoRA named 'x'"):
+        clean.set_lora_scale("x", 1.0)
+    with pytest.raises(UserError, match="finite"):
+        clean.add_lora("a", lora(clean, 4, 0), scale=float("nan"))
+    with pytest.raises(UserError, match="no LoRA is fused"):
+        clean.unfuse_lora()
