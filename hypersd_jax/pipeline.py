@@ -46,7 +46,7 @@ class Pipeline:
         self.prompts = make_prompt_encoder(components)
         self._params: dict[str, dict[str, jax.Array]] = {k: dict(v) for k, v in components.params.items()}
         self._backup: dict[str, dict[str, jax.Array]] | None = None
-        self._loras = LoraStack(components.shapes)
+        self._loras = LoraStack(components.shapes, mesh)
         self._encode = jax.jit(functools.partial(_encode, self.prompts, dtype))
         self._scan = jax.jit(
             functools.partial(_scan, components, self.schedule.prediction_type),

@@ -30,12 +30,14 @@ class Execution:
     def platform(self) -> str:
         """The platform to trace for, "cpu", "gpu" or "tpu": that of the mesh, else JAX's default."""
         if self.batch_sharding is not None:
-            return next(iter(self.batch_sharding.device_set)).platform
+            return str(self.batch_sharding.mesh.devices.flat[0].platform)
         return jax.default_backend()
 
     def constrain_batch(self, x: jax.Array) -> jax.Array:
-        """Shard the first axis as `batch_sharding` says; the identity without one."""
-        return x if self.batch_sharding is None else jax.lax.with_sharding_constraint(x, self.batch_sharding)
+        """Shard the first axis as `batch_sharding` says; the identity without one, or where the batch does not divide."""
+        if self.batch_sharding is None or x.shape[0] % self.batch_sharding.mesh.size:
+            return x
+        return jax.lax.with_sharding_constraint(x, self.batch_sharding)
 
     def run(self, block: Callable[..., jax.Array], *args: Any) -> jax.Array:
         """Call a block on arrays, constrained and, with `remat`, checkpointed; its parameters are closed over."""

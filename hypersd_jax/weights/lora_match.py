@@ -150,7 +150,8 @@ def _family_hint(tensors: TensorFile, shapes: Shapes) -> str:
     """The width of the text that the file and the base attend to, where they differ: it tells the families apart."""
     ends = ("attn2_to_k.lora_down.weight", "attn2.to_k.lora_A.weight", "attn2.to_k.lora.down.weight")
     keys = tensors.keys()
-    theirs = next((tensors.shape(key)[1] for key in keys if key.endswith(ends)), None)
+    downs = (tensors.shape(key) for key in keys if key.endswith(ends))
+    theirs = next((down[1] for down in downs if len(down) > 1), None)
     kernels = (value.shape for path, value in shapes.get("unet", {}).items() if path.endswith("attn2.to_k.kernel"))
     ours = next((kernel[-2] for kernel in kernels), None)
     if theirs is None or ours is None or theirs == ours:

@@ -8,11 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 
 import jax
+from jax.sharding import Mesh
 
 from hypersd_jax.adapters import Adapter, concatenate, pad, scaled
 from hypersd_jax.config import nearest
 from hypersd_jax.errors import UserError
 from hypersd_jax.weights.lora import LoraReport, read_lora
+from hypersd_jax.weights.placement import leaf_sharding
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,8 +30,9 @@ class LoadedLora:
 class LoraStack:
     """The LoRAs of one pipeline, in loading order. `adapters` joins them exactly, by concatenation along the rank."""
 
-    def __init__(self, shapes: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]]) -> None:
+    def __init__(self, shapes: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]], mesh: Mesh | None = None) -> None:
         self._shapes = shapes
+        self._mesh = mesh
         self._loras: dict[str, LoadedLora] = {}
         self._joined: dict[str, Adapter] | None = None
 
@@ -78,19 +81,19 @@ class LoraStack:
         """One adapter a component, its ranks padded to a common bucket; {} without LoRAs."""
         if self._joined is None:
             components = dict.fromkeys(name for lora in self._loras.values() for name in lora.adapters)
-            self._joined = {
-                component: pad(
-                    concatenate(
-                        [
-                            scaled(lora.adapters[component], lora.scale)
-                            for lora in self._loras.values()
-                            if component in lora.adapters
-                        ]
-                    )
-                )
-                for component in components
-            }
+            self._joined = {component: self._placed(self._join(component)) for component in components}
         return self._joined
+
+    def _join(self, component: str) -> Adapter:
+        loras = [lora for lora in self._loras.values() if component in lora.adapters]
+        return pad(concatenate([scaled(lora.adapters[component], lora.scale) for lora in loras]))
+
+    def _placed(self, adapter: Adapter) -> Adapter:
+        """On the devices once, not at every call."""
+        if self._mesh is None:
+            return jax.device_put(adapter)
+        mesh = self._mesh
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf_sharding(mesh, leaf.shape, leaf.dtype)), adapter)
 
     def _named(self, name: str) -> LoadedLora:
         if name not in self._loras:

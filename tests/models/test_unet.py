@@ -13,8 +13,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from hypersd_jax.adapters import init as init_adapter
-from hypersd_jax.adapters import merge
+from hypersd_jax.adapters import merge, target_paths
 from hypersd_jax.models import UNetConfig, unet
 from tests.helpers.quick import quick_jit
 
@@ -100,11 +99,15 @@ def test_taps_return_block_outputs(params: dict[str, jax.Array], expected: np.nd
 
 @pytest.mark.parametrize("remat", [False, True])
 def test_an_adapter_equals_merged_weights(params: dict[str, jax.Array], remat: bool) -> None:
-    adapter = init_adapter(jax.random.key(0), NETWORK.shapes, rank=2)
-    adapter = {
-        path: {**entry, "up": 0.2 * jax.random.normal(jax.random.key(i), entry["up"].shape)}
-        for i, (path, entry) in enumerate(adapter.items())
-    }
+    random = np.random.default_rng(1)
+    adapter: dict[str, Any] = {}
+    for path in target_paths(NETWORK.shapes):
+        *down, out = NETWORK.shapes[f"{path}.kernel"].shape
+        adapter[path] = {
+            "down": random.standard_normal((*down, 2)).astype(np.float32),
+            "up": 0.1 * random.standard_normal((2, out)).astype(np.float32),
+            "scale": np.array([0.5, 1.5], np.float32),
+        }
     network = unet(CONFIG, remat=remat)
     run = quick_jit(lambda p, a: network(p, SAMPLE, TIMES, CONTEXT, adapter=a))
     attached, merged = run(params, adapter), run(merge(params, adapter), None)
@@ -142,13 +145,11 @@ def test_missing_inputs_are_named() -> None:
 
 
 TREE_MODE = """
-import jax, numpy as np
-from flax import nnx
-from hypersd_jax.adapters import init
+import numpy as np
+from tests.helpers.quick import quick_jit
 from tests.models.test_unet import CONTEXT, NETWORK, SAMPLE, TIMES
-params = NETWORK.init(0)
-adapter = init(jax.random.key(0), NETWORK.shapes, rank=2)
-out = jax.jit(NETWORK)(params, SAMPLE, TIMES, CONTEXT, adapter=adapter)
+adapter = {"conv_in": {"down": np.ones((3, 3, 4, 2)), "up": np.zeros((2, 16)), "scale": np.ones(2)}}
+out = quick_jit(NETWORK)(NETWORK.init(0), SAMPLE, TIMES, CONTEXT, adapter=adapter)
 assert np.isfinite(np.asarray(out)).all()
 np.save(__import__("sys").argv[1], out)
 """

@@ -12,7 +12,7 @@ from hypersd_jax.models.clip_text import ClipTextConfig, clip_text
 torch = pytest.importorskip("torch")
 transformers = pytest.importorskip("transformers")
 
-from tests.helpers.torch_weights import params_from_torch, perturb, relative_error  # noqa: E402
+from tests.helpers.torch_weights import params_from_torch, perturb, relative_error
 
 TINY = {
     "vocab_size": 60,

@@ -21,7 +21,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 transformers = pytest.importorskip("transformers")
 
-from tests.helpers.torch_weights import perturb, to_ours, torch_name  # noqa: E402
+from tests.helpers.torch_weights import perturb, to_ours, torch_name
 
 UNET = {
     "sample_size": 8,

@@ -10,11 +10,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from diffusers import UNet2DConditionModel  # noqa: E402
+from diffusers import UNet2DConditionModel
 
-from hypersd_jax.models import UNetConfig, unet  # noqa: E402
-from tests.helpers.quick import quick_jit  # noqa: E402
-from tests.helpers.torch_weights import params_from_torch, perturb, relative_error  # noqa: E402
+from hypersd_jax.models import UNetConfig, unet
+from tests.helpers.quick import quick_jit
+from tests.helpers.torch_weights import params_from_torch, perturb, relative_error
 
 SMALL: dict[str, Any] = {
     "block_out_channels": [16, 32],
@@ -32,7 +32,13 @@ COARSE: dict[str, Any] = {
 }
 CONFIGS: dict[str, dict[str, Any]] = {
     "sd1": {**SMALL, "attention_head_dim": 8},
-    "sd2": {**SMALL, "attention_head_dim": [2, 4], "use_linear_projection": True, "upcast_attention": True},
+    "sd2": {
+        **SMALL,
+        "mid_block_type": None,
+        "attention_head_dim": [2, 4],
+        "use_linear_projection": True,
+        "upcast_attention": True,
+    },
     "sdxl": {
         **COARSE,
         "use_linear_projection": True,

@@ -10,11 +10,11 @@ import pytest
 
 torch = pytest.importorskip("torch")
 
-from diffusers import AutoencoderKL  # noqa: E402
+from diffusers import AutoencoderKL
 
-from hypersd_jax.models import VaeConfig, vae  # noqa: E402
-from tests.helpers.quick import quick_jit  # noqa: E402
-from tests.helpers.torch_weights import params_from_torch, perturb, relative_error  # noqa: E402
+from hypersd_jax.models import VaeConfig, vae
+from tests.helpers.quick import quick_jit
+from tests.helpers.torch_weights import params_from_torch, perturb, relative_error
 
 SMALL: dict[str, Any] = {
     "block_out_channels": [8, 16],

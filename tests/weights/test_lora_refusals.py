@@ -19,7 +19,7 @@ from tests.helpers.lora_files import dotted_tensors, kohya_tensors, random_adapt
 SHAPES = adaptable_shapes(TINY)
 ADAPTER = random_adapter(SHAPES["unet"], 0, targets=("attn1.to_q", "attn2.to_k", "conv1"))
 BLOCK = "lora_unet_down_blocks_0_attentions_0_transformer_blocks_0"
-TO_Q = f"{BLOCK}_attn1_to_q"
+TO_Q, TO_K = f"{BLOCK}_attn1_to_q", f"{BLOCK}_attn2_to_k"
 
 Tensors = dict[str, np.ndarray]
 
@@ -56,6 +56,7 @@ BAD: dict[str, tuple[Tensors, str]] = {
     "ranks disagree": (changed(GOOD, f"{TO_Q}.lora_up.weight", lambda v: v[:, :-1]), rf"do not fit.*{TO_Q}"),
     "rank 0": (changed(GOOD, f"{TO_Q}.lora_down.weight", lambda v: v[:0]), rf"do not fit.*{TO_Q}"),
     "one-dimensional": (changed(GOOD, f"{TO_Q}.lora_down.weight", lambda v: v[0]), rf"do not fit.*{TO_Q}"),
+    "a scalar for a factor": (changed(GOOD, f"{TO_K}.lora_down.weight", lambda v: v[0, 0]), rf"do not fit.*{TO_K}"),
     "NaN": (changed(GOOD, f"{TO_Q}.lora_up.weight", not_a_number), rf"NaN.*{TO_Q}\.lora_up"),
     "infinite": (changed(GOOD, f"{TO_Q}.lora_down.weight", lambda v: v + np.inf), rf"infinite.*{TO_Q}\.lora_down"),
     "alpha is a vector": ({**GOOD, f"{TO_Q}.alpha": np.ones(4, np.float32)}, rf"{TO_Q}\.alpha is not one"),
