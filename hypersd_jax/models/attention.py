@@ -109,4 +109,4 @@ def _projection(dim: int, shape: TransformerShape, how: Execution) -> Linear | C
     """Make the projection into or out of the transformer; both kinds compute the same, the files differ."""
     if shape.linear_projection:
         return Linear(dim, dim, dtype=how.dtype)
-    return Conv(dim, dim, 1, dtype=how.dtype)
+    return how.conv(dim, dim, 1)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
+
+from hypersd_jax.models.layers import Conv
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,14 +30,17 @@ class Execution:
     batch_sharding: NamedSharding | None = None
 
     @property
-    def platform(self) -> str:
-        """The platform to trace for, "cpu", "gpu" or "tpu": that of the mesh, else JAX's default."""
-        if self.batch_sharding is not None:
-            return str(self.batch_sharding.mesh.devices.flat[0].platform)
-        return jax.default_backend()
+    def platform(self) -> str | None:
+        """The platform to trace for, "cpu", "gpu" or "tpu": that of the mesh; None, JAX's default, without one."""
+        return None if self.batch_sharding is None else str(self.batch_sharding.mesh.devices.flat[0].platform)
+
+    @property
+    def conv(self) -> Callable[..., Conv]:
+        """`layers.Conv` in this data type and for this platform."""
+        return partial(Conv, dtype=self.dtype, platform=self.platform)
 
     def constrain_batch(self, x: jax.Array) -> jax.Array:
-        """Shard the first axis as `batch_sharding` says; the identity without one, or where the batch does not divide."""
+        """Shard the first axis as `batch_sharding` says; the identity without one, and for uneven batches."""
         if self.batch_sharding is None or x.shape[0] % self.batch_sharding.mesh.size:
             return x
         return jax.lax.with_sharding_constraint(x, self.batch_sharding)

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hypersd_jax.models.execution import Execution
-from hypersd_jax.models.layers import Conv, GroupNorm, Linear, Padding, activation
+from hypersd_jax.models.layers import GroupNorm, Linear, Padding, activation
 
 
 class ResnetBlock(nnx.Module):
@@ -33,15 +33,13 @@ class ResnetBlock(nnx.Module):
         self.scale_shift = scale_shift
         self.divisor = divisor
         self.norm1 = GroupNorm(groups, in_channels, eps=eps, dtype=how.dtype)
-        self.conv1 = Conv(in_channels, out_channels, 3, padding=1, dtype=how.dtype)
+        self.conv1 = how.conv(in_channels, out_channels, 3, padding=1)
         if time_dim:
             width = 2 * out_channels if scale_shift else out_channels
             self.time_emb_proj = Linear(time_dim, width, dtype=how.dtype)
         self.norm2 = GroupNorm(groups, out_channels, eps=eps, dtype=how.dtype)
-        self.conv2 = Conv(out_channels, out_channels, 3, padding=1, dtype=how.dtype)
-        self.conv_shortcut = (
-            Conv(in_channels, out_channels, 1, dtype=how.dtype) if in_channels != out_channels else None
-        )
+        self.conv2 = how.conv(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = how.conv(in_channels, out_channels, 1) if in_channels != out_channels else None
 
     def __call__(self, x: jax.Array, temb: jax.Array | None = None) -> jax.Array:
         """Map (B, H, W, in) and a time embedding (B, time_dim) to (B, H, W, out)."""
@@ -67,7 +65,7 @@ class Downsample(nnx.Module):
 
     def __init__(self, channels: int, padding: int, *, how: Execution) -> None:
         sides: Padding | int = padding if padding else ((0, 1), (0, 1))
-        self.conv = Conv(channels, channels, 3, stride=2, padding=sides, dtype=how.dtype)
+        self.conv = how.conv(channels, channels, 3, stride=2, padding=sides)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, H, W, C) to (B, ceil(H/2), ceil(W/2), C), or floor with `padding` 0."""
@@ -78,7 +76,7 @@ class Upsample(nnx.Module):
     """Enlarge to a given size by nearest neighbours, then convolve."""
 
     def __init__(self, channels: int, *, how: Execution) -> None:
-        self.conv = Conv(channels, channels, 3, padding=1, dtype=how.dtype)
+        self.conv = how.conv(channels, channels, 3, padding=1)
 
     def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
         """Map (B, H, W, C) to (B, *size, C); None doubles."""

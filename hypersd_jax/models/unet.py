@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding
 
 from hypersd_jax.models.execution import Execution
 from hypersd_jax.models.functional import Network, build
-from hypersd_jax.models.layers import Conv, GroupNorm, Linear, activation, timestep_embedding
+from hypersd_jax.models.layers import GroupNorm, Linear, activation, timestep_embedding
 from hypersd_jax.models.unet_blocks import DownBlock, MidBlock, UpBlock
 from hypersd_jax.models.unet_config import UNetConfig
 
@@ -54,12 +54,8 @@ class UNet(nnx.Module):
         self.config = config
         self.how = how
         first, levels = config.channels[0], len(config.channels)
-        self.conv_in = Conv(
-            config.in_channels,
-            first,
-            config.conv_in_kernel,
-            padding=(config.conv_in_kernel - 1) // 2,
-            dtype=how.dtype,
+        self.conv_in = how.conv(
+            config.in_channels, first, config.conv_in_kernel, padding=(config.conv_in_kernel - 1) // 2
         )
         self.time_embedding = TimeEmbedding(
             first,
@@ -76,12 +72,8 @@ class UNet(nnx.Module):
         self.mid_block = MidBlock(config, how=how) if config.mid_block_type else None
         self.up_blocks = nnx.List([UpBlock(config, i, how=how) for i in range(levels)])
         self.conv_norm_out = GroupNorm(config.groups, first, eps=config.norm_eps, dtype=how.dtype)
-        self.conv_out = Conv(
-            first,
-            config.out_channels,
-            config.conv_out_kernel,
-            padding=(config.conv_out_kernel - 1) // 2,
-            dtype=how.dtype,
+        self.conv_out = how.conv(
+            first, config.out_channels, config.conv_out_kernel, padding=(config.conv_out_kernel - 1) // 2
         )
 
     def embed(

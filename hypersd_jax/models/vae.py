@@ -13,7 +13,7 @@ from jax.sharding import NamedSharding
 from hypersd_jax.models.attention import Attention
 from hypersd_jax.models.execution import Execution
 from hypersd_jax.models.functional import Network, build
-from hypersd_jax.models.layers import Conv, GroupNorm
+from hypersd_jax.models.layers import GroupNorm
 from hypersd_jax.models.resnet import Downsample, ResnetBlock, Upsample
 from hypersd_jax.models.vae_config import VaeConfig
 
@@ -100,11 +100,11 @@ class Encoder(nnx.Module):
     def __init__(self, config: VaeConfig, *, how: Execution) -> None:
         first, last = config.channels[0], config.channels[-1]
         self.how = how
-        self.conv_in = Conv(config.in_channels, first, 3, padding=1, dtype=how.dtype)
+        self.conv_in = how.conv(config.in_channels, first, 3, padding=1)
         self.down_blocks = nnx.List([EncoderBlock(config, i, how=how) for i in range(len(config.channels))])
         self.mid_block = MiddleBlock(config, how=how)
         self.conv_norm_out = GroupNorm(config.groups, last, eps=EPS, dtype=how.dtype)
-        self.conv_out = Conv(last, 2 * config.latent_channels, 3, padding=1, dtype=how.dtype)
+        self.conv_out = how.conv(last, 2 * config.latent_channels, 3, padding=1)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, H, W, 3) to (B, h, w, 2 latent_channels)."""
@@ -120,11 +120,11 @@ class Decoder(nnx.Module):
     def __init__(self, config: VaeConfig, *, how: Execution) -> None:
         first, last = config.channels[0], config.channels[-1]
         self.how = how
-        self.conv_in = Conv(config.latent_channels, last, 3, padding=1, dtype=how.dtype)
+        self.conv_in = how.conv(config.latent_channels, last, 3, padding=1)
         self.mid_block = MiddleBlock(config, how=how)
         self.up_blocks = nnx.List([DecoderBlock(config, i, how=how) for i in range(len(config.channels))])
         self.conv_norm_out = GroupNorm(config.groups, first, eps=EPS, dtype=how.dtype)
-        self.conv_out = Conv(first, config.out_channels, 3, padding=1, dtype=how.dtype)
+        self.conv_out = how.conv(first, config.out_channels, 3, padding=1)
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """Map (B, h, w, latent_channels) to (B, H, W, 3)."""
@@ -142,8 +142,8 @@ class Vae(nnx.Module):
         self.how = how
         self.encoder = Encoder(config, how=how)
         self.decoder = Decoder(config, how=how)
-        self.quant_conv = Conv(2 * c, 2 * c, 1, dtype=how.dtype) if config.use_quant_conv else None
-        self.post_quant_conv = Conv(c, c, 1, dtype=how.dtype) if config.use_post_quant_conv else None
+        self.quant_conv = how.conv(2 * c, 2 * c, 1) if config.use_quant_conv else None
+        self.post_quant_conv = how.conv(c, c, 1) if config.use_post_quant_conv else None
 
     def encode(self, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Map images (B, H, W, 3) in -1..1 to mean and log variance of the latents, each (B, h, w, latent_channels)."""

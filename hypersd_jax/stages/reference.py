@@ -76,7 +76,7 @@ def get_reference(
     pipe: Pipeline, items: Sequence[EvalItem], *, guidance: float, batch_size: int, base: str, folder: Path
 ) -> Reference:
     """The reference of this base, list and guidance: shipped, kept in ``folder``, or computed with a progress bar."""
-    identity = _identity(items, guidance, base)
+    identity = reference_identity(items, guidance, base)
     for path in (assets() / "reference" / "teacher.npz", folder / "reference.npz"):
         if path.exists():
             found = load_reference(path, identity)
@@ -191,7 +191,8 @@ def load_reference(path: Path, identity: str) -> Reference | None:
         raise UserError(f"{path}: the reference is damaged ({error}); delete the file") from None
 
 
-def _identity(items: Sequence[EvalItem], guidance: float, base: str) -> str:
+def reference_identity(items: Sequence[EvalItem], guidance: float, base: str) -> str:
+    """What a reference belongs to: list, guidance, and the base's fingerprint."""
     text = json.dumps([[item.prompt, item.seed] for item in items]) + f"|{guidance}|{base}|{MANY_STEPS}|{FEW_STEPS}"
     return hashlib.sha256(text.encode()).hexdigest()
 

@@ -1,0 +1,158 @@
+"""Whole runs of a tiny model: every stage, exports that sample themselves, resuming, and being killed."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from hypersd_jax.config import Config, load_config
+from hypersd_jax.errors import UserError
+from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.stages import train
+from hypersd_jax.training import Checkpointer
+from hypersd_jax.weights.tensors import open_tensors
+from tests.helpers.tiny_model import tiny_model
+
+ROOT = Path(__file__).parents[2]
+RECIPE = """
+output_dir: {output}
+model: {model}
+data: {{source: emoji, resolution: 16}}
+lora: {{rank: 4}}
+log: {{checkpoint_every: 2, tensorboard: false, compilation_cache: false}}
+evaluation: {{samples: 0, batch_size: 8}}
+stages:
+  - {{name: two, k: 2, solver_steps: 8, updates: 5, batch_size: 4, learning_rate: 1.0e-2, guidance: [2, 4], ema: 0.5}}
+  - {{name: one, k: 1, solver_steps: 4, updates: 4, batch_size: 4, learning_rate: 1.0e-2, guidance: [2, 4], ema: 0.5,
+      teacher: {teacher}, sampler: tcd, eta: 0.5, export: raw}}
+"""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def recipe(folder: Path, model: Path, *overrides: str, teacher: str = "base") -> Config:
+    path = folder / "recipe.yaml"
+    path.write_text(RECIPE.format(output=folder / "out", model=model, teacher=teacher))
+    return load_config(path, overrides)
+
+
+def tensors(path: Path) -> dict[str, np.ndarray]:
+    with open_tensors(path) as file:
+        return {key: file.read(key) for key in file.keys()}
+
+
+def assert_same_loras(a: Path, b: Path) -> None:
+    for name in ("two", "one"):
+        first, second = (tensors(folder / "loras" / f"{name}.safetensors") for folder in (a, b))
+        assert first.keys() == second.keys()
+        for key in first:
+            np.testing.assert_array_equal(first[key], second[key], err_msg=key)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    return train(recipe(tmp_path_factory.mktemp("finished"), model))
+
+
+def test_what_a_run_leaves(finished: Path) -> None:
+    lines = [json.loads(line) for line in (finished / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["stage"], line["step"]) for line in lines] == [
+        *[("two", step) for step in range(1, 6)],
+        *[("one", step) for step in range(1, 5)],
+    ]
+    for line in lines:
+        assert {"loss", "grad_norm", "update_norm", "lr", "skipped", "seconds"} <= line.keys()
+        assert line["skipped"] == 0
+        assert line["loss"] > 0
+    for name in ("two", "one"):
+        assert (finished / "samples" / f"{name}.png").is_file()
+        assert (finished / "checkpoints" / name).is_dir()
+    assert load_config(finished / "config.yaml").stages[1].sampler == "tcd"
+    # Weights, two moments and the average, and nothing of the base.
+    with Checkpointer(finished / "checkpoints" / "one") as checkpoints:
+        _, leaves = checkpoints._metadata(4)
+    factors = {key: array for key, array in tensors(finished / "loras" / "one.safetensors").items() if "lora_" in key}
+    saved = sum(int(np.prod(leaf.shape)) for leaf in leaves.values() if leaf.shape)
+    assert saved == 4 * sum(array.size for key, array in factors.items() if not key.endswith("alpha"))
+
+
+def test_the_exported_file_says_how_to_sample_and_does(finished: Path, model: Path) -> None:
+    with open_tensors(finished / "loras" / "one.safetensors") as file:
+        header = file.metadata
+    assert header["steps"] == "1"
+    assert header["sampler"] == "tcd"
+    assert json.loads(header["timesteps"]) == [999]
+    assert header["eta"] == "0.5"
+    assert header["guidance"] == "0.0"
+    assert header["original_inference_steps"] == "4"
+    assert len(header["base_fingerprint"]) >= 16
+    pipe = Pipeline.from_pretrained(model)
+    report = pipe.load_lora(finished / "loras" / "one.safetensors")
+    assert report.layout == "kohya"
+    plan = pipe.settings()
+    assert (plan.steps, plan.sampler, plan.original_inference_steps) == (1, "tcd", 4)
+    assert len(pipe("red apple")) == 1
+    alphas = {key: value for key, value in tensors(finished / "loras" / "one.safetensors").items() if "alpha" in key}
+    assert alphas
+    assert all(value.shape == () and value == 4 for value in alphas.values())
+
+
+def test_stages_of_one_kind_share_a_program_and_a_rerun_trains_nothing(
+    finished: Path, model: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = (finished / "metrics.jsonl").read_text()
+    stamp = (finished / "loras" / "one.safetensors").stat().st_mtime_ns
+    train(load_config(finished / "config.yaml"))
+    assert (finished / "metrics.jsonl").read_text() == before
+    assert (finished / "loras" / "one.safetensors").stat().st_mtime_ns == stamp
+
+
+def test_another_configuration_is_refused(finished: Path) -> None:
+    with pytest.raises(UserError, match=r"another configuration, stages\.0\.learning_rate \(0\.01 against 0\.02\)"):
+        train(load_config(finished / "config.yaml", ["stages.0.learning_rate=0.02"]))
+
+
+def test_uneven_batches_are_refused(tmp_path: Path, model: Path) -> None:
+    with pytest.raises(UserError, match=r"stages\.two\.batch_size=3"):
+        train(recipe(tmp_path, model, "stages.two.batch_size=3", "stages.two.accumulate=2"))
+
+
+def test_the_previous_student_as_teacher(tmp_path: Path, model: Path, finished: Path) -> None:
+    """The other reading: stage one is the same, the second stage learns something else."""
+    out = train(recipe(tmp_path, model, "log.sample_every=2", teacher="previous"))
+    first, second = (tensors(folder / "loras" / "two.safetensors") for folder in (finished, out))
+    assert all(np.array_equal(first[key], second[key]) for key in first)
+    first, second = (tensors(folder / "loras" / "one.safetensors") for folder in (finished, out))
+    assert any(not np.array_equal(first[key], second[key]) for key in first)
+    assert (out / "samples" / "two-000002.png").is_file()
+
+
+def test_killed_and_gone_on(tmp_path: Path, model: Path, finished: Path) -> None:
+    """SIGKILL in the middle; the same command goes on to bit-identical adapters."""
+    config = recipe(tmp_path, model)
+    out = tmp_path / "out"
+    command = [sys.executable, "train.py", "--config", str(tmp_path / "recipe.yaml")]
+    environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    deadline = time.monotonic() + 300
+    while process.poll() is None and time.monotonic() < deadline:
+        lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
+        if len(lines) >= 3:
+            process.send_signal(signal.SIGKILL)
+            break
+        time.sleep(0.02)
+    assert process.wait() == -signal.SIGKILL
+    assert not (out / "loras" / "one.safetensors").exists()
+    train(config)
+    assert_same_loras(out, finished)

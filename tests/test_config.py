@@ -1,0 +1,144 @@
+"""Typed configuration: what is read, what is refused, and with which words."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hypersd_jax import recipes
+from hypersd_jax.config import Config, build, first_difference, load_config, save_config, to_dict
+from hypersd_jax.diffusion import Schedule
+from hypersd_jax.errors import UserError
+from hypersd_jax.stages.tscd import stage_controls, step_kind
+from hypersd_jax.weights.components import assets
+from hypersd_jax.weights.folder import read_json
+
+RECIPES = recipes.recipe_files()
+BASE = """
+output_dir: out
+stages:
+  - {name: a, k: 4, updates: 5, batch_size: 2}
+  - {name: b, k: 1, updates: 5, batch_size: 2}
+"""
+
+
+@pytest.fixture
+def base(tmp_path: Path) -> Path:
+    path = tmp_path / "base.yaml"
+    path.write_text(BASE)
+    return path
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_every_shipped_recipe_is_instantiated_and_written_back(name: str, tmp_path: Path) -> None:
+    config = load_config(RECIPES[name])
+    save_config(config, tmp_path / "again.yaml")
+    assert load_config(tmp_path / "again.yaml") == config
+    schedule = Schedule.from_config(read_json(assets() / "teacher" / "scheduler" / "scheduler_config.json"))
+    longest = max(stage.solver_steps for stage in config.stages)
+    shapes = set()
+    for index, stage in enumerate(config.stages):
+        step_kind(stage, first=index == 0)
+        controls = stage_controls(stage, schedule, longest)
+        shapes.add(tuple(sorted((key, value.shape) for key, value in controls.items())))
+    assert len(shapes) == 1  # all stages share one compiled step
+    assert [stage.k for stage in config.stages] == [8, 4, 2, 1]
+
+
+def test_the_three_recipes_are_there() -> None:
+    assert {"emoji", "sd15", "sdxl"} <= set(RECIPES)
+
+
+def test_overrides(base: Path) -> None:
+    config = load_config(
+        base,
+        [
+            "seed=3",
+            "stages.0.updates=7",
+            "stages.b.learning_rate=1e-4",
+            "stages.*.batch_size=16",
+            "model=somewhere",
+            "model.dtype=bfloat16",
+            "stages.b.guidance=[2, 3.5]",
+            "data.groups=[food & drink]",
+        ],
+    )
+    assert config.seed == 3
+    assert [stage.updates for stage in config.stages] == [7, 5]
+    assert config.stages[1].learning_rate == 1e-4
+    assert [stage.batch_size for stage in config.stages] == [16, 16]
+    assert (config.model.source, config.model.dtype) == ("somewhere", "bfloat16")
+    assert config.stages[1].guidance == (2.0, 3.5)
+    assert config.data.groups == ("food & drink",)
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("sed=1", "unknown key sed; did you mean seed?"),
+        ("stages.0.learning_rat=1", "unknown key stages.0.learning_rat; did you mean learning_rate?"),
+        ("stages.0.updates=many", "stages.0.updates must be a whole number, not 'many'"),
+        ("stages.0.updates=1.5", "stages.0.updates must be a whole number"),
+        ("stages.0.updates=true", "stages.0.updates must be a whole number"),
+        ("stages.0.updates=0", "stages.0.updates must be at least 1"),
+        ("stages.0.k=3", "solver_steps .40. must be a multiple of k .3."),
+        ("stages.0.learning_rate=nan", "stages.0.learning_rate must be a finite number"),
+        ("stages.0.learning_rate=-1", "stages.0.learning_rate must be above 0"),
+        ("stages.0.guidance=[5, 4]", "guidance must be a range"),
+        ("stages.0.guidance=4", "stages.0.guidance must be a list"),
+        ("stages.0.guidance=[1, 2, 3]", "stages.0.guidance must have 2 values, not 3"),
+        ("stages.0.kind=tscdd", "stages.0.kind='tscdd' is not valid; did you mean tscd?"),
+        ("stages.0.ema=1.0", "ema, beta1 and beta2 must lie in"),
+        ("stages.0.name=a/b", "name 'a/b' must be a plain file name"),
+        ("stages.0.name=b", "the name 'b' is used twice"),
+        ("stages.c.updates=1", "no entry 'c'"),
+        ("stages=[]", "stages must name at least one stage"),
+        ("model.dtype=float16", "model.dtype='float16' is not valid"),
+        ("lora.rank=0", "lora.rank must be at least 1"),
+        ("log.every=0", "every and checkpoint_every"),
+        ("evaluation=no", "evaluation must be a mapping"),
+        ("nonsense", "must look like key.path=value"),
+        ("seed.x=1", "x cannot be set inside|seed"),
+        ("output_dir=", "output_dir must be text"),
+    ],
+)
+def test_bad_values_are_named(base: Path, override: str, words: str) -> None:
+    with pytest.raises(UserError, match=words) as error:
+        load_config(base, [override])
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("stages: [", "line"),
+        ("- 1", "must hold a mapping"),
+        ("output_dir: x", "stages is missing"),
+        ("stages: [{name: a, k: 1, updates: 1, batch_size: 1}]", "output_dir is missing"),
+        ("output_dir: x\nstages: [{name: a}]", "stages.0.k is missing"),
+        ("", "must hold a mapping"),
+    ],
+)
+def test_bad_files_are_named(tmp_path: Path, text: str, words: str) -> None:
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(UserError, match=words):
+        load_config(path)
+
+
+def test_missing_files(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"nothing\.yaml: no such file"):
+        load_config(tmp_path / "nothing.yaml")
+    with pytest.raises(UserError, match="did you mean sdxl"):
+        recipes.find_recipe("configs/sdxll.yaml")
+
+
+def test_first_difference(base: Path) -> None:
+    a = to_dict(load_config(base))
+    b = to_dict(load_config(base, ["stages.1.updates=6"]))
+    assert first_difference(a, a) is None
+    assert first_difference(a, b) == "stages.1.updates (5 against 6)"
+    shorter = {**a, "stages": a["stages"][:1]}
+    assert str(first_difference(a, shorter)).startswith("stages")
+    assert build(Config, a) == load_config(base)
