@@ -14,6 +14,7 @@ from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from orbax.checkpoint import v1 as ocp
 
 from hypersd_jax.errors import UserError
@@ -170,16 +171,23 @@ def _by_name(state: TrainState) -> dict[str, Any]:
 
 def _checksum(state: TrainState) -> int:
     """32-bit sum of the state's words, each leaf's times another odd number; independent of the sharding."""
-    return int(_sum_words(jax.tree.leaves(state)))
+    total = 0
+    for index, leaf in enumerate(jax.tree.leaves(state)):
+        # One program over hundreds of leaves takes longer to compile than a small state to train.
+        words = _sum_on_host(leaf) if leaf.is_fully_addressable else int(_sum_on_devices(leaf))
+        total += (2 * index + 1) * words
+    return total % 2**32
+
+
+def _sum_on_host(leaf: jax.Array) -> int:
+    values = np.ascontiguousarray(np.asarray(leaf))
+    return int(np.sum(values.reshape(-1).view(f"uint{8 * values.itemsize}"), dtype=np.uint32))
 
 
 @jax.jit
-def _sum_words(leaves: list[jax.Array]) -> jax.Array:
-    total = jnp.uint32(0)
-    for index, leaf in enumerate(leaves):
-        words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
-        total += jnp.uint32(2 * index + 1) * jnp.sum(words, dtype=jnp.uint32)
-    return total
+def _sum_on_devices(leaf: jax.Array) -> jax.Array:
+    words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}"))
+    return jnp.sum(words.astype(jnp.uint32), dtype=jnp.uint32)
 
 
 def _first_line(error: Exception) -> str:

@@ -49,7 +49,7 @@ def recipe(folder: Path, model: Path, *overrides: str, teacher: str = "base") ->
 
 def tensors(path: Path) -> dict[str, np.ndarray]:
     with open_tensors(path) as file:
-        return {key: file.read(key) for key in file.keys()}
+        return {key: file.read(key) for key in file.keys()}  # noqa: SIM118
 
 
 def assert_same_loras(a: Path, b: Path) -> None:
