@@ -57,8 +57,15 @@ def test_eight_devices_train_what_one_does(tmp_path: Path) -> None:
     assert "fsdp" in layout["base"]
     assert layout["split"] > 0
     assert found.keys() == expected.keys()
-    for key, value in expected.items():
-        # Two Adam updates of 1e-3: rounding is all that may differ, and Adam divides small gradients by small ones.
-        np.testing.assert_allclose(found[key], value, atol=1e-4, err_msg=key)
-    moved = [key for key in found if "lora_up" in key]
-    assert all(np.abs(found[key]).max() > 5e-4 for key in moved)
+    for mine, theirs in zip(metrics(tmp_path / "4x2"), metrics(tmp_path / "1x1"), strict=True):
+        for name in ("loss", "grad_norm", "param_norm"):
+            assert mine[name] == pytest.approx(theirs[name], rel=1e-4)
+    # Adam's first updates are near +-1e-3 whatever the gradient: where that is almost 0, rounding picks the sign.
+    difference = np.concatenate([np.abs(found[key] - value).reshape(-1) for key, value in expected.items()])
+    assert np.quantile(difference, 0.99) < 1e-5
+    assert difference.max() < 2e-3
+    assert all(np.abs(found[key]).max() > 5e-4 for key in found if "lora_up" in key)
+
+
+def metrics(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
