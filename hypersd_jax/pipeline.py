@@ -251,7 +251,7 @@ class Pipeline:
             config["original_inference_steps"] = plan.original_inference_steps
         return solver_table(
             str(plan.sampler),
-            int(plan.steps or 0),
+            plan.steps,
             eta=float(plan.eta or 0.0),
             spacing=plan.spacing,
             scheduler_config=config,
