@@ -1,0 +1,83 @@
+"""The command line: pictures that appear, one line for what is wrong, and the exit status."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from hypersd_jax.cli import main
+from hypersd_jax.weights.components import assets
+from hypersd_jax.weights.tensors import open_tensors
+
+
+def status(*arguments: str) -> int:
+    try:
+        main(list(arguments))
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    return 0
+
+
+def test_several_pictures_with_their_prompts_inside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("red apple, fluent flat style\n\nlion, blob style\n")
+    output = tmp_path / "out" / "picture.png"
+    arguments = ["sample", "--prompts-file", str(prompts), "--num-images", "2", "--steps", "1", "--seed", "4"]
+    assert status(*arguments, "--output", str(output)) == 0
+    printed = capsys.readouterr()
+    paths = [tmp_path / "out" / f"picture-{i:03d}.png" for i in range(4)]
+    assert printed.out.split() == [str(path) for path in paths]
+    assert "kohya LoRA" in printed.err  # the shipped one-step student
+    pictures = [Image.open(path) for path in paths]
+    assert [picture.size for picture in pictures] == [(64, 64)] * 4
+    assert [picture.text["prompt"].splitlines()[0] for picture in pictures] == [
+        *["red apple, fluent flat style"] * 2,
+        *["lion, blob style"] * 2,
+    ]
+    assert np.abs(np.asarray(pictures[0], int) - np.asarray(pictures[1], int)).max() > 30
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [path.name for path in paths]
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4, 8])
+def test_a_student_ships_for_each_step_count(steps: int) -> None:
+    with open_tensors(assets() / "loras" / f"tscd-{steps}.safetensors") as file:
+        assert file.metadata["steps"] == str(steps)
+        assert file.metadata["guidance"] == "0.0"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["sample", "--stepps", "4"], "unrecognized arguments: --stepps"),
+        (["sample", "--steps", "few"], "invalid int value"),
+        (["sample", "--model", "nowhere", "--prompt", "x"], "nowhere: no such model folder"),
+        (["sample", "--lora", "x.safetensors@much"], "the scale 'much' is not a number"),
+        (["sample", "--lora", "nothing.safetensors"], "nothing.safetensors"),
+        (["sample", "--timesteps", "999,x"], "--timesteps 999,x"),
+        (["sample", "--latents", "nothing.npy"], "--latents nothing.npy"),
+        (["sample", "--output", "picture.txt"], "--output picture.txt"),
+        (["sample", "--prompts-file", "nothing.txt"], "--prompts-file nothing.txt"),
+        (["train", "--config", "nothing.yaml"], "nothing.yaml"),
+        (["train", "sed=1"], "unknown key sed; did you mean seed?"),
+        (["convert", "lora", "nothing.safetensors", "out.safetensors", "--to", "kohya"], "nothing.safetensors"),
+        (["convert", "lora", "a", "b"], "--to"),
+        (["fly"], "invalid choice"),
+        ([], "required"),
+    ],
+)
+def test_bad_input_is_one_line_and_status_2(
+    arguments: list[str], words: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert status(*arguments) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert printed.err.count("\n") == 1
+    assert printed.out == ""
+
+
+def test_doctor(capsys: pytest.CaptureFixture[str]) -> None:
+    assert status("doctor") == 0
+    assert "jax" in capsys.readouterr().out
