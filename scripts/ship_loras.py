@@ -1,0 +1,29 @@
+"""Take a finished run's LoRAs into the package, in float16.
+
+python train.py --config configs/emoji-long.yaml && python scripts/ship_loras.py outputs/emoji-long
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+
+from hypersd_jax.weights.components import assets, load_components
+from hypersd_jax.weights.lora import read_lora, write_lora
+
+
+def main(folder: Path) -> None:
+    """Rewrite every LoRA of ``folder`` under assets/loras, header and all."""
+    shapes = load_components("embedded", dtype=jnp.float32).shapes
+    for path in sorted((folder / "loras").glob("*.safetensors")):
+        file = read_lora(path, shapes)
+        target = assets() / "loras" / path.name
+        write_lora(target, file.adapters, layout="kohya", metadata=file.metadata, dtype=np.float16)
+        print(target, target.stat().st_size)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
