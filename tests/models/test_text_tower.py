@@ -102,7 +102,8 @@ def test_pooled_is_the_state_at_the_first_end_token(encoder):
 def test_legacy_end_token_means_the_highest_id():
     network = _network(projection=False, eos_token_id=2, num_hidden_layers=1)
     output = jax.jit(network)(_params(network), jnp.array([[17, 2, 4, 19, 18]], jnp.int32))
-    np.testing.assert_array_equal(output.pooled, output.last[:, 3])
+    # One token's states, computed twice in one program: the last bit depends on how the compiler fuses.
+    np.testing.assert_allclose(output.pooled, output.last[:, 3], rtol=1e-6, atol=1e-7)
 
 
 def test_too_many_tokens(encoder):
