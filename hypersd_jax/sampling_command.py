@@ -42,8 +42,7 @@ def run_sample(options: argparse.Namespace) -> None:
         raise UserError(f"--output {options.output}: must end in .png, .jpg or .webp")
     loras = [_parse_lora(text) for text in options.lora] or _embedded_lora(options)
     pipe = Pipeline.from_pretrained(options.model, dtype=options.dtype)
-    for file, scale in loras:
-        print(pipe.load_lora(file, scale), file=sys.stderr)
+    reports = [pipe.load_lora(file, scale) for file, scale in loras]
 
     settings: dict[str, Any] = {
         "steps": options.steps,
@@ -72,6 +71,8 @@ def run_sample(options: argparse.Namespace) -> None:
             batch_size=min(ROUND, len(prompts) * options.num_images),
             **settings,
         )
+    for report in reports:
+        print(report, file=sys.stderr)
     for path in save_images(images, options.output, _parameters(prompts, options)):
         print(path)
 
