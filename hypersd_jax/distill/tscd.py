@@ -116,7 +116,12 @@ def tscd_pair(
     x_t = move(latents, eps, *at(t_n))
     x_prev = jax.lax.stop_gradient(psi(x_t, teacher_fn(x_t, t_n, cond, uncond, guidance), t_n, t_prev))
     prediction = psi(x_t, student_fn(x_t, t_n, cond), t_n, t_end)
-    target = jax.lax.stop_gradient(psi(x_prev, target_fn(x_prev, t_prev, cond), t_prev, t_end))
+
+    def target_at_end() -> jax.Array:
+        return psi(x_prev, target_fn(x_prev, t_prev, cond), t_prev, t_end)
+
+    # With N = k every segment is one solver step: the target is the teacher's, and the EMA's forward pass is spared.
+    target = jax.lax.stop_gradient(jax.lax.cond(jnp.all(t_end == t_prev), lambda: x_prev, target_at_end))
     return Pair(prediction, target, x_t, drawn)
 
 

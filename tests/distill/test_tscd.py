@@ -93,6 +93,28 @@ def test_end_at_t_prev_makes_the_target_the_teachers_step():
     pair = tscd_pair(network, network, teacher, batch, times, schedule=SCHEDULE)
     xhat = psi(pair.x_t, teacher(pair.x_t, times.t_n, batch["cond"], batch["uncond"], times.guidance), *times[:2])
     np.testing.assert_allclose(pair.target, xhat, rtol=1e-5, atol=1e-6)
+    # One sample with room left is enough for the target network to be asked again, and changes nothing for the others.
+    other = tscd_pair(
+        network, network, teacher, batch, times._replace(t_end=times.t_end.at[0].set(900)), schedule=SCHEDULE
+    )
+    np.testing.assert_allclose(other.target[1:], xhat[1:], rtol=1e-5, atol=1e-6)
+    assert not np.allclose(other.target[0], xhat[0], atol=1e-2)
+
+
+def test_one_solver_step_a_segment_runs_no_target_network():
+    """The program branches at run time, so that all stages share it; N = k takes the branch without the network."""
+    calls = []
+
+    def counted(x, t, cond):
+        jax.debug.callback(lambda: calls.append(1))
+        return network(x, t, cond)
+
+    for N, expected in ((8, 0), (40, 1)):
+        calls.clear()
+        times = draw(KEY, SHAPE, pad_segments(N, 8, LENGTH), CONTROLS)
+        jax.jit(lambda times: tscd_pair(network, counted, teacher, batch_of(16), times, schedule=SCHEDULE))(times)
+        jax.effects_barrier()
+        assert len(calls) == expected
 
 
 def test_one_solver_step_a_segment_ends_on_the_segment_boundary():
