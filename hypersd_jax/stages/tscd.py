@@ -126,6 +126,7 @@ def make_loss(components: Components, schedule: Schedule, kind: StepKind) -> Los
             controls,
             schedule=schedule,
             distance=distance,
+            indices=batch["places"],
         )
 
     return loss

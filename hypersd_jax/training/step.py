@@ -62,8 +62,9 @@ def make_step(
             along B; the gradient is the mean over micro-batches, one of which is in memory at a time.
         compiler_options: the backend's options for this program.
 
-    The step's randomness is `fold_in(fold_in(key, state.step), micro-batch)`, the same after a restart. `controls`
-    holds `optimizer_controls` and `ema_decay` (0 keeps the average equal to the weights) beside what the loss reads.
+    The step's randomness is `fold_in(key, state.step)`, the same after a restart and in every micro-batch: a loss tells
+    its rows apart by something in the batch, so that `accumulate` does not change what they draw. `controls` holds
+    `optimizer_controls` and `ema_decay` (0 keeps the average equal to the weights) beside what the loss reads.
 
     A loss or gradient that is not finite changes nothing but two counters: `skipped`, and `step`, so that the
     next step draws other noise. Metrics: the loss's own and loss, grad_norm (before clipping), update_norm,
@@ -76,20 +77,19 @@ def make_step(
     def gradient(state: TrainState, frozen: Any, batch: Any, key: jax.Array, controls: Controls) -> Any:
         differentiate = jax.value_and_grad(loss_fn, has_aux=True)
 
-        def micro_batch(index: jax.Array | int, rows: Any) -> tuple[Any, tuple[jax.Array, Metrics]]:
-            micro_key = jax.random.fold_in(key, index)
-            value, grads = differentiate(state.trainable, state.ema, frozen, rows, micro_key, controls)
+        def micro_batch(rows: Any) -> tuple[Any, tuple[jax.Array, Metrics]]:
+            value, grads = differentiate(state.trainable, state.ema, frozen, rows, key, controls)
             return constrain(grads, state_shardings.trainable), value
 
         if accumulate == 1:
-            return micro_batch(0, jax.tree.map(lambda leaf: leaf[0], batch))
+            return micro_batch(jax.tree.map(lambda leaf: leaf[0], batch))
 
-        def add(total: Any, inputs: tuple[jax.Array, Any]) -> tuple[Any, tuple[jax.Array, Metrics]]:
-            grads, value = micro_batch(*inputs)
+        def add(total: Any, rows: Any) -> tuple[Any, tuple[jax.Array, Metrics]]:
+            grads, value = micro_batch(rows)
             return jax.tree.map(jnp.add, total, grads), value
 
         zeros = constrain(jax.tree.map(jnp.zeros_like, state.trainable), state_shardings.trainable)
-        total, values = jax.lax.scan(add, zeros, (jnp.arange(accumulate), batch))
+        total, values = jax.lax.scan(add, zeros, batch)
         mean_value = jax.tree.map(lambda each: jnp.mean(each, axis=0), values)
         return jax.tree.map(lambda grad: grad / accumulate, total), mean_value
 

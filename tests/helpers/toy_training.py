@@ -34,7 +34,9 @@ def batch(step: int, rows: int = 16, accumulate: int = 1) -> dict[str, np.ndarra
     """The batch of one step: a function of the step alone, so that a restart sees the same data."""
     x = np.random.default_rng([2, step]).standard_normal((rows, FEATURES), np.float32)
     y = np.sin(x.sum(axis=1, keepdims=True))
-    return {name: value.reshape(accumulate, rows // accumulate, -1) for name, value in {"x": x, "y": y}.items()}
+    place = np.arange(rows, dtype=np.int32)
+    leaves = {"x": x, "y": y, "place": place}
+    return {name: leaf.reshape(accumulate, rows // accumulate, *leaf.shape[1:]) for name, leaf in leaves.items()}
 
 
 def predict(params, frozen, x):
@@ -43,8 +45,9 @@ def predict(params, frozen, x):
 
 
 def loss(trainable, ema, frozen, batch, key, controls):
-    """Regression plus consistency with the average, on inputs jittered by `controls["jitter"]`."""
-    noise = controls["jitter"] * jax.random.normal(key, batch["x"].shape)
+    """Regression plus consistency with the average, each row's input jittered by `controls["jitter"]`."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, batch["place"])
+    noise = controls["jitter"] * jax.vmap(lambda row_key: jax.random.normal(row_key, batch["x"].shape[1:]))(keys)
     prediction = predict(trainable, frozen, batch["x"] + noise)
     target = jax.lax.stop_gradient(predict(ema, frozen, batch["x"]))
     error = jnp.mean(jnp.square(prediction - batch["y"]))
