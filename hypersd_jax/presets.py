@@ -84,8 +84,8 @@ def from_header(metadata: Mapping[str, str], file: str) -> Preset:
 def resolve(chain: list[Preset]) -> Preset:
     """The first value that is not None, key by key.
 
-    What belongs together stays together: another step count voids a later entry's timesteps, and another sampler its
-    timesteps, eta and spacing.
+    What belongs together stays together: another step count or a spacing voids a later entry's timesteps, timesteps its
+    spacing, and another sampler all three and its eta.
     """
     merged = Preset()
     for preset in chain:
@@ -102,5 +102,7 @@ def resolve(chain: list[Preset]) -> Preset:
                 updates.pop(key, None)
         if merged.timesteps is not None:  # explicit timesteps leave nothing to space
             updates.pop("spacing", None)
+        if merged.spacing is not None:
+            updates.pop("timesteps", None)
         merged = dataclasses.replace(merged, **updates)
     return merged
