@@ -42,7 +42,8 @@ def run_sample(options: argparse.Namespace) -> None:
         raise UserError(f"--output {options.output}: must end in .png, .jpg or .webp")
     loras = [_parse_lora(text) for text in options.lora] or _embedded_lora(options)
     pipe = Pipeline.from_pretrained(options.model, dtype=options.dtype)
-    reports = [pipe.load_lora(file, scale) for file, scale in loras]
+    # Named by place: the same file may be given twice, at two scales.
+    reports = [pipe.load_lora(file, scale, name=f"{place}: {file}") for place, (file, scale) in enumerate(loras)]
 
     settings: dict[str, Any] = {
         "steps": options.steps,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Mapping
 from pathlib import Path
@@ -37,9 +38,9 @@ class LoraStack:
         self._joined: dict[str, Adapter] | None = None
 
     def load(self, path: Path, scale: float, name: str | None) -> LoraReport:
-        """Read a file and add it under ``name`` (default: the file's stem)."""
+        """Read a file and add it under ``name`` (default: the file's stem, numbered where another file has it)."""
         file = read_lora(path, self._shapes)
-        self.add(name or path.stem, file.adapters, scale, file.metadata, origin=str(path))
+        self.add(name or self._free_name(path), file.adapters, scale, file.metadata, origin=str(path))
         return file.report
 
     def add(
@@ -94,6 +95,11 @@ class LoraStack:
             return jax.device_put(adapter)
         mesh = self._mesh
         return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf_sharding(mesh, leaf.shape, leaf.dtype)), adapter)
+
+    def _free_name(self, path: Path) -> str:
+        """The stem; "stem-2", "stem-3", ... for files of one name in several folders."""
+        names = itertools.chain([path.stem], (f"{path.stem}-{number}" for number in itertools.count(2)))
+        return next(name for name in names if name not in self._loras or self._loras[name].origin == str(path))
 
     def _named(self, name: str) -> LoadedLora:
         if name not in self._loras:
