@@ -150,8 +150,11 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.touch()
+        mode = temporary.stat().st_mode  # what the user's umask allows; safetensors would leave the owner alone
         try:
             yield temporary
+            temporary.chmod(mode)
             with temporary.open("rb") as written:
                 os.fsync(written.fileno())  # else a power cut may keep the new name and lose the bytes
             os.replace(temporary, path)

@@ -154,6 +154,13 @@ def _write_half(path):
         raise RuntimeError
 
 
+def test_files_are_as_readable_as_any_other(tmp_path):
+    """The writer of safetensors would leave them to their owner alone."""
+    (tmp_path / "plain").write_text("")
+    save_tensors(tmp_path / "a.safetensors", {"a": np.zeros(2, np.float32)}, {})
+    assert (tmp_path / "a.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_a_failed_write_leaves_what_was_there(tmp_path):
     path = tmp_path / "a.safetensors"
     before = _good(path)
