@@ -83,7 +83,9 @@ def _parser() -> argparse.ArgumentParser:
     lora.add_argument("source", metavar="IN")
     lora.add_argument("destination", metavar="OUT")
     lora.add_argument("--to", required=True, choices=("kohya", "peft"))
-    lora.add_argument("--base", help="the model folder that the LoRA is for, where its family is not a known one")
+    base = lora.add_mutually_exclusive_group()
+    base.add_argument("--base", help="the model folder that the LoRA is for, where its family is not a known one")
+    base.add_argument("--family", choices=("sd15", "sd21", "sdxl"), help="what the LoRA is for (default: what it fits)")
     lora.set_defaults(run=_convert_lora)
 
     doctor = commands.add_parser("doctor", help="what this machine offers")
@@ -117,7 +119,7 @@ def _sample(options: argparse.Namespace) -> None:
 def _convert_lora(options: argparse.Namespace) -> None:
     from hypersd_jax.weights.lora_convert import convert_lora
 
-    convert_lora(options.source, options.destination, options.to, base=options.base)
+    convert_lora(options.source, options.destination, options.to, base=options.base, family=options.family)
     print(options.destination)
 
 

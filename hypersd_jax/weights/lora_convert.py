@@ -11,6 +11,7 @@ import numpy as np
 
 from hypersd_jax.errors import UserError
 from hypersd_jax.weights import lora_peft
+from hypersd_jax.weights.components import EMBEDDED, assets
 from hypersd_jax.weights.families import FAMILIES, Shapes, adaptable_shapes
 from hypersd_jax.weights.folder import read_json
 from hypersd_jax.weights.lora import LAYOUTS, LoraFile, LoraReport, read_lora, weights_file, write_lora
@@ -34,7 +35,7 @@ def convert_lora(
         src: a file or folder that `read_lora` understands.
         dst: the file to write.
         to: "kohya" or "peft".
-        base: a diffusers model folder whose shapes the LoRA is read against.
+        base: a diffusers model folder, or ``embedded``, whose shapes the LoRA is read against.
         family: "sd15", "sd21" or "sdxl" instead of a folder. With neither, the family that the file fits is found.
 
     Returns:
@@ -58,7 +59,7 @@ def _read(
 ) -> tuple[LoraFile, Shapes]:
     """The LoRA, and the shapes that it was read against."""
     if base is not None:
-        shapes = _folder_shapes(Path(base))
+        shapes = _folder_shapes(assets() / "teacher" if base == EMBEDDED else Path(base))
         return read_lora(src, shapes), shapes
     if family is not None:
         shapes = _family_shapes(family)
