@@ -136,7 +136,7 @@ def other_run(folder: Path) -> list[str]:
 
 def empty_folder(folder: Path) -> list[str]:
     (folder / "pictures").mkdir()
-    return ["train.py", f"output_dir={folder / 'out'}", f"data={folder / 'pictures'}", "evaluation.samples=0"]
+    return ["train.py", f"output_dir={folder / 'out'}", f"data={folder / 'pictures'}"]
 
 
 def plain(*arguments: str) -> Callable[[Path], list[str]]:

@@ -115,7 +115,7 @@ class StageConfig:
         low, high = self.guidance
         if low > high or low < 0:
             raise ValueError(f"guidance must be a range [low, high] with 0 <= low <= high, not [{low}, {high}]")
-        if not self.name or set(self.name) & set("/\\ "):
+        if self.name in ("", ".", "..") or set(self.name) & set("/\\ "):
             raise ValueError(f"name {self.name!r} must be a plain file name")
 
 
@@ -144,14 +144,18 @@ class LogConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EvaluationConfig:
-    """The comparison after the last stage: ``samples: 0`` leaves it out."""
+    """The comparison after the last stage, on captions of the embedded pictures.
 
-    samples: int = 256
+    ``samples: 0`` leaves it out; null is 256 for a run on the embedded pictures and 0 for any other. ``batch_size`` is
+    that of all pictures drawn while and after training.
+    """
+
+    samples: int | None = None
     guidance: float = 4.0
     batch_size: int = 16
 
     def __post_init__(self) -> None:
-        if self.samples < 0 or self.batch_size < 1:
+        if (self.samples or 0) < 0 or self.batch_size < 1:
             raise ValueError("samples must be at least 0 and batch_size at least 1")
 
 
@@ -176,6 +180,15 @@ class Config:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"stages: the name {name!r} is used twice")
+        if self.evaluation.samples and self.data.source != "emoji":
+            raise ValueError(f"evaluation.samples: the comparison needs data.source=emoji, not {self.data.source}")
+
+    @property
+    def compared_samples(self) -> int:
+        """How many captions students and teacher are compared on."""
+        if self.evaluation.samples is not None:
+            return self.evaluation.samples
+        return 256 if self.data.source == "emoji" else 0
 
 
 def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:

@@ -18,7 +18,7 @@ def main() -> None:
     """Compute the reference of the default recipe's list and guidance."""
     config = load_config(find_recipe("emoji"))
     pipe = Pipeline.from_pretrained("embedded")
-    items = evaluation_list(config.evaluation.samples, groups=config.data.groups)
+    items = evaluation_list(config.compared_samples, groups=config.data.groups)
     reference = compute_reference(pipe, items, guidance=config.evaluation.guidance, batch_size=32)
     base = fingerprint(pipe.components.params["unet"])
     path = assets() / "reference" / "teacher.npz"

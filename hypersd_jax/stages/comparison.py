@@ -43,19 +43,24 @@ def compare(config: Config, output: Output, pipe: Pipeline, base: str) -> list[R
         base: fingerprint of the base's UNet.
     """
     settings = config.evaluation
-    items = evaluation_list(settings.samples, groups=config.data.groups)
+    items = evaluation_list(config.compared_samples, groups=config.data.groups)
     reference = get_reference(
         pipe, items, guidance=settings.guidance, batch_size=settings.batch_size, base=base, folder=output.root
     )
     shown = min(GRID_ROWS, len(items))
     columns: dict[str, np.ndarray] = {f"teacher {MANY_STEPS} steps": reference.images[:shown]}
-    rows = _teacher_rows(reference)
     size = settings.batch_size
+    rows = _teacher_rows(reference, _teacher_seconds(pipe, items[:size], reference))
+    few = items[: max(shown, min(size, len(items)))]
     with tqdm(total=len(config.stages), desc="comparing", unit="student") as bar:
         for stage in config.stages:
-            teacher_picture, seconds = _timed(pipe, items, shown, stage.k, settings.guidance, "ddim", size)
-            _set_seconds(rows, stage.k, settings.guidance, seconds)
-            columns[f"teacher {_steps(stage.k)}"] = teacher_picture[:shown]
+            teacher_options: dict[str, Any] = {
+                "steps": stage.k,
+                "guidance": settings.guidance,
+                "sampler": "ddim",
+                "batch_size": size,
+            }
+            columns[f"teacher {_steps(stage.k)}"] = draw(pipe, few, **teacher_options)[0][:shown]
             pipe.load_lora(output.loras / f"{stage.name}.safetensors", name=stage.name)
             options: dict[str, Any] = {"steps": stage.k, "guidance": 0.0, "sampler": stage.sampler, "eta": stage.eta}
             draw(pipe, items[:size], batch_size=size, **options)  # compiles
@@ -69,35 +74,31 @@ def compare(config: Config, output: Output, pipe: Pipeline, base: str) -> list[R
     return rows
 
 
-def _timed(
-    pipe: Pipeline, items: Sequence[Any], shown: int, steps: int, guidance: float, sampler: str, size: int
-) -> tuple[np.ndarray, float]:
-    """Pictures for the grid and the seconds each takes in a full batch, after a first one that compiles."""
-    few = items[: max(shown, min(size, len(items)))]
-    options: dict[str, Any] = {"guidance": guidance, "sampler": sampler, "batch_size": size}
-    draw(pipe, few[:size], steps=1, **options)
-    return draw(pipe, few, steps=steps, **options)
+def _teacher_seconds(pipe: Pipeline, items: Sequence[Any], reference: Reference) -> dict[tuple[int, float], float]:
+    """(steps, guidance) -> seconds a picture takes the teacher, in one full batch, each program compiled before."""
+    seconds = {}
+    for row in tqdm((reference.floor, *reference.teachers), desc="timing the teacher", unit="model"):
+        options: dict[str, Any] = {"guidance": row.guidance, "sampler": "ddim", "batch_size": len(items)}
+        draw(pipe, items, steps=1, **options)
+        _, seconds[row.steps, row.guidance] = draw(pipe, items, steps=row.steps, **options)
+    return seconds
 
 
-def _teacher_rows(reference: Reference) -> list[Row]:
+def _teacher_rows(reference: Reference, seconds: Mapping[tuple[int, float], float]) -> list[Row]:
+    floor = reference.floor
     first = {
         "model": "teacher",
         "sampler": "ddim",
-        "steps": reference.floor.steps,
-        "guidance": reference.floor.guidance,
-        "calls": reference.floor.calls,
+        "steps": floor.steps,
+        "guidance": floor.guidance,
+        "calls": floor.calls,
         "n": len(reference.images),
         "distance": 0.0,
         "fid_teacher": 0.0,
     }
-    rows = [first, {**_row("teacher, other latents", "ddim", reference.floor)}]
-    return rows + [_row("teacher", "ddim", teacher) for teacher in reference.teachers]
-
-
-def _set_seconds(rows: list[Row], steps: int, guidance: float, seconds: float) -> None:
-    for row in rows:
-        if row["model"] == "teacher" and row["steps"] == steps and row["guidance"] == guidance:
-            row["seconds_per_image"] = seconds
+    rows = [first, {**_row("teacher, other latents", "ddim", floor)}]
+    rows += [_row("teacher", "ddim", teacher) for teacher in reference.teachers]
+    return [{**row, "seconds_per_image": seconds[row["steps"], row["guidance"]]} for row in rows]
 
 
 def _student_row(stage: StageConfig, found: Measured, reference: Reference, seconds: float) -> Row:

@@ -37,8 +37,15 @@ def export_student(
     metadata = {
         **header,
         "base_fingerprint": base_fingerprint,
-        "ss_base_model_version": "sdxl_base_v1-0" if components.is_xl else "sd_v1",
+        "ss_base_model_version": _kohya_family(components),
         "ss_training_comment": f"hypersd_jax {stage.kind} k={stage.k}",
     }
     write_lora(path, {"unet": adapter}, layout="kohya", metadata=metadata, dtype=np.float32)
     return header
+
+
+def _kohya_family(components: Components) -> str:
+    """Kohya's name of the base's family, which A1111 sorts LoRAs by; SD 2.x is told by OpenCLIP-H's width."""
+    if components.is_xl:
+        return "sdxl_base_v1-0"
+    return "sd_v2" if components.unet_config.cross_attention_dims[0] == 1024 else "sd_v1"

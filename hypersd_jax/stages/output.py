@@ -36,22 +36,33 @@ class Output:
 
 
 def open_output(config: Config) -> Output:
-    """Make the folder, or go on with the run that it holds.
+    """The run's folder, which may hold the same run already; nothing is written yet.
 
     Raises:
-        UserError: the folder holds a run of another configuration, or cannot be written.
+        UserError: the folder holds a run of another configuration, or cannot be read.
     """
     output = Output(Path(config.output_dir))
     saved = output.root / "config.yaml"
     try:
-        for folder in (output.root, output.loras, output.samples):
-            folder.mkdir(parents=True, exist_ok=True)
         if saved.exists():
             _check_same(saved, config)
-        save_config(config, saved)
+    except OSError as error:
+        raise UserError(f"output_dir: {saved} cannot be read ({error.strerror})") from None
+    return output
+
+
+def create_output(output: Output, config: Config) -> None:
+    """Make the folder and record the configuration: once all of it has been checked, since the record binds reruns.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    try:
+        for folder in (output.root, output.loras, output.samples):
+            folder.mkdir(parents=True, exist_ok=True)
+        save_config(config, output.root / "config.yaml")
     except OSError as error:
         raise UserError(f"output_dir: {output.root} cannot be written ({error.strerror})") from None
-    return output
 
 
 def _check_same(saved: Path, config: Config) -> None:

@@ -13,6 +13,7 @@ from PIL import Image
 from hypersd_jax.adapters import Adapter
 from hypersd_jax.config import StageConfig
 from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.stages.export import sampling_header
 
 NAME = "preview"
 
@@ -22,20 +23,16 @@ def draw_preview(
 ) -> Image.Image:
     """Draw ``prompts`` with the student at its own step count: a strip of pictures, written to ``path``.
 
-    The base draws the same latents with the same settings and its pictures must be others: a preview of a model whose
-    adapter was left off has fooled whole training runs (recipes trap 18).
+    The same program at scale 0 draws the base's pictures, which must be others: a preview of a model whose adapter was
+    left off has fooled whole training runs.
     """
-    settings: dict[str, Any] = {
-        "steps": stage.k,
-        "sampler": stage.sampler,
-        "eta": stage.eta,
-        "guidance": 0.0,
-        "output": "np",
-    }
-    base = pipe(list(prompts), **settings)
-    pipe.add_lora(NAME, {"unet": adapter})
+    settings: dict[str, Any] = {"output": "np", "batch_size": batch_size, "stepwise": True}
+    header = sampling_header(stage, dict(pipe.components.scheduler_config))
+    pipe.add_lora(NAME, {"unet": adapter}, metadata=header)
     try:
         images = pipe(list(prompts), **settings)
+        pipe.set_lora_scale(NAME, 0.0)
+        base = pipe(list(prompts), **settings)
     finally:
         pipe.unload_lora(NAME)
     if _digest(images) == _digest(base):

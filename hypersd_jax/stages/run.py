@@ -21,9 +21,9 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline, parse_dtype
 from hypersd_jax.stages import tscd
 from hypersd_jax.stages.comparison import compare
-from hypersd_jax.stages.export import export_student
+from hypersd_jax.stages.export import export_student, sampling_header
 from hypersd_jax.stages.inputs import make_encoder, time_ids, unconditional
-from hypersd_jax.stages.output import Output, open_output
+from hypersd_jax.stages.output import Output, create_output, open_output
 from hypersd_jax.stages.preview import draw_preview
 from hypersd_jax.training import (
     Checkpointer,
@@ -80,12 +80,14 @@ def train(config: Config) -> Path:
     if config.log.compilation_cache:
         use_compilation_cache()
     run = open_run(config, output)
+    check_stages(run)
+    create_output(output, config)
     factors = _initial_factors(run)
     teacher: Factors | None = None
     for index, stage in enumerate(config.stages):
         student = run_stage(run, index, stage, factors, teacher)
         factors = teacher = student
-    if config.evaluation.samples:
+    if config.compared_samples:
         compare(config, output, run.pipe, run.base_fingerprint)
     return output.root
 
@@ -112,6 +114,26 @@ def open_run(config: Config, output: Output) -> Run:
     )
 
 
+def check_stages(run: Run) -> None:
+    """Refuse, before anything is trained or written, what a later stage would stumble over.
+
+    Raises:
+        UserError: naming the stage and key.
+    """
+    for stage in run.config.stages:
+        where = f"stages.{stage.name}."
+        if stage.batch_size % (stage.accumulate * run.mesh.size):
+            raise UserError(
+                f"{where}batch_size={stage.batch_size} must be a multiple of accumulate ({stage.accumulate}) "
+                f"times the number of devices ({run.mesh.size})"
+            )
+        try:
+            tscd.stage_controls(stage, run.pipe.schedule, run.grid_length)
+            sampling_header(stage, dict(run.pipe.components.scheduler_config))
+        except UserError as error:
+            raise UserError(f"{where}{error}") from None
+
+
 def run_stage(run: Run, index: int, stage: StageConfig, start: Factors, teacher: Factors | None) -> Factors:
     """Train one stage from ``start`` and export it; returns the exported factors, where the next stage starts.
 
@@ -122,12 +144,6 @@ def run_stage(run: Run, index: int, stage: StageConfig, start: Factors, teacher:
         start: the previous student's factors, or fresh ones.
         teacher: the previous student's factors; None in the first stage.
     """
-    rows = stage.batch_size
-    if rows % (stage.accumulate * run.mesh.size):
-        raise UserError(
-            f"stages.{stage.name}.batch_size={rows} must be a multiple of accumulate ({stage.accumulate}) "
-            f"times the number of devices ({run.mesh.size})"
-        )
     components, schedule = run.pipe.components, run.pipe.schedule
     kind = tscd.step_kind(stage, first=teacher is None)
     state = init_state(start, make_optimizer(tscd.optimizer_config(stage)), run.mesh)
@@ -203,18 +219,16 @@ def _batches(run: Run, index: int, stage: StageConfig, done: int) -> Iterator[tu
     for number, images, captions in prefetch(host_batches()):
         ids = tuple(tokens.reshape(micro, -1, tokens.shape[-1]) for tokens in run.pipe.prompts.tokenize(captions))
         sizes = time_ids(components, images)
-        host = put_batch({"images": images, "ids": ids, "sizes": sizes}, place)
-        yield (
-            number + 1,
-            run.encode(
-                text_params,
-                dict(components.params["vae"]),
-                host["images"],
-                host["ids"],
-                host["sizes"],
-                jax.random.fold_in(encoder_key, number),
-            ),
+        host = put_batch({"images": images, "ids": ids, "sizes": sizes, "places": mine.astype(np.int32)}, place)
+        encoded = run.encode(
+            text_params,
+            dict(components.params["vae"]),
+            host["images"],
+            host["ids"],
+            host["sizes"],
+            jax.random.fold_in(encoder_key, number),
         )
+        yield number + 1, {**encoded, "places": host["places"]}
 
 
 def _process_rows(rows: int, micro: int) -> np.ndarray:

@@ -123,9 +123,31 @@ def test_another_configuration_is_refused(finished: Path) -> None:
         train(load_config(finished / "config.yaml", ["stages.0.learning_rate=0.02"]))
 
 
-def test_uneven_batches_are_refused(tmp_path: Path, model: Path) -> None:
-    with pytest.raises(UserError, match=r"stages\.two\.batch_size=3"):
-        train(recipe(tmp_path, model, "stages.two.batch_size=3", "stages.two.accumulate=2"))
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (["stages.one.batch_size=3", "stages.one.accumulate=2"], r"stages\.one\.batch_size=3"),
+        (["stages.one.solver_steps=48"], r"stages\.one\.solver_steps: N = 48 must divide"),
+        (["stages.one.sampler=lcm"], r"stages\.one\..*eta"),
+        (["model=/nowhere"], "/nowhere"),
+    ],
+)
+def test_what_a_later_stage_would_stumble_over_is_refused_before_anything_is_written(
+    tmp_path: Path, model: Path, overrides: list[str], words: str
+) -> None:
+    config = recipe(tmp_path, model, *overrides)
+    with pytest.raises(UserError, match=words):
+        train(config)
+    assert not Path(config.output_dir).exists()
+
+
+def test_accumulated_micro_batches_are_the_big_batch(tmp_path: Path, model: Path, finished: Path) -> None:
+    """The same pictures, times, noise and guidance, so the same losses but for rounding."""
+    out = train(recipe(tmp_path, model, "stages.two.accumulate=2", "stages.two.updates=2", "stages.one.updates=1"))
+    read = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()][:2] for f in (finished, out)]
+    for whole, pieces in zip(*read, strict=True):
+        assert pieces["loss"] == pytest.approx(whole["loss"], rel=1e-4)
+        assert pieces["grad_norm"] == pytest.approx(whole["grad_norm"], rel=1e-3)
 
 
 def test_the_previous_student_as_teacher(tmp_path: Path, model: Path, finished: Path) -> None:
