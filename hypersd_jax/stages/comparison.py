@@ -75,11 +75,11 @@ def compare(config: Config, output: Output, pipe: Pipeline, base: str) -> list[R
 
 
 def _teacher_seconds(pipe: Pipeline, items: Sequence[Any], reference: Reference) -> dict[tuple[int, float], float]:
-    """(steps, guidance) -> seconds a picture takes the teacher, in one full batch, each program compiled before."""
+    """(steps, guidance) -> seconds a picture takes the teacher, in one full batch, after a first one that compiles."""
     seconds = {}
     for row in tqdm((reference.floor, *reference.teachers), desc="timing the teacher", unit="model"):
         options: dict[str, Any] = {"guidance": row.guidance, "sampler": "ddim", "batch_size": len(items)}
-        draw(pipe, items, steps=1, **options)
+        draw(pipe, items, steps=row.steps, **options)
         _, seconds[row.steps, row.guidance] = draw(pipe, items, steps=row.steps, **options)
     return seconds
 

@@ -1,0 +1,68 @@
+"""Take a finished run's results into benchmarks/results, with its table as Markdown.
+
+python train.py && python scripts/take_results.py outputs/emoji
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jax
+import yaml
+
+HEAD = "| model | steps | guidance | calls | distance | KID | FID | margin in distance | s/picture |"
+NOTE = """Distance: root mean squared pixel difference (0..1) to the teacher's 25-step picture from the same latents.
+KID and FID: EfficientNet-Lite0 features, against the teacher's 25-step pictures; the row from other latents is their
+floor. Calls: UNet calls a picture. Margin: how much nearer than the nearest teacher at as many calls, with its
+standard error."""
+
+
+def main(folder: Path) -> None:
+    """Copy results.json and grid.png, and write README.md beside them."""
+    target = Path("benchmarks/results") / folder.name
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("results.json", "grid.png"):
+        shutil.copyfile(folder / name, target / name)
+    rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))
+    config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    stages = ", ".join(f"{s['name']} {s['updates']} x {s['batch_size']}" for s in config["stages"])
+    table = "\n".join([HEAD, "|" + "---|" * 9, *(line(row) for row in rows)])
+    text = f"""# {folder.name}
+
+Updates x pictures: {stages}. {rows[0]["n"]} (prompt, seed, ground) of held-out concepts.
+{date.today()}, jax {jax.__version__}, {os.cpu_count()} CPU cores ({processor()}).
+
+{table}
+
+{NOTE}
+"""
+    (target / "README.md").write_text(text, encoding="utf-8")
+    print(target)
+
+
+def line(row: dict[str, Any]) -> str:
+    """One row of the table."""
+    kid = f"{row['kid']:.3f} ± {row['kid_se']:.3f}" if "kid" in row else ""
+    margin = f"{row['margin']:+.4f} ± {row['margin_se']:.4f} over {row['rival']}" if "margin" in row else ""
+    seconds = f"{row['seconds_per_image']:.3f}" if "seconds_per_image" in row else ""
+    cells = (row["model"], row["steps"], f"{row['guidance']:g}", row["calls"], f"{row['distance']:.4f}", kid)
+    return "| " + " | ".join(str(cell) for cell in (*cells, f"{row['fid_teacher']:.0f}", margin, seconds)) + " |"
+
+
+def processor() -> str:
+    """The processor's name where Linux tells it."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return "unknown"
+    return next((text.partition(":")[2].strip() for text in lines if text.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
