@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import os
 
+from tests.helpers.quick import QUICK
+
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny networks spend their time in the compiler, so it optimises less; the arithmetic stays float32.
-os.environ.setdefault("XLA_FLAGS", "--xla_backend_optimization_level=0 --xla_cpu_use_fusion_emitters=false")
+os.environ.setdefault("XLA_FLAGS", " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items()))
 
 import jax
 
