@@ -66,7 +66,8 @@ def compare(config: Config, output: Output, pipe: Pipeline, base: str) -> list[R
             draw(pipe, items[:size], batch_size=size, **options)  # compiles
             images, seconds = draw(pipe, items, batch_size=size, **options)
             pipe.unload_lora(stage.name)
-            columns[f"student {_steps(stage.k)}"] = images[:shown]
+            label = f"student {_steps(stage.k)}"
+            columns[stage.name if label in columns else label] = images[:shown]
             found = measure(images, reference.images, reference.features, stage.k, 0.0)
             rows.append(_student_row(stage, found, reference, seconds))
             bar.update()
@@ -162,7 +163,7 @@ def _summary(rows: Sequence[Row]) -> list[str]:
     lines = []
     for row in rows:
         if "margin" in row:
-            side = "nearer to" if row["margin"] > 0 else "farther from"
+            side = "nearer to" if row["margin"] >= 0 else "farther from"
             lines.append(
                 f"{row['model']}: {_steps(row['steps'])}, {abs(row['margin']):.4f} ± {row['margin_se']:.4f} {side} the "
                 f"teacher's {MANY_STEPS}-step pictures than the teacher itself at as many network calls "

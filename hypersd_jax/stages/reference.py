@@ -9,6 +9,8 @@ import dataclasses
 import hashlib
 import json
 import time
+import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -187,7 +189,7 @@ def load_reference(path: Path, identity: str) -> Reference | None:
                 floor=rows[0],
                 teachers=tuple(rows[1:]),
             )
-    except (OSError, ValueError, KeyError, EOFError) as error:
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: the reference is damaged ({error}); delete the file") from None
 
 
