@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from hypersd_jax.conditioning import Conditioning, PromptEncoder, load_tokenizer
 from hypersd_jax.config import nearest
 from hypersd_jax.diffusion import Schedule, guided, sample, solver_table
 from hypersd_jax.errors import UserError
+from hypersd_jax.models.layers import timestep_embedding
 from hypersd_jax.weights.components import Components, default_dtype, load_components
 from hypersd_jax.weights.lora import LoraReport
 from hypersd_jax.weights.lora_stack import LoraStack
@@ -49,8 +51,7 @@ class Pipeline:
         self._loras = LoraStack(components.shapes, mesh)
         self._encode = jax.jit(functools.partial(_encode, self.prompts, dtype))
         self._scan = jax.jit(
-            functools.partial(_scan, components, self.schedule.prediction_type),
-            static_argnames=("guidance_on", "on_step"),
+            functools.partial(_scan, components, self.schedule.prediction_type), static_argnames="on_step"
         )
         self._callback: Callable[[], None] | None = None
         self._step = self._on_step  # one object, so that jit sees one static argument
@@ -167,7 +168,8 @@ class Pipeline:
             prompt: one prompt or several.
             negative_prompt: what to steer away from when ``guidance`` is above 1; None: the model's own unconditional.
             steps, sampler, eta, guidance, spacing, timesteps: None takes the preset's, else the last LoRA's header's,
-                else the base's many-step default. ``guidance`` 0 or 1 is off: one UNet call a step.
+                else the base's many-step default. ``guidance`` 0 or 1 is off: one UNet call a step, as
+                it always is for a model that embeds guidance (``time_cond_proj_dim``).
             preset: a name from `hypersd_jax.presets.PRESETS`.
             seed: image j of prompt i depends on (seed, i, j) alone.
             latents: (B, h, w, C) float32 standard normal start, instead of one from the seed.
@@ -187,21 +189,29 @@ class Pipeline:
         for name, value in (("num_images", num_images), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
+        if timesteps is not None:
+            timesteps = tuple(_listed(timesteps))
+            steps = len(timesteps) if steps is None else steps
         plan = self.settings(
             preset,
-            steps=len(timesteps) if timesteps is not None else steps,
+            steps=steps,
             sampler=sampler,
             eta=eta,
             guidance=guidance,
             spacing=spacing,
-            timesteps=None if timesteps is None else tuple(int(t) for t in timesteps),
+            timesteps=timesteps,
         )
         table = self._table(plan)
-        prompts = [prompt] if isinstance(prompt, str) else list(prompt)
-        if not prompts:
-            raise UserError("prompt: none given")
-        scale = float(plan.guidance or 0.0)
-        negatives = self._negatives(negative_prompt, len(prompts)) if scale > 1.0 else None
+        prompts = _texts("prompt", prompt, str)
+        negatives = _texts("negative_prompt", negative_prompt, str, type(None))
+        if len(negatives) not in (1, len(prompts)):
+            raise UserError(f"negative_prompt: {len(negatives)} given for {len(prompts)} prompts")
+        scale = float(_checked("guidance", plan.guidance or 0.0, ()))
+        if scale < 0:
+            raise UserError(f"guidance={scale:g} is negative")
+        guidance_on = scale > 1.0 and not self.components.unet_config.time_cond_proj_dim
+        if any(negatives) and not guidance_on:
+            warnings.warn(f"negative_prompt is ignored: guidance={scale:g} does not call for it", stacklevel=2)
         size = self._latent_size(height, width)
         shape = (len(prompts) * num_images, *size, self.components.unet_config.out_channels)
         rows = np.arange(shape[0])
@@ -217,11 +227,12 @@ class Pipeline:
         rounds = _rounds(rows, batch_size or len(rows))
         self._callback = None if callback is None else _counter(callback, len(rounds) * len(added))
         for picked in rounds:
-            asked = [prompts[row // num_images] for row in picked]
-            cond = self._condition(asked, size)
+            cond = self._condition([prompts[row // num_images] for row in picked], size)
             uncond = None
-            if negatives is not None:
-                uncond = self._unconditional([negatives[row // num_images] for row in picked], size, cond)
+            if guidance_on:
+                uncond = self._unconditional(
+                    [negatives[row // num_images % len(negatives)] for row in picked], size, cond
+                )
             last, steps_noise = self._place(first[picked]), self._place(added[:, picked], axis=1)
             for part, rows_noise in _slices(table, steps_noise) if stepwise else [(table, steps_noise)]:
                 last = self._scan(
@@ -233,7 +244,6 @@ class Pipeline:
                     part,
                     last,
                     rows_noise,
-                    guidance_on=uncond is not None,
                     on_step=None if callback is None else self._step,
                 )
             parts.append(np.asarray(last if output == "latent" else self._decode(self._params["vae"], last)))
@@ -264,6 +274,8 @@ class Pipeline:
         default = size if isinstance(size, tuple) else (size, size)
         sizes = []
         for name, value, native in (("height", height, default[0]), ("width", width, default[1])):
+            if value is None and not native:
+                raise UserError(f"{name} must be given: the model's unet/config.json has no sample_size")
             pixels = native * factor if value is None else value
             if pixels < factor or pixels % factor:
                 raise UserError(f"{name}={pixels} must be a positive multiple of {factor}")
@@ -288,18 +300,14 @@ class Pipeline:
         factor = self.components.vae_config.downscale
         return cond._replace(time_ids=jnp.asarray(size_ids(size[0] * factor, size[1] * factor, len(prompts))))
 
-    def _negatives(self, negative: str | Sequence[str] | None, count: int) -> list[str | None]:
-        """One negative prompt for each prompt; None stands for the model's own unconditional."""
-        texts = [negative] if isinstance(negative, str) or negative is None else list(negative)
-        if len(texts) not in (1, count):
-            raise UserError(f"negative_prompt: {len(texts)} given for {count} prompts")
-        return list(texts) * (count if len(texts) == 1 else 1)
-
     def _unconditional(self, texts: list[str | None], size: tuple[int, int], cond: Conditioning) -> Conditioning:
-        if self.components.zero_unconditional and all(text is None for text in texts):
-            pooled = None if cond.pooled is None else jnp.zeros_like(cond.pooled)
-            return Conditioning(jnp.zeros_like(cond.context), pooled, cond.time_ids)
-        return self._condition([text or "" for text in texts], size)
+        """Of the negative prompts; None stands for the model's own unconditional, zeros or that of an empty prompt."""
+        zeros = np.asarray([self.components.zero_unconditional and text is None for text in texts])
+        uncond = cond if zeros.all() else self._condition([text or "" for text in texts], size)
+        if not zeros.any():
+            return uncond
+        pooled = None if uncond.pooled is None else jnp.where(zeros[:, None], 0, uncond.pooled)
+        return uncond._replace(context=jnp.where(zeros[:, None, None], 0, uncond.context), pooled=pooled)
 
 
 # MARK: what is compiled
@@ -321,17 +329,20 @@ def _scan(
     latents: jax.Array,
     noise: jax.Array,
     *,
-    guidance_on: bool,
     on_step: Any,
 ) -> jax.Array:
-    """The solver's scan. With guidance the two UNet calls of a step are one call on a doubled batch."""
+    """The solver's scan. With an unconditional the two UNet calls of a step are one call on a doubled batch."""
     both = cond if uncond is None else jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
+    inputs = both.unet_kwargs()
+    if dim := components.unet_config.time_cond_proj_dim:
+        w = jnp.full(latents.shape[:1], 1000 * (scale - 1))  # LCM's guidance embedding, arXiv 2310.04378
+        inputs["timestep_cond"] = timestep_embedding(w, dim, flip_sin_to_cos=False, freq_shift=1.0)
 
     def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-        if not guidance_on:
-            return components.unet(params, x, t, both.context, adapter=adapter, **both.unet_kwargs())
+        if uncond is None:
+            return components.unet(params, x, t, both.context, adapter=adapter, **inputs)
         x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
-        output = components.unet(params, x, t, both.context, adapter=adapter, **both.unet_kwargs())
+        output = components.unet(params, x, t, both.context, adapter=adapter, **inputs)
         unguided, prompted = jnp.split(output.astype(jnp.float32), 2)
         return guided(unguided, prompted, scale)
 
@@ -412,9 +423,26 @@ def _counter(callback: Callback, total: int) -> Callable[[], None]:
 
 
 def _checked(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    array = np.asarray(value, np.float32)
+    try:
+        array = np.asarray(value, np.float32)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} is not a number or a regular array of numbers") from None
     if array.shape != shape:
         raise UserError(f"{name} has shape {array.shape}, not {shape}")
     if not np.isfinite(array).all():
         raise UserError(f"{name} holds values that are not finite")
     return array
+
+
+def _listed(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+
+
+def _texts(name: str, value: Any, *kinds: type) -> list[Any]:
+    texts = _listed(value)
+    if not texts:
+        raise UserError(f"{name}: none given")
+    for text in texts:
+        if not isinstance(text, kinds):
+            raise UserError(f"{name} must be text, not {text!r}")
+    return texts

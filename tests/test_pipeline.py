@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import warnings
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,10 @@ import pytest
 
 from hypersd_jax import adapters
 from hypersd_jax.errors import UserError
+from hypersd_jax.models import UNetConfig, unet
 from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.weights.folder import save_params
+from tests.helpers.tiny_model import UNET, tiny_model
 
 PROMPT = "red apple, fluent flat style"
 CALL: dict[str, Any] = {"steps": 2, "guidance": 0.0, "output": "latent"}
@@ -187,11 +192,99 @@ def test_long_prompts_warn(clean: Pipeline) -> None:
         ({"preset": "hyper-sd15-4step"}, "hyper-sd15-4steps"),
         ({"spacing": "trailling"}, "trailing"),
         ({"guidance": 3.0, "negative_prompt": ["a", "b", "c"]}, "negative_prompt"),
+        ({"guidance": float("nan")}, "guidance"),
+        ({"guidance": -1.0}, "guidance=-1 is negative"),
+        ({"guidance": "high"}, "guidance"),
+        ({"steps": 3, "timesteps": (999, 499)}, "timesteps has 2 values for steps=3"),
+        ({"steps": None, "timesteps": "abc"}, "timesteps must be a list of integers"),
+        ({"steps": None, "timesteps": 1.5}, "timesteps must be a list of integers"),
+        ({"latents": [[1.0], [1.0, 2.0]]}, "latents"),
+        ({"prompt": [None]}, "prompt must be text, not None"),
+        ({"prompt": None}, "prompt must be text, not None"),
+        ({"prompt": []}, "prompt: none given"),
+        ({"negative_prompt": [3]}, "negative_prompt must be text, not 3"),
     ],
 )
 def test_bad_arguments_are_named(clean: Pipeline, arguments: dict[str, Any], names: str) -> None:
     with pytest.raises(UserError, match=names):
-        clean(PROMPT, **{**CALL, **arguments})
+        clean(**{"prompt": PROMPT, **CALL, **arguments})
+
+
+def test_guidance_of_a_lora_header_is_checked(clean: Pipeline) -> None:
+    clean.add_lora("a", lora(clean, 4, 0), metadata={"guidance": "-2.0"})
+    with pytest.raises(UserError, match="guidance=-2 is negative"):
+        clean(PROMPT, steps=2)
+
+
+def test_a_negative_prompt_without_guidance_warns(clean: Pipeline) -> None:
+    with pytest.warns(UserWarning, match="negative_prompt is ignored: guidance=0"):
+        clean(PROMPT, "blob style", **CALL)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        clean(PROMPT, "", **CALL)
+
+
+def test_negatives_of_which_some_are_none(clean: Pipeline) -> None:
+    """Where the model's unconditional is zeros, None stays zeros beside another's text."""
+    xl_like = Pipeline(dataclasses.replace(clean.components, zero_unconditional=True), dtype=jnp.float32)
+    size = xl_like._latent_size(None, None)
+    cond = xl_like._condition([PROMPT] * 2, size)
+    mixed = xl_like._unconditional([None, "x"], size, cond).context
+    np.testing.assert_array_equal(mixed[0], 0)
+    np.testing.assert_array_equal(mixed[1], xl_like._condition(["", "x"], size).context[1])
+    np.testing.assert_array_equal(xl_like._unconditional([None] * 2, size, cond).context, 0)
+    np.testing.assert_array_equal(
+        clean._unconditional([None, "x"], size, cond).context, clean._condition(["", "x"], size).context
+    )
+
+
+class Recorder:
+    """A UNet that notes what it is traced with, and the guidance embeddings that it runs with."""
+
+    def __init__(self, network: Any) -> None:
+        self.network, self.shapes = network, network.shapes
+        self.batches: list[int] = []
+        self.seen: list[np.ndarray] = []
+
+    def __call__(self, params: Any, x: jax.Array, *args: Any, **kwargs: Any) -> Any:
+        self.batches.append(x.shape[0])
+        jax.debug.callback(lambda value: self.seen.append(np.asarray(value)), kwargs["timestep_cond"])
+        return self.network(params, x, *args, **kwargs)
+
+
+def test_embedded_guidance(tmp_path: Path) -> None:
+    """Guidance as the UNet's input: another picture by one call a step, of the same program."""
+    config = {**UNET, "time_cond_proj_dim": 7, "sample_size": [8, 6]}
+    network = unet(UNetConfig.from_dict(config))
+    save_params(tiny_model(tmp_path) / "unet", network.init(0), config=config, component_kind="unet")
+    pipe = Pipeline.from_pretrained(tmp_path, dtype="float32")
+    recorder = Recorder(pipe.components.unet)
+    pipe = Pipeline(dataclasses.replace(pipe.components, unet=recorder), dtype=jnp.float32)
+    assert pipe.native_size == (16, 12)
+    first = pipe([PROMPT] * 2, **{**CALL, "guidance": 1.0})
+    assert first.shape == (2, 8, 6, 4)
+    traced = len(recorder.batches)
+    last = pipe([PROMPT] * 2, **{**CALL, "guidance": 8.5})
+    assert np.abs(last - first).max() > 1e-3
+    assert set(recorder.batches) == {2}
+    assert len(recorder.batches) == traced
+    angles = 7500 * np.exp(-np.log(10000) / 2 * np.arange(3))
+    assert len(recorder.seen) == 4  # two steps, twice
+    expected = [*np.sin(angles), *np.cos(angles), 0]
+    np.testing.assert_allclose(recorder.seen[-1], [expected] * 2, atol=1e-3)
+    with pytest.warns(UserWarning, match="negative_prompt is ignored"):
+        pipe(PROMPT, "x", **{**CALL, "guidance": 8.5})
+
+
+def test_a_model_without_a_size(tmp_path: Path) -> None:
+    file = tiny_model(tmp_path) / "unet" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "sample_size": None}))
+    pipe = Pipeline.from_pretrained(tmp_path, dtype="float16")
+    with pytest.raises(UserError, match=r"height must be given.*sample_size"):
+        pipe(PROMPT, **CALL)
+    images = pipe(PROMPT, height=16, width=24, **{**CALL, "output": "np"})
+    assert images.shape == (1, 16, 24, 3)
+    assert images.dtype == np.float32
 
 
 def test_bad_models_and_names(clean: Pipeline, tmp_path: Path) -> None:

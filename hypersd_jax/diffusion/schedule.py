@@ -81,6 +81,26 @@ class Schedule:
                 "scheduler_config: rescale_betas_zero_snr=true needs prediction_type v_prediction or sample: "
                 "at alpha = 0 an epsilon prediction says nothing about x_0"
             )
+        if not self.clip_sample_range > 0:
+            raise UserError(f"scheduler_config: clip_sample_range must be positive, not {self.clip_sample_range}")
+        self._require_noise()
+
+    def _require_noise(self) -> None:
+        """Refuse betas that no table can be made of."""
+        given: dict[str, tuple[float, ...]] = {}
+        if self.trained_betas is not None:
+            given = {"trained_betas": self.trained_betas}
+        elif self.beta_schedule != "squaredcos_cap_v2":
+            given = {"beta_start": (self.beta_start,), "beta_end": (self.beta_end,)}
+        for key, betas in given.items():
+            for beta in betas:
+                if not 0 < beta < 1:
+                    raise UserError(f"scheduler_config: {key} must be above 0 and below 1, not {beta}")
+        # Solvers divide by alpha, except at the last timestep of a schedule that was rescaled to end there at 0.
+        last = -1 if self.rescale_betas_zero_snr else None
+        if self.num_train_timesteps + (last or 0) < 1 or not np.all(self.alpha[:last] > 0):
+            keys = ", ".join(given) or "beta_schedule"
+            raise UserError(f"scheduler_config: {keys} over {self.num_train_timesteps} timesteps leaves alpha = 0")
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], *, solver: str | None = None) -> Schedule:
@@ -153,5 +173,5 @@ def _cast(name: str, value: Any) -> Any:
         if name == "trained_betas":
             return tuple(float(beta) for beta in value)
         return kinds.get(name, float)(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         raise UserError(f"scheduler_config: {name} has the unreadable value {value!r}") from None

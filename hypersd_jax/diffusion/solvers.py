@@ -77,7 +77,7 @@ def solver_table(
     elif name == "tcd":
         rows = _tcd_rows(schedule, grid, eta)
     else:
-        rows = _lcm_rows(schedule, grid, float(scheduler_config.get("timestep_scaling") or 10.0))
+        rows = _lcm_rows(schedule, grid, _timestep_scaling(scheduler_config))
 
     defaults = {
         "alpha": schedule.alpha[grid],
@@ -166,6 +166,13 @@ def _origin_timesteps(steps: int | None, config: Mapping[str, Any], total: int) 
     return grid[np.floor(np.linspace(0, origin, n, endpoint=False)).astype(np.int64)]
 
 
+def _timestep_scaling(config: Mapping[str, Any]) -> float:
+    scaling = config.get("timestep_scaling") or 10.0
+    if not isinstance(scaling, int | float) or not 0 < scaling < float("inf"):
+        raise UserError(f"scheduler_config: timestep_scaling must be a positive number, not {scaling!r}")
+    return float(scaling)
+
+
 def _checked_steps(steps: int | None, most: int, limit: str) -> int:
     if steps is None or isinstance(steps, bool) or not hasattr(steps, "__index__"):
         raise UserError(f"steps must be an integer, not {steps!r}")
@@ -182,7 +189,7 @@ def _checked_timesteps(timesteps: Sequence[int], steps: int | None, total: int) 
         raise UserError(f"timesteps must be a list of integers, not {timesteps!r}") from None
     if len(grid) == 0 or (steps is not None and steps != len(grid)):
         raise UserError(f"timesteps has {len(grid)} values for steps={steps}")
-    if grid.max() >= total or grid.min() < 0:
+    if np.max(grid) >= total or np.min(grid) < 0:
         raise UserError(f"timesteps must lie in 0..{total - 1}, got {grid.tolist()}")
     if np.any(np.diff(grid) >= 0):
         raise UserError(f"timesteps must be strictly descending, got {grid.tolist()}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -41,6 +42,33 @@ def natural(values: Mapping[str, Any], name: str, key: str, *, optional: bool = 
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"{name} config: {key}={value!r} is not a positive integer")
     return value
+
+
+def number(values: Mapping[str, Any], name: str, key: str, *, positive: bool = False) -> float:
+    """Read a finite number, with `positive` one above 0."""
+    value = values[key]
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise UserError(f"{name} config: {key}={value!r} is not a finite number")
+    if positive and value <= 0:
+        raise UserError(f"{name} config: {key}={value!r} is not positive")
+    return float(value)
+
+
+def nonempty(values: Mapping[str, Any], name: str, key: str) -> list[Any]:
+    """Read a list that holds something."""
+    value = values[key]
+    if not isinstance(value, list | tuple) or not value:
+        raise UserError(f"{name} config: {key}={value!r} is not a list of one entry or more")
+    return list(value)
+
+
+def image_size(values: Mapping[str, Any], name: str, key: str) -> int | tuple[int, int]:
+    """Read one side for square pictures or a list of height and width; null reads as 0."""
+    value = values[key]
+    if not isinstance(value, list | tuple):
+        return natural(values, name, key, optional=True)
+    height, width = per_block(values, name, key, 2)
+    return height, width
 
 
 def per_block(

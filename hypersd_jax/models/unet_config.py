@@ -7,7 +7,16 @@ from dataclasses import dataclass
 from typing import Any
 
 from hypersd_jax.errors import UserError
-from hypersd_jax.models.config_reading import ACTIVATIONS, natural, per_block, require, with_defaults
+from hypersd_jax.models.config_reading import (
+    ACTIVATIONS,
+    image_size,
+    natural,
+    nonempty,
+    number,
+    per_block,
+    require,
+    with_defaults,
+)
 
 NAME = "UNet2DConditionModel"
 
@@ -69,6 +78,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False, True),
     "flip_sin_to_cos": (True, False),
     "mid_block_type": ("UNetMidBlock2DCrossAttn", "UNetMidBlock2D", None),
+    "downsample_padding": (1, 0),
     "dropout": (0.0, 0),
     "act_fn": ACTIVATIONS,
     "encoder_hid_dim": (None,),
@@ -101,9 +111,10 @@ class UNetConfig:
     Tuples run from the finest to the coarsest resolution, `up_transformers` back. `heads` is the number of attention
     heads, which config.json calls `attention_head_dim`. `down_transformers[i][j]` is the number of transformer layers
     after resnet j of block i, empty for a block without attention. A dimension of 0 means that there is no such input.
+    `sample_size` is a side of square latents or (height, width), 0 where the file names none.
     """
 
-    sample_size: int
+    sample_size: int | tuple[int, int]
     in_channels: int
     out_channels: int
     channels: tuple[int, ...]
@@ -154,7 +165,7 @@ class UNetConfig:
         """Read a config.json of any age; UserError names a key whose value is not supported."""
         c = with_defaults(config, DEFAULTS, NAME)
         require(c, NAME, SUPPORTED)
-        down, up = list(c["down_block_types"]), list(c["up_block_types"])
+        down, up = nonempty(c, NAME, "down_block_types"), nonempty(c, NAME, "up_block_types")
         for key, types, known in (("down_block_types", down, DOWN_BLOCKS), ("up_block_types", up, UP_BLOCKS)):
             for kind in types:
                 if kind not in known:
@@ -170,13 +181,12 @@ class UNetConfig:
             if width % groups:
                 raise UserError(f"{NAME} config: norm_num_groups={groups} does not divide block_out_channels={width}")
         down_layers, mid_layers, up_layers = _transformer_layers(c, layers)
-        for width, number, kinds in zip(channels, heads, zip(down, reversed(up), strict=True), strict=True):
-            if width % number and any(kind.startswith("CrossAttn") for kind in kinds):
-                raise UserError(f"{NAME} config: attention_head_dim={number} heads do not divide {width} channels")
-        size = c["sample_size"]
+        for width, split, kinds in zip(channels, heads, zip(down, reversed(up), strict=True), strict=True):
+            if width % split and any(kind.startswith("CrossAttn") for kind in kinds):
+                raise UserError(f"{NAME} config: attention_head_dim={split} heads do not divide {width} channels")
         time_dim, added = _added(c)
         return cls(
-            sample_size=(size[0] if isinstance(size, list | tuple) else size) or 0,
+            sample_size=image_size(c, NAME, "sample_size"),
             in_channels=natural(c, NAME, "in_channels"),
             out_channels=natural(c, NAME, "out_channels"),
             channels=channels,
@@ -190,16 +200,16 @@ class UNetConfig:
             up_transformers=tuple(n if t in UP_BLOCKS[:1] else () for n, t in zip(up_layers, up, strict=True)),
             use_linear_projection=c["use_linear_projection"],
             groups=groups,
-            norm_eps=float(c["norm_eps"]),
+            norm_eps=number(c, NAME, "norm_eps", positive=True),
             act_fn=c["act_fn"],
             scale_shift=c["resnet_time_scale_shift"] == "scale_shift",
-            downsample_padding=int(c["downsample_padding"]),
-            mid_block_scale_factor=float(c["mid_block_scale_factor"]),
+            downsample_padding=c["downsample_padding"],
+            mid_block_scale_factor=number(c, NAME, "mid_block_scale_factor", positive=True),
             center_input_sample=c["center_input_sample"],
             conv_in_kernel=natural(c, NAME, "conv_in_kernel"),
             conv_out_kernel=natural(c, NAME, "conv_out_kernel"),
             flip_sin_to_cos=c["flip_sin_to_cos"],
-            freq_shift=float(c["freq_shift"]),
+            freq_shift=number(c, NAME, "freq_shift"),
             time_embedding_dim=natural(c, NAME, "time_embedding_dim", optional=True) or 4 * channels[0],
             time_embedding_act_fn=c["time_embedding_act_fn"],
             timestep_post_act=c["timestep_post_act"],
@@ -230,6 +240,8 @@ def _transformer_layers(
     """
     key, reverse = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
     value, back = c[key], c[reverse]
+    if not isinstance(value, int | list | tuple):
+        raise UserError(f"{NAME} config: {key}={value!r} is not an integer or a list with an entry for each block")
     down = [value] * len(layers) if isinstance(value, int) else value
     if back is None:
         if not isinstance(value, int) and any(not isinstance(entry, int) for entry in value):

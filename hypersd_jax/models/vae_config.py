@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hypersd_jax.errors import UserError
-from hypersd_jax.models.config_reading import ACTIVATIONS, natural, per_block, require, with_defaults
+from hypersd_jax.models.config_reading import ACTIVATIONS, natural, nonempty, number, per_block, require, with_defaults
 
 NAME = "AutoencoderKL"
 
@@ -48,7 +48,7 @@ class VaeConfig:
     """An autoencoder's structure.
 
     Latents as the UNet sees them are `(z - shift_factor) * scaling_factor`. `force_upcast` marks weights that overflow
-    in float16.
+    in float16, which is why `load_components` keeps those in float32.
     """
 
     in_channels: int
@@ -58,7 +58,6 @@ class VaeConfig:
     act_fn: str
     latent_channels: int
     groups: int
-    sample_size: int
     scaling_factor: float
     shift_factor: float
     force_upcast: bool
@@ -76,18 +75,15 @@ class VaeConfig:
         """Read a config.json of any age; UserError names a key whose value is not supported."""
         c = with_defaults(config, DEFAULTS, NAME)
         require(c, NAME, SUPPORTED)
-        if not isinstance(c["block_out_channels"], list | tuple):
-            raise UserError(f"{NAME} config: block_out_channels={c['block_out_channels']!r} is not a list")
-        count = len(c["block_out_channels"])
+        count = len(nonempty(c, NAME, "block_out_channels"))
         for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
-            if list(c[key]) != [kind] * count:
+            if nonempty(c, NAME, key) != [kind] * count:
                 raise UserError(f"{NAME} config: {key}={c[key]!r} is not supported, only {count} times {kind!r}")
         channels = per_block(c, NAME, "block_out_channels", count)
         groups = natural(c, NAME, "norm_num_groups")
         for width in channels:
             if width % groups:
                 raise UserError(f"{NAME} config: norm_num_groups={groups} does not divide block_out_channels={width}")
-        size = c["sample_size"]
         return cls(
             in_channels=natural(c, NAME, "in_channels"),
             out_channels=natural(c, NAME, "out_channels"),
@@ -96,9 +92,8 @@ class VaeConfig:
             act_fn=c["act_fn"],
             latent_channels=natural(c, NAME, "latent_channels"),
             groups=groups,
-            sample_size=(size[0] if isinstance(size, list | tuple) else size) or 0,
-            scaling_factor=float(c["scaling_factor"]),
-            shift_factor=float(c["shift_factor"] or 0.0),
+            scaling_factor=number(c, NAME, "scaling_factor", positive=True),
+            shift_factor=0.0 if c["shift_factor"] is None else number(c, NAME, "shift_factor"),
             force_upcast=c["force_upcast"],
             use_quant_conv=c["use_quant_conv"],
             use_post_quant_conv=c["use_post_quant_conv"],

@@ -120,6 +120,8 @@ def check_stages(run: Run) -> None:
     Raises:
         UserError: naming the stage and key.
     """
+    if run.pipe.components.unet_config.time_cond_proj_dim:
+        raise UserError("model: its UNet embeds the guidance scale (time_cond_proj_dim), which no stage trains yet")
     for stage in run.config.stages:
         where = f"stages.{stage.name}."
         if stage.batch_size % (stage.accumulate * run.mesh.size):

@@ -86,7 +86,8 @@ def load_components(
 
     Args:
         source: a folder with ``model_index.json``, or ``embedded``.
-        dtype: parameter and compute dtype of all parts.
+        dtype: parameter and compute dtype of all parts, except that an autoencoder that says ``force_upcast`` stays in
+            float32 where this is float16.
         remat: recompute the UNet's activations block by block in the backward pass.
         mesh: devices with axes ``data`` and ``fsdp``: large parameters are split over ``fsdp``, and the UNet's
             activations stay on the batch axes. None is the default device.
@@ -106,20 +107,24 @@ def load_components(
     place = None if mesh is None else functools.partial(_place, mesh)
     unet_config = _parse(UNetConfig.from_dict, folder / "unet")
     vae_config = _parse(VaeConfig.from_dict, folder / "vae")
+    text_configs = {name: _parse(ClipTextConfig.from_dict, folder / name) for name in names}
+    _require_fit(folder, unet_config, vae_config, text_configs)
+    dtypes = dict.fromkeys(("unet", "vae", *names), dtype)
+    if vae_config.force_upcast and jnp.dtype(dtype) == jnp.float16:
+        dtypes["vae"] = jnp.float32
     networks = {
         "unet": unet(unet_config, dtype=dtype, remat=remat, batch_sharding=activations),
-        "vae": vae(vae_config, dtype=dtype),
+        "vae": vae(vae_config, dtype=dtypes["vae"]),
     }
-    lengths = {}
-    for name in names:
-        config = _parse(ClipTextConfig.from_dict, folder / name)
-        lengths[name] = config.max_position_embeddings
+    for name, config in text_configs.items():
         networks[name] = clip_text(config, dtype=dtype, projection=name == "text_encoder_2")
 
     params = {}
     for name, network in networks.items():
         component: Kind = "unet" if name == "unet" else "vae" if name == "vae" else "clip"
-        params[name] = load_params(folder / name, network.shapes, dtype=dtype, component_kind=component, sharding=place)
+        params[name] = load_params(
+            folder / name, network.shapes, dtype=dtypes[name], component_kind=component, sharding=place
+        )
     return Components(
         folder=folder,
         unet_config=unet_config,
@@ -127,12 +132,36 @@ def load_components(
         unet=networks["unet"],
         vae=networks["vae"],
         text_encoders={name: networks[name] for name in names},
-        text_lengths=lengths,
+        text_lengths={name: config.max_position_embeddings for name, config in text_configs.items()},
         scheduler_config=read_json(folder / "scheduler" / "scheduler_config.json"),
         params=params,
         is_xl=is_xl,
         zero_unconditional=bool(index.get("force_zeros_for_empty_prompt", is_xl)),
     )
+
+
+def _require_fit(
+    folder: Path, unet_config: UNetConfig, vae_config: VaeConfig, text_configs: Mapping[str, ClipTextConfig]
+) -> None:
+    """Refuse parts that are each readable and do not belong together."""
+    file = folder / "unet" / "config.json"
+    channels = vae_config.latent_channels
+    for key, value in (("in_channels", unet_config.in_channels), ("out_channels", unet_config.out_channels)):
+        if value != channels:
+            hint = " (inpainting models are not supported)" if key == "in_channels" and value > channels else ""
+            raise UserError(f"{file}: {key}={value}, but the vae has latent_channels={channels}{hint}")
+    width = sum(config.hidden_size for config in text_configs.values())
+    for value in unet_config.cross_attention_dims:
+        if value != width:
+            names = " and ".join(text_configs)
+            raise UserError(f"{file}: cross_attention_dim={value}, but hidden_size of {names} makes {width}")
+    pooled = text_configs["text_encoder_2"].projection_dim if "text_encoder_2" in text_configs else 0
+    if unet_config.text_time and unet_config.pooled_dim != pooled:
+        key = "projection_class_embeddings_input_dim"
+        raise UserError(
+            f"{file}: {key} leaves {unet_config.pooled_dim} for pooled text, but projection_dim of text_encoder_2 is "
+            f"{pooled or 'missing'}"
+        )
 
 
 def _place(mesh: Mesh, _name: str, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:

@@ -70,6 +70,18 @@ def test_static_argument_of_jit():
         ({"trained_betas": [0.1]}, "trained_betas"),
         ({"beta_start": "low"}, "beta_start"),
         ({"num_train_timesteps": 0}, "num_train_timesteps"),
+        ({"num_train_timesteps": float("inf")}, "num_train_timesteps"),
+        ({"beta_start": -0.1}, "beta_start must be above 0 and below 1, not -0.1"),
+        ({"beta_end": 1.0}, "beta_end"),
+        ({"beta_end": float("nan")}, "beta_end"),
+        ({"trained_betas": [0.1] * 999 + [1.5]}, "trained_betas must be above 0 and below 1, not 1.5"),
+        ({"trained_betas": [0.9] * 1000}, "trained_betas over 1000 timesteps leaves alpha = 0"),
+        ({"beta_end": 0.99}, "beta_start, beta_end over 1000 timesteps"),
+        (
+            {"num_train_timesteps": 1, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"},
+            "leaves alpha = 0",
+        ),
+        ({"clip_sample_range": float("nan")}, "clip_sample_range"),
         ({"_class_name": "FlowMatchEulerDiscreteScheduler"}, "_class_name"),
     ],
 )

@@ -131,6 +131,8 @@ def test_lcm_boundary_conditions_at_800():
         ("tcd", {"scheduler_config": {**SD, "clip_sample": True}}, "clip_sample"),
         ("tcd", {"scheduler_config": {**SD, "original_inference_steps": 2000}}, "original_inference_steps"),
         ("ddim", {"scheduler_config": {**SD, "thresholding": True}}, "thresholding"),
+        ("lcm", {"scheduler_config": {**SD, "timestep_scaling": "x"}}, "timestep_scaling.*'x'"),
+        ("lcm", {"scheduler_config": {**SD, "timestep_scaling": float("inf")}}, "timestep_scaling"),
     ],
 )
 def test_bad_input(name, kwargs, message):

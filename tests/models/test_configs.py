@@ -118,6 +118,11 @@ def test_stable_diffusion_xl() -> None:
     assert config.up_transformers == ((10, 10, 10), (2, 2, 2), ())
 
 
+@pytest.mark.parametrize(("size", "read"), [(64, 64), ([48, 64], (48, 64)), (None, 0)])
+def test_sample_size(size: Any, read: Any) -> None:
+    assert UNetConfig.from_dict({**SD15, "sample_size": size}).sample_size == read
+
+
 def test_asymmetric_transformers() -> None:
     config = UNetConfig.from_dict(
         {
@@ -196,6 +201,17 @@ def test_autoencoder() -> None:
         ({"dropout": 0.1}, "dropout=0.1"),
         ({"time_cond_proj_dim": -1}, "time_cond_proj_dim=-1"),
         ({"position_net": "gligen"}, "position_net='gligen'"),
+        ({"down_block_types": None}, "down_block_types=None"),
+        ({"up_block_types": []}, "up_block_types=\\[\\]"),
+        ({"norm_eps": None}, "norm_eps=None"),
+        ({"norm_eps": 0}, "norm_eps=0"),
+        ({"freq_shift": None}, "freq_shift=None"),
+        ({"freq_shift": float("nan")}, "freq_shift=nan"),
+        ({"downsample_padding": None}, "downsample_padding=None"),
+        ({"mid_block_scale_factor": "1"}, "mid_block_scale_factor='1'"),
+        ({"transformer_layers_per_block": None}, "transformer_layers_per_block=None"),
+        ({"sample_size": "64"}, "sample_size='64'"),
+        ({"sample_size": [64]}, "sample_size=\\[64\\]"),
     ],
 )
 def test_unet_refusals_name_the_key(change: dict[str, Any], words: str) -> None:
@@ -218,6 +234,12 @@ def test_unknown_keys_that_ask_for_nothing_are_ignored() -> None:
         ({"block_out_channels": 128}, "block_out_channels=128"),
         ({"norm_num_groups": 48}, "norm_num_groups=48"),
         ({"tiling": 4}, "tiling=4"),
+        ({"scaling_factor": None}, "scaling_factor=None"),
+        ({"scaling_factor": "0.2"}, "scaling_factor='0.2'"),
+        ({"scaling_factor": 0.0}, "scaling_factor=0.0 is not positive"),
+        ({"shift_factor": "0"}, "shift_factor='0'"),
+        ({"down_block_types": None}, "down_block_types=None"),
+        ({"block_out_channels": []}, "block_out_channels=\\[\\]"),
     ],
 )
 def test_vae_refusals_name_the_key(change: dict[str, Any], words: str) -> None:

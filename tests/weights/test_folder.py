@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tracemalloc
 
 import jax
@@ -21,6 +22,8 @@ from hypersd_jax.weights import (
     save_params,
     save_tensors,
 )
+from hypersd_jax.weights.components import load_components
+from tests.helpers.tiny_model import TEXT, tiny_model
 
 PLAIN = "diffusion_pytorch_model.safetensors"
 HALF = "diffusion_pytorch_model.fp16.safetensors"
@@ -333,3 +336,64 @@ def test_fingerprint_knows_the_model_and_not_how_it_was_loaded(tmp_path):
     renamed = {path.replace("conv_in", "conv_im"): value for path, value in params.items()}
     assert fingerprint(renamed) != name
     assert fingerprint({"x": jnp.float32(1)}) != fingerprint({"x": jnp.float32(2)})
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def _changed(model, to, file, **changes):
+    """A copy of a model whose JSON file says something else."""
+    shutil.copytree(model, to)
+    path = to / file
+    path.write_text(json.dumps({**(json.loads(path.read_text()) if path.exists() else {}), **changes}))
+    return to
+
+
+@pytest.mark.parametrize(
+    ("file", "changes", "message"),
+    [
+        ("unet", {"cross_attention_dim": 32}, r"cross_attention_dim=32, but hidden_size of text_encoder makes 16"),
+        ("text_encoder", {"hidden_size": 24}, r"cross_attention_dim=16, but hidden_size of text_encoder makes 24"),
+        ("unet", {"in_channels": 9}, r"in_channels=9, but the vae has latent_channels=4 \(inpainting"),
+        ("unet", {"out_channels": 8}, r"out_channels=8, but the vae has latent_channels=4$"),
+        ("vae", {"latent_channels": 16}, r"in_channels=4, but the vae has latent_channels=16$"),
+        (
+            "unet",
+            {
+                "addition_embed_type": "text_time",
+                "addition_time_embed_dim": 8,
+                "projection_class_embeddings_input_dim": 64,
+            },
+            r"leaves 16 for pooled text, but projection_dim of text_encoder_2 is missing",
+        ),
+    ],
+)
+def test_parts_that_do_not_fit_each_other(model, tmp_path, file, changes, message):
+    folder = _changed(model, tmp_path / "bad", f"{file}/config.json", **changes)
+    with pytest.raises(UserError, match=message) as caught:
+        load_components(folder, dtype=jnp.float32)
+    assert str(folder / "unet" / "config.json") in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_the_two_encoders_of_sdxl_are_joined(model, tmp_path):
+    folder = _changed(model, tmp_path / "xl", "model_index.json", _class_name="StableDiffusionXLPipeline")
+    (folder / "text_encoder_2").mkdir()
+    (folder / "text_encoder_2" / "config.json").write_text(json.dumps(TEXT))
+    with pytest.raises(UserError, match="hidden_size of text_encoder and text_encoder_2 makes 32"):
+        load_components(folder, dtype=jnp.float32)
+
+
+@pytest.mark.parametrize(
+    ("force_upcast", "dtype", "kept"),
+    [(True, jnp.float16, "float32"), (False, jnp.float16, "float16"), (True, jnp.bfloat16, "bfloat16")],
+)
+def test_an_autoencoder_that_overflows_in_float16_stays_in_float32(model, tmp_path, force_upcast, dtype, kept):
+    folder = _changed(model, tmp_path / "model", "vae/config.json", force_upcast=force_upcast)
+    parts = load_components(folder, dtype=dtype)
+    assert {str(value.dtype) for value in parts.params["vae"].values()} == {kept}
+    assert {value.dtype for value in parts.params["unet"].values()} == {jnp.dtype(dtype)}
+    image = jax.eval_shape(lambda z: parts.vae(parts.params["vae"], z, method="decode"), jnp.ones((1, 2, 2, 4), dtype))
+    assert str(image.dtype) == kept
