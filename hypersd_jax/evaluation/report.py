@@ -19,16 +19,20 @@ from hypersd_jax.evaluation.curves import curve
 # Key of a results row -> (heading, digits after the point). Other keys are shown under their own name.
 HEADINGS: dict[str, tuple[str, int]] = {
     "model": ("Model", 0),
-    "sampler": ("Sampler", 0),
     "steps": ("Steps", 0),
     "guidance": ("Guidance", 1),
-    "n": ("Pictures", 0),
+    "calls": ("Calls", 0),
+    "distance": ("Distance to teacher\N{NO-BREAK SPACE}↓", 3),
+    "margin": ("Margin\N{NO-BREAK SPACE}↑", 4),
+    "kid": ("KID\N{NO-BREAK SPACE}↓", 3),
+    "kid_margin": ("Margin in KID\N{NO-BREAK SPACE}↑", 3),
     "fid_train": ("FID to training pictures\N{NO-BREAK SPACE}↓", 1),
     "fid_teacher": ("FID to teacher\N{NO-BREAK SPACE}↓", 1),
-    "kid": ("KID\N{NO-BREAK SPACE}↓", 3),
     "clip": ("Text match\N{NO-BREAK SPACE}↑", 3),
-    "distance": ("Distance to teacher\N{NO-BREAK SPACE}↓", 3),
     "seconds_per_image": ("Seconds per picture\N{NO-BREAK SPACE}↓", 3),
+    "rival": ("Nearest teacher", 0),
+    "sampler": ("Sampler", 0),
+    "n": ("Pictures", 0),
 }
 ERROR_SUFFIX = "_se"
 CURVES = {"loss": "Loss", "grad_norm": "Gradient norm", "update_norm": "Update norm", "lr": "Learning rate"}

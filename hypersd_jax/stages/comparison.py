@@ -180,9 +180,11 @@ def _facts(config: Config) -> dict[str, Any]:
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
         "jax": jax.__version__,
     }
-    for stage in config.stages:
+    for index, stage in enumerate(config.stages):
         settings = dataclasses.asdict(stage)
-        keys = ("k", "solver_steps", "updates", "batch_size", "learning_rate", "guidance", "teacher", "ema")
+        keys = ["k", "solver_steps", "updates", "batch_size", "learning_rate", "teacher", "ema"]
+        if stage.teacher == "base" or index == 0:
+            keys.append("guidance")
         facts[stage.name] = ", ".join(f"{key} {settings[key]}" for key in keys)
     return facts
 
