@@ -68,8 +68,11 @@ def _vae() -> AutoencoderKL:
     )
 
 
-def tiny_sd(folder: Path, prediction_type: str = "epsilon") -> Path:
-    """An SD-1.x-shaped (epsilon) or SD-2.x-shaped (v_prediction) pipeline of 16 px pictures."""
+def tiny_sd(folder: Path, prediction_type: str = "epsilon", guidance_embedding: int | None = None) -> Path:
+    """An SD-1.x-shaped (epsilon) or SD-2.x-shaped (v_prediction) pipeline of 16 px pictures.
+
+    With a ``guidance_embedding`` dimension the UNet reads the guidance scale, as LCM's do.
+    """
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(str(assets() / "teacher" / "tokenizer"))
     second = prediction_type == "v_prediction"
@@ -79,6 +82,7 @@ def tiny_sd(folder: Path, prediction_type: str = "epsilon") -> Path:
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         attention_head_dim=[2, 4] if second else 4,
         use_linear_projection=second,
+        time_cond_proj_dim=guidance_embedding,
     )
     text = CLIPTextModel(_text_config(tokenizer, hidden_act="gelu" if second else "quick_gelu"))
     pipe = StableDiffusionPipeline(

@@ -27,6 +27,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, 
     for name, make, cls in (
         ("sd", tiny_sd, diffusers.StableDiffusionPipeline),
         ("sd-v", lambda folder: tiny_sd(folder, "v_prediction"), diffusers.StableDiffusionPipeline),
+        ("sd-lcm", lambda folder: tiny_sd(folder, guidance_embedding=16), diffusers.StableDiffusionPipeline),
         ("sdxl", tiny_sdxl, diffusers.StableDiffusionXLPipeline),
     ):
         folder = make(tmp_path_factory.mktemp(name))
@@ -90,12 +91,18 @@ def test_sd(pipelines: Any, sampler: str, eta: float, steps: int, guidance: floa
     check(pipelines, "sd", sampler, eta, steps, guidance, None)
 
 
-@pytest.mark.parametrize("steps", [1, 4, 6])
+@pytest.mark.parametrize("steps", STEPS)
 @pytest.mark.parametrize("family", ["sd-v", "sdxl"])
 @pytest.mark.parametrize("guidance", [1.0, 5.0])
 def test_other_families(pipelines: Any, family: str, steps: int, guidance: float) -> None:
     check(pipelines, family, "ddim", 0.0, steps, guidance, None)
     check(pipelines, family, "tcd", 1.0, steps, guidance, None)
+    check(pipelines, family, "lcm", 0.0, steps, guidance, None)
+
+
+@pytest.mark.parametrize("guidance", [0.0, 1.0, 8.5])
+def test_a_unet_that_reads_the_guidance_scale(pipelines: Any, guidance: float) -> None:
+    check(pipelines, "sd-lcm", "lcm", 0.0, 4, guidance, None)
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
