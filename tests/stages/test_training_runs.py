@@ -160,21 +160,39 @@ def test_the_previous_student_as_teacher(tmp_path: Path, model: Path, finished: 
     assert (out / "samples" / "two-000002.png").is_file()
 
 
-def test_killed_and_gone_on(tmp_path: Path, model: Path, finished: Path) -> None:
-    """SIGKILL in the middle; the same command goes on to bit-identical adapters."""
-    config = recipe(tmp_path, model)
-    out = tmp_path / "out"
-    command = [sys.executable, "train.py", "--config", str(tmp_path / "recipe.yaml")]
+def run_and_kill(folder: Path, lines: int, *overrides: str) -> None:
+    """Run the recipe in a process of its own and SIGKILL it once so many updates are logged."""
+    log = folder / "out" / "metrics.jsonl"
+    command = [sys.executable, "train.py", "--config", str(folder / "recipe.yaml"), *overrides]
     environment = {**os.environ, "JAX_PLATFORMS": "cpu"}
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     deadline = time.monotonic() + 300
     while process.poll() is None and time.monotonic() < deadline:
-        lines = (out / "metrics.jsonl").read_text().splitlines() if (out / "metrics.jsonl").exists() else []
-        if len(lines) >= 3:
+        if log.exists() and len(log.read_text().splitlines()) >= lines:
             process.send_signal(signal.SIGKILL)
             break
         time.sleep(0.02)
     assert process.wait() == -signal.SIGKILL
-    assert not (out / "loras" / "one.safetensors").exists()
+    assert not (folder / "out" / "loras" / "one.safetensors").exists()
+
+
+def test_killed_and_gone_on(tmp_path: Path, model: Path, finished: Path) -> None:
+    """SIGKILL in the middle; the same command goes on to bit-identical adapters."""
+    config = recipe(tmp_path, model)
+    run_and_kill(tmp_path, 3)
     train(config)
-    assert_same_loras(out, finished)
+    assert_same_loras(tmp_path / "out", finished)
+
+
+def test_killed_in_the_second_stage(tmp_path: Path, model: Path) -> None:
+    """What goes on is the second stage, from its own place, with the first stage's student as its teacher."""
+    overrides = ("stages.two.updates=2", "stages.one.updates=60", "stages.one.teacher=previous")
+    for name in ("killed", "whole"):
+        (tmp_path / name).mkdir()
+    config = recipe(tmp_path / "killed", model, *overrides)
+    run_and_kill(tmp_path / "killed", 2 + 9, *overrides)
+    stamp = (tmp_path / "killed" / "out" / "loras" / "two.safetensors").stat().st_mtime_ns
+    train(config)
+    assert (tmp_path / "killed" / "out" / "loras" / "two.safetensors").stat().st_mtime_ns == stamp
+    whole = train(recipe(tmp_path / "whole", model, *overrides))
+    assert_same_loras(tmp_path / "killed" / "out", whole)
