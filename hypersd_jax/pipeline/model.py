@@ -7,9 +7,8 @@ seed, guidance above 1, eta, timesteps, LoRA and LoRA scale enter them as arrays
 from __future__ import annotations
 
 import functools
-import itertools
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,24 +16,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
 from hypersd_jax import presets
 from hypersd_jax.adapters import Adapter
 from hypersd_jax.adapters import fuse as fuse_adapter
 from hypersd_jax.adapters import unfuse as unfuse_adapter
-from hypersd_jax.conditioning import Conditioning, PromptEncoder, load_tokenizer, size_ids
+from hypersd_jax.conditioning import Conditioning, size_ids
 from hypersd_jax.config import nearest
-from hypersd_jax.diffusion import Schedule, guided, sample, solver_table
+from hypersd_jax.diffusion import Schedule, solver_table
 from hypersd_jax.errors import UserError
-from hypersd_jax.models.layers import timestep_embedding
-from hypersd_jax.weights.components import Components, default_dtype, load_components
+from hypersd_jax.pipeline import arguments, programs
+from hypersd_jax.pipeline.arguments import Callback, parse_dtype, to_pil
+from hypersd_jax.pipeline.prompting import make_prompt_encoder
+from hypersd_jax.weights.components import Components, load_components
 from hypersd_jax.weights.lora import LoraReport
 from hypersd_jax.weights.lora_stack import LoraStack
 from hypersd_jax.weights.placement import batch_sharding
-
-DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
-Callback = Callable[[int, int], None]
 
 
 class Pipeline:
@@ -49,14 +46,14 @@ class Pipeline:
         self._params: dict[str, dict[str, jax.Array]] = {k: dict(v) for k, v in components.params.items()}
         self._backup: dict[str, dict[str, jax.Array]] | None = None
         self._loras = LoraStack(components.shapes, mesh)
-        self._encode = jax.jit(functools.partial(_encode, self.prompts, dtype))
+        self._encode = jax.jit(functools.partial(programs.encode, self.prompts, dtype))
         self._scan = jax.jit(
-            functools.partial(_scan, components, self.schedule.prediction_type), static_argnames="on_step"
+            functools.partial(programs.scan, components, self.schedule.prediction_type), static_argnames="on_step"
         )
         self._callback: Callable[[], None] | None = None
         self._step = self._on_step  # one object, so that jit sees one static argument
-        self._decode = jax.jit(functools.partial(_decode, components))
-        self._draw_noise = jax.jit(_draw_noise, static_argnames=("shape", "steps"))
+        self._decode = jax.jit(functools.partial(programs.decode, components))
+        self._draw_noise = jax.jit(programs.draw_noise, static_argnames=("shape", "steps"))
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -190,7 +187,7 @@ class Pipeline:
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
         if timesteps is not None:
-            timesteps = tuple(_listed(timesteps))
+            timesteps = tuple(arguments.listed(timesteps))
             steps = len(timesteps) if steps is None else steps
         plan = self.settings(
             preset,
@@ -202,11 +199,11 @@ class Pipeline:
             timesteps=timesteps,
         )
         table = self._table(plan)
-        prompts = _texts("prompt", prompt, str)
-        negatives = _texts("negative_prompt", negative_prompt, str, type(None))
+        prompts = arguments.texts("prompt", prompt, str)
+        negatives = arguments.texts("negative_prompt", negative_prompt, str, type(None))
         if len(negatives) not in (1, len(prompts)):
             raise UserError(f"negative_prompt: {len(negatives)} given for {len(prompts)} prompts")
-        scale = float(_checked("guidance", plan.guidance or 0.0, ()))
+        scale = float(arguments.checked("guidance", plan.guidance or 0.0, ()))
         if scale < 0:
             raise UserError(f"guidance={scale:g} is negative")
         guidance_on = scale > 1.0 and not self.components.unet_config.time_cond_proj_dim
@@ -219,13 +216,13 @@ class Pipeline:
             np.uint32(seed % 2**32), rows // num_images, rows % num_images, shape=shape[1:], steps=len(table["alpha"])
         )
         if latents is not None:
-            first = _checked("latents", latents, shape)
+            first = arguments.checked("latents", latents, shape)
         if noise is not None:
-            added = _checked("noise", noise, (len(table["alpha"]), *shape))
+            added = arguments.checked("noise", noise, (len(table["alpha"]), *shape))
 
         parts = []
-        rounds = _rounds(rows, batch_size or len(rows))
-        self._callback = None if callback is None else _counter(callback, len(rounds) * len(added))
+        rounds = arguments.rounds(rows, batch_size or len(rows))
+        self._callback = None if callback is None else arguments.counter(callback, len(rounds) * len(added))
         for picked in rounds:
             cond = self._condition([prompts[row // num_images] for row in picked], size)
             uncond = None
@@ -234,7 +231,7 @@ class Pipeline:
                     [negatives[row // num_images % len(negatives)] for row in picked], size, cond
                 )
             last, steps_noise = self._place(first[picked]), self._place(added[:, picked], axis=1)
-            for part, rows_noise in _slices(table, steps_noise) if stepwise else [(table, steps_noise)]:
+            for part, rows_noise in arguments.slices(table, steps_noise) if stepwise else [(table, steps_noise)]:
                 last = self._scan(
                     self._params["unet"],
                     self._active_adapters().get("unet", {}),
@@ -308,141 +305,3 @@ class Pipeline:
             return uncond
         pooled = None if uncond.pooled is None else jnp.where(zeros[:, None], 0, uncond.pooled)
         return uncond._replace(context=jnp.where(zeros[:, None, None], 0, uncond.context), pooled=pooled)
-
-
-# MARK: what is compiled
-
-
-def _encode(encoder: PromptEncoder, dtype: Any, params: Any, ids: Any, adapters: Any) -> Conditioning:
-    return encoder.encode(params, ids, adapters=adapters, dtype=dtype)
-
-
-def _scan(
-    components: Components,
-    prediction_type: str,
-    params: Any,
-    adapter: Any,
-    cond: Conditioning,
-    uncond: Conditioning | None,
-    scale: jax.Array,
-    table: dict[str, jax.Array],
-    latents: jax.Array,
-    noise: jax.Array,
-    *,
-    on_step: Any,
-) -> jax.Array:
-    """The solver's scan. With an unconditional the two UNet calls of a step are one call on a doubled batch."""
-    both = cond if uncond is None else jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
-    inputs = both.unet_kwargs()
-    if dim := components.unet_config.time_cond_proj_dim:
-        w = jnp.full(latents.shape[:1], 1000 * (scale - 1))  # LCM's guidance embedding, arXiv 2310.04378
-        inputs["timestep_cond"] = timestep_embedding(w, dim, flip_sin_to_cos=False, freq_shift=1.0)
-
-    def predict(x: jax.Array, t: jax.Array) -> jax.Array:
-        if uncond is None:
-            return components.unet(params, x, t, both.context, adapter=adapter, **inputs)
-        x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
-        output = components.unet(params, x, t, both.context, adapter=adapter, **inputs)
-        unguided, prompted = jnp.split(output.astype(jnp.float32), 2)
-        return guided(unguided, prompted, scale)
-
-    return sample(predict, table, latents, noise, prediction_type=prediction_type, callback=on_step)
-
-
-def _decode(components: Components, params: Any, latents: jax.Array) -> jax.Array:
-    images = components.vae(params, components.unscale(latents), method="decode")
-    return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
-
-
-def _draw_noise(
-    seed: jax.Array, prompts: jax.Array, images: jax.Array, *, shape: tuple[int, int, int], steps: int
-) -> tuple[jax.Array, jax.Array]:
-    """Start (B, h, w, C) and per-step noise (steps, B, h, w, C), each image from its own key."""
-
-    def draw(prompt: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), image)
-        start = jax.random.normal(jax.random.fold_in(key, 0), shape, jnp.float32)
-        # A step's noise has a key of its own, so that more steps extend the list instead of redrawing it.
-        rows = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))
-        return start, rows(jnp.arange(1, steps + 1))
-
-    return jax.vmap(draw, out_axes=(0, 1))(prompts, images)
-
-
-# MARK: small helpers
-
-
-def make_prompt_encoder(components: Components) -> PromptEncoder:
-    """The prompt encoder of loaded components, tokenizers read from beside them."""
-    names = tuple(components.text_encoders)
-    folders = [components.folder / name.replace("text_encoder", "tokenizer") for name in names]
-    return PromptEncoder(
-        names=names,
-        tokenizers=tuple(load_tokenizer(folder) for folder in folders),
-        networks=tuple(components.text_encoders.values()),
-        lengths=tuple(components.text_lengths[name] for name in names),
-        penultimate=components.is_xl,
-    )
-
-
-def parse_dtype(dtype: Any) -> Any:
-    """A dtype from None or ``auto`` (the platform's default), a name, or itself."""
-    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
-        return default_dtype()
-    if isinstance(dtype, str):
-        if dtype not in DTYPES:
-            raise UserError(f"dtype={dtype!r} is not valid{nearest(dtype, DTYPES)}")
-        return DTYPES[dtype]
-    return dtype
-
-
-def to_pil(images: np.ndarray) -> list[Image.Image]:
-    """Pictures (B, H, W, 3) in 0..1 as 8-bit RGB images."""
-    return [Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in images]
-
-
-def _rounds(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """The rows in rounds of one size, the last one filled up with its last row, so that all share one program."""
-    rounds = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return [np.pad(part, (0, size - len(part)), mode="edge") for part in rounds]
-
-
-def _slices(table: Mapping[str, np.ndarray], noise: Any) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
-    """A solver's table as tables of one step each."""
-    for i in range(len(noise)):
-        row = {key: value if value.ndim == 0 else value[i : i + 1] for key, value in table.items()}
-        if i > 0:
-            row["init_noise_sigma"] = np.ones((), np.float32)  # the start has been scaled once
-        yield row, noise[i : i + 1]
-
-
-def _counter(callback: Callback, total: int) -> Callable[[], None]:
-    """Counts the steps of a call and tells ``callback``."""
-    steps = itertools.count(1)
-    return lambda: callback(next(steps), total)
-
-
-def _checked(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
-    try:
-        array = np.asarray(value, np.float32)
-    except (TypeError, ValueError):
-        raise UserError(f"{name} is not a number or a regular array of numbers") from None
-    if array.shape != shape:
-        raise UserError(f"{name} has shape {array.shape}, not {shape}")
-    if not np.isfinite(array).all():
-        raise UserError(f"{name} holds values that are not finite")
-    return array
-
-
-def _listed(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
-
-
-def _texts(name: str, value: Any, *kinds: type) -> list[Any]:
-    texts = _listed(value)
-    if not texts:
-        raise UserError(f"{name}: none given")
-    for text in texts:
-        if not isinstance(text, kinds):
-            raise UserError(f"{name} must be text, not {text!r}")
-    return texts

@@ -1,0 +1,84 @@
+"""What a call is given: checked, listed, cut into rounds."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import jax.numpy as jnp
+import numpy as np
+from PIL import Image
+
+from hypersd_jax.config import nearest
+from hypersd_jax.errors import UserError
+from hypersd_jax.weights.components import default_dtype
+
+DTYPES = {"float32": jnp.float32, "bfloat16": jnp.bfloat16, "float16": jnp.float16}
+Callback = Callable[[int, int], None]
+
+
+def parse_dtype(dtype: Any) -> Any:
+    """A dtype from None or ``auto`` (the platform's default), a name, or itself."""
+    if dtype is None or (isinstance(dtype, str) and dtype == "auto"):
+        return default_dtype()
+    if isinstance(dtype, str):
+        if dtype not in DTYPES:
+            raise UserError(f"dtype={dtype!r} is not valid{nearest(dtype, DTYPES)}")
+        return DTYPES[dtype]
+    return dtype
+
+
+def to_pil(images: np.ndarray) -> list[Image.Image]:
+    """Pictures (B, H, W, 3) in 0..1 as 8-bit RGB images."""
+    return [Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in images]
+
+
+def rounds(rows: np.ndarray, size: int) -> list[np.ndarray]:
+    """The rows in rounds of one size, the last one filled up with its last row, so that all share one program."""
+    rounds = [rows[start : start + size] for start in range(0, len(rows), size)]
+    return [np.pad(part, (0, size - len(part)), mode="edge") for part in rounds]
+
+
+def slices(table: Mapping[str, np.ndarray], noise: Any) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
+    """A solver's table as tables of one step each."""
+    for i in range(len(noise)):
+        row = {key: value if value.ndim == 0 else value[i : i + 1] for key, value in table.items()}
+        if i > 0:
+            row["init_noise_sigma"] = np.ones((), np.float32)  # the start has been scaled once
+        yield row, noise[i : i + 1]
+
+
+def counter(callback: Callback, total: int) -> Callable[[], None]:
+    """Counts the steps of a call and tells ``callback``."""
+    steps = itertools.count(1)
+    return lambda: callback(next(steps), total)
+
+
+def checked(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
+    """`value` as float32 of that shape; what is not, or is not finite, is a `UserError` that names it."""
+    try:
+        array = np.asarray(value, np.float32)
+    except (TypeError, ValueError):
+        raise UserError(f"{name} is not a number or a regular array of numbers") from None
+    if array.shape != shape:
+        raise UserError(f"{name} has shape {array.shape}, not {shape}")
+    if not np.isfinite(array).all():
+        raise UserError(f"{name} holds values that are not finite")
+    return array
+
+
+def listed(value: Any) -> list[Any]:
+    """One or several, as a list; a text is one."""
+    return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
+
+
+def texts(name: str, value: Any, *kinds: type) -> list[Any]:
+    """One or several values of these kinds, as a list."""
+    texts = listed(value)
+    if not texts:
+        raise UserError(f"{name}: none given")
+    for text in texts:
+        if not isinstance(text, kinds):
+            raise UserError(f"{name} must be text, not {text!r}")
+    return texts

@@ -1,0 +1,71 @@
+"""What the pipeline compiles: text encoding, the solver's scan over the UNet, decoding, and the noise of a seed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hypersd_jax.conditioning import Conditioning, PromptEncoder
+from hypersd_jax.diffusion import guided, sample
+from hypersd_jax.models.layers import timestep_embedding
+from hypersd_jax.weights.components import Components
+
+
+def encode(encoder: PromptEncoder, dtype: Any, params: Any, ids: Any, adapters: Any) -> Conditioning:
+    """Text embeddings of token ids, in `dtype`."""
+    return encoder.encode(params, ids, adapters=adapters, dtype=dtype)
+
+
+def scan(
+    components: Components,
+    prediction_type: str,
+    params: Any,
+    adapter: Any,
+    cond: Conditioning,
+    uncond: Conditioning | None,
+    scale: jax.Array,
+    table: dict[str, jax.Array],
+    latents: jax.Array,
+    noise: jax.Array,
+    *,
+    on_step: Any,
+) -> jax.Array:
+    """The solver's scan. With an unconditional the two UNet calls of a step are one call on a doubled batch."""
+    both = cond if uncond is None else jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
+    inputs = both.unet_kwargs()
+    if dim := components.unet_config.time_cond_proj_dim:
+        w = jnp.full(latents.shape[:1], 1000 * (scale - 1))  # LCM's guidance embedding, arXiv 2310.04378
+        inputs["timestep_cond"] = timestep_embedding(w, dim, flip_sin_to_cos=False, freq_shift=1.0)
+
+    def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+        if uncond is None:
+            return components.unet(params, x, t, both.context, adapter=adapter, **inputs)
+        x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
+        output = components.unet(params, x, t, both.context, adapter=adapter, **inputs)
+        unguided, prompted = jnp.split(output.astype(jnp.float32), 2)
+        return guided(unguided, prompted, scale)
+
+    return sample(predict, table, latents, noise, prediction_type=prediction_type, callback=on_step)
+
+
+def decode(components: Components, params: Any, latents: jax.Array) -> jax.Array:
+    """Pictures (B, H, W, 3) in 0..1 of the sampler's latents."""
+    images = components.vae(params, components.unscale(latents), method="decode")
+    return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+
+
+def draw_noise(
+    seed: jax.Array, prompts: jax.Array, images: jax.Array, *, shape: tuple[int, int, int], steps: int
+) -> tuple[jax.Array, jax.Array]:
+    """Start (B, h, w, C) and per-step noise (steps, B, h, w, C), each image from its own key."""
+
+    def draw(prompt: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), image)
+        start = jax.random.normal(jax.random.fold_in(key, 0), shape, jnp.float32)
+        # A step's noise has a key of its own, so that more steps extend the list instead of redrawing it.
+        rows = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))
+        return start, rows(jnp.arange(1, steps + 1))
+
+    return jax.vmap(draw, out_axes=(0, 1))(prompts, images)
