@@ -59,7 +59,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--negative-prompt", help="what to steer away from; needs --guidance above 1")
     sample.add_argument("--preset", help="sampling settings by name")
     sample.add_argument("--steps", type=int)
-    sample.add_argument("--sampler", help="ddim, tcd or lcm")
+    sample.add_argument("--sampler", help="ddim, tcd, lcm, euler, euler_a or dpmpp_2m")
     sample.add_argument("--spacing", help="trailing, leading or linspace")
     sample.add_argument("--eta", type=float)
     sample.add_argument("--guidance", type=float, help="classifier-free guidance scale; 0 or 1 is off")

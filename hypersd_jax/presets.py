@@ -1,13 +1,17 @@
 """Sampling settings by name: one name sets solver, steps, eta, guidance and timesteps.
 
-The released Hyper-SD files' recipes are those of their model card (ByteDance/Hyper-SD).
+The recipes of released files are those of their model cards: ByteDance/Hyper-SD, ByteDance/SDXL-Lightning,
+latent-consistency/lcm-lora-*, h1t/TCD-*-LoRA and tianweiy/DMD2.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
 
 from hypersd_jax.config import nearest
 from hypersd_jax.errors import UserError
@@ -15,7 +19,10 @@ from hypersd_jax.errors import UserError
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Preset:
-    """``None`` leaves the choice to what comes next in line: LoRA header, then the base's default."""
+    """``None`` leaves the choice to what comes next in line: LoRA header, LoRA file name, then the base's default.
+
+    ``prediction_type`` is what the weights output, where that is not what the base's scheduler configuration says.
+    """
 
     sampler: str | None = None
     steps: int | None = None
@@ -24,23 +31,74 @@ class Preset:
     spacing: str | None = None
     timesteps: tuple[int, ...] | None = None
     original_inference_steps: int | None = None
+    prediction_type: str | None = None
 
 
 BASE_SD = Preset(sampler="ddim", steps=25, eta=0.0, guidance=7.5)
-BASE_SDXL = dataclasses.replace(BASE_SD, guidance=5.0)
+BASE_SDXL = replace(BASE_SD, guidance=5.0)
 
-
-def _trailing(steps: int) -> Preset:
-    return Preset(sampler="ddim", steps=steps, eta=0.0, guidance=0.0, spacing="trailing")
-
-
+_TRAILING = Preset(sampler="ddim", eta=0.0, guidance=0.0, spacing="trailing")
 _UNIFIED = Preset(sampler="tcd", eta=1.0, guidance=0.0)
+_LCM = Preset(sampler="lcm", eta=0.0, guidance=0.0)
+_LIGHTNING = Preset(sampler="euler", eta=0.0, guidance=0.0, spacing="trailing")
 
 PRESETS: dict[str, Preset] = {
-    **{f"hyper-{family}-{n}steps": _trailing(n) for family in ("sd15", "sdxl") for n in (2, 4, 8)},
-    **{f"hyper-{family}-1step": dataclasses.replace(_UNIFIED, steps=1) for family in ("sd15", "sdxl")},
-    "hyper-sdxl-1step-unet": Preset(sampler="lcm", steps=1, eta=0.0, guidance=0.0, timesteps=(800,)),
+    **{f"hyper-{base}-{n}steps": replace(_TRAILING, steps=n) for base in ("sd15", "sdxl") for n in (2, 4, 8)},
+    **{f"hyper-{base}-1step": replace(_UNIFIED, steps=1) for base in ("sd15", "sdxl")},
+    # guidance preserved: 5 to 8, within which lie the bases' own
+    **{f"hyper-sd15-{n}steps-cfg": replace(_TRAILING, steps=n, guidance=BASE_SD.guidance) for n in (8, 12)},
+    **{f"hyper-sdxl-{n}steps-cfg": replace(_TRAILING, steps=n, guidance=BASE_SDXL.guidance) for n in (8, 12)},
+    "hyper-sdxl-1step-unet": replace(_LCM, steps=1, timesteps=(800,)),
+    **{f"lcm-lora-{base}": replace(_LCM, steps=4) for base in ("sd15", "sdxl")},
+    **{f"tcd-lora-{base}": replace(_UNIFIED, steps=4, eta=0.3) for base in ("sd15", "sd21", "sdxl")},
+    **{f"sdxl-lightning-{n}steps": replace(_LIGHTNING, steps=n) for n in (2, 4, 8)},
+    "sdxl-lightning-1step-unet": replace(_LIGHTNING, steps=1, prediction_type="sample"),
+    "dmd2-sdxl-4steps": replace(_LCM, steps=4, timesteps=(999, 749, 499, 249)),
+    "dmd2-sdxl-1step-unet": replace(_LCM, steps=1, timesteps=(399,)),
 }
+
+# Names of released files and of the repositories whose one file has no name of its own, lower case with hyphens.
+_FILES = {
+    r"hyper-(sd15|sdxl)-([248])steps-lora": r"hyper-\1-\2steps",
+    r"hyper-(sd15|sdxl)-1step-lora": r"hyper-\1-1step",
+    r"hyper-(sd15|sdxl)-(8|12)steps-cfg-lora": r"hyper-\1-\2steps-cfg",
+    r"hyper-sdxl-1step-unet": r"hyper-sdxl-1step-unet",
+    r"lcm-lora-sdv1-5": r"lcm-lora-sd15",
+    r"lcm-lora-sdxl": r"lcm-lora-sdxl",
+    r"tcd-(sd15|sdxl)-lora": r"tcd-lora-\1",
+    r"tcd-sd21-base-lora": r"tcd-lora-sd21",
+    r"sdxl-lightning-([248])step(?:-lora|-unet)?": r"sdxl-lightning-\1steps",
+    r"sdxl-lightning-1step(?:-unet)?-x0": r"sdxl-lightning-1step-unet",
+    r"dmd2-sdxl-4step-(?:lora|unet)": r"dmd2-sdxl-4steps",
+    r"dmd2-sdxl-1step-unet": r"dmd2-sdxl-1step-unet",
+}
+_ENDING = r"(?:[-.](?:fp16|fp32|bf16|comfyui))*"
+_UNNAMED = ("pytorch-lora-weights", "diffusion-pytorch-model", "adapter-model")
+
+
+def name_for_file(file: str | Path) -> str | None:
+    """The preset of a released file, recognised by its name; None for any other.
+
+    A file that is called as all of its kind are (``pytorch_lora_weights.safetensors``) goes by the folders that it is
+    in, those of a hub cache (``models--owner--name/snapshots/...``) included.
+    """
+    path = Path(file)
+    name = re.sub(r"\.(safetensors|bin)$", "", path.name, flags=re.IGNORECASE).lower().replace("_", "-")
+    names = [name]
+    if re.fullmatch(f"({'|'.join(_UNNAMED)}){_ENDING}", name):
+        names = [parent.name.split("--")[-1].lower().replace("_", "-") for parent in path.parents]
+    for candidate in names:
+        for pattern, preset in _FILES.items():
+            found = re.fullmatch(pattern + _ENDING, candidate)
+            if found:
+                return found.expand(preset)
+    return None
+
+
+def preset_for_file(file: str | Path) -> Preset:
+    """What a released file is sampled with, by its name; nothing, all None, for any other file."""
+    name = name_for_file(file)
+    return Preset() if name is None else PRESETS[name]
 
 
 def find(name: str) -> Preset:
@@ -104,5 +162,5 @@ def resolve(chain: list[Preset]) -> Preset:
             updates.pop("spacing", None)
         if merged.spacing is not None:
             updates.pop("timesteps", None)
-        merged = dataclasses.replace(merged, **updates)
+        merged = replace(merged, **updates)
     return merged

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hypersd_jax.conditioning.long_prompts import bare_tokens, in_windows, window_count
 from hypersd_jax.errors import UserError
 from hypersd_jax.models.functional import Network
 
@@ -66,24 +67,38 @@ class PromptEncoder:
     lengths: tuple[int, ...]
     penultimate: bool
 
-    def tokenize(self, prompts: Sequence[str]) -> tuple[np.ndarray, ...]:
-        """Token ids (B, S) int32 for each encoder; text beyond S tokens is cut, with a warning that shows it."""
+    def windows(self, prompts: Sequence[str]) -> int:
+        """How many windows of S tokens the longest prompt fills; negative prompts that go with them need as many."""
+        pairs = zip(self.tokenizers, self.lengths, strict=True)
+        return max(window_count(tokenizer, prompts, length) for tokenizer, length in pairs)
+
+    def tokenize(self, prompts: Sequence[str], *, windows: int | None = None) -> tuple[np.ndarray, ...]:
+        """Token ids for each encoder, int32; text that does not fit is cut, with a warning that shows it.
+
+        Args:
+            prompts: B texts.
+            windows: None: ids (B, S), what one reading of the encoder holds. n: ids (B, n, S), read apart by `encode`
+                and joined, as A1111 and ComfyUI read long prompts; shorter prompts end in empty windows.
+        """
         ids = []
         for tokenizer, length in zip(self.tokenizers, self.lengths, strict=True):
+            if windows is not None:
+                ids.append(in_windows(tokenizer, prompts, length, windows))
+                continue
             found = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)["input_ids"]
             ids.append(np.asarray(found, np.int32))
-        self._warn_if_cut(prompts)
+        self._warn_if_cut(prompts, (self.lengths[0] - 2) * (windows or 1))
         return tuple(ids)
 
-    def _warn_if_cut(self, prompts: Sequence[str]) -> None:
-        tokenizer, length = self.tokenizers[0], self.lengths[0]
+    def _warn_if_cut(self, prompts: Sequence[str], room: int) -> None:
+        tokenizer = self.tokenizers[0]
         for prompt in dict.fromkeys(prompts):
-            if len(prompt) < length:  # a token is at least one character
+            if len(prompt) <= room:  # a token is at least one character
                 continue
-            tokens = tokenizer(prompt, truncation=False, add_special_tokens=False, verbose=False)["input_ids"]
-            if len(tokens) > length - 2:
-                cut = tokenizer.decode(tokens[length - 2 :])
-                warnings.warn(f"the prompt is longer than {length - 2} tokens; ignored: {cut!r}", stacklevel=4)
+            tokens = bare_tokens(tokenizer, prompt)
+            if len(tokens) > room:
+                cut = tokenizer.decode(tokens[room:])
+                warnings.warn(f"the prompt is longer than {room} tokens; ignored: {cut!r}", stacklevel=4)
 
     def encode(
         self,
@@ -93,17 +108,22 @@ class PromptEncoder:
         adapters: Mapping[str, Any] | None = None,
         dtype: Any = None,
     ) -> Conditioning:
-        """Text embeddings of token ids, a pure function to be traced; ``adapters`` are LoRAs by encoder name."""
+        """Text embeddings of token ids, a pure function to be traced; ``adapters`` are LoRAs by encoder name.
+
+        Of ids in n windows the contexts are joined, (B, n * S, D), and the pooled vector is that of the first window.
+        """
         adapters = adapters or {}
+        batch, windows = ids[0].shape[0], ids[0].shape[1] if ids[0].ndim == 3 else 1
         outputs = [
-            network(params[name], tokens, adapter=adapters.get(name))
+            network(params[name], tokens.reshape(batch * windows, -1), adapter=adapters.get(name))
             for name, network, tokens in zip(self.names, self.networks, ids, strict=True)
         ]
         if self.penultimate:
             context = jnp.concatenate([output.penultimate for output in outputs], axis=-1)
-            pooled = outputs[-1].pooled
+            pooled = outputs[-1].pooled[::windows]
         else:
             context, pooled = outputs[0].last, None
+        context = context.reshape(batch, -1, context.shape[-1])
         if dtype is not None:
             context = context.astype(dtype)
             pooled = None if pooled is None else pooled.astype(dtype)

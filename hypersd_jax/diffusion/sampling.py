@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,83 @@ Predict = Callable[[jax.Array, jax.Array], jax.Array]
 Callback = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 
 
+class State(NamedTuple):
+    """What goes from one step to the next: latents ``x`` and the last estimate ``x0`` of clean ones, (B, h, w, C)."""
+
+    x: jax.Array
+    x0: jax.Array
+
+
+class Known(NamedTuple):
+    """The part of a picture that inpainting keeps.
+
+    Attributes:
+        mask: (B, h, w, 1) or (B, h, w, C): 1 where the sampler paints, 0 where the picture stays.
+        clean: the picture's latents (B, h, w, C), multiplied by the VAE's scaling factor.
+        noise: standard normal (B, h, w, C), the same at every step; diffusers takes the start's.
+    """
+
+    mask: jax.Array
+    clean: jax.Array
+    noise: jax.Array
+
+
+def begin(table: Mapping[str, ArrayLike], latents: ArrayLike, clean: ArrayLike | None = None) -> State:
+    """The state before a table's first step: noise alone, or clean latents (B, h, w, C) noised to its level.
+
+    `latents` are standard normal (B, h, w, C); a later part of a table goes on from the state that `advance` returned.
+    """
+    noise = jnp.asarray(latents, jnp.float32)
+    if clean is None:
+        x = noise * jnp.asarray(table["init_noise_sigma"], jnp.float32)
+    else:
+        scales = jnp.asarray(table["start_x0"], jnp.float32), jnp.asarray(table["start_noise"], jnp.float32)
+        x = scales[0] * jnp.asarray(clean, jnp.float32) + scales[1] * noise
+    return State(x=x, x0=jnp.zeros_like(x))
+
+
+def advance(
+    predict: Predict,
+    table: Mapping[str, ArrayLike],
+    state: State,
+    noise: ArrayLike | None,
+    *,
+    prediction_type: str,
+    known: Known | None = None,
+    callback: Callback | None = None,
+) -> State:
+    """The state after a table's rows, all of them or a slice of one or more; arguments as those of `sample`."""
+    rows = {key: jnp.asarray(value) for key, value in table.items() if np.ndim(value) == 1}
+    steps = rows["timesteps"].shape[0]
+    if noise is None and not isinstance(table["c_noise"], jax.core.Tracer) and injects_noise(table):
+        raise UserError("noise: this sampler injects noise, but none was given")
+    if noise is not None:
+        rows["noise"] = jnp.asarray(noise, jnp.float32)
+        if rows["noise"].shape != (steps, *state.x.shape):
+            raise UserError(f"noise must have the shape {(steps, *state.x.shape)}, not {rows['noise'].shape}")
+    rows["step"] = jnp.arange(steps, dtype=jnp.int32)
+    kept = None if known is None else jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), known)
+
+    def body(state: State, row: dict[str, jax.Array]) -> tuple[State, None]:
+        x = state.x
+        x_in = row["c_in"] * x
+        output = predict(x_in, jnp.full(x.shape[:1], row["timesteps"]))
+        x0, eps = to_x0_eps(output, x_in, row["alpha"], row["sigma"], prediction_type)
+        x0 = jnp.clip(x0, -row["clip"], row["clip"])
+        x = row["c_x0"] * x0 + row["c_eps"] * eps + row["c_x"] * x + row["c_x0_prev"] * state.x0
+        if noise is not None:
+            x = x + row["c_noise"] * row["noise"]
+        if kept is not None:
+            picture = row["known_x0"] * kept.clean + row["known_noise"] * kept.noise
+            x = (1 - kept.mask) * picture + kept.mask * x
+        if callback is not None:
+            jax.debug.callback(callback, row["step"], row["timesteps"], x)
+        return State(x=x, x0=x0), None
+
+    final, _ = jax.lax.scan(body, state, rows)
+    return final
+
+
 def sample(
     predict: Predict,
     table: Mapping[str, ArrayLike],
@@ -24,6 +102,8 @@ def sample(
     noise: ArrayLike | None,
     *,
     prediction_type: str,
+    clean: ArrayLike | None = None,
+    known: Known | None = None,
     callback: Callback | None = None,
 ) -> jax.Array:
     """Integrates from standard normal latents to clean ones by the rows of a `solver_table`.
@@ -37,6 +117,9 @@ def sample(
         latents: standard normal (B, h, w, C).
         noise: standard normal (n, B, h, w, C), row i for step i; None for a table that injects none.
         prediction_type: "epsilon", "v_prediction" or "sample".
+        clean: latents (B, h, w, C) of a picture to start from, noised by `latents` to the level of the first step; None
+            starts from noise alone.
+        known: what inpainting puts back after each step, noised to that step's level.
         callback: called on the host as (step, timestep, latents after the step), for progress and previews.
 
     Returns:
@@ -45,30 +128,5 @@ def sample(
     Raises:
         UserError: noise is missing or has another number of rows than the table.
     """
-    rows = {key: jnp.asarray(value) for key, value in table.items() if key != "init_noise_sigma"}
-    steps = rows["timesteps"].shape[0]
-    if noise is None and not isinstance(table["c_noise"], jax.core.Tracer) and injects_noise(table):
-        raise UserError("noise: this sampler injects noise, but none was given")
-    start = jnp.asarray(latents, jnp.float32)
-    if noise is not None:
-        rows["noise"] = jnp.asarray(noise, jnp.float32)
-        if rows["noise"].shape != (steps, *start.shape):
-            raise UserError(f"noise must have the shape {(steps, *start.shape)}, not {rows['noise'].shape}")
-    rows["step"] = jnp.arange(steps, dtype=jnp.int32)
-
-    def body(carry: tuple[jax.Array, jax.Array], row: dict[str, jax.Array]) -> tuple[tuple[jax.Array, jax.Array], None]:
-        x, x0_prev = carry
-        x_in = row["c_in"] * x
-        output = predict(x_in, jnp.full(x.shape[:1], row["timesteps"]))
-        x0, eps = to_x0_eps(output, x_in, row["alpha"], row["sigma"], prediction_type)
-        x0 = jnp.clip(x0, -row["clip"], row["clip"])
-        x = row["c_x0"] * x0 + row["c_eps"] * eps + row["c_x"] * x + row["c_x0_prev"] * x0_prev
-        if noise is not None:
-            x = x + row["c_noise"] * row["noise"]
-        if callback is not None:
-            jax.debug.callback(callback, row["step"], row["timesteps"], x)
-        return (x, x0), None
-
-    start = start * jnp.asarray(table["init_noise_sigma"], jnp.float32)
-    (final, _), _ = jax.lax.scan(body, (start, jnp.zeros_like(start)), rows)
-    return final
+    state = begin(table, latents, clean)
+    return advance(predict, table, state, noise, prediction_type=prediction_type, known=known, callback=callback).x

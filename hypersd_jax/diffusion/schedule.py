@@ -15,7 +15,8 @@ from hypersd_jax.errors import UserError
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
-# What diffusers assumes for a key that the file leaves out depends on the class that reads the file.
+# What diffusers assumes for a key that the file leaves out depends on the class that reads the file; the classes of the
+# solvers that are not listed assume what Schedule does.
 _LATENT_DIFFUSION_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 _SOLVER_DEFAULTS: dict[str, dict[str, Any]] = {
     "ddim": {"clip_sample": True},
@@ -108,7 +109,7 @@ class Schedule:
 
         Args:
             config: the parsed file. Keys that belong to one sampler only are not read here.
-            solver: "ddim", "tcd" or "lcm": absent keys take the defaults of the diffusers class of that name, as
+            solver: a solver's name: absent keys take the defaults of the diffusers class of that name, as
                 `XScheduler.from_config(pipe.scheduler.config)` does. None: the dataclass defaults.
 
         Raises:
@@ -119,7 +120,7 @@ class Schedule:
             raise UserError(f"scheduler_config: _class_name={class_name} is a flow-matching schedule, not supported")
         if config.get("thresholding"):
             raise UserError("scheduler_config: thresholding=true is not supported (it is unsuitable for latents)")
-        defaults = _SOLVER_DEFAULTS[solver] if solver is not None else {}
+        defaults = _SOLVER_DEFAULTS.get(solver or "", {})
         settings: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             value = config.get(field.name, defaults.get(field.name))

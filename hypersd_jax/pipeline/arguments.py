@@ -43,10 +43,7 @@ def rounds(rows: np.ndarray, size: int) -> list[np.ndarray]:
 def slices(table: Mapping[str, np.ndarray], noise: Any) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
     """A solver's table as tables of one step each."""
     for i in range(len(noise)):
-        row = {key: value if value.ndim == 0 else value[i : i + 1] for key, value in table.items()}
-        if i > 0:
-            row["init_noise_sigma"] = np.ones((), np.float32)  # the start has been scaled once
-        yield row, noise[i : i + 1]
+        yield {key: value if value.ndim == 0 else value[i : i + 1] for key, value in table.items()}, noise[i : i + 1]
 
 
 def counter(callback: Callback, total: int) -> Callable[[], None]:

@@ -23,7 +23,7 @@ from hypersd_jax.adapters import fuse as fuse_adapter
 from hypersd_jax.adapters import unfuse as unfuse_adapter
 from hypersd_jax.conditioning import Conditioning, size_ids
 from hypersd_jax.config import nearest
-from hypersd_jax.diffusion import Schedule, solver_table
+from hypersd_jax.diffusion import Schedule, begin, solver_table
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import arguments, programs
 from hypersd_jax.pipeline.arguments import Callback, parse_dtype, to_pil
@@ -48,7 +48,7 @@ class Pipeline:
         self._loras = LoraStack(components.shapes, mesh)
         self._encode = jax.jit(functools.partial(programs.encode, self.prompts, dtype))
         self._scan = jax.jit(
-            functools.partial(programs.scan, components, self.schedule.prediction_type), static_argnames="on_step"
+            functools.partial(programs.scan, components), static_argnames=("prediction_type", "on_step")
         )
         self._callback: Callable[[], None] | None = None
         self._step = self._on_step  # one object, so that jit sees one static argument
@@ -132,7 +132,7 @@ class Pipeline:
             chain.append(presets.find(preset))
         last = self._loras.last()
         if last is not None:
-            chain.append(presets.from_header(last.metadata, last.origin))
+            chain += [presets.from_header(last.metadata, last.origin), presets.preset_for_file(last.origin)]
         chain.append(presets.BASE_SDXL if self.components.is_xl else presets.BASE_SD)
         return presets.resolve(chain)
 
@@ -156,6 +156,7 @@ class Pipeline:
         width: int | None = None,
         output: str = "pil",
         callback: Callback | None = None,
+        long_prompts: str = "cut",
         batch_size: int | None = None,
         stepwise: bool = False,
     ) -> Any:
@@ -174,6 +175,8 @@ class Pipeline:
             height, width: in pixels, multiples of the autoencoder's factor; None is the model's own size.
             output: ``pil``, ``np`` (B, H, W, 3) in 0..1, or ``latent`` (B, h, w, C) before the scaling factor.
             callback: called as ``callback(step, steps)`` after each step, counted over all rounds.
+            long_prompts: ``cut`` reads what the text encoder holds and warns of the rest, as diffusers does; ``chunk``
+                reads all of it in windows, as A1111 and ComfyUI do: every prompt of the call with equally many.
             batch_size: pictures drawn at a time; None is all at once. It changes memory and speed, not the pictures.
             stepwise: run one compiled step at a time instead of the whole scan, so that another step count compiles
                 nothing; the pictures are the same.
@@ -183,6 +186,8 @@ class Pipeline:
         """
         if output not in ("pil", "np", "latent"):
             raise UserError(f"output={output!r} is not valid{nearest(output, ('pil', 'np', 'latent'))}")
+        if long_prompts not in ("cut", "chunk"):
+            raise UserError(f"long_prompts={long_prompts!r} is not valid{nearest(long_prompts, ('cut', 'chunk'))}")
         for name, value in (("num_images", num_images), ("batch_size", batch_size)):
             if value is not None and value < 1:
                 raise UserError(f"{name} must be at least 1, not {value}")
@@ -209,6 +214,9 @@ class Pipeline:
         guidance_on = scale > 1.0 and not self.components.unet_config.time_cond_proj_dim
         if any(negatives) and not guidance_on:
             warnings.warn(f"negative_prompt is ignored: guidance={scale:g} does not call for it", stacklevel=2)
+        windows = None
+        if long_prompts == "chunk":  # one count for all rounds and for both halves of a guided step
+            windows = self.prompts.windows([*prompts, *(text or "" for text in negatives)])
         size = self._latent_size(height, width)
         shape = (len(prompts) * num_images, *size, self.components.unet_config.out_channels)
         rows = np.arange(shape[0])
@@ -224,26 +232,27 @@ class Pipeline:
         rounds = arguments.rounds(rows, batch_size or len(rows))
         self._callback = None if callback is None else arguments.counter(callback, len(rounds) * len(added))
         for picked in rounds:
-            cond = self._condition([prompts[row // num_images] for row in picked], size)
+            cond = self._condition([prompts[row // num_images] for row in picked], size, windows)
             uncond = None
             if guidance_on:
                 uncond = self._unconditional(
-                    [negatives[row // num_images % len(negatives)] for row in picked], size, cond
+                    [negatives[row // num_images % len(negatives)] for row in picked], size, cond, windows
                 )
-            last, steps_noise = self._place(first[picked]), self._place(added[:, picked], axis=1)
+            state, steps_noise = begin(table, self._place(first[picked])), self._place(added[:, picked], axis=1)
             for part, rows_noise in arguments.slices(table, steps_noise) if stepwise else [(table, steps_noise)]:
-                last = self._scan(
+                state = self._scan(
                     self._params["unet"],
                     self._active_adapters().get("unet", {}),
                     cond,
                     uncond,
                     np.float32(scale),
                     part,
-                    last,
+                    state,
                     rows_noise,
+                    prediction_type=plan.prediction_type or self.schedule.prediction_type,
                     on_step=None if callback is None else self._step,
                 )
-            parts.append(np.asarray(last if output == "latent" else self._decode(self._params["vae"], last)))
+            parts.append(np.asarray(state.x if output == "latent" else self._decode(self._params["vae"], state.x)))
         jax.effects_barrier()
         images = np.concatenate(parts)[: len(rows)]
         return to_pil(images) if output == "pil" else images
@@ -256,6 +265,8 @@ class Pipeline:
         config = dict(self.components.scheduler_config)
         if plan.original_inference_steps is not None:
             config["original_inference_steps"] = plan.original_inference_steps
+        if plan.prediction_type is not None:
+            config["prediction_type"] = plan.prediction_type
         return solver_table(
             str(plan.sampler),
             plan.steps,
@@ -288,19 +299,21 @@ class Pipeline:
         """The joined LoRAs by component; none while they are fused into the weights."""
         return {} if self._backup is not None else self._loras.adapters()
 
-    def _condition(self, prompts: Sequence[str], size: tuple[int, int]) -> Conditioning:
+    def _condition(self, prompts: Sequence[str], size: tuple[int, int], windows: int | None = None) -> Conditioning:
         text_params = {name: self._params[name] for name in self.components.text_encoders}
         adapters = {name: a for name, a in self._active_adapters().items() if name in text_params}
-        cond: Conditioning = self._encode(text_params, self.prompts.tokenize(prompts), adapters)
+        cond: Conditioning = self._encode(text_params, self.prompts.tokenize(prompts, windows=windows), adapters)
         if not self.components.is_xl:
             return cond
         factor = self.components.vae_config.downscale
         return cond._replace(time_ids=jnp.asarray(size_ids(size[0] * factor, size[1] * factor, len(prompts))))
 
-    def _unconditional(self, texts: list[str | None], size: tuple[int, int], cond: Conditioning) -> Conditioning:
+    def _unconditional(
+        self, texts: list[str | None], size: tuple[int, int], cond: Conditioning, windows: int | None = None
+    ) -> Conditioning:
         """Of the negative prompts; None stands for the model's own unconditional, zeros or that of an empty prompt."""
         zeros = np.asarray([self.components.zero_unconditional and text is None for text in texts])
-        uncond = cond if zeros.all() else self._condition([text or "" for text in texts], size)
+        uncond = cond if zeros.all() else self._condition([text or "" for text in texts], size, windows)
         if not zeros.any():
             return uncond
         pooled = None if uncond.pooled is None else jnp.where(zeros[:, None], 0, uncond.pooled)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from hypersd_jax.conditioning import Conditioning, PromptEncoder
-from hypersd_jax.diffusion import guided, sample
+from hypersd_jax.diffusion import State, advance, guided
 from hypersd_jax.models.layers import timestep_embedding
 from hypersd_jax.weights.components import Components
 
@@ -20,23 +20,23 @@ def encode(encoder: PromptEncoder, dtype: Any, params: Any, ids: Any, adapters: 
 
 def scan(
     components: Components,
-    prediction_type: str,
     params: Any,
     adapter: Any,
     cond: Conditioning,
     uncond: Conditioning | None,
     scale: jax.Array,
     table: dict[str, jax.Array],
-    latents: jax.Array,
+    state: State,
     noise: jax.Array,
     *,
+    prediction_type: str,
     on_step: Any,
-) -> jax.Array:
-    """The solver's scan. With an unconditional the two UNet calls of a step are one call on a doubled batch."""
+) -> State:
+    """A table's rows. With an unconditional the two UNet calls of a step are one call on a doubled batch."""
     both = cond if uncond is None else jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
     inputs = both.unet_kwargs()
     if dim := components.unet_config.time_cond_proj_dim:
-        w = jnp.full(latents.shape[:1], 1000 * (scale - 1))  # LCM's guidance embedding, arXiv 2310.04378
+        w = jnp.full(state.x.shape[:1], 1000 * (scale - 1))  # LCM's guidance embedding, arXiv 2310.04378
         inputs["timestep_cond"] = timestep_embedding(w, dim, flip_sin_to_cos=False, freq_shift=1.0)
 
     def predict(x: jax.Array, t: jax.Array) -> jax.Array:
@@ -47,7 +47,7 @@ def scan(
         unguided, prompted = jnp.split(output.astype(jnp.float32), 2)
         return guided(unguided, prompted, scale)
 
-    return sample(predict, table, latents, noise, prediction_type=prediction_type, callback=on_step)
+    return advance(predict, table, state, noise, prediction_type=prediction_type, callback=on_step)
 
 
 def decode(components: Components, params: Any, latents: jax.Array) -> jax.Array:

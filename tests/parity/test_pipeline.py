@@ -18,7 +18,14 @@ PROMPTS = ["red apple, fluent flat style", "a cat face, noto style, blue backgro
 NEGATIVE = "blob style"
 STEPS = (1, 2, 3, 4, 6, 8, 12)
 TOLERANCE = 1e-4
-SCHEDULERS = {"ddim": "DDIMScheduler", "tcd": "TCDScheduler", "lcm": "LCMScheduler"}
+SCHEDULERS = {
+    "ddim": "DDIMScheduler",
+    "tcd": "TCDScheduler",
+    "lcm": "LCMScheduler",
+    "euler": "EulerDiscreteScheduler",
+    "euler_a": "EulerAncestralDiscreteScheduler",
+    "dpmpp_2m": "DPMSolverMultistepScheduler",
+}
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +46,7 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, 
 
 def draw_theirs(pipe: Any, latents: np.ndarray, noise: np.ndarray, sampler: str, eta: float, **call: Any) -> np.ndarray:
     """Run diffusers' pipeline with its scheduler's noise taken from ``noise``."""
-    extra = {"timestep_spacing": "trailing"} if sampler == "ddim" else {}
+    extra = {"timestep_spacing": {"ddim": "trailing"}.get(sampler, "leading")}
     cls = getattr(diffusers, SCHEDULERS[sampler])
     pipe.scheduler = cls.from_config(pipe.scheduler.config, **extra)
     rows = iter(torch.from_numpy(noise).permute(0, 1, 4, 2, 3))
@@ -131,3 +138,10 @@ def test_the_embedded_teacher() -> None:
     )
     found = ours(PROMPTS[:1], steps=4, sampler="ddim", guidance=4.0, latents=latents, output="np", stepwise=True)
     assert relative_error(found, expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("sampler", ["euler", "euler_a", "dpmpp_2m"])
+@pytest.mark.parametrize("family", ["sd", "sd-v", "sdxl"])
+def test_level_solvers(pipelines: Any, family: str, sampler: str) -> None:
+    for steps in (1, 4, 8):
+        check(pipelines, family, sampler, 0.0, steps, 5.0, None)

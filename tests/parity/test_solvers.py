@@ -1,121 +1,22 @@
-"""Every solver against the diffusers scheduler of the same name, on the same latents, noise and tiny network."""
+"""DDIM, TCD and LCM against the diffusers scheduler of the same name, on the same latents, noise and tiny network."""
 
 from __future__ import annotations
 
-import functools
 import itertools
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypersd_jax.diffusion import SPACINGS, Schedule, sample, solver_table
+from hypersd_jax.diffusion import SPACINGS, Schedule, solver_table
 
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
-scheduling_lcm = pytest.importorskip("diffusers.schedulers.scheduling_lcm")
-scheduling_tcd = pytest.importorskip("diffusers.schedulers.scheduling_tcd")
+pytest.importorskip("torch")
+pytest.importorskip("diffusers")
 
-SHAPE = (2, 4, 4, 4)
+from tests.helpers.solver_runs import CONFIGS, error, inputs, make_scheduler, ours, theirs
+
 STEPS = (1, 2, 3, 4, 6, 8, 12, 25, 50)
 PREDICTIONS = ("epsilon", "v_prediction", "sample")
-SD_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "num_train_timesteps": 1000}
-CONFIGS = {
-    "sd15": {
-        "_class_name": "PNDMScheduler",
-        **SD_BETAS,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-        "trained_betas": None,
-        "clip_sample": False,
-    },
-    "sd21": {
-        "_class_name": "DDIMScheduler",
-        **SD_BETAS,
-        "prediction_type": "v_prediction",
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-        "trained_betas": None,
-        "clip_sample": False,
-    },
-    "sdxl": {
-        "_class_name": "EulerDiscreteScheduler",
-        **SD_BETAS,
-        "clip_sample": False,
-        "interpolation_type": "linear",
-        "prediction_type": "epsilon",
-        "sample_max_value": 1.0,
-        "set_alpha_to_one": False,
-        "skip_prk_steps": True,
-        "steps_offset": 1,
-        "timestep_spacing": "leading",
-        "trained_betas": None,
-        "use_karras_sigmas": False,
-    },
-    "saved_euler": {  # what EulerDiscreteScheduler.save_pretrained writes: no clip_sample, no set_alpha_to_one
-        "_class_name": "EulerDiscreteScheduler",
-        **SD_BETAS,
-        "prediction_type": "epsilon",
-        "timestep_spacing": "leading",
-        "steps_offset": 0,
-        "trained_betas": None,
-        "rescale_betas_zero_snr": False,
-        "timestep_type": "discrete",
-    },
-    "linear": {"_class_name": "DDPMScheduler", "num_train_timesteps": 1000, "clip_sample": False},
-    "cosine": {"_class_name": "DDPMScheduler", "beta_schedule": "squaredcos_cap_v2", "clip_sample": False},
-    "zero_snr": {**SD_BETAS, "clip_sample": False, "rescale_betas_zero_snr": True, "set_alpha_to_one": False},
-    "clipped": {**SD_BETAS, "clip_sample": True, "clip_sample_range": 0.7, "set_alpha_to_one": False},
-}
-SCHEDULERS = {"ddim": "DDIMScheduler", "tcd": "TCDScheduler", "lcm": "LCMScheduler"}
-MIX = np.random.default_rng(0).normal(size=(4, 4)).astype(np.float32) * 0.5
-
-
-def network(xp, x, t):
-    """A tiny nonlinear model, the same floating-point operations in PyTorch and JAX."""
-    return xp.tanh(x @ xp.asarray(MIX) + 0.3 * xp.sin(t / 100.0).reshape(-1, 1, 1, 1)) * 0.8
-
-
-@functools.partial(jax.jit, static_argnames="prediction_type")
-def ours(table, latents, noise, prediction_type):
-    def predict(x, t):
-        return network(jnp, x, t.astype(jnp.float32))
-
-    with jax.numpy_rank_promotion("allow"), jax.default_matmul_precision("highest"):
-        return sample(predict, table, latents, noise, prediction_type=prediction_type)
-
-
-def make_scheduler(name, config, **overrides):
-    return getattr(diffusers, SCHEDULERS[name]).from_config(dict(config), **overrides)
-
-
-def theirs(scheduler, latents, noise, monkeypatch, eta=None):
-    """diffusers' loop, channels last (its schedulers are elementwise), with our noise in place of its own."""
-    x = torch.from_numpy(latents)
-    rows = [torch.from_numpy(row) for row in noise]
-    trajectory = []
-    for i, t in enumerate(scheduler.timesteps):
-        for module in (scheduling_tcd, scheduling_lcm):
-            monkeypatch.setattr(module, "randn_tensor", lambda *_, i=i, **__: rows[i])
-        extra = {} if eta is None else {"eta": eta}
-        if eta and isinstance(scheduler, diffusers.DDIMScheduler):
-            extra["variance_noise"] = rows[i]
-        output = network(torch, x, t.to(torch.float32).repeat(len(x)))
-        x = scheduler.step(output, t, x, **extra).prev_sample
-        trajectory.append(x.numpy())
-    return trajectory
-
-
-def error(ours, theirs):
-    return np.abs(np.asarray(ours) - theirs).max() / np.abs(theirs).max()
-
-
-def inputs(steps):
-    rng = np.random.default_rng(steps)
-    return rng.normal(size=SHAPE).astype(np.float32), rng.normal(size=(steps, *SHAPE)).astype(np.float32)
+SOLVERS = ("ddim", "tcd", "lcm")
 
 
 def compare(name, config, steps, prediction, monkeypatch, *, eta=None, spacing=None, custom=None, tolerance=1e-5):
@@ -166,7 +67,7 @@ def test_lcm_end_to_end(config, prediction, monkeypatch):
         compare("lcm", CONFIGS[config], steps, prediction, monkeypatch)
 
 
-@pytest.mark.parametrize("name", list(SCHEDULERS))
+@pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("config", ["sd15", "linear", "cosine"])
 def test_each_step_from_the_same_latents(name, config, monkeypatch):
     """One row at a time from diffusers' own trajectory, so that errors neither add up nor cancel."""
@@ -195,7 +96,7 @@ def test_absent_clip_sample_takes_the_default_of_the_solvers_class(monkeypatch):
     assert np.all(np.isinf(solver_table("lcm", 4, scheduler_config=CONFIGS["saved_euler"])["clip"]))
 
 
-@pytest.mark.parametrize("name", list(SCHEDULERS))
+@pytest.mark.parametrize("name", SOLVERS)
 @pytest.mark.parametrize("prediction", ["v_prediction", "sample"])
 def test_zero_terminal_snr(name, prediction, monkeypatch):
     eta = None if name == "lcm" else 0.3
@@ -208,6 +109,23 @@ def test_zero_terminal_snr(name, prediction, monkeypatch):
 def test_custom_timesteps(name, custom, monkeypatch):
     for eta in (None,) if name == "lcm" else (0.0, 0.3, 1.0):
         compare(name, CONFIGS["sdxl"], len(custom), "epsilon", monkeypatch, eta=eta, custom=custom)
+
+
+@pytest.mark.parametrize("name", ["tcd", "lcm"])
+@pytest.mark.parametrize("spacing", SPACINGS)
+def test_the_origin_solvers_on_spaced_grids(name, spacing, monkeypatch):
+    """diffusers has these grids for them only as lists; a spacing by name is the same table."""
+    scheduler = make_scheduler("ddim", CONFIGS["sdxl"], timestep_spacing=spacing)
+    for steps in STEPS:
+        scheduler.set_timesteps(steps)
+        custom, eta = scheduler.timesteps.tolist(), None if name == "lcm" else 0.3
+        # "leading" and "linspace" end at t = 1 or 0, as in `test_ddim_end_to_end`
+        listed, _ = compare(
+            name, CONFIGS["sdxl"], steps, "epsilon", monkeypatch, eta=eta, custom=custom, tolerance=1e-4
+        )
+        spaced = solver_table(name, steps, eta=eta or 0.0, spacing=spacing, scheduler_config=CONFIGS["sdxl"])
+        for key, value in listed.items():
+            np.testing.assert_array_equal(spaced[key], value)
 
 
 @pytest.mark.parametrize("name", ["tcd", "lcm"])
