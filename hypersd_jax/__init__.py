@@ -17,16 +17,34 @@ if TYPE_CHECKING:
     from hypersd_jax.errors import UserError
     from hypersd_jax.pipeline import Pipeline
     from hypersd_jax.stages import train
+    from hypersd_jax.weights.convert_model import convert_model
     from hypersd_jax.weights.lora_convert import convert_lora
+    from hypersd_jax.weights.lora_extract import extract_lora
+    from hypersd_jax.weights.lora_merge import merge_loras
 
 __version__ = "0.1.0"
-__all__ = ["Pipeline", "UserError", "adapters", "convert_lora", "diffusion", "distill", "load_config", "train"]
+__all__ = [
+    "Pipeline",
+    "UserError",
+    "adapters",
+    "convert_lora",
+    "convert_model",
+    "diffusion",
+    "distill",
+    "extract_lora",
+    "load_config",
+    "merge_loras",
+    "train",
+]
 
 _HOMES = {
     "Pipeline": "pipeline",
     "UserError": "errors",
     "convert_lora": "weights.lora_convert",
+    "convert_model": "weights.convert_model",
+    "extract_lora": "weights.lora_extract",
     "load_config": "config",
+    "merge_loras": "weights.lora_merge",
     "train": "stages",
 }
 

@@ -17,6 +17,8 @@ from hypersd_jax.errors import UserError
 
 DEFAULT_PROMPT = "red apple, fluent flat style"
 DEFAULT_CONFIG = "emoji"
+DTYPES = ("float32", "bfloat16", "float16")
+LORA_LAYOUTS = ("kohya", "kohya-sgm", "peft")
 
 
 class _Parser(argparse.ArgumentParser):
@@ -53,7 +55,11 @@ def _parser() -> argparse.ArgumentParser:
     train.set_defaults(run=_train)
 
     sample = commands.add_parser("sample", help="draw pictures")
-    sample.add_argument("--model", default="embedded", help="a diffusers model folder (default: the embedded model)")
+    sample.add_argument(
+        "--model",
+        default="embedded",
+        help="a folder, a single file or a hub id (default: the embedded model)",
+    )
     sample.add_argument("--prompt", action="append", help="what to draw; may be given several times")
     sample.add_argument("--prompts-file", type=Path, help="a text file, one prompt a line")
     sample.add_argument("--negative-prompt", help="what to steer away from; needs --guidance above 1")
@@ -70,27 +76,69 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument(
         "--lora", action="append", default=[], metavar="FILE[@SCALE]", help="may be given several times"
     )
+    sample.add_argument("--image", help="a picture to start from")
+    sample.add_argument("--strength", type=float, help="share of the steps that is walked from --image")
+    sample.add_argument("--mask", help="repaint --image where this picture is white")
+    sample.add_argument("--controlnet", action="append", default=[], metavar="SRC", help="may be given several times")
+    sample.add_argument("--control-image", action="append", default=[], help="one for each --controlnet")
+    sample.add_argument("--control-scale", action="append", type=float, default=[], help="one for all, or one for each")
+    sample.add_argument("--guess-mode", action="store_true", help="let the ControlNets steer without a prompt")
+    sample.add_argument("--vae", metavar="SRC", help="another autoencoder, such as a tiny one")
+    sample.add_argument("--tiled", action="store_true", help="decode in tiles: less memory for large pictures")
+    sample.add_argument("--long-prompts", choices=("cut", "chunk"), default="cut", help="what to do beyond 75 tokens")
     sample.add_argument("--latents", type=Path, help="a .npy file (B, h, w, C) of standard normal latents")
     sample.add_argument("--timesteps", help="explicit timesteps such as 999,500")
-    sample.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16", "float16"))
+    sample.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
     sample.add_argument("--output", type=Path, default=Path("sample.png"), help="several pictures: OUT-000.png, ...")
     sample.set_defaults(run=_sample)
 
     convert = commands.add_parser("convert", help="translate files").add_subparsers(
         required=True, metavar="KIND", parser_class=_Parser
     )
-    lora = convert.add_parser("lora", help="a LoRA file into another layout")
-    lora.add_argument("source", metavar="IN")
-    lora.add_argument("destination", metavar="OUT")
-    lora.add_argument("--to", required=True, choices=("kohya", "peft"))
-    base = lora.add_mutually_exclusive_group()
-    base.add_argument("--base", help="the model folder that the LoRA is for, where its family is not a known one")
-    base.add_argument("--family", choices=("sd15", "sd21", "sdxl"), help="what the LoRA is for (default: what it fits)")
-    lora.set_defaults(run=_convert_lora)
+    _add_conversions(convert)
 
     doctor = commands.add_parser("doctor", help="what this machine offers")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_conversions(convert: Any) -> None:
+    lora = convert.add_parser("lora", help="a LoRA file into another layout")
+    lora.add_argument("source", metavar="IN")
+    lora.add_argument("destination", metavar="OUT")
+    lora.add_argument("--to", required=True, choices=LORA_LAYOUTS)
+    _add_base(lora)
+    lora.set_defaults(run=_convert_lora)
+
+    model = convert.add_parser("model", help="a model into a diffusers folder or a single file")
+    model.add_argument("source", metavar="IN", help="a diffusers folder, a single .safetensors file, or a hub id")
+    model.add_argument("destination", metavar="OUT")
+    model.add_argument("--to", required=True, choices=("diffusers", "single-file"))
+    model.add_argument("--lora", action="append", default=[], metavar="FILE[@SCALE]", help="merged into the weights")
+    model.add_argument("--dtype", choices=DTYPES, help="type to write (default: the stored one)")
+    model.set_defaults(run=_convert_model)
+
+    merge = convert.add_parser("merge", help="several LoRA files as one")
+    merge.add_argument("destination", metavar="OUT")
+    merge.add_argument("loras", nargs="+", metavar="FILE[@SCALE]")
+    merge.add_argument("--rank", type=int, help="compress to this rank (default: the exact sum, of the summed rank)")
+    merge.add_argument("--to", default="kohya", choices=LORA_LAYOUTS)
+    _add_base(merge)
+    merge.set_defaults(run=_convert_merge)
+
+    extract = convert.add_parser("extract", help="the difference of two models as a LoRA")
+    extract.add_argument("base", metavar="BASE")
+    extract.add_argument("tuned", metavar="TUNED")
+    extract.add_argument("destination", metavar="OUT")
+    extract.add_argument("--rank", type=int, required=True)
+    extract.add_argument("--to", default="kohya", choices=LORA_LAYOUTS)
+    extract.set_defaults(run=_convert_extract)
+
+
+def _add_base(parser: argparse.ArgumentParser) -> None:
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument("--base", help="the model that the LoRA is for, where its family is not a known one")
+    base.add_argument("--family", choices=("sd15", "sd21", "sdxl"), help="what the LoRA is for (default: what it fits)")
 
 
 def _train(options: argparse.Namespace) -> None:
@@ -121,6 +169,32 @@ def _convert_lora(options: argparse.Namespace) -> None:
 
     convert_lora(options.source, options.destination, options.to, base=options.base, family=options.family)
     print(options.destination)
+
+
+def _convert_model(options: argparse.Namespace) -> None:
+    from hypersd_jax.pipeline import parse_dtype
+    from hypersd_jax.sampling_command import parse_lora
+    from hypersd_jax.weights.convert_model import convert_model
+
+    dtype = None if options.dtype is None else parse_dtype(options.dtype)
+    loras = [parse_lora(text) for text in options.lora]
+    convert_model(options.source, options.destination, options.to, loras=loras, dtype=dtype)
+    print(options.destination)
+
+
+def _convert_merge(options: argparse.Namespace) -> None:
+    from hypersd_jax.sampling_command import parse_lora
+    from hypersd_jax.weights.lora_merge import merge_loras
+
+    loras = [parse_lora(text) for text in options.loras]
+    settings = {"rank": options.rank, "to": options.to, "base": options.base, "family": options.family}
+    print(merge_loras(loras, options.destination, **settings))
+
+
+def _convert_extract(options: argparse.Namespace) -> None:
+    from hypersd_jax.weights.lora_extract import extract_lora
+
+    print(extract_lora(options.base, options.tuned, options.destination, rank=options.rank, to=options.to))
 
 
 def _doctor(_options: argparse.Namespace) -> None:

@@ -40,8 +40,12 @@ def run_sample(options: argparse.Namespace) -> None:
     latents = _latents(options.latents)
     if options.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
         raise UserError(f"--output {options.output}: must end in .png, .jpg or .webp")
-    loras = [_parse_lora(text) for text in options.lora] or _embedded_lora(options)
+    loras = [parse_lora(text) for text in options.lora] or _embedded_lora(options)
     pipe = Pipeline.from_pretrained(options.model, dtype=options.dtype)
+    if options.vae:
+        pipe.load_vae(options.vae)
+    for place, source in enumerate(options.controlnet):
+        pipe.load_controlnet(source, name=f"{place}: {source}")
     # Named by place: the same file may be given twice, at two scales.
     reports = [pipe.load_lora(file, scale, name=f"{place}: {file}") for place, (file, scale) in enumerate(loras)]
 
@@ -56,6 +60,14 @@ def run_sample(options: argparse.Namespace) -> None:
         "height": options.height,
         "width": options.width,
         "seed": options.seed,
+        "image": options.image,
+        "strength": options.strength,
+        "mask": options.mask,
+        "control_image": _single(options.control_image),
+        "control_scale": _single(options.control_scale) if options.control_scale else 1.0,
+        "guess_mode": options.guess_mode,
+        "tiled": options.tiled,
+        "long_prompts": options.long_prompts,
     }
     with tqdm(unit="step", desc="sampling", delay=2.0) as bar:
 
@@ -129,8 +141,8 @@ def _embedded_lora(options: argparse.Namespace) -> list[tuple[Path, float]]:
     return [(path, 1.0)] if path.exists() else []
 
 
-def _parse_lora(text: str) -> tuple[Path, float]:
-    """``FILE[@SCALE]``; a file whose own name has an @ is taken as it is."""
+def parse_lora(text: str) -> tuple[Path, float]:
+    """The file and scale of ``FILE[@SCALE]``; a file whose own name has an @ is taken as it is."""
     name, at, scale = text.rpartition("@")
     if not at or Path(text).exists():
         return Path(text), 1.0
@@ -138,6 +150,11 @@ def _parse_lora(text: str) -> tuple[Path, float]:
         return Path(name), float(scale)
     except ValueError:
         raise UserError(f"--lora {text}: the scale {scale!r} is not a number") from None
+
+
+def _single(values: list[Any]) -> Any:
+    """One value for one ControlNet, the list for several, None for none."""
+    return values[0] if len(values) == 1 else values or None
 
 
 def _timesteps(text: str | None) -> list[int] | None:

@@ -53,7 +53,7 @@ def test_a_student_ships_for_each_step_count(steps: int) -> None:
     [
         (["sample", "--stepps", "4"], "unrecognized arguments: --stepps"),
         (["sample", "--steps", "few"], "invalid int value"),
-        (["sample", "--model", "nowhere", "--prompt", "x"], "nowhere: no such model folder"),
+        (["sample", "--model", "nowhere", "--prompt", "x"], "nowhere: no such file or folder"),
         (["sample", "--lora", "x.safetensors@much"], "the scale 'much' is not a number"),
         (["sample", "--lora", "nothing.safetensors"], "nothing.safetensors"),
         (["sample", "--timesteps", "999,x"], "--timesteps 999,x"),

@@ -288,7 +288,7 @@ def test_a_model_without_a_size(tmp_path: Path) -> None:
 
 
 def test_bad_models_and_names(clean: Pipeline, tmp_path: Path) -> None:
-    with pytest.raises(UserError, match="no such model folder"):
+    with pytest.raises(UserError, match="no such file or folder"):
         Pipeline.from_pretrained(tmp_path / "nowhere")
     with pytest.raises(UserError, match=r"model_index\.json"):
         Pipeline.from_pretrained(tmp_path)

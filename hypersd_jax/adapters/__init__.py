@@ -5,6 +5,10 @@ from __future__ import annotations
 from hypersd_jax.adapters.apply import apply_conv as apply_conv
 from hypersd_jax.adapters.apply import apply_linear as apply_linear
 from hypersd_jax.adapters.apply import attach as attach
+from hypersd_jax.adapters.apply import project_up as project_up
+from hypersd_jax.adapters.differences import Differences as Differences
+from hypersd_jax.adapters.differences import altered as altered
+from hypersd_jax.adapters.differences import difference_delta as difference_delta
 from hypersd_jax.adapters.fusing import delta as delta
 from hypersd_jax.adapters.fusing import fuse as fuse
 from hypersd_jax.adapters.fusing import merge as merge
@@ -20,3 +24,6 @@ from hypersd_jax.adapters.lora import pad as pad
 from hypersd_jax.adapters.lora import scaled as scaled
 from hypersd_jax.adapters.lora import split as split
 from hypersd_jax.adapters.lora import target_paths as target_paths
+from hypersd_jax.adapters.low_rank import Truncated as Truncated
+from hypersd_jax.adapters.low_rank import low_rank as low_rank
+from hypersd_jax.adapters.low_rank import reduced as reduced

@@ -43,7 +43,7 @@ def attach(module: nnx.Module, adapter: Adapter) -> None:
 
 def apply_linear(x: jax.Array, lora: Entry) -> jax.Array:
     """The additive term of a Linear: x (..., in) -> (..., out), in x's dtype."""
-    return _project(_project(x, lora["down"].astype(x.dtype)), _scaled_up(lora, x.dtype))
+    return project_up(_project(x, lora["down"].astype(x.dtype)), lora)
 
 
 def apply_conv(
@@ -64,12 +64,13 @@ def apply_conv(
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=_precision(x.dtype),
     )
-    return _project(hidden, _scaled_up(lora, x.dtype))
+    return project_up(hidden, lora)
 
 
-def _scaled_up(lora: Entry, dtype: Any) -> jax.Array:
-    """`up` with the scale folded in before the cast: a scale such as 0.7 has no exact bfloat16."""
-    return jnp.asarray(lora["up"] * lora["scale"][:, None]).astype(dtype)
+def project_up(hidden: jax.Array, lora: Entry) -> jax.Array:
+    """The second half of an additive term: what `down` made of the input, (..., r) -> (..., out)."""
+    # The scale goes in before the cast: one such as 0.7 has no exact bfloat16.
+    return _project(hidden, jnp.asarray(lora["up"] * lora["scale"][:, None]).astype(hidden.dtype))
 
 
 def _project(x: jax.Array, kernel: Array) -> jax.Array:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import warnings
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -20,6 +19,7 @@ import numpy as np
 from hypersd_jax.conditioning.long_prompts import bare_tokens, in_windows, window_count
 from hypersd_jax.errors import UserError
 from hypersd_jax.models.functional import Network
+from hypersd_jax.weights.tokenizers import TokenizerFiles
 
 
 class Conditioning(NamedTuple):
@@ -41,16 +41,17 @@ def size_ids(height: int, width: int, batch: int) -> np.ndarray:
     return np.tile(np.asarray([height, width, 0, 0, height, width], np.float32), (batch, 1))
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The CLIP tokenizer of a diffusers folder; raises `UserError` naming the folder."""
+def load_tokenizer(tokenizer: TokenizerFiles) -> Any:
+    """The CLIP tokenizer of a model; raises `UserError` naming where its files are."""
     from transformers import CLIPTokenizer  # slow to import, and only sampling and training need it
 
-    if not (folder / "vocab.json").is_file() and not (folder / "tokenizer.json").is_file():
-        raise UserError(f"{folder}: no tokenizer files (vocab.json and merges.txt)")
+    if not tokenizer.files.keys() & {"vocab.json", "tokenizer.json"}:
+        raise UserError(f"{tokenizer.origin}: no tokenizer files (vocab.json and merges.txt)")
     try:
-        return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        with tokenizer.in_folder() as folder:
+            return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
     except Exception as error:  # the library raises many kinds on broken files
-        raise UserError(f"{folder}: the tokenizer cannot be read ({str(error).splitlines()[0]})") from None
+        raise UserError(f"{tokenizer.origin}: the tokenizer cannot be read ({str(error).splitlines()[0]})") from None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
+from hypersd_jax.models.dot_product import attention
 from hypersd_jax.models.execution import Execution
-from hypersd_jax.models.layers import Conv, Empty, GroupNorm, LayerNorm, Linear, activation, attention
+from hypersd_jax.models.layers import Conv, Empty, GroupNorm, LayerNorm, Linear, activation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +40,9 @@ class Attention(nnx.Module):
         q, k, v = (
             y.reshape(*y.shape[:2], self.heads, -1) for y in (self.to_q(x), self.to_k(context), self.to_v(context))
         )
-        return self.to_out[0](attention(q, k, v, platform=self.how.platform).reshape(x.shape))
+        how = self.how
+        y = attention(q, k, v, platform=how.platform, batch_sharding=how.batch_sharding)
+        return self.to_out[0](y.reshape(x.shape))
 
 
 class GEGLU(nnx.Module):

@@ -18,8 +18,9 @@ from flax import nnx
 
 from hypersd_jax.errors import UserError
 from hypersd_jax.models.config_reading import natural, require
+from hypersd_jax.models.dot_product import attention
 from hypersd_jax.models.functional import Network, build
-from hypersd_jax.models.layers import Embedding, LayerNorm, Linear, attention
+from hypersd_jax.models.layers import Embedding, LayerNorm, Linear
 
 NAME = "CLIPTextModel"
 SIZES = (

@@ -22,10 +22,6 @@ from hypersd_jax.adapters import apply_conv, apply_linear
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
-# Sequences from LONG queries on are attended in blocks of BLOCK queries on CPU.
-LONG = 1024
-BLOCK = 512
-
 
 def precision_for(dtype: Any) -> lax.Precision | None:
     """Matmul and convolution precision: float32 is never quietly computed in TF32 or bf16."""
@@ -197,46 +193,3 @@ def timestep_embedding(t: jax.Array, dim: int, *, flip_sin_to_cos: bool = True, 
     angles = t.astype(jnp.float32)[:, None] * jnp.asarray(frequencies, jnp.float32)[None, :]
     parts = [jnp.cos(angles), jnp.sin(angles)] if flip_sin_to_cos else [jnp.sin(angles), jnp.cos(angles)]
     return jnp.concatenate([*parts, jnp.zeros((t.shape[0], dim % 2), jnp.float32)], axis=-1)
-
-
-def attention(
-    q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool = False, platform: str | None = None
-) -> jax.Array:
-    """Scaled dot-product attention: q (B, L, H, D), k and v (B, S, H, D) to (B, L, H, D); softmax in float32.
-
-    On `platform` "cpu" (None: JAX's default backend) long sequences go head by head and in blocks of queries, which
-    keeps the (L, S) weights in cache instead of in memory.
-    """
-    if not causal and q.shape[1] >= LONG and (platform or jax.default_backend()) == "cpu":
-        return _attention_by_blocks(q, k, v)
-    precision = precision_for(q.dtype)
-    logits = jnp.einsum("blhd,bshd->bhls", q, k, precision=precision, preferred_element_type=jnp.float32)
-    logits = logits * q.shape[-1] ** -0.5
-    if causal:
-        keep = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))[None, None]
-        logits = jnp.where(keep, logits, -jnp.inf)
-    weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
-    return jnp.einsum("bhls,bshd->blhd", weights, v, precision=precision)
-
-
-def _attention_by_blocks(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-    """Attend one head and one block of queries at a time; blocks are recomputed in the backward pass."""
-    b, length, h, d = q.shape
-    precision = precision_for(q.dtype)
-    blocks = -(-length // BLOCK)
-
-    def by_head(x: jax.Array) -> jax.Array:
-        return jnp.moveaxis(x, 2, 1).reshape(b * h, x.shape[1], d)
-
-    @jax.checkpoint
-    def rows(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
-        logits = jnp.matmul(q, k.T, precision=precision, preferred_element_type=jnp.float32) * d**-0.5
-        return jnp.matmul(jax.nn.softmax(logits, axis=-1).astype(v.dtype), v, precision=precision)
-
-    def head(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
-        q, k, v = qkv
-        return lax.map(lambda block: rows(block, k, v), q)
-
-    padded = jnp.pad(by_head(q), ((0, 0), (0, blocks * BLOCK - length), (0, 0))).reshape(b * h, blocks, BLOCK, d)
-    out = lax.map(head, (padded, by_head(k), by_head(v))).reshape(b, h, blocks * BLOCK, d)
-    return jnp.moveaxis(out[:, :, :length], 1, 2)

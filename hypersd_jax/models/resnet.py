@@ -70,25 +70,3 @@ class Downsample(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, H, W, C) to (B, ceil(H/2), ceil(W/2), C), or floor with `padding` 0."""
         return self.conv(x)
-
-
-class Upsample(nnx.Module):
-    """Enlarge to a given size by nearest neighbours, then convolve."""
-
-    def __init__(self, channels: int, *, how: Execution) -> None:
-        self.conv = how.conv(channels, channels, 3, padding=1)
-
-    def __call__(self, x: jax.Array, size: tuple[int, int] | None = None) -> jax.Array:
-        """Map (B, H, W, C) to (B, *size, C); None doubles."""
-        return self.conv(_nearest(x, size or (2 * x.shape[1], 2 * x.shape[2])))
-
-
-def _nearest(x: jax.Array, size: tuple[int, int]) -> jax.Array:
-    """Resize (B, H, W, C): pixel i of n reads pixel floor(i H / n)."""
-    for axis, new in zip((1, 2), size, strict=True):
-        old = x.shape[axis]
-        if new % old == 0:
-            x = jnp.repeat(x, new // old, axis=axis)
-        else:
-            x = jnp.take(x, jnp.arange(new) * old // new, axis=axis)
-    return x

@@ -10,8 +10,9 @@ from flax import nnx
 
 from hypersd_jax.models.attention import Transformer2D, TransformerShape
 from hypersd_jax.models.execution import Execution
-from hypersd_jax.models.resnet import Downsample, ResnetBlock, Upsample
+from hypersd_jax.models.resnet import Downsample, ResnetBlock
 from hypersd_jax.models.unet_config import UNetConfig
+from hypersd_jax.models.upsample import Upsample
 
 
 def _resnet(config: UNetConfig, how: Execution) -> partial[ResnetBlock]:

@@ -14,7 +14,8 @@ from hypersd_jax.models.attention import Attention
 from hypersd_jax.models.execution import Execution
 from hypersd_jax.models.functional import Network, build
 from hypersd_jax.models.layers import GroupNorm
-from hypersd_jax.models.resnet import Downsample, ResnetBlock, Upsample
+from hypersd_jax.models.resnet import Downsample, ResnetBlock
+from hypersd_jax.models.upsample import Upsample
 from hypersd_jax.models.vae_config import VaeConfig
 
 EPS = 1e-6

@@ -79,3 +79,15 @@ def texts(name: str, value: Any, *kinds: type) -> list[Any]:
         if not isinstance(text, kinds):
             raise UserError(f"{name} must be text, not {text!r}")
     return texts
+
+
+def share(strength: float | None, image: Any, mask: Any, *, default: float) -> float:
+    """The strength of a call: its own, else all of the steps for noise alone and for a mask, else `default`."""
+    if image is None:
+        for name, value in (("strength", strength), ("mask", mask)):
+            if value is not None:
+                raise UserError(f"{name}: image must be given with it")
+        return 1.0
+    if strength is not None:
+        return float(checked("strength", strength, ()))
+    return default if mask is None else 1.0

@@ -6,6 +6,7 @@ seed, guidance above 1, eta, timesteps, LoRA and LoRA scale enter them as arrays
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -18,20 +19,23 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hypersd_jax import presets
-from hypersd_jax.adapters import Adapter
-from hypersd_jax.adapters import fuse as fuse_adapter
-from hypersd_jax.adapters import unfuse as unfuse_adapter
+from hypersd_jax.adapters import Adapter, merge
 from hypersd_jax.conditioning import Conditioning, size_ids
 from hypersd_jax.config import nearest
 from hypersd_jax.diffusion import Schedule, begin, solver_table
 from hypersd_jax.errors import UserError
-from hypersd_jax.pipeline import arguments, programs
+from hypersd_jax.models.execution import compiler_options
+from hypersd_jax.pipeline import arguments, pictures, programs
 from hypersd_jax.pipeline.arguments import Callback, parse_dtype, to_pil
+from hypersd_jax.pipeline.guides import Controls, PictureGuides
 from hypersd_jax.pipeline.prompting import make_prompt_encoder
 from hypersd_jax.weights.components import Components, load_components
+from hypersd_jax.weights.controlnet_folder import LoadedControlNet, load_controlnet
+from hypersd_jax.weights.hub import fetch_lora
 from hypersd_jax.weights.lora import LoraReport
 from hypersd_jax.weights.lora_stack import LoraStack
 from hypersd_jax.weights.placement import batch_sharding
+from hypersd_jax.weights.vae_folder import load_vae
 
 
 class Pipeline:
@@ -43,30 +47,40 @@ class Pipeline:
         self.mesh = mesh
         self.schedule = Schedule.from_config(dict(components.scheduler_config))
         self.prompts = make_prompt_encoder(components)
-        self._params: dict[str, dict[str, jax.Array]] = {k: dict(v) for k, v in components.params.items()}
-        self._backup: dict[str, dict[str, jax.Array]] | None = None
+        self._params: Mapping[str, Mapping[str, jax.Array]] = components.params
+        self._fused: Mapping[str, Mapping[str, jax.Array]] | None = None
+        self._controlnets: dict[str, LoadedControlNet] = {}
         self._loras = LoraStack(components.shapes, mesh)
-        self._encode = jax.jit(functools.partial(programs.encode, self.prompts, dtype))
-        self._scan = jax.jit(
-            functools.partial(programs.scan, components), static_argnames=("prediction_type", "on_step")
+        platform = None if mesh is None else str(mesh.devices.flat[0].platform)
+        compiled = functools.partial(jax.jit, compiler_options=compiler_options(dtype, platform))
+        self._compiled = compiled
+        self._encode = compiled(functools.partial(programs.encode, self.prompts, dtype))
+        self._scan = compiled(
+            functools.partial(programs.scan, components),
+            static_argnames=("controlnets", "prompted_only", "prediction_type", "on_step"),
         )
         self._callback: Callable[[], None] | None = None
         self._step = self._on_step  # one object, so that jit sees one static argument
-        self._decode = jax.jit(functools.partial(programs.decode, components))
+        self._compile_vae()
         self._draw_noise = jax.jit(programs.draw_noise, static_argnames=("shape", "steps"))
+
+    def _compile_vae(self) -> None:
+        decode = functools.partial(programs.decode, self.components)
+        self._decode = self._compiled(decode, static_argnames="tiled")
+        self._encode_image = self._compiled(functools.partial(programs.encode_image, self.components))
 
     @property
     def native_size(self) -> tuple[int, int]:
         """The pictures' height and width in pixels where none are asked for."""
-        h, w = self._latent_size(None, None)
-        return h * self.components.vae_config.downscale, w * self.components.vae_config.downscale
+        return self._pixels(self._latent_size(None, None))
 
     @classmethod
     def from_pretrained(cls, source: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> Pipeline:
-        """Load a diffusers model folder, or ``embedded`` for the small model inside the package.
+        """Load a model.
 
         Args:
-            source: the folder.
+            source: a diffusers folder, a single .safetensors file, the hub id of either (``owner/name``), or
+                ``embedded`` for the small model inside the package.
             dtype: of parameters and arithmetic; None is bfloat16 on TPU and GPU, float32 on a CPU.
             mesh: devices with axes ``data`` and ``fsdp``; batches are split over both, large parameters over ``fsdp``.
 
@@ -80,12 +94,14 @@ class Pipeline:
     # MARK: LoRA
 
     def load_lora(self, file: str | Path, scale: float = 1.0, name: str | None = None) -> LoraReport:
-        """Add a LoRA file of any supported layout; the same ``name`` (default: the file's stem) replaces.
+        """Add a LoRA file of any supported layout, local or of the hub; the same ``name`` (default: the stem) replaces.
 
         Returns what matched. Keys that belong to no module of this model are a `UserError`.
         """
         self._require_unfused("load_lora")
-        return self._loras.load(Path(file), scale, name)
+        path = fetch_lora(file)
+        # Files of the hub are often called the same.
+        return self._loras.load(path, scale, name or (None if Path(file).exists() else str(file)))
 
     def add_lora(
         self, name: str, adapters: Mapping[str, Adapter], scale: float = 1.0, metadata: Mapping[str, str] | None = None
@@ -107,21 +123,58 @@ class Pipeline:
     def fuse_lora(self) -> None:
         """Write the loaded LoRAs into the weights, which makes every UNet call a little cheaper."""
         self._require_unfused("fuse_lora")
-        self._backup = {}
+        fused = dict(self._loras.altered(self._params))
         for component, adapter in self._loras.adapters().items():
-            self._params[component], self._backup[component] = fuse_adapter(self._params[component], adapter)
+            fused[component] = merge(fused[component], adapter)
+        self._fused = fused
 
     def unfuse_lora(self) -> None:
-        """Undo `fuse_lora`: the base's weights come back bit for bit."""
-        if self._backup is None:
+        """Undo `fuse_lora`: the base's weights come back bit for bit, for they were never changed."""
+        if self._fused is None:
             raise UserError("unfuse_lora: no LoRA is fused")
-        for component, backup in self._backup.items():
-            self._params[component] = unfuse_adapter(self._params[component], backup)
-        self._backup = None
+        self._fused = None
 
     def _require_unfused(self, what: str) -> None:
-        if self._backup is not None:
+        if self._fused is not None:
             raise UserError(f"{what}: LoRAs are fused into the weights; call unfuse_lora first")
+
+    # MARK: other parts
+
+    def load_vae(self, source: str | Path) -> None:
+        """Use another autoencoder, such as a tiny one (TAESD): a diffusers folder, a file, or a hub id.
+
+        Raises:
+            UserError: it cannot be read, or does not fit the model's latents.
+        """
+        found = load_vae(source, vae_config=self.components.vae_config, dtype=self.dtype, mesh=self.mesh)
+        self.components = dataclasses.replace(self.components, vae=found.network, vae_config=found.config)
+        self._params = {**self._params, "vae": found.params}
+        if self._fused is not None:
+            self._fused = {**self._fused, "vae": found.params}
+        self._compile_vae()
+
+    def load_controlnet(self, source: str | Path, name: str | None = None) -> None:
+        """Add a ControlNet: a diffusers folder, a file, or a hub id; the same ``name`` (default: the source) replaces.
+
+        From then on every call needs a `control_image` for each.
+
+        Raises:
+            UserError: it cannot be read, or does not fit the model.
+        """
+        self._controlnets[name or str(source)] = load_controlnet(
+            source,
+            unet_config=self.components.unet_config,
+            downscale=self.components.vae_config.downscale,
+            dtype=self.dtype,
+            mesh=self.mesh,
+        )
+
+    def unload_controlnet(self, name: str | None = None) -> None:
+        """Take one ControlNet out, or all of them."""
+        if name is None:
+            self._controlnets.clear()
+        elif self._controlnets.pop(name, None) is None:
+            raise UserError(f"no ControlNet named {name!r} is loaded{nearest(name, self._controlnets)}")
 
     # MARK: sampling
 
@@ -133,6 +186,7 @@ class Pipeline:
         last = self._loras.last()
         if last is not None:
             chain += [presets.from_header(last.metadata, last.origin), presets.preset_for_file(last.origin)]
+        chain.append(presets.preset_for_file(str(self.components.folder)))
         chain.append(presets.BASE_SDXL if self.components.is_xl else presets.BASE_SD)
         return presets.resolve(chain)
 
@@ -156,6 +210,13 @@ class Pipeline:
         width: int | None = None,
         output: str = "pil",
         callback: Callback | None = None,
+        image: Any = None,
+        strength: float | None = None,
+        mask: Any = None,
+        control_image: Any = None,
+        control_scale: float | Sequence[float] = 1.0,
+        guess_mode: bool = False,
+        tiled: bool = False,
         long_prompts: str = "cut",
         batch_size: int | None = None,
         stepwise: bool = False,
@@ -172,9 +233,19 @@ class Pipeline:
             seed: image j of prompt i depends on (seed, i, j) alone.
             latents: (B, h, w, C) float32 standard normal start, instead of one from the seed.
             noise: (steps, B, h, w, C) float32 standard normal, what a stochastic solver adds.
-            height, width: in pixels, multiples of the autoencoder's factor; None is the model's own size.
+            height, width: in pixels, multiples of the autoencoder's factor; None is the given picture's size, else the
+                model's own.
             output: ``pil``, ``np`` (B, H, W, 3) in 0..1, or ``latent`` (B, h, w, C) before the scaling factor.
             callback: called as ``callback(step, steps)`` after each step, counted over all rounds.
+            image: start from this picture, or one for each prompt (`pictures.pictures`), instead of from noise alone.
+            strength: the share of the steps that is walked from it, above 0 and at most 1; None is 0.8, with SDXL 0.3,
+                as in diffusers, and 1 with a mask. Few steps need a high one: at least one step must be left.
+            mask: repaint the image where this is white (`pictures.masks`) and keep the rest. An inpainting model reads
+                it; with any other, what is kept is put back after each step.
+            control_image: one picture for each loaded ControlNet, in a list where there are several.
+            control_scale: how strongly they steer, one number for all or one for each.
+            guess_mode: let the ControlNets steer without a prompt, as in diffusers.
+            tiled: decode in overlapping tiles of 64 latent pixels, which bounds the memory of large pictures.
             long_prompts: ``cut`` reads what the text encoder holds and warns of the rest, as diffusers does; ``chunk``
                 reads all of it in windows, as A1111 and ComfyUI do: every prompt of the call with equally many.
             batch_size: pictures drawn at a time; None is all at once. It changes memory and speed, not the pictures.
@@ -203,7 +274,8 @@ class Pipeline:
             spacing=spacing,
             timesteps=timesteps,
         )
-        table = self._table(plan)
+        strength = arguments.share(strength, image, mask, default=0.3 if self.components.is_xl else 0.8)
+        table = self._table(plan, strength)
         prompts = arguments.texts("prompt", prompt, str)
         negatives = arguments.texts("negative_prompt", negative_prompt, str, type(None))
         if len(negatives) not in (1, len(prompts)):
@@ -217,6 +289,9 @@ class Pipeline:
         windows = None
         if long_prompts == "chunk":  # one count for all rounds and for both halves of a guided step
             windows = self.prompts.windows([*prompts, *(text or "" for text in negatives)])
+        if height is None and width is None and (image is not None or control_image is not None):
+            given = ("image", image) if image is not None else ("control_image", control_image)
+            height, width = pictures.picture_size(*given, self.components.vae_config.downscale)
         size = self._latent_size(height, width)
         shape = (len(prompts) * num_images, *size, self.components.unet_config.out_channels)
         rows = np.arange(shape[0])
@@ -228,6 +303,18 @@ class Pipeline:
         if noise is not None:
             added = arguments.checked("noise", noise, (len(table["alpha"]), *shape))
 
+        guides = PictureGuides.of(
+            image,
+            mask,
+            len(prompts),
+            self._pixels(size),
+            factor=self.components.vae_config.downscale,
+            inpainting=self.components.is_inpainting,
+            encode=self._latents_of,
+        )
+        nets = list(self._controlnets.values())
+        controls = Controls.of(nets, control_image, control_scale, guess_mode, len(prompts), self._pixels(size))
+        keep_noise = mask is not None and strength == 1
         parts = []
         rounds = arguments.rounds(rows, batch_size or len(rows))
         self._callback = None if callback is None else arguments.counter(callback, len(rounds) * len(added))
@@ -238,10 +325,12 @@ class Pipeline:
                 uncond = self._unconditional(
                     [negatives[row // num_images % len(negatives)] for row in picked], size, cond, windows
                 )
-            state, steps_noise = begin(table, self._place(first[picked])), self._place(added[:, picked], axis=1)
+            drawn = guides.rows(picked // num_images)
+            start, steps_noise = self._place(first[picked]), self._place(added[:, picked], axis=1)
+            state = begin(table, start, None if keep_noise else drawn.clean)
             for part, rows_noise in arguments.slices(table, steps_noise) if stepwise else [(table, steps_noise)]:
                 state = self._scan(
-                    self._params["unet"],
+                    self._weights()["unet"],
                     self._active_adapters().get("unet", {}),
                     cond,
                     uncond,
@@ -249,10 +338,18 @@ class Pipeline:
                     part,
                     state,
                     rows_noise,
+                    drawn.steering(start, controls.images(picked // num_images)),
+                    controls.params,
+                    controls.scales,
+                    controlnets=controls.networks,
+                    prompted_only=controls.prompted_only,
                     prediction_type=plan.prediction_type or self.schedule.prediction_type,
                     on_step=None if callback is None else self._step,
                 )
-            parts.append(np.asarray(state.x if output == "latent" else self._decode(self._params["vae"], state.x)))
+            if output == "latent":
+                parts.append(np.asarray(state.x))
+            else:
+                parts.append(np.asarray(self._decode(self._weights()["vae"], state.x, tiled=tiled)))
         jax.effects_barrier()
         images = np.concatenate(parts)[: len(rows)]
         return to_pil(images) if output == "pil" else images
@@ -261,7 +358,7 @@ class Pipeline:
         if self._callback is not None:
             self._callback()
 
-    def _table(self, plan: presets.Preset) -> dict[str, np.ndarray]:
+    def _table(self, plan: presets.Preset, strength: float) -> dict[str, np.ndarray]:
         config = dict(self.components.scheduler_config)
         if plan.original_inference_steps is not None:
             config["original_inference_steps"] = plan.original_inference_steps
@@ -274,7 +371,17 @@ class Pipeline:
             spacing=plan.spacing,
             scheduler_config=config,
             timesteps=plan.timesteps,
+            strength=strength,
         )
+
+    def _latents_of(self, batch: np.ndarray) -> np.ndarray:
+        """Latents (N, h, w, C) of pictures (N, H, W, 3), one at a time."""
+        vae = self._weights()["vae"]
+        return np.concatenate([np.asarray(self._encode_image(vae, batch[i : i + 1])) for i in range(len(batch))])
+
+    def _pixels(self, size: tuple[int, int]) -> tuple[int, int]:
+        factor = self.components.vae_config.downscale
+        return size[0] * factor, size[1] * factor
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
         factor = self.components.vae_config.downscale
@@ -297,16 +404,20 @@ class Pipeline:
 
     def _active_adapters(self) -> Mapping[str, Adapter]:
         """The joined LoRAs by component; none while they are fused into the weights."""
-        return {} if self._backup is not None else self._loras.adapters()
+        return {} if self._fused is not None else self._loras.adapters()
+
+    def _weights(self) -> Mapping[str, Mapping[str, jax.Array]]:
+        """The parameters to draw with: the base's, with what is fused or differs beside the LoRAs' factors."""
+        return self._loras.altered(self._params) if self._fused is None else self._fused
 
     def _condition(self, prompts: Sequence[str], size: tuple[int, int], windows: int | None = None) -> Conditioning:
-        text_params = {name: self._params[name] for name in self.components.text_encoders}
+        weights = self._weights()
+        text_params = {name: weights[name] for name in self.components.text_encoders}
         adapters = {name: a for name, a in self._active_adapters().items() if name in text_params}
         cond: Conditioning = self._encode(text_params, self.prompts.tokenize(prompts, windows=windows), adapters)
         if not self.components.is_xl:
             return cond
-        factor = self.components.vae_config.downscale
-        return cond._replace(time_ids=jnp.asarray(size_ids(size[0] * factor, size[1] * factor, len(prompts))))
+        return cond._replace(time_ids=jnp.asarray(size_ids(*self._pixels(size), len(prompts))))
 
     def _unconditional(
         self, texts: list[str | None], size: tuple[int, int], cond: Conditioning, windows: int | None = None

@@ -2,15 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from hypersd_jax.conditioning import Conditioning, PromptEncoder
-from hypersd_jax.diffusion import State, advance, guided
+from hypersd_jax.diffusion import Known, State, advance, guided
+from hypersd_jax.models.controlnet import control_residuals
+from hypersd_jax.models.functional import Network
 from hypersd_jax.models.layers import timestep_embedding
+from hypersd_jax.models.tiling import decode_tiled
 from hypersd_jax.weights.components import Components
+
+# Of a tiled decode, in latent pixels: what diffusers has for autoencoders of 512 pixels.
+TILE = 64
+OVERLAP = 16
+
+
+class Guides(NamedTuple):
+    """Pictures that steer a scan, each (B, ...).
+
+    Attributes:
+        known: what inpainting keeps, for a model that was not trained to inpaint.
+        beside: (B, h, w, 1 + C), mask and latents of the masked picture, which an inpainting model reads.
+        controls: one picture (B, H, W, 3) in 0..1 for each ControlNet.
+    """
+
+    known: Known | None = None
+    beside: jax.Array | None = None
+    controls: tuple[jax.Array, ...] = ()
 
 
 def encode(encoder: PromptEncoder, dtype: Any, params: Any, ids: Any, adapters: Any) -> Conditioning:
@@ -28,7 +50,12 @@ def scan(
     table: dict[str, jax.Array],
     state: State,
     noise: jax.Array,
+    guides: Guides,
+    control_params: Sequence[Any],
+    control_scales: Sequence[jax.Array],
     *,
+    controlnets: tuple[Network, ...],
+    prompted_only: bool,
     prediction_type: str,
     on_step: Any,
 ) -> State:
@@ -40,20 +67,53 @@ def scan(
         inputs["timestep_cond"] = timestep_embedding(w, dim, flip_sin_to_cos=False, freq_shift=1.0)
 
     def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+        if uncond is not None:
+            x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
+        extra: dict[str, Any] = {}
+        if controlnets:
+            down, mid = control_residuals(
+                controlnets,
+                control_params,
+                guides.controls,
+                control_scales,
+                x,
+                t,
+                both.context,
+                prompted_only=prompted_only and uncond is not None,
+                **both.unet_kwargs(),
+            )
+            extra = {"down_residuals": down, "mid_residual": mid}
+        if guides.beside is not None:
+            repeats = x.shape[0] // guides.beside.shape[0]
+            x = jnp.concatenate([x, jnp.concatenate([guides.beside] * repeats)], axis=-1)
+        output = components.unet(params, x, t, both.context, adapter=adapter, **inputs, **extra)
         if uncond is None:
-            return components.unet(params, x, t, both.context, adapter=adapter, **inputs)
-        x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
-        output = components.unet(params, x, t, both.context, adapter=adapter, **inputs)
+            return output
         unguided, prompted = jnp.split(output.astype(jnp.float32), 2)
         return guided(unguided, prompted, scale)
 
-    return advance(predict, table, state, noise, prediction_type=prediction_type, callback=on_step)
+    return advance(predict, table, state, noise, prediction_type=prediction_type, known=guides.known, callback=on_step)
 
 
-def decode(components: Components, params: Any, latents: jax.Array) -> jax.Array:
+def decode(components: Components, params: Any, latents: jax.Array, *, tiled: bool) -> jax.Array:
     """Pictures (B, H, W, 3) in 0..1 of the sampler's latents."""
-    images = components.vae(params, components.unscale(latents), method="decode")
+
+    def whole(z: jax.Array) -> jax.Array:
+        images: jax.Array = components.vae(params, z, method="decode")
+        return images
+
+    z = components.unscale(latents)
+    if tiled:
+        images = decode_tiled(whole, z, tile=TILE, overlap=OVERLAP, factor=components.vae_config.downscale)
+    else:
+        images = whole(z)
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+
+
+def encode_image(components: Components, params: Any, images: jax.Array) -> jax.Array:
+    """Latents (B, h, w, C) as the UNet sees them of pictures (B, H, W, 3) in 0..1: the encoder's mean."""
+    mean, _ = components.vae(params, 2 * images - 1, method="encode")
+    return components.scale(mean.astype(jnp.float32))
 
 
 def draw_noise(

@@ -7,12 +7,12 @@ from hypersd_jax.weights.components import Components
 
 
 def make_prompt_encoder(components: Components) -> PromptEncoder:
-    """The prompt encoder of loaded components, tokenizers read from beside them."""
+    """The prompt encoder of loaded components."""
     names = tuple(components.text_encoders)
-    folders = [components.folder / name.replace("text_encoder", "tokenizer") for name in names]
+    roles = [name.replace("text_encoder", "tokenizer") for name in names]
     return PromptEncoder(
         names=names,
-        tokenizers=tuple(load_tokenizer(folder) for folder in folders),
+        tokenizers=tuple(load_tokenizer(components.description.tokenizers[role]) for role in roles),
         networks=tuple(components.text_encoders.values()),
         lengths=tuple(components.text_lengths[name] for name in names),
         penultimate=components.is_xl,

@@ -122,6 +122,8 @@ def check_stages(run: Run) -> None:
     """
     if run.pipe.components.unet_config.time_cond_proj_dim:
         raise UserError("model: its UNet embeds the guidance scale (time_cond_proj_dim), which no stage trains yet")
+    if run.pipe.components.is_inpainting:
+        raise UserError("model: an inpainting model (unet in_channels=9), which no stage trains")
     for stage in run.config.stages:
         where = f"stages.{stage.name}."
         if stage.batch_size % (stage.accumulate * run.mesh.size):

@@ -1,4 +1,7 @@
-"""The three model families whose shapes are known without a model: what their `config.json` files say."""
+"""The three model families whose shapes are known without a model: what their `config.json` files say.
+
+And what a diffusers folder of each family says beside that: single files say none of it.
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,7 @@ from hypersd_jax.models.unet import UNetConfig, unet
 
 Shapes = dict[str, dict[str, jax.ShapeDtypeStruct]]
 
-_UNET = {
+UNET = {
     "_class_name": "UNet2DConditionModel",
     "act_fn": "silu",
     "center_input_sample": False,
@@ -34,7 +37,7 @@ _FOUR_LEVELS = {
     "up_block_types": ["UpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "CrossAttnUpBlock2D"],
 }
 
-_CLIP = {
+CLIP = {
     "architectures": ["CLIPTextModel"],
     "attention_dropout": 0.0,
     "layer_norm_eps": 1e-05,
@@ -44,7 +47,7 @@ _CLIP = {
 }
 
 _CLIP_L = {
-    **_CLIP,
+    **CLIP,
     "hidden_act": "quick_gelu",
     "hidden_size": 768,
     "intermediate_size": 3072,
@@ -56,7 +59,7 @@ _CLIP_L = {
 FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     "sd15": {
         "unet": {
-            **_UNET,
+            **UNET,
             **_FOUR_LEVELS,
             "attention_head_dim": 8,
             "cross_attention_dim": 768,
@@ -66,7 +69,7 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "sd21": {
         "unet": {
-            **_UNET,
+            **UNET,
             **_FOUR_LEVELS,
             "attention_head_dim": [5, 10, 20, 20],
             "cross_attention_dim": 1024,
@@ -77,7 +80,7 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
             "use_linear_projection": True,
         },
         "text_encoder": {
-            **_CLIP,
+            **CLIP,
             "hidden_act": "gelu",
             "hidden_size": 1024,
             "intermediate_size": 4096,
@@ -88,7 +91,7 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     },
     "sdxl": {
         "unet": {
-            **_UNET,
+            **UNET,
             "addition_embed_type": "text_time",
             "addition_time_embed_dim": 256,
             "attention_head_dim": [5, 10, 20],
@@ -103,7 +106,7 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
         },
         "text_encoder": _CLIP_L,
         "text_encoder_2": {
-            **_CLIP,
+            **CLIP,
             "architectures": ["CLIPTextModelWithProjection"],
             "hidden_act": "gelu",
             "hidden_size": 1280,
@@ -115,6 +118,72 @@ FAMILIES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 """``{family: {component: config}}``; SD 2.0 and 2.1 share `sd21`, in which only sample size and upcasting differ."""
+
+
+VAE: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "act_fn": "silu",
+    "in_channels": 3,
+    "norm_num_groups": 32,
+    "out_channels": 3,
+}
+"""What all autoencoders of Stable Diffusion share."""
+
+SCALING_FACTORS = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
+"""Of the latents, by generation of models."""
+
+NATIVE_SIZES = {"sd1": 512, "sd2": 768, "sdxl": 1024}
+"""Side of the pictures in pixels; SD 2.x that predicts noise is made for 512."""
+
+_SCHEDULE = {
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "beta_start": 0.00085,
+    "clip_sample": False,
+    "num_train_timesteps": 1000,
+    "set_alpha_to_one": False,
+    "skip_prk_steps": True,
+    "steps_offset": 1,
+    "trained_betas": None,
+}
+
+SCHEDULERS: dict[str, dict[str, Any]] = {
+    "sd1": {"_class_name": "PNDMScheduler", **_SCHEDULE},
+    "sd2": {"_class_name": "DDIMScheduler", **_SCHEDULE},
+    "sdxl": {
+        "_class_name": "EulerDiscreteScheduler",
+        **_SCHEDULE,
+        "interpolation_type": "linear",
+        "sample_max_value": 1.0,
+        "timestep_spacing": "leading",
+        "use_karras_sigmas": False,
+    },
+}
+"""`scheduler_config.json` without `prediction_type`, as stable-diffusion-v1-5, -2-1 and -xl-base-1.0 have it."""
+
+
+def model_index(scheduler: str, *, xl: bool, inpainting: bool) -> dict[str, Any]:
+    """`model_index.json` of a pipeline with a scheduler of this class and without safety checker."""
+    library = "diffusers"
+    index: dict[str, Any] = {
+        "_class_name": f"StableDiffusion{'XL' if xl else ''}{'Inpaint' if inpainting else ''}Pipeline",
+        "_diffusers_version": "0.42.1",
+        "feature_extractor": [None, None],
+        "image_encoder": [None, None],
+        "scheduler": [library, scheduler],
+        "text_encoder": ["transformers", "CLIPTextModel"],
+        "tokenizer": ["transformers", "CLIPTokenizer"],
+        "unet": [library, "UNet2DConditionModel"],
+        "vae": [library, "AutoencoderKL"],
+    }
+    if xl:
+        index["force_zeros_for_empty_prompt"] = True
+        index["text_encoder_2"] = ["transformers", "CLIPTextModelWithProjection"]
+        index["tokenizer_2"] = ["transformers", "CLIPTokenizer"]
+    else:
+        index["requires_safety_checker"] = False
+        index["safety_checker"] = [None, None]
+    return index
 
 
 def adaptable_shapes(configs: Mapping[str, Mapping[str, Any]]) -> Shapes:

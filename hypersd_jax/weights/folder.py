@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +87,7 @@ def component_files(folder: str | os.PathLike[str], stem: str, variant: str | No
     if any(path.name.startswith(stem) and path.suffix in PICKLE_SUFFIXES for path in folder.iterdir()):
         raise UserError(f"{folder}: no {what}, only pickled weights, which are not read because they can run any code")
     others = sorted(path.name for path in folder.glob("*.safetensors"))
-    raise UserError(f"{folder}: no {what}" + (f", only {_few(others)}" if others else ""))
+    raise UserError(f"{folder}: no {what}" + (f", only {few(others)}" if others else ""))
 
 
 def load_params(
@@ -113,19 +113,35 @@ def load_params(
         UserError: all missing, unexpected and ill-fitting tensors in one line, found before anything is read; or the
             first tensor that holds something else than finite numbers.
     """
-    dtype = np.dtype(dtype)
+    placed = {
+        path: jax.device_put(array, sharding(path, shapes[path]) if sharding else None)
+        for path, array in read_params(folder, shapes, dtype=dtype, component_kind=component_kind, variant=variant)
+    }
+    return {path: placed[path] for path in shapes}
+
+
+def read_params(
+    folder: str | os.PathLike[str],
+    shapes: Shapes,
+    *,
+    component_kind: Kind,
+    dtype: Any = None,
+    variant: str | None = None,
+) -> Iterator[tuple[str, np.ndarray]]:
+    """The parameters that `load_params` places, one at a time on the host, in the order of the files.
+
+    Here `dtype` may be None, which keeps each tensor's own.
+    """
     files = [open_tensors(path) for path in component_files(folder, STEMS[component_kind], variant)]
-    found = _match(Path(folder), files, shapes, component_kind)
-    params = {}
-    for path, (file, key) in found.items():
-        array = _cast(file, key, path, shapes[path].shape, dtype)
-        params[path] = jax.device_put(array, sharding(path, shapes[path]) if sharding else None)
-    return {path: params[path] for path in shapes}
+    for path, (file, key) in _match(Path(folder), files, shapes, component_kind).items():
+        stored = read_finite(file, key)
+        array = from_torch(path, stored.reshape(torch_shape(path, shapes[path].shape)))
+        yield path, cast(array, dtype, file.path, key)
 
 
 def save_params(
     folder: str | os.PathLike[str],
-    params: Mapping[str, jax.Array],
+    params: Mapping[str, jax.Array | np.ndarray],
     *,
     config: Mapping[str, Any],
     component_kind: Kind,
@@ -141,7 +157,8 @@ def save_params(
         dtype: type to write; None keeps that of each parameter.
 
     Raises:
-        UserError: the folder holds a sharded model, which readers would go on preferring, or cannot be written.
+        UserError: the folder holds a sharded model, which readers would go on preferring, or cannot be written; or a
+            value is too large for `dtype`.
     """
     folder = Path(folder)
     stem = STEMS[component_kind]
@@ -150,8 +167,8 @@ def save_params(
         raise UserError(f"{index}: the folder holds a sharded model; write to another one")
     tensors = {}
     for path, value in params.items():
-        array = to_torch(path, _host(value))
-        tensors[torch_key(path)] = array.astype(np.dtype(dtype), order="C") if dtype is not None else array
+        key = torch_key(path)
+        tensors[key] = cast(to_torch(path, host(value)), dtype, folder, key)
     written = dict(config)
     types = {str(array.dtype) for array in tensors.values()}
     for key in ("dtype", "torch_dtype"):
@@ -170,7 +187,7 @@ def fingerprint(params: Mapping[str, jax.Array]) -> str:
     """
     digest = hashlib.sha256()
     for path in sorted(params):
-        array = np.asarray(_host(params[path]).astype(ml_dtypes.bfloat16), order="C")
+        array = np.asarray(host(params[path]).astype(ml_dtypes.bfloat16), order="C")
         digest.update(f"{path} {array.shape}\n".encode())
         digest.update(array.view(np.uint16).data)
     return digest.hexdigest()
@@ -186,7 +203,7 @@ def _shards(index: Path) -> list[Path]:
             raise UserError(f"{index}: names {name}, which lies outside the folder")
     missing = [name for name in names if not (index.parent / name).exists()]
     if missing:
-        raise UserError(f"{index}: names {len(missing)} missing file(s): {_few(missing)}")
+        raise UserError(f"{index}: names {len(missing)} missing file(s): {few(missing)}")
     return [index.parent / name for name in names]
 
 
@@ -212,36 +229,49 @@ def _match(folder: Path, files: list[TensorFile], shapes: Shapes, kind: Kind) ->
                 misfits.append(f"{key} of type {file.dtype(key)}")
             found[path] = (file, key)
     missing = [name for name, path in wanted.items() if path not in found]
+    require_fit(folder, missing, unexpected, misfits)
+    return found
+
+
+def require_fit(where: Path, missing: list[str], unexpected: list[str], misfits: list[str]) -> None:
+    """One UserError with all the tensors that do not fit the networks they are for."""
     problems = [
-        f"{len(names)} {what} ({_few(names)})"
+        f"{len(names)} {what} ({few(names)})"
         for what, names in (("missing", missing), ("unexpected", unexpected), ("ill-fitting", misfits))
         if names
     ]
     if problems:
-        raise UserError(f"{folder}: the tensors do not fit the configuration: " + "; ".join(problems))
-    return found
+        raise UserError(f"{where}: the tensors do not fit the configuration: " + "; ".join(problems))
 
 
-def _cast(file: TensorFile, key: str, path: str, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-    """One stored tensor in our layout and type."""
+def read_finite(file: TensorFile, key: str) -> np.ndarray:
+    """A stored tensor; UserError where it holds NaN or infinity."""
     stored = file.read(key)
     if not np.isfinite(stored).all():
         raise UserError(f"{file.path}: tensor {key} holds NaN or infinity")
-    stored = stored.reshape(torch_shape(path, shape))
+    return stored
+
+
+def cast(array: np.ndarray, dtype: Any, file: Path, key: str) -> np.ndarray:
+    """Finite values in C order and in `dtype` (None: their own); UserError where they are too large for it."""
+    if dtype is None:
+        return np.asarray(array, order="C")
+    dtype = np.dtype(dtype)
     with np.errstate(over="ignore"):
-        array = from_torch(path, stored).astype(dtype, order="C", copy=False)
-    if jnp.finfo(dtype).max < jnp.finfo(stored.dtype).max and not np.isfinite(array).all():
-        raise UserError(f"{file.path}: tensor {key} does not fit into {dtype}")
-    return np.asarray(array, order="C")
+        result = array.astype(dtype, order="C", copy=False)
+    if jnp.finfo(dtype).max < jnp.finfo(array.dtype).max and not np.isfinite(result).all():
+        raise UserError(f"{file}: tensor {key} does not fit into {dtype}")
+    return np.asarray(result, order="C")
 
 
-def _host(value: Any) -> np.ndarray:
+def host(value: Any) -> np.ndarray:
     """The whole array on this host, also where it is spread over several."""
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         value = multihost_utils.process_allgather(value, tiled=True)
     return np.asarray(value)
 
 
-def _few(names: Iterable[str]) -> str:
+def few(names: Iterable[str]) -> str:
+    """The first of these names, as one text."""
     names = list(names)
     return ", ".join(names[:_LISTED]) + (", ..." if len(names) > _LISTED else "")

@@ -1,9 +1,10 @@
-"""LoRA files: any layout in, two out (kohya's, which every program loads, and PEFT's)."""
+"""LoRA files: any layout in, three out (kohya's under two namings, which every program loads, and PEFT's)."""
 
 from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,14 +13,16 @@ from typing import Any
 import jax
 import numpy as np
 
-from hypersd_jax.adapters import Adapter
+from hypersd_jax.adapters import Adapter, Differences
 from hypersd_jax.errors import UserError
 from hypersd_jax.weights import lora_kohya, lora_peft
-from hypersd_jax.weights.lora_factors import from_torch, is_finite
-from hypersd_jax.weights.lora_match import COMPONENTS, Shapes, Slot, assign, listing
+from hypersd_jax.weights.lora_factors import is_finite
+from hypersd_jax.weights.lora_kinds import decode, rank_of
+from hypersd_jax.weights.lora_match import COMPONENTS, Shapes, Slot, assign, listing, weight_shape
+from hypersd_jax.weights.lora_sgm import SDXL_ONLY, sgm_names
 from hypersd_jax.weights.tensors import TensorFile, open_tensors, save_tensors
 
-LAYOUTS = ("kohya", "peft")
+LAYOUTS = ("kohya", "kohya-sgm", "peft")
 
 # Header entries about the very factors they came with; a file written anew states its own.
 _ABOUT_FACTORS = (lora_peft.HEADER_KEY, "ss_network_module", "ss_network_dim", "ss_network_alpha")
@@ -31,9 +34,10 @@ class LoraReport:
 
     Attributes:
         file: its path.
-        layout: "kohya", "PEFT" or "diffusers"; joined by "+" in a file that mixes them.
+        layout: "kohya", "kohya-sgm", "ComfyUI", "PEFT" or "diffusers"; joined by "+" in a file that mixes them.
+        kinds: number of modules by kind: "LoRA", "LoHa", "LoKr", "full", each also "with DoRA".
         modules: number of adapted modules by component.
-        ranks: (smallest, largest).
+        ranks: (smallest, largest); None where no module has a rank.
         alphas: (smallest, largest) as stated; None where the file states none, which means scale 1.
         scales: (smallest, largest) alpha / rank, as applied.
         dtypes: names of the types in which the factors are stored.
@@ -42,8 +46,9 @@ class LoraReport:
 
     file: str
     layout: str
+    kinds: Mapping[str, int]
     modules: Mapping[str, int]
-    ranks: tuple[int, int]
+    ranks: tuple[int, int] | None
     alphas: tuple[float, float] | None
     scales: tuple[float, float]
     dtypes: tuple[str, ...]
@@ -51,18 +56,28 @@ class LoraReport:
 
     def __str__(self) -> str:
         counts = " + ".join(f"{count} {component}" for component, count in self.modules.items())
+        rank = "no rank" if self.ranks is None else f"rank {_span(self.ranks)}"
         alpha = "no alpha" if self.alphas is None else f"alpha {_span(self.alphas)}"
         return (
-            f"{self.file}: {self.layout} LoRA, {counts} modules, rank {_span(self.ranks)}, {alpha}"
+            f"{self.file}: {self.layout} {'+'.join(self.kinds)}, {counts} modules, {rank}, {alpha}"
             f" (scale {_span(self.scales)}), {'/'.join(self.dtypes)}"
         )
 
 
 @dataclass(frozen=True, kw_only=True)
 class LoraFile:
-    """A LoRA file's content: NumPy adapters by component, header metadata, and the report for the user."""
+    """A LoRA file's content, as NumPy arrays.
+
+    Attributes:
+        adapters: by component, pairs of factors, which the forward pass applies.
+        differences: by component, what is written into the weights instead (LoHa, LoKr, DoRA, full differences);
+            {} for most files.
+        metadata: the header's.
+        report: for the user.
+    """
 
     adapters: Mapping[str, Adapter]
+    differences: Mapping[str, Differences]
     metadata: Mapping[str, str]
     report: LoraReport
 
@@ -77,7 +92,7 @@ def read_lora(path: str | os.PathLike[str], shapes: Shapes) -> LoraFile:
         shapes: ``{component: {parameter path: object with .shape}}`` of the base.
 
     Returns:
-        adapters of float32 NumPy arrays, their `scale` alpha / rank (1 where the file states no alpha).
+        adapters and differences of float32 NumPy arrays, their `scale` alpha / rank (1 where the file states no alpha).
 
     Raises:
         UserError: one line naming the file and the first keys that are unreadable, unknown, incomplete, of the wrong
@@ -87,40 +102,48 @@ def read_lora(path: str | os.PathLike[str], shapes: Shapes) -> LoraFile:
     with open_tensors(file) as tensors:
         metadata = tensors.metadata
         slots = assign(tensors, shapes)
-        dotted = any(slot.layout != "kohya" for slot in slots.values())
-        configs = lora_peft.read_configs(file, metadata) if dotted else {}
+        configs = lora_peft.read_configs(file, metadata) if any(slot.dotted for slot in slots.values()) else {}
         adapters: dict[str, Adapter] = {}
+        differences: dict[str, dict[str, dict[str, np.ndarray]]] = {}
+        ranks: list[int] = []
+        scales: list[float] = []
         alphas: list[float] = []
         not_finite: list[str] = []
         dtypes: set[str] = set()
         for (component, module), slot in slots.items():
-            down, up = tensors.read(slot.keys["down"]), tensors.read(slot.keys["up"])
-            not_finite += [slot.keys[role] for role, factor in (("down", down), ("up", up)) if not is_finite(factor)]
-            dtypes |= {down.dtype.name, up.dtype.name}
-            scale, alpha = _scale(tensors, slot, down.shape[0], configs)
+            values = {role: tensors.read(key) for role, key in slot.keys.items() if role != "alpha"}
+            not_finite += [slot.keys[role] for role, value in values.items() if not is_finite(value)]
+            dtypes |= {value.dtype.name for value in values.values()}
+            rank = rank_of(slot.shapes(tensors))
+            scale, alpha = _scale(tensors, slot, rank, configs)
+            ranks += [] if rank is None else [rank]
+            scales.append(scale)
             alphas += [] if alpha is None else [alpha]
-            down, up = from_torch(down, up, tuple(shapes[component][module + ".kernel"].shape))
-            adapters.setdefault(component, {})[module] = {
-                "down": down,
-                "up": up,
-                "scale": np.full(up.shape[:1], scale, np.float32),
-            }
+            if slot.dotted and "magnitude" in values:
+                values["magnitude"] = values["magnitude"].reshape(-1)
+            entry = decode(slot.kind, values, weight_shape(shapes, component, module))
+            if slot.kind.is_adapter:
+                vector = np.full(entry["up"].shape[:1], scale, np.float32)
+                factors: dict[str, Any] = {"down": entry.pop("down"), "up": entry.pop("up"), "scale": vector}
+                adapters.setdefault(component, {})[module] = factors
+            if entry:
+                strength = np.float32(1.0 if slot.kind.is_adapter else scale)
+                differences.setdefault(component, {})[module] = {**entry, "scale": np.asarray(strength)}
     if not_finite:
         raise UserError(f"{file}: NaN or infinite values in {listing(not_finite)}")
-    entries = [entry for adapter in adapters.values() for entry in adapter.values()]
-    ranks = [entry["scale"].shape[0] for entry in entries]
-    scales = [float(entry["scale"][0]) for entry in entries]
+    counts = Counter(component for component, _ in slots)
     report = LoraReport(
         file=str(file),
-        layout="+".join(sorted({slot.layout for slot in slots.values()})),
-        modules={component: len(adapters[component]) for component in COMPONENTS if component in adapters},
-        ranks=(min(ranks), max(ranks)),
+        layout="+".join(sorted(_layouts(slots))),
+        kinds=dict(sorted(Counter(str(slot.kind) for slot in slots.values()).items())),
+        modules={component: counts[component] for component in COMPONENTS if component in counts},
+        ranks=(min(ranks), max(ranks)) if ranks else None,
         alphas=(min(alphas), max(alphas)) if alphas else None,
         scales=(min(scales), max(scales)),
         dtypes=tuple(sorted(dtypes)),
         metadata=metadata,
     )
-    return LoraFile(adapters=adapters, metadata=metadata, report=report)
+    return LoraFile(adapters=adapters, differences=differences, metadata=metadata, report=report)
 
 
 def write_lora(
@@ -131,6 +154,7 @@ def write_lora(
     metadata: Mapping[str, Any] | None = None,
     dtype: Any = np.float32,
     text_encoders: int | None = None,
+    shapes: Shapes | None = None,
 ) -> None:
     """Writes a LoRA file whose alpha equals its rank: the adapter's scale is folded into the up factors.
 
@@ -140,13 +164,16 @@ def write_lora(
     Args:
         path: where to; replaced atomically.
         adapters: ``{component: adapter}`` with NumPy or JAX leaves.
-        layout: "kohya" (diffusers block names) or "peft" (as diffusers saves it).
+        layout: "kohya" (diffusers block names), "kohya-sgm" (SDXL under sgm's names, as kohya's trainers write it) or
+            "peft" (as diffusers saves it).
         metadata: more header entries; what is not a string is written as JSON.
         dtype: of the stored factors: float32, float16 or ml_dtypes.bfloat16.
         text_encoders: how many text encoders the base has (SDXL: 2), where `adapters` does not show it.
+        shapes: of the base, from which kohya's header says what family it is; "kohya-sgm" needs them for its names.
 
     Raises:
-        UserError: nothing to write, an unknown layout, or values that are not finite in `dtype`.
+        UserError: nothing to write, an unknown layout, "kohya-sgm" for a base that is not SDXL, or values that are not
+            finite in `dtype`.
     """
     adapters = {component: jax.device_get(adapter) for component, adapter in adapters.items() if adapter}
     if layout not in LAYOUTS:
@@ -155,18 +182,21 @@ def write_lora(
         raise UserError(f"{path}: nothing to write among the components {', '.join(adapters) or '(none)'}")
     if text_encoders is None:
         text_encoders = 2 if "text_encoder_2" in adapters else 1
+    names = _sgm_names(path, shapes) if layout == "kohya-sgm" else None
     tensors: dict[str, np.ndarray] = {}
     try:
         for component, adapter in adapters.items():
-            if layout == "kohya":
-                tensors |= lora_kohya.encode(component, adapter, dtype=dtype, text_encoders=text_encoders)
-            else:
+            if layout == "peft":
                 tensors |= lora_peft.encode(component, adapter, dtype=dtype)
+            else:
+                tensors |= lora_kohya.encode(component, adapter, dtype=dtype, text_encoders=text_encoders, names=names)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     given = {name: value for name, value in (metadata or {}).items() if name not in _ABOUT_FACTORS}
     header = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
-    describe = lora_kohya.describe if layout == "kohya" else lora_peft.describe
+    if layout != "peft" and shapes is not None:
+        header = {**lora_kohya.base_version(shapes), **header}
+    describe = lora_peft.describe if layout == "peft" else lora_kohya.describe
     save_tensors(path, tensors, {"format": "pt", **header, **describe(adapters)})
 
 
@@ -183,8 +213,15 @@ def weights_file(path: Path) -> Path:
     return found[0]
 
 
+def _sgm_names(path: str | os.PathLike[str], shapes: Shapes | None) -> dict[str, str]:
+    unet = {} if shapes is None else shapes.get("unet", {})
+    if SDXL_ONLY not in unet:
+        raise UserError(f"{path}: only SDXL's LoRAs have sgm block names (kohya-sgm); write this one as kohya")
+    return sgm_names({parameter.rpartition(".")[0] for parameter in unet})
+
+
 def _scale(
-    tensors: TensorFile, slot: Slot, rank: int, configs: Mapping[str | None, Mapping[str, Any]]
+    tensors: TensorFile, slot: Slot, rank: int | None, configs: Mapping[str | None, Mapping[str, Any]]
 ) -> tuple[float, float | None]:
     """(scale, alpha) of one module: from its alpha tensor, else from PEFT's configuration, else 1 and None."""
     if "alpha" in slot.keys:
@@ -192,9 +229,18 @@ def _scale(
         value = tensors.read(key).astype(np.float32)
         if value.size != 1 or not np.isfinite(value).all():
             raise UserError(f"{tensors.path}: {key} is not one finite number")
-        return value.item() / rank, value.item()
-    config = {} if slot.layout == "kohya" else configs.get(slot.component, {})
-    return lora_peft.scale_of(config, slot.name, rank, f"{tensors.path}: {slot.keys['down']}")
+        return (1.0, None) if rank is None else (value.item() / rank, value.item())
+    config = configs.get(slot.component, {}) if slot.dotted and rank is not None else {}
+    where = f"{tensors.path}: {next(iter(slot.keys.values()))}"
+    if config.get("use_dora") and not slot.kind.dora:
+        raise UserError(f"{where}: the LoRA's own configuration says DoRA, but it has no lora_magnitude_vector")
+    return lora_peft.scale_of(config, slot.name, rank or 0, where)
+
+
+def _layouts(slots: Mapping[tuple[str, str], Slot]) -> set[str]:
+    """Of the UNet's keys, where there are any: the text encoders' are named alike in both of kohya's namings."""
+    unet = {slot.layout for (component, _), slot in slots.items() if component == "unet"}
+    return unet or {slot.layout for slot in slots.values()}
 
 
 def _span(values: tuple[float, float]) -> str:

@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import functools
 import os
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 
 from hypersd_jax.errors import UserError
-from hypersd_jax.weights import lora_peft
-from hypersd_jax.weights.components import EMBEDDED, assets
+from hypersd_jax.weights import lora_kohya, lora_peft
+from hypersd_jax.weights.components import open_model
 from hypersd_jax.weights.families import FAMILIES, Shapes, adaptable_shapes
 from hypersd_jax.weights.folder import read_json
 from hypersd_jax.weights.lora import LAYOUTS, LoraFile, LoraReport, read_lora, weights_file, write_lora
 from hypersd_jax.weights.lora_match import COMPONENTS
 from hypersd_jax.weights.tensors import open_tensors
 
+Source = str | os.PathLike[str]
+
 
 def convert_lora(
-    src: str | os.PathLike[str],
-    dst: str | os.PathLike[str],
+    src: Source,
+    dst: Source,
     to: str,
-    base: str | os.PathLike[str] | None = None,
+    base: Source | None = None,
     *,
     family: str | None = None,
 ) -> LoraReport:
@@ -34,49 +38,96 @@ def convert_lora(
     Args:
         src: a file or folder that `read_lora` understands.
         dst: the file to write.
-        to: "kohya" or "peft".
-        base: a diffusers model folder, or ``embedded``, whose shapes the LoRA is read against.
-        family: "sd15", "sd21" or "sdxl" instead of a folder. With neither, the family that the file fits is found.
+        to: "kohya", "kohya-sgm" or "peft".
+        base: a model as `open_model` reads it, whose shapes the LoRA is read against.
+        family: "sd15", "sd21" or "sdxl" instead of a model. With neither, the family that the file fits is found.
 
     Returns:
         what was read from `src`.
 
     Raises:
-        UserError: the layout or family is unknown, or the LoRA does not fit the base or any known family.
+        UserError: the layout or family is unknown, the LoRA does not fit the base or any known family, or it holds more
+            than pairs of factors (LoHa, LoKr, DoRA, full differences), which these layouts do not.
     """
-    if to not in LAYOUTS:
-        raise UserError(f"LoRA layout {to!r}: choose one of {', '.join(LAYOUTS)}")
-    lora, shapes = _read(src, base, family)
-    text_encoders = sum(component.startswith("text_encoder") for component in shapes)
-    narrow = lora.report.dtypes in (("float16",), ("bfloat16",))
-    dtype = np.dtype(lora.report.dtypes[0] if narrow else np.float32)
-    write_lora(dst, lora.adapters, layout=to, metadata=lora.metadata, dtype=dtype, text_encoders=text_encoders)
+    check_layout(to)
+    (lora,), shapes = read_alike([src], base, family)
+    if lora.differences:
+        kinds = ", ".join(kind for kind in lora.report.kinds if kind != "LoRA") or "differences of biases"
+        raise UserError(f"{src}: holds {kinds}, not only pairs of factors; merge it with a --rank instead")
+    dtype = common_dtype([lora])
+    write_lora(
+        dst,
+        lora.adapters,
+        layout=to,
+        metadata=lora.metadata,
+        dtype=dtype,
+        text_encoders=text_encoders_of(shapes),
+        shapes=shapes,
+    )
     return lora.report
 
 
-def _read(
-    src: str | os.PathLike[str], base: str | os.PathLike[str] | None, family: str | None
-) -> tuple[LoraFile, Shapes]:
-    """The LoRA, and the shapes that it was read against."""
+def check_layout(to: str) -> None:
+    """UserError unless `to` is a layout that is written."""
+    if to not in LAYOUTS:
+        raise UserError(f"LoRA layout {to!r}: choose one of {', '.join(LAYOUTS)}")
+
+
+def text_encoders_of(shapes: Mapping[str, Any]) -> int:
+    """How many text encoders the base of these components has."""
+    return sum(component.startswith("text_encoder") for component in shapes)
+
+
+def common_dtype(files: Sequence[LoraFile]) -> np.dtype:
+    """The half-precision type that all factors of all files have, else float32."""
+    dtypes = {dtype for file in files for dtype in file.report.dtypes}
+    return np.dtype(dtypes.pop() if dtypes in ({"float16"}, {"bfloat16"}) else np.float32)
+
+
+def read_alike(sources: Sequence[Source], base: Source | None, family: str | None) -> tuple[list[LoraFile], Shapes]:
+    """The LoRAs, and the shapes of the one base that all of them were read against.
+
+    Args:
+        sources: files or folders that `read_lora` understands.
+        base: see `convert_lora`.
+        family: see `convert_lora`.
+
+    Raises:
+        UserError: the base or family is unknown or a file does not fit it; or they fit no known family, nor say
+            themselves what shapes they adapt.
+    """
     if base is not None:
-        shapes = _folder_shapes(assets() / "teacher" if base == EMBEDDED else Path(base))
-        return read_lora(src, shapes), shapes
+        return _read_all(sources, _base_shapes(base))
     if family is not None:
-        shapes = _family_shapes(family)
-        return read_lora(src, shapes), shapes
-    refusals = set()
+        return _read_all(sources, _family_shapes(family))
+    refusals: list[str] = []
     for name in FAMILIES:
-        shapes = _family_shapes(name)
         try:
-            return read_lora(src, shapes), shapes
+            return _read_all(sources, _family_shapes(name))
         except UserError as error:
-            refusals.add(str(error))
-    if len(refusals) == 1:  # nothing to do with the family: a damaged file, or a kind that is not read
+            refusals.append(str(error))
+    if len(set(refusals)) == 1:  # nothing to do with the family: a damaged file, or a kind that is not read
         raise UserError(refusals.pop())
-    own = _own_shapes(src)
+    own = _own_shapes(sources)
     if own is None:
-        raise UserError(f"{src}: fits none of {', '.join(FAMILIES)}; name the folder of its base model")
-    return read_lora(src, own), own
+        names = " and ".join(str(source) for source in sources)
+        together = "" if len(sources) == 1 else " all of them"
+        raise UserError(f"{names}: fits none of {', '.join(FAMILIES)}{together}; name its base model")
+    return _read_all(sources, own)
+
+
+def _base_shapes(base: Source) -> Shapes:
+    """The shapes of a model's components, from its configuration alone; a folder may hold some components only."""
+    folder = Path(base)
+    if folder.is_dir() and not (folder / "model_index.json").is_file():
+        present = [name for name in COMPONENTS if name == "unet" or (folder / name).is_dir()]
+        return adaptable_shapes({name: read_json(folder / name / "config.json") for name in present})
+    configs = open_model(os.fspath(base)).description.configs
+    return adaptable_shapes({name: configs[name] for name in COMPONENTS if name in configs})
+
+
+def _read_all(sources: Sequence[Source], shapes: Shapes) -> tuple[list[LoraFile], Shapes]:
+    return [read_lora(source, shapes) for source in sources], shapes
 
 
 @functools.cache
@@ -86,25 +137,20 @@ def _family_shapes(family: str) -> Shapes:
     return adaptable_shapes(FAMILIES[family])
 
 
-def _folder_shapes(folder: Path) -> Shapes:
-    """The shapes of the components that a model folder has, from their config.json alone."""
-    present = [name for name in COMPONENTS if name == "unet" or (folder / name).is_dir()]
-    return adaptable_shapes({name: read_json(folder / name / "config.json") for name in present})
-
-
-def _own_shapes(src: str | os.PathLike[str]) -> Shapes | None:
-    """The kernels that the LoRA's own factors imply; None where its keys do not spell module paths out."""
+def _own_shapes(sources: Sequence[Source]) -> Shapes | None:
+    """The kernels that the LoRAs' own factors imply; None where their keys do not spell module paths out."""
     shapes: Shapes = {}
-    with open_tensors(weights_file(Path(src))) as tensors:
+    for source in sources:
         factors: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
-        for key in tensors.keys():  # noqa: SIM118
-            parsed = lora_peft.parse(key)
-            if parsed is None or key.startswith("lora_"):
+        with open_tensors(weights_file(Path(source))) as tensors:
+            for key in tensors.keys():  # noqa: SIM118
+                parsed = lora_peft.parse(key)
+                if parsed is None or lora_kohya.parse(key) is not None:
+                    return None
+                factors.setdefault((parsed.component or "unet", parsed.module), {})[parsed.role] = tensors.shape(key)
+        for (component, module), shape in factors.items():
+            if not {"down", "up"} <= shape.keys() or len(shape["down"]) < 2:
                 return None
-            factors.setdefault((parsed.component or "unet", parsed.module), {})[parsed.role] = tensors.shape(key)
-    for (component, module), shape in factors.items():
-        if not {"down", "up"} <= shape.keys() or len(shape["down"]) < 2:
-            return None
-        kernel = (*shape["down"][2:], shape["down"][1], shape["up"][0])
-        shapes.setdefault(component, {})[module + ".kernel"] = jax.ShapeDtypeStruct(kernel, np.float32)
+            kernel = (*shape["down"][2:], shape["down"][1], shape["up"][0])
+            shapes.setdefault(component, {})[module + ".kernel"] = jax.ShapeDtypeStruct(kernel, np.float32)
     return shapes

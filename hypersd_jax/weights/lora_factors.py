@@ -1,6 +1,7 @@
 """The two factors of one LoRA module: from PyTorch's layout to ours and back.
 
-PyTorch writes down (r, in) and up (out, r) for a Linear, down (r, in, kh, kw) and up (out, r, 1, 1) for a convolution.
+PyTorch writes down (r, in) and up (out, r) for a Linear, down (r, in, kh, kw) and up (out, r, 1, 1) for a convolution;
+LyCORIS's Tucker form of the latter has down (r, in, 1, 1) and mid (r, r, kh, kw) instead.
 Ours are down (in, r) or (kh, kw, in, r), and up (r, out) always.
 """
 
@@ -15,7 +16,9 @@ import numpy as np
 from hypersd_jax.errors import UserError
 
 
-def fits(down: tuple[int, ...], up: tuple[int, ...], kernel: tuple[int, ...]) -> bool:
+def fits(
+    down: tuple[int, ...], up: tuple[int, ...], kernel: tuple[int, ...], mid: tuple[int, ...] | None = None
+) -> bool:
     """Whether factors of these shapes, in PyTorch's layout, belong to a base kernel of this shape in ours.
 
     A Linear's factors are taken for a 1x1 convolution and the other way round: SD 1.5 and SDXL differ in which of the
@@ -24,7 +27,16 @@ def fits(down: tuple[int, ...], up: tuple[int, ...], kernel: tuple[int, ...]) ->
     *window, fan_in, fan_out = kernel
     down, up = ((*shape, 1, 1) if len(shape) == 2 else shape for shape in (down, up))
     rank = down[0] if down else 0
+    if mid is not None:
+        if not window or mid != (rank, rank, *window) or down[2:] != (1, 1):
+            return False
+        window = [1, 1]
     return rank > 0 and down == (rank, fan_in, *(window or (1, 1))) and up == (fan_out, rank, 1, 1)
+
+
+def fold_mid(down: np.ndarray, mid: np.ndarray) -> np.ndarray:
+    """One down factor (r, in, kh, kw) for down (r, in, 1, 1) or (r, in) and mid (r, r, kh, kw): the same change."""
+    return np.einsum("pqkl,qi->pikl", mid, down.reshape(down.shape[:2]))
 
 
 def from_torch(down: np.ndarray, up: np.ndarray, kernel: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:

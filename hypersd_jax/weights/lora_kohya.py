@@ -1,51 +1,105 @@
-"""kohya's LoRA layout with diffusers' block names: what Hyper-SD, LCM-LoRA and DMD2 files are, and what every UI reads.
+"""kohya's LoRA layout, which every user interface reads: Hyper-SD, LCM-LoRA and DMD2 files, and LyCORIS's kinds.
 
-A key is a prefix for the component, the module path with underscores for dots, and one of three suffixes:
+A key is a prefix for the component, the module path with underscores for dots, and a suffix:
 
     lora_unet_down_blocks_0_resnets_0_conv1.lora_down.weight    (r, in, kh, kw)
     lora_unet_down_blocks_0_resnets_0_conv1.lora_up.weight      (out, r, 1, 1)
     lora_unet_down_blocks_0_resnets_0_conv1.alpha               scalar; the scale is alpha / r, absent means alpha = r
+
+The path is diffusers' or, in SDXL files of kohya's trainers, sgm's (`lora_unet_input_blocks_1_0_in_layers_2`).
+SimpleTuner's prefix is `lycoris_`; ComfyUI saves `diffusion_model.` and sgm's path with dots.
 
 Underscores cannot be turned back into dots without knowing the model, so reading goes through an index of its modules.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from hypersd_jax.weights.lora_factors import common_rank, to_torch
+from hypersd_jax.weights.lora_kinds import LOHA, LOKR
+from hypersd_jax.weights.lora_sgm import SDXL_ONLY, sgm_names
 
-ROLES = {"lora_down.weight": "down", "lora_up.weight": "up", "alpha": "alpha"}
-"""Suffixes after the first dot of a key."""
+ROLES = {
+    "lora_down.weight": "down",
+    "lora_up.weight": "up",
+    "lora_mid.weight": "mid",
+    "alpha": "alpha",
+    "dora_scale": "magnitude",
+    "diff": "full",
+    "diff_b": "bias",
+    "w_norm": "full",
+    "b_norm": "bias",
+    **{role: role for role in (*LOHA, "hada_t1", "hada_t2", *LOKR)},
+}
+"""Suffixes of a key and what they are to its module."""
 
 READ_PREFIXES = {
-    "unet": ("lora_unet_",),
+    "unet": ("lora_unet_", "lycoris_"),
     "text_encoder": ("lora_te_", "lora_te1_"),
     "text_encoder_2": ("lora_te2_",),
 }
+_COMFY_PREFIXES = {
+    "text_encoder": ("text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer."),
+    "text_encoder_2": ("text_encoders.clip_g.transformer.",),
+}
+_COMFY_UNET = "diffusion_model."
+_STARTS = ("lora_", "lycoris_", _COMFY_UNET, "text_encoders.")
+_SUFFIX = re.compile(rf"(?P<name>.+?)\.(?P<suffix>{'|'.join(map(re.escape, ROLES))})")
 
 
-def module_index(shapes: Mapping[str, Mapping[str, Any]]) -> dict[str, tuple[str, str]]:
-    """``{name in a kohya file: (component, module path)}`` for every module that has a kernel.
+class Target(NamedTuple):
+    """A module of the base, and the layout that names it so."""
+
+    component: str
+    module: str
+    layout: str
+
+
+def parse(key: str) -> tuple[str, str] | None:
+    """(name of the module in the file, role); None for keys of other layouts."""
+    match = _SUFFIX.fullmatch(key)
+    if match is None or not key.startswith(_STARTS):
+        return None
+    return match["name"], ROLES[match["suffix"]]
+
+
+def module_index(shapes: Mapping[str, Mapping[str, Any]], leaf: str = "kernel") -> dict[str, Target]:
+    """``{name in a kohya file: target}`` for every module that has a `leaf`.
 
     Args:
         shapes: ``{component: {parameter path: anything}}``.
+        leaf: "kernel", or "scale" for the norms.
     """
     index = {}
     for component, parameters in shapes.items():
-        for path in parameters:
-            if path.endswith(".kernel"):
-                module = path.removesuffix(".kernel")
-                for prefix in READ_PREFIXES.get(component, ()):
-                    index[prefix + _underscored(component, module)] = (component, module)
+        modules = [path.removesuffix("." + leaf) for path in parameters if path.endswith("." + leaf)]
+        for module in modules:
+            for prefix in READ_PREFIXES.get(component, ()):
+                index[prefix + _underscored(component, module)] = Target(component, module, "kohya")
+            for prefix in _COMFY_PREFIXES.get(component, ()):
+                index[prefix + _prefixed(module)] = Target(component, module, "ComfyUI")
+        if component == "unet":
+            every = {path.rpartition(".")[0] for path in parameters}
+            for module, name in sgm_names(every).items():
+                if f"{module}.{leaf}" in parameters:
+                    for prefix in READ_PREFIXES["unet"]:
+                        index[prefix + name.replace(".", "_")] = Target(component, module, "kohya-sgm")
+                    index[_COMFY_UNET + name] = Target(component, module, "ComfyUI")
     return index
 
 
 def encode(
-    component: str, adapter: Mapping[str, Mapping[str, Any]], *, dtype: Any, text_encoders: int
+    component: str,
+    adapter: Mapping[str, Mapping[str, Any]],
+    *,
+    dtype: Any,
+    text_encoders: int,
+    names: Mapping[str, str] | None = None,
 ) -> Iterator[tuple[str, np.ndarray]]:
     """The names and tensors of one component, three for each adapted module.
 
@@ -57,12 +111,14 @@ def encode(
         adapter: ``{dotted module path: {"down", "up", "scale"}}``.
         dtype: of the factors; alpha is a float32 scalar.
         text_encoders: how many the model has: kohya calls the only one `lora_te` and the first of two `lora_te1`.
+        names: other paths for the UNet's modules, such as `sgm_names`; None writes diffusers'.
     """
     first_text_prefix = "lora_te_" if text_encoders == 1 else "lora_te1_"
     prefix = {"unet": "lora_unet_", "text_encoder": first_text_prefix, "text_encoder_2": "lora_te2_"}[component]
     alpha = common_rank(adapter)
     for module, entry in adapter.items():
-        name = prefix + _underscored(component, module)
+        path = names[module] if names is not None and component == "unet" else module
+        name = prefix + _underscored(component, path)
         down, up = to_torch(module, entry, dtype, alpha)
         yield f"{name}.alpha", np.array(alpha, np.float32)
         yield f"{name}.lora_down.weight", down
@@ -76,7 +132,22 @@ def describe(adapters: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[st
     return {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
 
 
+def base_version(shapes: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """The header metadata by which A1111 sorts LoRAs and hides those of other families; {} for an unknown family.
+
+    Args:
+        shapes: ``{component: {parameter path: object with .shape}}`` of the base.
+    """
+    unet = shapes.get("unet", {})
+    widths = {value.shape[-2] for path, value in unet.items() if path.endswith("attn2.to_k.kernel")}
+    family = "sdxl_base_v1-0" if SDXL_ONLY in unet else {(768,): "sd_v1", (1024,): "sd_v2"}.get(tuple(widths))
+    return {} if family is None else {"ss_base_model_version": family}
+
+
 def _underscored(component: str, module: str) -> str:
-    if component != "unet" and not module.startswith(("text_model.", "text_projection")):
-        module = "text_model." + module
-    return module.replace(".", "_")
+    return (module if component == "unet" else _prefixed(module)).replace(".", "_")
+
+
+def _prefixed(module: str) -> str:
+    """A text encoder's module with transformers' `text_model.`."""
+    return module if module.startswith(("text_model.", "text_projection")) else "text_model." + module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from typing import Any
 
 from hypersd_jax.errors import UserError
 from hypersd_jax.weights import lora_kohya, lora_peft
-from hypersd_jax.weights.lora_factors import fits
+from hypersd_jax.weights.lora_kinds import Kind, fits_weight, kind_of
 from hypersd_jax.weights.tensors import TensorFile
 
 Shapes = Mapping[str, Mapping[str, Any]]
@@ -22,40 +23,57 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 _UNSUPPORTED = tuple(
     (re.compile(pattern), kind)
     for pattern, kind in (
-        (r"\.hada_", "LoHa"),
-        (r"\.lokr_", "LoKr"),
-        (r"\.dora_scale$|\.lora_magnitude_vector", "DoRA"),
-        (r"\.lora_mid\.", "Tucker-decomposed convolution (lora_mid)"),
-        (r"\.diff(_b)?$|\.set_weight$", "full difference"),
+        (r"\.set_weight$", "replaced weight (set_weight)"),
         (r"\.(oft_|boft_)", "OFT"),
-        (r"\.(a1|a2|b1|b2)\.weight$", "GLoRA"),
-        (r"\.[wb]_norm$", "norm difference"),
+        (r"\.(a1|a2|b1|b2|bm1|bm2)\.weight$", "GLoRA"),
+        (r"\.on_input$", "IA3"),
         (r"\.lora_embedding_[AB]$", "embedding LoRA"),
         (r"\.lora_[AB]\.bias$|\.lora_(down|up)\.bias$|\.lora_bias$", "LoRA with biases"),
         (
-            r"^lora_unet_(input_blocks|middle_block|output_blocks|time_embed_\d|label_emb|out_2)",
-            "kohya with sgm block names",
+            r"^(lora_transformer_|lora_te3_|transformer\.|diffusion_model\.(?!input_|middle_|output_|time_|label_|out\.))",
+            "a transformer model's LoRA (FLUX, SD3)",
         ),
-        (r"^(lora_transformer_|lora_te3_|transformer\.|diffusion_model\.)", "a transformer model's LoRA (FLUX, SD3)"),
     )
 )
+
+# The kind that the first word of a role speaks of; alpha, magnitude and bias go with any.
+_SORTS = {"down": "LoRA", "up": "LoRA", "mid": "LoRA", "hada": "LoHa", "lokr": "LoKr", "full": "full"}
 
 
 @dataclass(kw_only=True)
 class Slot:
-    """The keys that one module of the base takes its factors from.
+    """The keys that one module of the base takes its tensors from.
 
     Attributes:
         name: the module as the file spells it, without component.
-        layout: "kohya", "PEFT" or "diffusers".
+        layout: "kohya", "kohya-sgm", "ComfyUI", "PEFT" or "diffusers".
         component: as the file names it; None where it does not.
-        keys: ``{"down", "up" or "alpha": key}``.
+        keys: ``{role of `lora_kinds`: key}``.
     """
 
     name: str
     layout: str
     component: str | None = None
     keys: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def dotted(self) -> bool:
+        """Whether the layout is PEFT's or one of diffusers', where a configuration may hold alpha."""
+        return self.layout in ("PEFT", "diffusers")
+
+    @property
+    def kind(self) -> Kind:
+        """What the tensors are; `assign` returns only slots that have one."""
+        kind = kind_of(self.keys)
+        assert kind is not None
+        return kind
+
+    def shapes(self, tensors: TensorFile) -> dict[str, tuple[int, ...]]:
+        """``{role: shape}`` from the header; PEFT's magnitudes of convolutions (1, out, 1, 1) are flattened."""
+        shapes = {role: tensors.shape(key) for role, key in self.keys.items()}
+        if self.dotted and "magnitude" in shapes:
+            shapes["magnitude"] = (math.prod(shapes["magnitude"]),)
+        return shapes
 
 
 Slots = dict[tuple[str, str], Slot]
@@ -70,18 +88,19 @@ def assign(tensors: TensorFile, shapes: Shapes) -> Slots:
     """
     keys = tensors.keys()
     _refuse_unsupported(tensors.path, keys)
-    index = lora_kohya.module_index(shapes)
+    index, norms = lora_kohya.module_index(shapes), lora_kohya.module_index(shapes, "scale")
     bare = _component_of_bare_keys(tensors, shapes)
     slots: Slots = {}
     unknown: list[str] = []
     recognised = 0
     for key in keys:
-        name, _, suffix = key.partition(".")
-        dotted = lora_peft.parse(key)
+        kohya, dotted = lora_kohya.parse(key), lora_peft.parse(key)
         target: tuple[str, str] | None = None
-        if name.startswith("lora_") and suffix in lora_kohya.ROLES:
-            target, role = index.get(name), lora_kohya.ROLES[suffix]
-            slot = Slot(name=name, layout="kohya")
+        if kohya is not None:
+            name, role = kohya
+            found = index.get(name) or (norms.get(name) if role in ("full", "bias") else None)
+            target = None if found is None else (found.component, found.module)
+            slot = Slot(name=name, layout="kohya" if found is None else found.layout)
         elif dotted is not None:
             component = dotted.component or bare
             module = lora_peft.locate(component, dotted.module, shapes.get(component, {}))
@@ -103,9 +122,7 @@ def assign(tensors: TensorFile, shapes: Shapes) -> Slots:
     if unknown:
         hint = _family_hint(tensors, shapes)
         raise UserError(f"{tensors.path}: no such module in this base{hint}: {listing(unknown)}")
-    incomplete = [next(iter(slot.keys.values())) for slot in slots.values() if not {"down", "up"} <= slot.keys.keys()]
-    if incomplete:
-        raise UserError(f"{tensors.path}: a down or up factor is missing beside {listing(incomplete)}")
+    _refuse_incomplete(tensors.path, slots)
     _refuse_misfits(tensors, slots, shapes)
     return slots
 
@@ -134,21 +151,47 @@ def _refuse_unsupported(file: Path, keys: Iterable[str]) -> None:
                 raise UserError(f"{file}: {kind} files are not read here (key {key})")
 
 
+def _refuse_incomplete(file: Path, slots: Slots) -> None:
+    incomplete = []
+    for slot in (slot for slot in slots.values() if kind_of(slot.keys) is None):
+        one_of_each = {_SORTS.get(role.partition("_")[0]): key for role, key in slot.keys.items()}
+        one_of_each.pop(None, None)
+        if len(one_of_each) > 1:
+            raise UserError(f"{file}: one module has factors of several kinds: {', '.join(one_of_each.values())}")
+        incomplete.append(slot.keys[min(slot.keys, key="alpha".__eq__)])  # the first, but rather a factor than alpha
+    if incomplete:
+        raise UserError(f"{file}: a factor is missing beside {listing(incomplete)}")
+
+
 def _refuse_misfits(tensors: TensorFile, slots: Slots, shapes: Shapes) -> None:
     """Compares shapes from the header alone, so that a LoRA of another family is refused before anything is read."""
     misfits = []
     for (component, module), slot in slots.items():
-        down, up = tensors.shape(slot.keys["down"]), tensors.shape(slot.keys["up"])
-        if not fits(down, up, tuple(shapes[component][module + ".kernel"].shape)):
-            misfits.append(f"{slot.keys['down']} {down} with up {up}")
+        stored = slot.shapes(tensors)
+        kind, weight = slot.kind, weight_shape(shapes, component, module)
+        if not fits_weight(kind, stored, weight) or (kind.bias and f"{module}.bias" not in shapes[component]):
+            first, *others = ((slot.keys[role], shape) for role, shape in stored.items() if role != "alpha")
+            more = ", ".join(f"{key.removeprefix(slot.name).lstrip('.')} {shape}" for key, shape in others)
+            misfits.append(f"{first[0]} {first[1]}" + (f" with {more}" if more else ""))
     if misfits:
         hint = _family_hint(tensors, shapes)
         raise UserError(f"{tensors.path}: shapes do not fit this base{hint}: {listing(misfits)}")
 
 
+def weight_shape(shapes: Shapes, component: str, module: str) -> tuple[int, ...]:
+    """The shape of a module's weight in our layout: a kernel's, or a norm's scale's."""
+    parameters = shapes[component]
+    return tuple(parameters[f"{module}.kernel" if f"{module}.kernel" in parameters else f"{module}.scale"].shape)
+
+
 def _family_hint(tensors: TensorFile, shapes: Shapes) -> str:
     """The width of the text that the file and the base attend to, where they differ: it tells the families apart."""
-    ends = ("attn2_to_k.lora_down.weight", "attn2.to_k.lora_A.weight", "attn2.to_k.lora.down.weight")
+    ends = (
+        "attn2_to_k.lora_down.weight",
+        "attn2_to_k.hada_w1_b",
+        "attn2.to_k.lora_A.weight",
+        "attn2.to_k.lora.down.weight",
+    )
     keys = tensors.keys()
     downs = (tensors.shape(key) for key in keys if key.endswith(ends))
     theirs = next((down[1] for down in downs if len(down) > 1), None)

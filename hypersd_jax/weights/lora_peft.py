@@ -4,6 +4,7 @@
     base_model.model.<module>.lora_A.weight / .lora_B.weight      PEFT's own folder, with adapter_config.json
     unet.<module>.lora.down.weight / .lora.up.weight              diffusers, late 2023
     unet.<attention>.processor.to_q_lora.down.weight / .up.       diffusers, early 2023 (`to_out_lora` is `to_out.0`)
+    unet.<module>.lora_magnitude_vector                           beside PEFT's, of a DoRA
 
 Alpha is no tensor here. diffusers keeps PEFT's LoraConfig in the header as JSON under `lora_adapter_metadata`, its
 fields prefixed by component; a PEFT folder keeps it in adapter_config.json; where there is neither, the scale is 1.
@@ -32,7 +33,7 @@ COMPONENTS = ("unet", "text_encoder_2", "text_encoder")
 _SPELLINGS = tuple(
     (re.compile(pattern + "$"), module, layout)
     for pattern, module, layout in (
-        (r"(?P<module>.+)\.lora_(?P<role>A|B)\.weight", r"\g<module>", "PEFT"),
+        (r"(?P<module>.+)\.lora_(?P<role>A|B)(?:\.default)?\.weight", r"\g<module>", "PEFT"),
         (r"(?P<module>.+)\.lora(?:_linear_layer)?\.(?P<role>down|up)\.weight", r"\g<module>", "diffusers"),
         (
             r"(?P<module>.+)\.processor\.to_(?P<n>[qkv])_lora\.(?P<role>down|up)\.weight",
@@ -45,6 +46,7 @@ _SPELLINGS = tuple(
             r"\g<module>.\g<n>_proj",
             "diffusers",
         ),
+        (r"(?P<module>.+)\.lora_(?P<role>magnitude)_vector(?:\.default)?(?:\.weight)?", r"\g<module>", "PEFT"),
         (r"(?P<module>.+)\.(?P<role>alpha)", r"\g<module>", "PEFT"),
     )
 )
@@ -68,12 +70,9 @@ def parse(key: str) -> DottedKey | None:
         if match is not None:
             name = match.expand(replacement)
             role = _ROLES.get(match["role"], match["role"])
-            for component in COMPONENTS:
-                if name.startswith(component + "."):
-                    return DottedKey(
-                        component=component, module=name.removeprefix(component + "."), role=role, layout=layout
-                    )
-            return DottedKey(component=None, module=name.removeprefix("base_model.model."), role=role, layout=layout)
+            component = next((component for component in COMPONENTS if name.startswith(component + ".")), None)
+            module = name.removeprefix(f"{component}.").removeprefix("base_model.model.")
+            return DottedKey(component=component, module=module, role=role, layout=layout)
     return None
 
 
@@ -183,8 +182,6 @@ def _refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
     kind = str(config.get("peft_type") or "LORA").removeprefix("PeftType.")
     if kind != "LORA":
         raise UserError(f"{where}: peft_type {kind} is not read here, only LORA")
-    if config.get("use_dora"):
-        raise UserError(f"{where}: DoRA (use_dora) is not read here")
 
 
 def _patterned(patterns: Any, module: str, default: Any) -> Any:

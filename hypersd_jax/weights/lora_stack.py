@@ -11,36 +11,47 @@ from pathlib import Path
 import jax
 from jax.sharding import Mesh
 
-from hypersd_jax.adapters import Adapter, concatenate, pad, scaled
+from hypersd_jax.adapters import Adapter, Differences, altered, concatenate, pad, scaled
 from hypersd_jax.config import nearest
 from hypersd_jax.errors import UserError
 from hypersd_jax.weights.lora import LoraReport, read_lora
 from hypersd_jax.weights.placement import leaf_sharding
 
+Params = Mapping[str, Mapping[str, jax.Array]]
+"""``{component: {parameter path: array}}``."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedLora:
-    """One LoRA as loaded: adapters by component at the file's own strength, the user's scale beside them."""
+    """One LoRA as loaded: adapters and differences by component at the file's own strength, the user's scale beside."""
 
     adapters: Mapping[str, Adapter]
+    differences: Mapping[str, Differences]
     scale: float
     metadata: Mapping[str, str]
     origin: str
 
 
 class LoraStack:
-    """The LoRAs of one pipeline, in loading order. `adapters` joins them exactly, by concatenation along the rank."""
+    """The LoRAs of one pipeline, in loading order.
+
+    `adapters` joins them exactly, by concatenation along the rank, for the forward pass. What LoHa, LoKr, DoRA and full
+    differences change of the weights is `altered`, all of it counted from the base (see `adapters.differences`), so the
+    order of loading does not matter.
+    """
 
     def __init__(self, shapes: Mapping[str, Mapping[str, jax.ShapeDtypeStruct]], mesh: Mesh | None = None) -> None:
         self._shapes = shapes
         self._mesh = mesh
         self._loras: dict[str, LoadedLora] = {}
         self._joined: dict[str, Adapter] | None = None
+        self._altered: tuple[Params, Params] | None = None
 
     def load(self, path: Path, scale: float, name: str | None) -> LoraReport:
         """Read a file and add it under ``name`` (default: the file's stem, numbered where another file has it)."""
         file = read_lora(path, self._shapes)
-        self.add(name or self._free_name(path), file.adapters, scale, file.metadata, origin=str(path))
+        name = name or self._free_name(path)
+        self.add(name, file.adapters, scale, file.metadata, origin=str(path), differences=file.differences)
         return file.report
 
     def add(
@@ -50,20 +61,25 @@ class LoraStack:
         scale: float,
         metadata: Mapping[str, str] | None = None,
         origin: str | None = None,
+        differences: Mapping[str, Differences] | None = None,
     ) -> None:
         """Add adapters under ``name``; a LoRA of that name is replaced and moves to the end."""
         _check_scale(name, scale)
         self._loras.pop(name, None)
         self._loras[name] = LoadedLora(
-            adapters=adapters, scale=scale, metadata=metadata or {}, origin=origin or f"LoRA {name}"
+            adapters=adapters,
+            differences=differences or {},
+            scale=scale,
+            metadata=metadata or {},
+            origin=origin or f"LoRA {name}",
         )
-        self._joined = None
+        self._changed()
 
     def set_scale(self, name: str, scale: float) -> None:
         """Change the user's scale of one LoRA."""
         _check_scale(name, scale)
         self._loras[name] = dataclasses.replace(self._named(name), scale=scale)
-        self._joined = None
+        self._changed()
 
     def remove(self, name: str | None) -> None:
         """Remove one LoRA, or all when ``name`` is None."""
@@ -72,7 +88,7 @@ class LoraStack:
         else:
             self._named(name)
             del self._loras[name]
-        self._joined = None
+        self._changed()
 
     def last(self) -> LoadedLora | None:
         """The LoRA that was loaded last."""
@@ -84,6 +100,30 @@ class LoraStack:
             components = dict.fromkeys(name for lora in self._loras.values() for name in lora.adapters)
             self._joined = {component: self._placed(self._join(component)) for component in components}
         return self._joined
+
+    def altered(self, params: Params) -> Params:
+        """The base's parameters with all differences written in; `params` itself where no LoRA has any.
+
+        The base is left as it was, so that another scale starts from it and unloading gives it back bit for bit; the
+        changed weights are held beside it until the LoRAs change. Leaves that nothing changes are shared.
+
+        Args:
+            params: ``{component: parameters}`` of the base.
+        """
+        if not any(lora.differences for lora in self._loras.values()):
+            return params
+        if self._altered is None or self._altered[0] is not params:
+            result = dict(params)
+            for component in {name for lora in self._loras.values() for name in lora.differences}:
+                loras = [lora for lora in self._loras.values() if component in lora.differences]
+                stack = [(lora.differences[component], lora.scale) for lora in loras]
+                result[component] = {**params[component], **altered(params[component], stack)}
+            self._altered = params, result
+        return self._altered[1]
+
+    def _changed(self) -> None:
+        self._joined = None
+        self._altered = None
 
     def _join(self, component: str) -> Adapter:
         loras = [lora for lora in self._loras.values() if component in lora.adapters]

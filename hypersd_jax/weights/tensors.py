@@ -42,8 +42,6 @@ DTYPES: dict[str, np.dtype] = {
 }
 """Type names of the safetensors header and the NumPy types that they are read as."""
 
-_FLOAT8 = ("F8_E4M3", "F8_E5M2")
-
 
 class TensorFile:
     """An open safetensors file; nothing but its header is read until `read` asks for a tensor.
@@ -60,6 +58,8 @@ class TensorFile:
             self._file: Any = safe_open(self.path, framework="np")
             self.metadata: dict[str, str] = dict(self._file.metadata() or {})
             self._keys: list[str] = list(self._file.offset_keys())
+            length, self._entries = _header(self.path)
+            self._begin = 8 + length
         except (SafetensorError, OSError) as error:
             raise UserError(_diagnosis(self.path, error)) from error
 
@@ -92,10 +92,15 @@ class TensorFile:
 
     def read(self, key: str) -> np.ndarray:
         """Tensor `key` in C order, in its stored type."""
-        dtype = self.dtype(key)
-        if self._slice(key).get_dtype() in _FLOAT8:
-            return self._read_bytes(key).view(dtype).reshape(self.shape(key))
-        return self._file.get_tensor(key)
+        dtype, shape = self.dtype(key), self.shape(key)
+        begin, end = self._entries[key]["data_offsets"]
+        # Read, not mapped: pages of a map count as memory in use until the whole file is closed.
+        with self.path.open("rb") as file:
+            file.seek(self._begin + begin)
+            found = np.fromfile(file, np.uint8, end - begin)
+        if found.size < end - begin:
+            raise UserError(f"{self.path}: was cut short while it was read")
+        return found.view(dtype).reshape(shape)
 
     def _slice(self, key: str) -> Any:
         if self._file is None:
@@ -104,12 +109,6 @@ class TensorFile:
             return self._file.get_slice(key)
         except SafetensorError as error:
             raise KeyError(f"{self.path} holds no tensor {key}") from error
-
-    def _read_bytes(self, key: str) -> np.ndarray:
-        # safetensors looks its float8 types up in numpy itself, which has none.
-        length, header = _header(self.path)
-        begin, end = header[key]["data_offsets"]
-        return np.fromfile(self.path, dtype=np.uint8, count=end - begin, offset=8 + length + begin)
 
 
 def open_tensors(path: str | os.PathLike[str]) -> TensorFile:

@@ -11,7 +11,7 @@ import pytest
 from flax import nnx
 
 from hypersd_jax.models.functional import build, dotted, undotted
-from hypersd_jax.models.layers import Conv, Empty, GroupNorm, LayerNorm, Linear, attention, timestep_embedding
+from hypersd_jax.models.layers import Conv, Empty, GroupNorm, LayerNorm, Linear, timestep_embedding
 
 
 class Tiny(nnx.Module):
@@ -85,32 +85,6 @@ def test_layer_norm() -> None:
 def test_conv_shapes(stride: int, padding: Any, shape: tuple[int, int]) -> None:
     network = build(lambda: Conv(3, 4, 3, stride=stride, padding=padding))
     assert network(network.init(0), np.ones((1, 5, 6, 3), np.float32)).shape == (1, *shape, 4)
-
-
-@pytest.mark.parametrize("length", [1024, 1100])
-def test_long_attention_by_blocks_equals_plain(length: int) -> None:
-    keys = jax.random.split(jax.random.key(0), 3)
-    q, k, v = (jax.random.normal(key, (1, length, 2, 4)) for key in keys)
-
-    def run(platform: str) -> Any:
-        def loss(q: jax.Array, k: jax.Array, v: jax.Array) -> Any:
-            out = attention(q, k, v, platform=platform)
-            return jnp.sum(jnp.sin(out)), out
-
-        return jax.jit(jax.grad(loss, argnums=(0, 1, 2), has_aux=True))(q, k, v)
-
-    (grads, out), (plain_grads, plain) = run("cpu"), run("tpu")
-    np.testing.assert_allclose(out, plain, rtol=1e-5, atol=1e-5)
-    for ours, theirs in zip(grads, plain_grads, strict=True):
-        np.testing.assert_allclose(ours, theirs, rtol=1e-5, atol=1e-5)
-
-
-def test_causal_attention_sees_no_future() -> None:
-    q, k, v = (jax.random.normal(jax.random.key(i), (1, 5, 2, 4)) for i in range(3))
-    out = attention(q, k, v, causal=True)
-    changed = attention(q, k.at[:, 3:].set(9.0), v.at[:, 3:].set(9.0), causal=True)
-    np.testing.assert_array_equal(out[:, :3], changed[:, :3])
-    np.testing.assert_allclose(out[:, 0], v[:, 0], atol=1e-6)
 
 
 def test_timestep_embedding() -> None:

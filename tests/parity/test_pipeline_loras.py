@@ -8,53 +8,18 @@ from typing import Any
 import numpy as np
 import pytest
 
-torch = pytest.importorskip("torch")
-diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("torch")
+pytest.importorskip("diffusers")
 pytest.importorskip("peft")
 
-from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.weights import write_lora
 from hypersd_jax.weights.components import assets
 from tests.helpers.lora_files import TEXT_TARGETS, random_adapter
+from tests.helpers.lora_pictures import ANOTHER, STEPS, TOLERANCE, Both
 from tests.helpers.tiny_pipelines import tiny_sd
 from tests.helpers.torch_weights import relative_error
 
-PROMPTS = ["red apple, fluent flat style", "a cat face, noto style, blue background"]
-STEPS = 4
-TOLERANCE = 1e-4
-"""Relative L2 error of float32 pictures in 0..1."""
-ANOTHER = 1e-2
-"""The least relative L2 difference of pictures that must not be the same: a hundred times the tolerance."""
 SCALE_OF_FILE = 0.3
-
-
-class Both:
-    """One model folder in diffusers' pipeline and in ours."""
-
-    def __init__(self, folder: Path) -> None:
-        self.theirs = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=torch.float32)
-        self.theirs.set_progress_bar_config(disable=True)
-        self.theirs.scheduler = diffusers.DDIMScheduler.from_config(
-            self.theirs.scheduler.config, timestep_spacing="trailing"
-        )
-        self.ours = Pipeline.from_pretrained(folder)
-        parts = self.ours.components
-        height, width = (side // parts.vae_config.downscale for side in self.ours.native_size)
-        shape = (len(PROMPTS), height, width, parts.unet_config.in_channels)
-        self.latents = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
-
-    def draw_theirs(self, guidance: float) -> np.ndarray:
-        latents = torch.from_numpy(self.latents).permute(0, 3, 1, 2)
-        call = {"num_inference_steps": STEPS, "guidance_scale": guidance, "output_type": "np"}
-        return self.theirs(prompt=PROMPTS, latents=latents, **call).images
-
-    def draw_ours(self, guidance: float | None, **call: Any) -> np.ndarray:
-        call = {"steps": STEPS, "sampler": "ddim", "eta": 0.0, "stepwise": True, **call}
-        return self.ours(PROMPTS, latents=self.latents, guidance=guidance, output="np", **call)
-
-    def unload(self) -> None:
-        self.theirs.unload_lora_weights()
-        self.ours.unload_lora()
 
 
 @pytest.fixture(scope="module")
@@ -96,10 +61,6 @@ def files(loaded: Both, tmp_path_factory: pytest.TempPathFactory) -> dict[str, P
     return {name: folder / f"{name}.safetensors" for name in adapters}
 
 
-def load_theirs(both: Both, file: Path, name: str) -> None:
-    both.theirs.load_lora_weights(file.parent, weight_name=file.name, adapter_name=name)
-
-
 @pytest.mark.parametrize("guidance", [0.0, 5.0])
 @pytest.mark.parametrize("name", ["unet", "first"])
 def test_a_kohya_file_of_ours(tiny: Both, files: dict[str, Path], name: str, guidance: float) -> None:
@@ -107,7 +68,7 @@ def test_a_kohya_file_of_ours(tiny: Both, files: dict[str, Path], name: str, gui
     assert relative_error(base, tiny.draw_theirs(guidance)) < TOLERANCE
     report = tiny.ours.load_lora(files[name])
     assert report.layout == "kohya"
-    load_theirs(tiny, files[name], "a")
+    tiny.load_theirs(files[name], "a")
     found, expected = tiny.draw_ours(guidance), tiny.draw_theirs(guidance)
     assert relative_error(found, expected) < TOLERANCE
     assert relative_error(found, base) > ANOTHER
@@ -117,7 +78,7 @@ def test_a_file_fused_into_the_weights(tiny: Both, files: dict[str, Path]) -> No
     """Scale 0.5, fused by both; afterwards both draw as the base again."""
     base = tiny.draw_ours(0.0)
     tiny.ours.load_lora(files["first"], scale=0.5)
-    load_theirs(tiny, files["first"], "a")
+    tiny.load_theirs(files["first"], "a")
     tiny.ours.fuse_lora()
     tiny.theirs.fuse_lora(lora_scale=0.5)
     found, expected = tiny.draw_ours(0.0), tiny.draw_theirs(0.0)
@@ -133,7 +94,7 @@ def test_a_file_fused_into_the_weights(tiny: Both, files: dict[str, Path]) -> No
 def test_two_files_with_their_own_scales(tiny: Both, files: dict[str, Path], scales: tuple[float, float]) -> None:
     for name, file, scale in zip("ab", (files["first"], files["second"]), scales, strict=True):
         tiny.ours.load_lora(file, scale=scale, name=name)
-        load_theirs(tiny, file, name)
+        tiny.load_theirs(file, name)
     tiny.theirs.set_adapters(["a", "b"], list(scales))
     found, expected = tiny.draw_ours(5.0), tiny.draw_theirs(5.0)
     assert relative_error(found, expected) < TOLERANCE
@@ -152,10 +113,10 @@ def test_the_shipped_lora_on_the_embedded_teacher() -> None:
     both.ours.load_lora(file)
     plan = both.ours.settings()
     assert (plan.steps, plan.sampler, plan.guidance, plan.eta) == (STEPS, "ddim", 0.0, 0.0)
-    load_theirs(both, file, "tscd")
+    both.load_theirs(file, "tscd")
     found, expected = both.draw_ours(0.0), both.draw_theirs(0.0)
     assert relative_error(found, expected) < TOLERANCE
-    header = dict.fromkeys(("steps", "sampler", "eta"))
+    header = dict.fromkeys(("steps", "sampler", "eta", "spacing"))
     np.testing.assert_array_equal(both.draw_ours(None, **header), found)
     assert relative_error(found, base) > 0.05
     both.ours.set_lora_scale("tscd-4", 0.5)

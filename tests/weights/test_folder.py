@@ -356,7 +356,8 @@ def _changed(model, to, file, **changes):
     [
         ("unet", {"cross_attention_dim": 32}, r"cross_attention_dim=32, but hidden_size of text_encoder makes 16"),
         ("text_encoder", {"hidden_size": 24}, r"cross_attention_dim=16, but hidden_size of text_encoder makes 24"),
-        ("unet", {"in_channels": 9}, r"in_channels=9, but the vae has latent_channels=4 \(inpainting"),
+        ("unet", {"in_channels": 8}, r"in_channels=8, but the vae has latent_channels=4 \(.*InstructPix2Pix"),
+        ("unet", {"in_channels": 5}, r"in_channels=5, but the vae has latent_channels=4$"),
         ("unet", {"out_channels": 8}, r"out_channels=8, but the vae has latent_channels=4$"),
         ("vae", {"latent_channels": 16}, r"in_channels=4, but the vae has latent_channels=16$"),
         (

@@ -64,13 +64,21 @@ BAD: dict[str, tuple[Tensors, str]] = {
     "both layouts for one module": ({**GOOD, **PEFT}, "are both for unet"),
     "a model": ({"model.diffusion_model.out.2.weight": ONE}, "is not a LoRA file: model.diffusion_model"),
     "empty": ({}, "is not a LoRA file: it holds no tensors"),
-    "LoHa": ({f"{TO_Q}.hada_w1_a": ONE}, rf"LoHa.*{TO_Q}\.hada_w1_a"),
-    "LoKr": ({f"{TO_Q}.lokr_w1": ONE}, rf"LoKr.*{TO_Q}\.lokr_w1"),
-    "DoRA": ({**GOOD, f"{TO_Q}.dora_scale": ONE}, rf"DoRA.*{TO_Q}\.dora_scale"),
-    "PEFT DoRA": ({**PEFT, "unet.conv_in.lora_magnitude_vector": ONE}, r"DoRA.*lora_magnitude_vector"),
-    "Tucker": ({**GOOD, f"{TO_Q}.lora_mid.weight": ONE}, rf"lora_mid\).*{TO_Q}\.lora_mid"),
-    "full difference": ({f"{TO_Q}.diff": ONE}, rf"full difference.*{TO_Q}\.diff"),
-    "sgm names": ({"lora_unet_input_blocks_4_1_proj_in.lora_up.weight": ONE}, "sgm block names.*input_blocks_4_1"),
+    "GLoRA": ({f"{TO_Q}.a1.weight": ONE}, rf"GLoRA.*{TO_Q}\.a1\.weight"),
+    "OFT": ({f"{TO_Q}.oft_blocks": ONE}, rf"OFT.*{TO_Q}\.oft_blocks"),
+    "a whole weight": ({f"{TO_Q}.set_weight": ONE}, rf"set_weight.*{TO_Q}\.set_weight"),
+    "a magnitude of no LoRA": (
+        {**PEFT, "unet.conv_in.lora_magnitude_vector": ONE},
+        r"factor is missing beside unet\.conv_in\.lora_magnitude_vector",
+    ),
+    "sgm names of another model": (
+        {"lora_unet_input_blocks_44_1_proj_in.lora_up.weight": ONE},
+        "no such module.*input_blocks_44_1",
+    ),
+    "FLUX by ComfyUI": (
+        {"diffusion_model.double_blocks.0.img_mod.lin.lora_up.weight": ONE},
+        r"transformer model's LoRA.*double_blocks",
+    ),
     "FLUX": ({"transformer.single.lora_A.weight": ONE}, r"transformer model's LoRA.*transformer\.single"),
 }
 
@@ -107,7 +115,7 @@ def test_a_lora_of_another_family_is_told_by_its_width(tmp_path: Path) -> None:
         ("[1]", "lora_adapter_metadata: is not a JSON object"),
         (json.dumps({"unet.r": 8}), r"stored rank is 4.*configuration says 8"),
         (json.dumps({"unet.r": 4, "unet.lora_alpha": "much"}), "lora_alpha is 'much'"),
-        (json.dumps({"unet.r": 4, "unet.use_dora": True}), "DoRA"),
+        (json.dumps({"unet.r": 4, "unet.use_dora": True}), r"attn.*says DoRA, but it has no lora_magnitude_vector"),
         (json.dumps({"unet.r": 4, "unet.peft_type": "LOHA"}), "peft_type LOHA"),
     ],
 )

@@ -1,0 +1,51 @@
+"""This package's side: ``python -m benchmarks.sides.ours MODEL DTYPE SIZE CACHE``."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Mapping
+
+from benchmarks.sides.protocol import serve
+
+PROMPT = "red apple, fluent flat style"
+
+
+def load() -> Mapping[str, Callable[[], object]]:
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    model, dtype, size, cache = sys.argv[1:]
+    jax.config.update("jax_compilation_cache_dir", cache)
+    from hypersd_jax.models.execution import compiler_options
+    from hypersd_jax.pipeline import Pipeline
+
+    pipe = Pipeline.from_pretrained(model, dtype=dtype)
+    pixels = int(size)
+    side = pixels // pipe.components.vae_config.downscale
+    jax.block_until_ready(pipe._params)
+    latents = np.random.default_rng(0).standard_normal((1, side, side, 4)).astype(np.float32)
+
+    def picture() -> None:
+        pipe(PROMPT, steps=1, guidance=0.0, height=pixels, width=pixels, latents=latents, output="np")
+
+    def text() -> None:
+        jax.block_until_ready(pipe._condition([PROMPT], (side, side)))
+
+    call = jax.jit(
+        lambda params, x, t, cond: pipe.components.unet(params, x, t, cond.context, **cond.unet_kwargs()),
+        compiler_options=compiler_options(pipe.dtype),
+    )
+
+    def unet() -> None:
+        cond = pipe._condition([PROMPT], (side, side))
+        call(pipe._params["unet"], latents, jnp.full((1,), 999), cond).block_until_ready()
+
+    def decode() -> None:
+        np.asarray(pipe._decode(pipe._params["vae"], latents))
+
+    return {"picture": picture, "text": text, "text+unet": unet, "decode": decode}
+
+
+if __name__ == "__main__":
+    serve(load)
