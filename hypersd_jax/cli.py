@@ -159,8 +159,10 @@ def _train(options: argparse.Namespace) -> None:
 
 
 def _sample(options: argparse.Namespace) -> None:
+    from hypersd_jax.compilation import use_compilation_cache
     from hypersd_jax.sampling_command import run_sample
 
+    use_compilation_cache()
     run_sample(options)
 
 

@@ -8,9 +8,16 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from hypersd_jax import compilation
 from hypersd_jax.cli import main
 from hypersd_jax.weights.components import assets
 from hypersd_jax.weights.tensors import open_tensors
+
+
+@pytest.fixture(autouse=True)
+def no_cache_of_the_user(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tests compile what they run, and leave the user's folder of compiled programs alone."""
+    monkeypatch.setattr(compilation, "use_compilation_cache", lambda: None)
 
 
 def status(*arguments: str) -> int:

@@ -15,6 +15,7 @@ PACKAGE = ROOT / "hypersd_jax"
 # From the ground up: a room imports only what stands before it.
 ROOMS = (
     "errors",
+    "compilation",
     "config",
     "recipes",
     "diffusion",
@@ -38,6 +39,7 @@ ROOMS = (
 # Rooms that see less than everything before them.
 ONLY = {
     "errors": set(),
+    "compilation": set(),
     "diffusion": {"errors"},
     "adapters": {"errors"},
     "distill": {"errors", "diffusion"},

@@ -17,7 +17,7 @@ def load() -> Mapping[str, Callable[[], object]]:
 
     model, dtype, size, cache = sys.argv[1:]
     jax.config.update("jax_compilation_cache_dir", cache)
-    from hypersd_jax.models.execution import compiler_options
+    from hypersd_jax.compilation import compiler_options
     from hypersd_jax.pipeline import Pipeline
 
     pipe = Pipeline.from_pretrained(model, dtype=dtype)

@@ -14,18 +14,6 @@ from jax.sharding import NamedSharding
 from hypersd_jax.models.layers import Conv
 
 
-def compiler_options(dtype: Any, platform: str | None = None) -> dict[str, Any]:
-    """The backend's options for a program that runs networks in `dtype`; the only place that knows any.
-
-    On a CPU (`platform`; None: JAX's default) bfloat16 convolutions and matmuls go to oneDNN, which uses the
-    processor's own bfloat16 instructions: two to twelve times XLA's speed for SD's 3x3 convolutions on jax 0.12, with
-    AVX-512 alone. jax 0.10 accepts the option and does nothing with it.
-    """
-    if (platform or jax.default_backend()) == "cpu" and jnp.dtype(dtype) == jnp.bfloat16:
-        return {"xla_cpu_experimental_onednn_custom_call": True}
-    return {}
-
-
 @dataclass(frozen=True, kw_only=True)
 class Execution:
     """Static settings that every block of a network shares.

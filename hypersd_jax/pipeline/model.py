@@ -20,11 +20,11 @@ from jax.sharding import Mesh
 
 from hypersd_jax import presets
 from hypersd_jax.adapters import Adapter, merge
+from hypersd_jax.compilation import compiler_options
 from hypersd_jax.conditioning import Conditioning, size_ids
 from hypersd_jax.config import nearest
 from hypersd_jax.diffusion import Schedule, begin, solver_table
 from hypersd_jax.errors import UserError
-from hypersd_jax.models.execution import compiler_options
 from hypersd_jax.pipeline import arguments, pictures, programs
 from hypersd_jax.pipeline.arguments import Callback, parse_dtype, to_pil
 from hypersd_jax.pipeline.guides import Controls, PictureGuides

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from hypersd_jax import adapters
+from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import Config, StageConfig, to_dict
 from hypersd_jax.data import Source, open_source, prefetch
@@ -276,10 +276,3 @@ def _initial_factors(run: Run) -> Factors:
 
 def _stream(seed: int, stream: int, index: int) -> jax.Array:
     return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index)
-
-
-def use_compilation_cache() -> None:
-    """Keep compiled programs between processes, in the folder that JAX_COMPILATION_CACHE_DIR names or the user's."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "hypersd_jax" / "jax"))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)

@@ -205,7 +205,7 @@ def test_refusals_leave_nothing_behind(folder: Path, plain: Path, tmp_path: Path
         (folder, tmp_path / "mine", "diffusers", {}, r"mine: exists already"),
         (folder, tmp_path / "new.ckpt", "single-file", {}, r"new\.ckpt: name a file that ends in \.safetensors"),
         (folder, tmp_path / "mine" / "notes.txt" / "x.safetensors", "single-file", {}, r"cannot be written"),
-        (tmp_path / "none", new, "diffusers", {}, r"none: no such model folder or \.safetensors file"),
+        (tmp_path / "none", new, "diffusers", {}, r"none: no such file or folder"),
         (tmp_path / "mine", new, "diffusers", {}, r"mine: not a diffusers model folder"),
         (bad, new, "diffusers", {}, r"bad\.safetensors: tensor model\.diffusion_model\.out\.0\.bias holds NaN"),
         (bad, file, "single-file", {}, r"bad\.safetensors: tensor model\.diffusion_model\.out\.0\.bias holds NaN"),

@@ -1,0 +1,29 @@
+"""How programs are compiled: the backend's options, and where compiled programs are kept."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def compiler_options(dtype: Any, platform: str | None = None) -> dict[str, Any]:
+    """The backend's options for a program that runs networks in `dtype`; the only place that knows any.
+
+    On a CPU (`platform`; None: JAX's default) bfloat16 convolutions and matmuls go to oneDNN, which uses the
+    processor's own bfloat16 instructions: two to twelve times XLA's speed for SD's 3x3 convolutions on jax 0.12, with
+    AVX-512 alone. jax 0.10 accepts the option and does nothing with it.
+    """
+    if (platform or jax.default_backend()) == "cpu" and jnp.dtype(dtype) == jnp.bfloat16:
+        return {"xla_cpu_experimental_onednn_custom_call": True}
+    return {}
+
+
+def use_compilation_cache() -> None:
+    """Keep compiled programs between processes, in the folder that JAX_COMPILATION_CACHE_DIR names or the user's."""
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
+        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "hypersd_jax" / "jax"))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
