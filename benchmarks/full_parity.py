@@ -3,7 +3,7 @@
 Random weights that diffusers wrote under their real names (`benchmarks/random_model.py`) go through both, one process
 after the other: text encoders, autoencoder, UNet bare and with a rank-4 LoRA of PEFT's, and whole pipelines, on 32 x 32
 latents; values, and gradients for the inputs and the LoRA. Exit status 1 where one of them differs by more than its
-limit. Needs some 16 GB of memory for SDXL and 10 GB of disk for each family's folder more than its weights.
+limit. SDXL takes 16 GiB of memory and 14 GB of disk.
 """
 
 from __future__ import annotations
@@ -91,13 +91,13 @@ def document(result: dict[str, Any]) -> str:
     ]
     for row in result["rows"]:
         shape = " x ".join(map(str, row["shape"]))
-        mark = "" if row["passed"] else " **fails**"
-        lines.append(
-            f"| {row['quantity']} | {shape} | {row['std']:.3g} | {row['error']:.1e}{mark} | {1 - row['cosine']:.0e} |"
-        )
+        error = f"{row['error']:.1e}{'' if row['passed'] else ' **fails**'}"
+        angle = max(0.0, 1 - row["cosine"])  # rounding makes it negative for equal arrays
+        lines.append(f"| {row['quantity']} | {shape} | {row['std']:.3g} | {error} | {angle:.0e} |")
     lines += [
         "",
-        "Seconds with loading and compiling; the peak is of resident memory, PyTorch's with the mapped weights:",
+        "Seconds, which take in loading and compiling and compare no speeds (`benchmarks/sampling.py` does), and peak"
+        " resident memory, in which PyTorch's weights are the mapped file:",
         "",
         "| side | " + " | ".join(result["sides"]["ours"]["seconds"]) + " | peak memory, GiB |",
         "|---" * (len(result["sides"]["ours"]["seconds"]) + 2) + "|",

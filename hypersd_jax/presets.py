@@ -14,7 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from hypersd_jax.config import nearest
-from hypersd_jax.errors import UserError
+from hypersd_jax.errors import UserError, short
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -135,8 +135,8 @@ def from_header(metadata: Mapping[str, str], file: str) -> Preset:
             timesteps=None if timesteps is None else tuple(int(t) for t in timesteps),  # type: ignore[attr-defined]
             original_inference_steps=None if origin is None else int(str(origin)),
         )
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{file}: its header's sampling settings cannot be read ({error})") from None
+    except (TypeError, ValueError, OverflowError, RecursionError) as error:
+        raise UserError(f"{file}: its header's sampling settings cannot be read ({short(error)})") from None
 
 
 def resolve(chain: list[Preset]) -> Preset:

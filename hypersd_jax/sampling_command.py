@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
-from PIL.PngImagePlugin import PngInfo
 from tqdm import tqdm
 
 from hypersd_jax.errors import UserError
-from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.pipeline import Pipeline, arguments
+from hypersd_jax.png_text import SUFFIXES, UsedLora, lora_hash, name_of, parameters_text, save_pictures
 from hypersd_jax.weights.components import EMBEDDED, assets
+from hypersd_jax.weights.lora import LoraReport, weights_file
 
 EMBEDDED_PROMPTS = (
     "red apple, fluent flat style",
@@ -38,7 +40,7 @@ def run_sample(options: argparse.Namespace) -> None:
     prompts = read_prompts(options.prompt, options.prompts_file, embedded=options.model == EMBEDDED)
     timesteps = _timesteps(options.timesteps)
     latents = _latents(options.latents)
-    if options.output.suffix.lower() not in (".png", ".jpg", ".jpeg", ".webp"):
+    if options.output.suffix.lower() not in SUFFIXES:
         raise UserError(f"--output {options.output}: must end in .png, .jpg or .webp")
     loras = [parse_lora(text) for text in options.lora] or _embedded_lora(options)
     pipe = Pipeline.from_pretrained(options.model, dtype=options.dtype)
@@ -86,7 +88,8 @@ def run_sample(options: argparse.Namespace) -> None:
         )
     for report in reports:
         print(report, file=sys.stderr)
-    for path in save_images(images, options.output, _parameters(prompts, options)):
+    texts = picture_texts(pipe, options, prompts, images, used_loras(loras, reports))
+    for path in save_pictures(images, options.output, texts):
         print(path)
 
 
@@ -109,25 +112,65 @@ def read_prompts(given: list[str] | None, file: Path | None, *, embedded: bool) 
     return prompts
 
 
-def save_images(images: list[Image.Image], output: Path, texts: list[str]) -> list[Path]:
-    """Save one picture as ``output``, several as ``output-000``, ...; each under a temporary name first."""
-    paths = []
-    try:
-        output.parent.mkdir(parents=True, exist_ok=True)
-        for index, image in enumerate(images):
-            path = output if len(images) == 1 else output.with_name(f"{output.stem}-{index:03d}{output.suffix}")
-            temporary = path.with_name(f".{path.stem}.tmp{path.suffix}")
-            if path.suffix.lower() == ".png":
-                info = PngInfo()
-                info.add_text("prompt", texts[index * len(texts) // len(images)])
-                image.save(temporary, pnginfo=info)
-            else:
-                image.save(temporary)
-            temporary.replace(path)
-            paths.append(path)
-    except OSError as error:
-        raise UserError(f"--output {output}: cannot be written ({error})") from None
-    return paths
+def used_loras(loras: Sequence[tuple[Path, float]], reports: Sequence[LoraReport]) -> list[UsedLora]:
+    """What the pictures' texts say of LoRAs: as they were asked for, and where they were found."""
+    return [
+        UsedLora(name=name_of(file), scale=scale, hash=lora_hash(weights_file(Path(report.file))))
+        for (file, scale), report in zip(loras, reports, strict=True)
+    ]
+
+
+def picture_texts(
+    pipe: Pipeline,
+    options: argparse.Namespace,
+    prompts: Sequence[str],
+    images: Sequence[Image.Image],
+    loras: Sequence[UsedLora],
+) -> list[str]:
+    """What each picture was drawn with, by the settings that the pipeline resolved; for `save_pictures`.
+
+    ``Image: i.j`` is its place, picture j of prompt i, both from 0: with the seed, what its noise was drawn from.
+    """
+    timesteps = _timesteps(options.timesteps)
+    settings = pipe.settings(
+        options.preset,
+        steps=len(timesteps) if timesteps is not None and options.steps is None else options.steps,
+        sampler=options.sampler,
+        eta=options.eta,
+        guidance=options.guidance,
+        spacing=options.spacing,
+        timesteps=None if timesteps is None else tuple(timesteps),
+    )
+    embeds_guidance = bool(pipe.components.unet_config.time_cond_proj_dim)
+    guided = (settings.guidance or 0.0) > 1.0 and not embeds_guidance
+    strength = arguments.share(
+        options.strength, options.image, options.mask, default=0.3 if pipe.components.is_xl else 0.8
+    )
+    scales = options.control_scale or [1.0]
+    scales = scales if len(scales) > 1 else scales * len(options.controlnet)
+    more: dict[str, Any] = {
+        "VAE": name_of(options.vae) if options.vae else None,
+        "Denoising strength": f"{strength:g}" if options.image else None,
+        "Latents": options.latents,
+        "Long prompts": options.long_prompts if options.long_prompts != "cut" else None,
+    }
+    for place, (source, scale) in enumerate(zip(options.controlnet, scales, strict=False)):
+        mode = ", Control Mode: ControlNet is more important" if options.guess_mode else ""
+        more[f"ControlNet {place}"] = f"Model: {name_of(source)}, Weight: {scale:g}{mode}"
+    return [
+        parameters_text(
+            prompts[index // options.num_images],
+            settings,
+            seed=options.seed,
+            size=image.size,
+            model=name_of(options.model),
+            negative=options.negative_prompt if guided else None,
+            scheduler_config=pipe.components.scheduler_config,
+            loras=loras,
+            more={**more, "Image": f"{index // options.num_images}.{index % options.num_images}"},
+        )
+        for index, image in enumerate(images)
+    ]
 
 
 def _embedded_lora(options: argparse.Namespace) -> list[tuple[Path, float]]:
@@ -176,8 +219,3 @@ def _latents(path: Path | None) -> np.ndarray | None:
     if not isinstance(array, np.ndarray) or array.dtype.kind != "f" or array.ndim != 4:
         raise UserError(f"--latents {path}: must hold one float array (B, h, w, C)")
     return array
-
-
-def _parameters(prompts: list[str], options: argparse.Namespace) -> list[str]:
-    """The text that goes into each prompt's pictures."""
-    return [f"{prompt}\nSeed: {options.seed}" for prompt in prompts]

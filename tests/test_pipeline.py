@@ -18,6 +18,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.models import UNetConfig, unet
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.weights.folder import save_params
+from tests.helpers.compilations import Compilations
 from tests.helpers.tiny_model import UNET, tiny_model
 
 PROMPT = "red apple, fluent flat style"
@@ -49,21 +50,9 @@ def clean(pipe: Pipeline):
     pipe.unload_lora()
 
 
-class Compilations:
-    """Counts the programs that XLA compiles."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def __call__(self, name: str, *_args: Any, **_kwargs: Any) -> None:
-        self.count += name == "/jax/core/compile/backend_compile_duration"
-
-
 @pytest.fixture(scope="module")
 def compilations() -> Compilations:
-    counter = Compilations()
-    jax.monitoring.register_event_duration_secs_listener(counter)
-    return counter
+    return Compilations.counting()
 
 
 def test_what_compiles_nothing(clean: Pipeline, compilations: Compilations) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from hypersd_jax.diffusion import solver_table
+from hypersd_jax.errors import UserError
 from hypersd_jax.presets import BASE_SD, PRESETS, Preset, from_header, name_for_file, preset_for_file, resolve
 
 HEADER = from_header(
@@ -21,6 +22,14 @@ def test_a_spacing_voids_the_timesteps_of_a_header() -> None:
 def test_timesteps_void_the_spacing_of_a_preset() -> None:
     plan = resolve([Preset(timesteps=(999, 499), steps=2), PRESETS["hyper-sd15-2steps"], HEADER, BASE_SD])
     assert (plan.steps, plan.timesteps, plan.spacing) == (2, (999, 499), None)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"steps": "[" * 10**5}, {"timesteps": "[1e999]"}, {"eta": "x" * 9000}, {"guidance": "9" * 5000 + "x"}]
+)
+def test_a_header_that_cannot_be_read_is_refused_in_a_line(entry: dict[str, str]) -> None:
+    with pytest.raises(UserError, match=r"^a file: its header's sampling settings cannot be read \(.{1,210}\)$"):
+        from_header(entry, "a file")
 
 
 def test_a_header_alone_keeps_its_timesteps() -> None:

@@ -27,6 +27,7 @@ ROOMS = (
     "distill",
     "presets",
     "pipeline",
+    "png_text",
     "sampling_command",
     "data",
     "evaluation",
@@ -163,6 +164,7 @@ def test_no_file_holds_leftovers():
         "docs/**/*.md",
         "configs/**/*.yaml",
         "benchmarks/**/*.py",
+        "examples/**/*.ipynb",
     ):
         files += sorted(ROOT.glob(pattern))
     found = [

@@ -21,7 +21,16 @@ KEYS = (
     *("_class_name", "num_encoder_blocks", "encoder_block_out_channels", "force_zeros_for_empty_prompt"),
     *("thresholding", "timestep_spacing", "use_karras_sigmas", "use_beta_sigmas", "sigma_min", "sigma_max"),
     *("final_sigmas_type", "interpolation_type", "timestep_scaling", "original_inference_steps", "solver_order"),
-    *("lambda_min_clipped", "timestep_type", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "r", "lora_alpha"),
+    *(
+        "lambda_min_clipped",
+        "timestep_type",
+        "rank_pattern",
+        "alpha_pattern",
+        "use_rslora",
+        "use_dora",
+        "r",
+        "lora_alpha",
+    ),
 )
 """Names that some loader gives a meaning to, to be added where they do not belong."""
 
@@ -115,7 +124,7 @@ _TEXTS: dict[str, Callable[[bytes, Random], bytes]] = {
     "UTF-16": lambda text, _: text.decode("utf-8", "replace").encode("utf-16"),
     "a byte order mark": lambda text, _: b"\xef\xbb\xbf" + text,
     "a lone surrogate": lambda text, _: text.replace(b'"', b'"\\ud800', 1),
-    "NaN for a value": lambda text, _: text.replace(b":", b":NaN,"b'"z":', 1),
+    "NaN for a value": lambda text, _: text.replace(b":", b':NaN,"z":', 1),
     "empty": lambda _text, _: b"",
     "blank": lambda _text, _: b" \n ",
     "a list": lambda text, _: b"[" + text + b"]",

@@ -42,7 +42,7 @@ def load() -> Mapping[str, Callable[[], object]]:
         call(pipe._params["unet"], latents, jnp.full((1,), 999), cond).block_until_ready()
 
     def decode() -> None:
-        np.asarray(pipe._decode(pipe._params["vae"], latents))
+        np.asarray(pipe._decode(pipe._params["vae"], latents, tiled=False))
 
     return {"picture": picture, "text": text, "text+unet": unet, "decode": decode}
 

@@ -122,8 +122,8 @@ def pictures(folder: Path, given: Arrays, adapter_file: Path, record: parity.Rec
             height=parity.PIXELS,
             width=parity.PIXELS,
         )
-        record.keep(f"pipeline, {steps} steps: latents", draw(output="latent"))
-        record.keep(f"pipeline, {steps} steps: picture", 2 * draw(output="np") - 1)
+        record.keep(f"{steps}-step pipeline: latents", draw(output="latent"))
+        record.keep(f"{steps}-step pipeline: picture", 2 * draw(output="np") - 1)
 
 
 def main() -> None:

@@ -10,7 +10,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import diffusers.utils.logging
 import torch
+import transformers.utils.logging
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -154,12 +156,14 @@ def pictures(
             output_type="np",
             callback_on_step_end=keep,
         ).images
-        record.keep(f"pipeline, {steps} steps: latents", nhwc(kept["latents"]))
-        record.keep(f"pipeline, {steps} steps: picture", 2 * image - 1)
+        record.keep(f"{steps}-step pipeline: latents", nhwc(kept["latents"]))
+        record.keep(f"{steps}-step pipeline: picture", 2 * image - 1)
 
 
 def main() -> None:
     family, model, folder = sys.argv[1], Path(sys.argv[2]), Path(sys.argv[3])
+    diffusers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.disable_progress_bar()
     given, record = parity.inputs(family), parity.Record("theirs", folder)
     with record.part("text"):
         cond = text(family, model, given, record)

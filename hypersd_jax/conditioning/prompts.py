@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypersd_jax.conditioning.long_prompts import bare_tokens, in_windows, window_count
-from hypersd_jax.errors import UserError
+from hypersd_jax.errors import UserError, short
 from hypersd_jax.models.functional import Network
 from hypersd_jax.weights.tokenizers import TokenizerFiles
 
@@ -49,9 +49,14 @@ def load_tokenizer(tokenizer: TokenizerFiles) -> Any:
         raise UserError(f"{tokenizer.origin}: no tokenizer files (vocab.json and merges.txt)")
     try:
         with tokenizer.in_folder() as folder:
-            return CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+            read = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+        for mark in ("bos_token", "eos_token", "pad_token"):
+            if getattr(read, f"{mark}_id") is None:
+                raise ValueError(f"it has no {mark}")
     except Exception as error:  # the library raises many kinds on broken files
-        raise UserError(f"{tokenizer.origin}: the tokenizer cannot be read ({str(error).splitlines()[0]})") from None
+        reason = short(next(iter(str(error).splitlines()), type(error).__name__))
+        raise UserError(f"{tokenizer.origin}: the tokenizer cannot be read ({reason})") from None
+    return read
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from hypersd_jax.diffusion.schedule import Schedule
-from hypersd_jax.errors import UserError
+from hypersd_jax.errors import UserError, shown
 
 SPACINGS = ("trailing", "leading", "linspace")
 
@@ -36,7 +36,7 @@ def from_origin(steps: int | None, config: Mapping[str, Any], total: int) -> np.
     """n points, evenly spaced in index, of the distillation grid k-1, 2k-1, ..., with k = T // origin; int64 (n,)."""
     origin = config.get("original_inference_steps") or 50
     if not isinstance(origin, int) or not 1 <= origin <= total:
-        raise UserError(f"scheduler_config: original_inference_steps must be in 1..{total}, not {origin!r}")
+        raise UserError(f"scheduler_config: original_inference_steps must be in 1..{total}, not {shown(origin)}")
     n = checked_steps(steps, origin, "original_inference_steps")
     grid = np.arange(origin, 0, -1) * (total // origin) - 1
     return grid[np.floor(np.linspace(0, origin, n, endpoint=False)).astype(np.int64)]
@@ -46,21 +46,21 @@ def listed(timesteps: Sequence[int], steps: int | None, total: int) -> np.ndarra
     """The caller's own timesteps, int64 (n,); a `UserError` unless they descend strictly within 0..T-1."""
     try:
         grid = np.asarray([operator.index(t) for t in timesteps], np.int64)
-    except TypeError:
-        raise UserError(f"timesteps must be a list of integers, not {timesteps!r}") from None
+    except (TypeError, OverflowError):
+        raise UserError(f"timesteps must be a list of integers, not {shown(timesteps)}") from None
     if len(grid) == 0 or (steps is not None and steps != len(grid)):
         raise UserError(f"timesteps has {len(grid)} values for steps={steps}")
     if np.max(grid) >= total or np.min(grid) < 0:
-        raise UserError(f"timesteps must lie in 0..{total - 1}, got {grid.tolist()}")
+        raise UserError(f"timesteps must lie in 0..{total - 1}, got {shown(grid.tolist())}")
     if np.any(np.diff(grid) >= 0):
-        raise UserError(f"timesteps must be strictly descending, got {grid.tolist()}")
+        raise UserError(f"timesteps must be strictly descending, got {shown(grid.tolist())}")
     return grid
 
 
 def checked_steps(steps: int | None, most: int, limit: str) -> int:
     """`steps` as an int in 1..most; else a `UserError` that says what sets the limit."""
     if steps is None or isinstance(steps, bool) or not hasattr(steps, "__index__"):
-        raise UserError(f"steps must be an integer, not {steps!r}")
+        raise UserError(f"steps must be an integer, not {shown(steps)}")
     n = operator.index(steps)
     if not 1 <= n <= most:
         raise UserError(f"steps must be in 1..{most} ({limit}), not {n}")

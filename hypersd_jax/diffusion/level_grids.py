@@ -14,7 +14,7 @@ from scipy.special import betaincinv
 
 from hypersd_jax.diffusion.grids import SPACINGS, checked_steps, listed, spaced
 from hypersd_jax.diffusion.schedule import Schedule, require_name
-from hypersd_jax.errors import UserError
+from hypersd_jax.errors import UserError, shown
 
 RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
@@ -44,6 +44,8 @@ def schedule_levels(schedule: Schedule) -> np.ndarray:
         abar[-1] = 2**-24
     if not np.all(abar > 0):
         raise UserError("scheduler_config: the betas leave abar = 0 in float32, a noise level without end")
+    if not np.all(abar < 1):
+        raise UserError("scheduler_config: the betas are too small to make any noise in float32")
     return np.sqrt((1 - abar) / abar)
 
 
@@ -165,8 +167,8 @@ def _number(config: Mapping[str, Any], key: str, default: float) -> float:
         return float(default)
     try:
         number = float(value)
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         number = np.nan
     if np.isnan(number):
-        raise UserError(f"scheduler_config: {key} has the unreadable value {value!r}")
+        raise UserError(f"scheduler_config: {key} has the unreadable value {shown(value)}")
     return number

@@ -10,10 +10,13 @@ from typing import Any
 
 import numpy as np
 
-from hypersd_jax.errors import UserError
+from hypersd_jax.errors import UserError, shown
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
 BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
+
+MOST_TIMESTEPS = 100_000
+"""Of one schedule, whose tables are made whole; Stable Diffusion has 1000."""
 
 # What diffusers assumes for a key that the file leaves out depends on the class that reads the file; the classes of the
 # solvers that are not listed assume what Schedule does.
@@ -30,8 +33,8 @@ def require_name(key: str, name: object, valid: Iterable[str]) -> str:
     valid = tuple(valid)
     if isinstance(name, str) and name in valid:
         return name
-    nearest = difflib.get_close_matches(str(name), valid, n=1, cutoff=0.0)[0]
-    raise UserError(f"{key}: unknown value {name!r}; did you mean {nearest!r}? (valid: {', '.join(valid)})")
+    nearest = difflib.get_close_matches(str(name)[:80], valid, n=1, cutoff=0.0)[0]
+    raise UserError(f"{key}: unknown value {shown(name)}; did you mean {nearest!r}? (valid: {', '.join(valid)})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -68,8 +71,11 @@ class Schedule:
     rescale_betas_zero_snr: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_train_timesteps < 1:
-            raise UserError(f"scheduler_config: num_train_timesteps must be at least 1, not {self.num_train_timesteps}")
+        steps = self.num_train_timesteps
+        if not 1 <= steps <= MOST_TIMESTEPS:
+            raise UserError(f"scheduler_config: num_train_timesteps must be in 1..{MOST_TIMESTEPS}, not {steps}")
+        if not -steps <= self.steps_offset <= steps:
+            raise UserError(f"scheduler_config: steps_offset={self.steps_offset} leads out of the {steps} timesteps")
         require_name("scheduler_config: prediction_type", self.prediction_type, PREDICTION_TYPES)
         require_name("scheduler_config: beta_schedule", self.beta_schedule, BETA_SCHEDULES)
         if self.trained_betas is not None and len(self.trained_betas) != self.num_train_timesteps:
@@ -175,4 +181,4 @@ def _cast(name: str, value: Any) -> Any:
             return tuple(float(beta) for beta in value)
         return kinds.get(name, float)(value)
     except (TypeError, ValueError, OverflowError):
-        raise UserError(f"scheduler_config: {name} has the unreadable value {value!r}") from None
+        raise UserError(f"scheduler_config: {name} has the unreadable value {shown(value)}") from None

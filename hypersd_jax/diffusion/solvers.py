@@ -23,7 +23,7 @@ from hypersd_jax.diffusion.level_rows import dpmpp_2m_rows, euler_rows
 from hypersd_jax.diffusion.parts import last_part
 from hypersd_jax.diffusion.rows import Table, ddim_rows, lcm_rows, tcd_rows
 from hypersd_jax.diffusion.schedule import Schedule, require_name
-from hypersd_jax.errors import UserError
+from hypersd_jax.errors import UserError, short, shown
 
 SOLVERS = ("ddim", "tcd", "lcm", "euler", "euler_a", "dpmpp_2m")
 WITH_ETA = ("ddim", "tcd")
@@ -93,9 +93,8 @@ def solver_table(
     eta = _checked_eta(name, eta)
     for key, value in _REFUSED.get(name, {}).items():
         if (scheduler_config.get(key) or value) != value:
-            raise UserError(
-                f"scheduler_config: {key}={str(scheduler_config[key]).lower()} is not supported by the {name} sampler"
-            )
+            asked = short(scheduler_config[key]).lower()
+            raise UserError(f"scheduler_config: {key}={asked} is not supported by the {name} sampler")
     schedule = Schedule.from_config(scheduler_config, solver=name)
     if name in ("euler", "euler_a"):
         levels = euler_grid(schedule, scheduler_config, steps, spacing, timesteps)
@@ -163,10 +162,10 @@ def _dpmpp_settings(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
     """What a configuration says of the DPM-Solver++ update itself."""
     order = config.get("solver_order") or 2
     if order not in (1, 2):
-        raise UserError(f"scheduler_config: solver_order={order} is not supported by the dpmpp_2m sampler")
+        raise UserError(f"scheduler_config: solver_order={shown(order)} is not supported by the dpmpp_2m sampler")
     algorithm = config.get("algorithm_type") or "dpmsolver++"
     if algorithm != "dpmsolver++":
-        raise UserError(f"scheduler_config: algorithm_type={algorithm} is not supported by the dpmpp_2m sampler")
+        raise UserError(f"scheduler_config: algorithm_type={shown(algorithm)} is not supported by the dpmpp_2m sampler")
     kind = config.get("solver_type") or "midpoint"
     kind = "midpoint" if kind in ("logrho", "bh1", "bh2") else kind  # of DEIS and UniPC files
     require_name("scheduler_config: solver_type", kind, ("midpoint", "heun"))
@@ -178,8 +177,8 @@ def _dpmpp_settings(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
 
 def _timestep_scaling(config: Mapping[str, Any]) -> float:
     scaling = config.get("timestep_scaling") or 10.0
-    if not isinstance(scaling, int | float) or not 0 < scaling < float("inf"):
-        raise UserError(f"scheduler_config: timestep_scaling must be a positive number, not {scaling!r}")
+    if not isinstance(scaling, int | float) or not 0 < scaling <= float(np.finfo(np.float32).max):
+        raise UserError(f"scheduler_config: timestep_scaling must be a positive number, not {shown(scaling)}")
     return float(scaling)
 
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from hypersd_jax.errors import UserError
-from hypersd_jax.models.config_reading import natural, require
+from hypersd_jax.errors import UserError, shown
+from hypersd_jax.models.config_reading import LARGEST, natural, number, require, require_layers
 from hypersd_jax.models.dot_product import attention
 from hypersd_jax.models.functional import Network, build
 from hypersd_jax.models.layers import Embedding, LayerNorm, Linear
@@ -88,11 +88,11 @@ class ClipTextConfig:
         width, heads = values["hidden_size"], values["num_attention_heads"]
         if width % heads:
             raise UserError(f"{NAME} config: hidden_size={width} is not a multiple of num_attention_heads={heads}")
-        epsilon, end = values["layer_norm_eps"], values["eos_token_id"]
-        if not isinstance(epsilon, float) or epsilon <= 0:
-            raise UserError(f"{NAME} config: layer_norm_eps={epsilon!r} is not a positive number")
-        if not isinstance(end, int) or isinstance(end, bool):
-            raise UserError(f"{NAME} config: eos_token_id={end!r} is not supported, only one integer")
+        require_layers(NAME, "num_hidden_layers", values["num_hidden_layers"])
+        values["layer_norm_eps"] = number(values, NAME, "layer_norm_eps", positive=True)
+        end = values["eos_token_id"]
+        if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end <= LARGEST:
+            raise UserError(f"{NAME} config: eos_token_id={shown(end)} is not supported, only one token's id")
         return cls(**{field.name: values[field.name] for field in fields(cls)})
 
 

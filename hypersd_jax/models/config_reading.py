@@ -2,13 +2,24 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hypersd_jax.errors import UserError
+import numpy as np
+
+from hypersd_jax.errors import UserError, shown
 
 ACTIVATIONS = ("silu", "swish", "gelu", "relu", "mish")
+
+LARGEST = 2**20
+"""No width, vocabulary or side of a picture of a real model comes near; beyond it a network is not even described."""
+
+MOST_LAYERS = 512
+"""Layers of one sort in one network, past which it takes seconds to describe; SDXL's UNet has 70 transformer layers."""
+
+# What a parameter of the network can hold.
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
+_FLOAT32_TINY = float(np.finfo(np.float32).tiny)
 
 
 def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any], name: str) -> dict[str, Any]:
@@ -19,10 +30,10 @@ def with_defaults(config: Mapping[str, Any], defaults: Mapping[str, Any], name: 
     """
     found = config.get("_class_name", name)
     if found != name:
-        raise UserError(f"_class_name: expected {name}, found {found!r}")
+        raise UserError(f"_class_name: expected {name}, found {shown(found)}")
     for key, value in config.items():
         if key not in defaults and not key.startswith("_") and value is not None and value is not False:
-            raise UserError(f"{name} config: unknown key {key}={value!r}")
+            raise UserError(f"{name} config: unknown key {key}={shown(value)}")
     return {key: config.get(key, default) for key, default in defaults.items()}
 
 
@@ -31,7 +42,8 @@ def require(values: Mapping[str, Any], name: str, allowed: Mapping[str, Sequence
     for key, options in allowed.items():
         value = values[key]
         if not any(value == option and type(value) is type(option) for option in options):
-            raise UserError(f"{name} config: {key}={value!r} is not supported, only {' or '.join(map(repr, options))}")
+            only = " or ".join(map(repr, options))
+            raise UserError(f"{name} config: {key}={shown(value)} is not supported, only {only}")
 
 
 def natural(values: Mapping[str, Any], name: str, key: str, *, optional: bool = False) -> int:
@@ -39,18 +51,18 @@ def natural(values: Mapping[str, Any], name: str, key: str, *, optional: bool = 
     value = values[key]
     if optional and value is None:
         return 0
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise UserError(f"{name} config: {key}={value!r} is not a positive integer")
-    return value
+    if not _fits(value, int, 1):
+        raise UserError(f"{name} config: {key}={shown(value)} is not a positive integer up to {LARGEST}")
+    return int(value)
 
 
 def number(values: Mapping[str, Any], name: str, key: str, *, positive: bool = False) -> float:
     """Read a finite number, with `positive` one above 0."""
     value = values[key]
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise UserError(f"{name} config: {key}={value!r} is not a finite number")
-    if positive and value <= 0:
-        raise UserError(f"{name} config: {key}={value!r} is not positive")
+    if not isinstance(value, int | float) or isinstance(value, bool) or not abs(value) <= _FLOAT32_MAX:
+        raise UserError(f"{name} config: {key}={shown(value)} is not a finite number")
+    if positive and value < _FLOAT32_TINY:
+        raise UserError(f"{name} config: {key}={shown(value)} is not positive")
     return float(value)
 
 
@@ -58,8 +70,14 @@ def nonempty(values: Mapping[str, Any], name: str, key: str) -> list[Any]:
     """Read a list that holds something."""
     value = values[key]
     if not isinstance(value, list | tuple) or not value:
-        raise UserError(f"{name} config: {key}={value!r} is not a list of one entry or more")
+        raise UserError(f"{name} config: {key}={shown(value)} is not a list of one entry or more")
     return list(value)
+
+
+def require_layers(name: str, key: str, count: int) -> None:
+    """Refuse, by the key that asks for them, more than `MOST_LAYERS`."""
+    if count > MOST_LAYERS:
+        raise UserError(f"{name} config: {key} makes {count} layers, more than {MOST_LAYERS}")
 
 
 def image_size(values: Mapping[str, Any], name: str, key: str) -> int | tuple[int, int]:
@@ -74,17 +92,19 @@ def image_size(values: Mapping[str, Any], name: str, key: str) -> int | tuple[in
 def per_block(
     values: Mapping[str, Any], name: str, key: str, count: int, kind: type = int, *, least: int = 1
 ) -> tuple[Any, ...]:
-    """Read one value for all blocks, or a list with one for each of `count`; integers must be `least` or more."""
+    """Read one value for all blocks, or a list with one for each; integers must be from `least` to `LARGEST`."""
     value = values[key]
+    require_layers(name, key, count)
     items = (value,) * count if isinstance(value, kind) else value
     if not isinstance(items, list | tuple) or not all(_fits(item, kind, least) for item in items):
-        raise UserError(f"{name} config: {key}={value!r} must be one {kind.__name__} or a list of them")
+        span = f" from {least} to {LARGEST}" if kind is int else ""
+        raise UserError(f"{name} config: {key}={shown(value)} must be one {kind.__name__}{span} or a list of them")
     if len(items) != count:
-        raise UserError(f"{name} config: {key}={value!r} needs {count} entries, one for each block")
+        raise UserError(f"{name} config: {key}={shown(value)} needs {count} entries, one for each block")
     return tuple(items)
 
 
 def _fits(item: Any, kind: type, least: int) -> bool:
     if kind is int:
-        return isinstance(item, int) and not isinstance(item, bool) and item >= least
+        return isinstance(item, int) and not isinstance(item, bool) and least <= item <= LARGEST
     return isinstance(item, kind)

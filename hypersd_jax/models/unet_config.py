@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hypersd_jax.errors import UserError
+from hypersd_jax.errors import UserError, shown
 from hypersd_jax.models.config_reading import (
     ACTIVATIONS,
     image_size,
@@ -15,6 +15,7 @@ from hypersd_jax.models.config_reading import (
     number,
     per_block,
     require,
+    require_layers,
     with_defaults,
 )
 
@@ -169,11 +170,12 @@ class UNetConfig:
         for key, types, known in (("down_block_types", down, DOWN_BLOCKS), ("up_block_types", up, UP_BLOCKS)):
             for kind in types:
                 if kind not in known:
-                    raise UserError(f"{NAME} config: {key} {kind!r} is not supported, only {' or '.join(known)}")
+                    raise UserError(f"{NAME} config: {key} {shown(kind)} is not supported, only {' or '.join(known)}")
         count = len(down)
         if len(up) != count:
             raise UserError(f"{NAME} config: up_block_types has {len(up)} entries, down_block_types {count}")
         layers = per_block(c, NAME, "layers_per_block", count)
+        require_layers(NAME, "layers_per_block", sum(layers))
         channels = per_block(c, NAME, "block_out_channels", count)
         heads = per_block(c, NAME, "attention_head_dim", count)
         groups = natural(c, NAME, "norm_num_groups")
@@ -241,21 +243,23 @@ def _transformer_layers(
     key, reverse = "transformer_layers_per_block", "reverse_transformer_layers_per_block"
     value, back = c[key], c[reverse]
     if not isinstance(value, int | list | tuple):
-        raise UserError(f"{NAME} config: {key}={value!r} is not an integer or a list with an entry for each block")
+        raise UserError(f"{NAME} config: {key}={shown(value)} is not an integer or a list with an entry for each block")
     down = [value] * len(layers) if isinstance(value, int) else value
     if back is None:
         if not isinstance(value, int) and any(not isinstance(entry, int) for entry in value):
-            raise UserError(f"{NAME} config: {key}={value!r} needs {reverse}")
+            raise UserError(f"{NAME} config: {key}={shown(value)} needs {reverse}")
         up = list(reversed(down))
     else:
         up = [back] * len(layers) if isinstance(back, int) else back
 
     def spell(name: str, entries: Any, counts: list[int]) -> list[tuple[int, ...]]:
         if not isinstance(entries, list | tuple) or len(entries) != len(counts):
-            raise UserError(f"{NAME} config: {name}={entries!r} needs {len(counts)} entries, one for each block")
-        return [
+            raise UserError(f"{NAME} config: {name}={shown(entries)} needs {len(counts)} entries, one for each block")
+        spelled = [
             per_block({name: entry}, NAME, name, count, least=0) for entry, count in zip(entries, counts, strict=True)
         ]
+        require_layers(NAME, name, sum(map(sum, spelled)))
+        return spelled
 
     spelled = spell(key, down, list(layers))
     return spelled, spelled[-1][0], spell(reverse, up, [count + 1 for count in reversed(layers)])

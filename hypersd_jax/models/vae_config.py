@@ -6,8 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hypersd_jax.errors import UserError
-from hypersd_jax.models.config_reading import ACTIVATIONS, natural, nonempty, number, per_block, require, with_defaults
+from hypersd_jax.errors import UserError, shown
+from hypersd_jax.models.config_reading import (
+    ACTIVATIONS,
+    natural,
+    nonempty,
+    number,
+    per_block,
+    require,
+    require_layers,
+    with_defaults,
+)
 
 NAME = "AutoencoderKL"
 
@@ -78,9 +87,11 @@ class VaeConfig:
         count = len(nonempty(c, NAME, "block_out_channels"))
         for key, kind in (("down_block_types", "DownEncoderBlock2D"), ("up_block_types", "UpDecoderBlock2D")):
             if nonempty(c, NAME, key) != [kind] * count:
-                raise UserError(f"{NAME} config: {key}={c[key]!r} is not supported, only {count} times {kind!r}")
+                given = shown(c[key])
+                raise UserError(f"{NAME} config: {key}={given} is not supported, only {count} times {kind!r}")
         channels = per_block(c, NAME, "block_out_channels", count)
-        groups = natural(c, NAME, "norm_num_groups")
+        layers, groups = natural(c, NAME, "layers_per_block"), natural(c, NAME, "norm_num_groups")
+        require_layers(NAME, "layers_per_block", count * layers)
         for width in channels:
             if width % groups:
                 raise UserError(f"{NAME} config: norm_num_groups={groups} does not divide block_out_channels={width}")
@@ -88,7 +99,7 @@ class VaeConfig:
             in_channels=natural(c, NAME, "in_channels"),
             out_channels=natural(c, NAME, "out_channels"),
             channels=channels,
-            layers_per_block=natural(c, NAME, "layers_per_block"),
+            layers_per_block=layers,
             act_fn=c["act_fn"],
             latent_channels=natural(c, NAME, "latent_channels"),
             groups=groups,

@@ -6,8 +6,17 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from hypersd_jax.errors import UserError
-from hypersd_jax.models.config_reading import ACTIVATIONS, natural, nonempty, number, per_block, require, with_defaults
+from hypersd_jax.errors import UserError, shown
+from hypersd_jax.models.config_reading import (
+    ACTIVATIONS,
+    natural,
+    nonempty,
+    number,
+    per_block,
+    require,
+    require_layers,
+    with_defaults,
+)
 
 NAME = "AutoencoderTiny"
 
@@ -71,13 +80,18 @@ class TinyVaeConfig:
         c = with_defaults(config, DEFAULTS, NAME)
         require(c, NAME, SUPPORTED)
         count = len(nonempty(c, NAME, "num_encoder_blocks"))
+        blocks = {
+            key: per_block(c, NAME, key, count, least=0) for key in ("num_encoder_blocks", "num_decoder_blocks")
+        }
+        for key, numbers in blocks.items():
+            require_layers(NAME, key, sum(numbers))
         return cls(
             in_channels=natural(c, NAME, "in_channels"),
             out_channels=natural(c, NAME, "out_channels"),
             encoder_width=_width(c, "encoder_block_out_channels", count),
             decoder_width=_width(c, "decoder_block_out_channels", count),
-            encoder_blocks=per_block(c, NAME, "num_encoder_blocks", count, least=0),
-            decoder_blocks=per_block(c, NAME, "num_decoder_blocks", count, least=0),
+            encoder_blocks=blocks["num_encoder_blocks"],
+            decoder_blocks=blocks["num_decoder_blocks"],
             act_fn=c["act_fn"],
             latent_channels=natural(c, NAME, "latent_channels"),
             scaling_factor=number(c, NAME, "scaling_factor", positive=True),
@@ -91,5 +105,5 @@ def _width(c: Mapping[str, Any], key: str, count: int) -> int:
     nonempty(c, NAME, key)
     widths = per_block(c, NAME, key, count)
     if len(set(widths)) > 1:
-        raise UserError(f"{NAME} config: {key}={c[key]!r} must be {count} times the same width")
+        raise UserError(f"{NAME} config: {key}={shown(c[key])} must be {count} times the same width")
     return int(widths[0])

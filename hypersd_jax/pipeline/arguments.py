@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
@@ -34,10 +35,41 @@ def to_pil(images: np.ndarray) -> list[Image.Image]:
     return [Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in images]
 
 
-def rounds(rows: np.ndarray, size: int) -> list[np.ndarray]:
-    """The rows in rounds of one size, the last one filled up with its last row, so that all share one program."""
-    rounds = [rows[start : start + size] for start in range(0, len(rows), size)]
-    return [np.pad(part, (0, size - len(part)), mode="edge") for part in rounds]
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Round:
+    """Pictures that are drawn at a time.
+
+    Attributes:
+        rows: their numbers in the call, (size,); past `count` the last is repeated, to share the other rounds' program.
+        count: how many of them are wanted.
+        windows: in how many windows their prompts are read, None for one reading of what fits (`PromptEncoder`).
+    """
+
+    rows: np.ndarray
+    count: int
+    windows: int | None
+
+
+def rounds(windows: Sequence[int | None], size: int | None) -> list[Round]:
+    """The rows of a call in rounds of one size, each of rows with equally many windows; None is all such rows at once.
+
+    Rows of other windows are apart because what a prompt's context ends in depends on their number.
+    """
+    found = []
+    for number in dict.fromkeys(windows):
+        rows = np.asarray([row for row, own in enumerate(windows) if own == number])
+        step = size or len(rows)
+        for part in (rows[start : start + step] for start in range(0, len(rows), step)):
+            filled = np.pad(part, (0, step - len(part)), mode="edge")
+            found.append(Round(rows=filled, count=len(part), windows=number))
+    return found
+
+
+def joined(rounds: Sequence[Round], drawn: Sequence[np.ndarray]) -> np.ndarray:
+    """What the rounds drew, (size, ...) each, in the order of the call's rows."""
+    rows = np.concatenate([each.rows[: each.count] for each in rounds])
+    kept = [images[: each.count] for each, images in zip(rounds, drawn, strict=True)]
+    return np.concatenate(kept)[np.argsort(rows)]
 
 
 def slices(table: Mapping[str, np.ndarray], noise: Any) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
@@ -89,5 +121,6 @@ def share(strength: float | None, image: Any, mask: Any, *, default: float) -> f
                 raise UserError(f"{name}: image must be given with it")
         return 1.0
     if strength is not None:
-        return float(checked("strength", strength, ()))
+        checked("strength", strength, ())
+        return float(strength)  # as it was given: rounded to float32, 0.7 of 10 steps are 6
     return default if mask is None else 1.0

@@ -61,16 +61,17 @@ class PictureGuides:
             raise UserError("mask: this is an inpainting model; image and mask must be given")
         if image is None:
             return PictureGuides()
-        batch = pictures.for_prompts("image", pictures.pictures("image", image, size), prompts)
-        clean = encode(batch)
+        batch = pictures.pictures("image", image, size)
+        clean = pictures.for_prompts("image", batch, prompts, encode)
         if mask is None:
             return PictureGuides(clean=clean)
-        painted = pictures.for_prompts("mask", pictures.masks("mask", mask, size), prompts)
-        small = pictures.shrunk(painted, (size[0] // factor, size[1] // factor))
+        painted = pictures.masks("mask", mask, size)
+        small = pictures.for_prompts("mask", painted, prompts)
+        small = pictures.shrunk(small, (size[0] // factor, size[1] // factor))
         if not inpainting:
             return PictureGuides(clean=clean, mask=small)
         # Grey where it is to be painted, as the models were trained: 0 of -1..1.
-        masked = encode(np.where(painted > 0, np.float32(0.5), batch))
+        masked = pictures.for_prompts("image", np.where(painted > 0, np.float32(0.5), batch), prompts, encode)
         return PictureGuides(clean=clean, beside=np.concatenate([small, masked], axis=-1))
 
     def rows(self, prompts: np.ndarray) -> PictureGuides:
@@ -113,26 +114,34 @@ class Controls:
             UserError: a picture or a scale is missing, too many, or unreadable.
         """
         if not nets:
-            if images is not None:
-                raise UserError("control_image: no ControlNet is loaded")
+            given = {
+                "control_image": images is not None,
+                "control_scale": arguments.listed(scale) != [1.0],
+                "guess_mode": guess,
+            }
+            for name in given:
+                if given[name]:
+                    raise UserError(f"{name}: no ControlNet is loaded")
             return Controls()
         if images is None:
             raise UserError(f"control_image is missing: {len(nets)} ControlNet(s) are loaded")
-        given = [images] if len(nets) == 1 else arguments.listed(images)
-        if len(given) != len(nets):
-            raise UserError(f"control_image: {len(given)} given for {len(nets)} ControlNets")
+        listed = [images] if len(nets) == 1 else arguments.listed(images)
+        if len(listed) != len(nets):
+            raise UserError(f"control_image: {len(listed)} given for {len(nets)} ControlNets")
         strengths = arguments.listed(scale)
         strengths = strengths * len(nets) if len(strengths) == 1 else strengths
         if len(strengths) != len(nets):
             raise UserError(f"control_scale: {len(strengths)} given for {len(nets)} ControlNets")
         numbers = [float(arguments.checked("control_scale", each, ())) for each in strengths]
-        batches = [pictures.pictures("control_image", each, size) for each in given]
+        batches = [pictures.pictures("control_image", each, size) for each in listed]
+        # The first one's kind decides for all, as in diffusers.
+        guess = guess or nets[0].config.global_pool
         return Controls(
             networks=tuple(net.network for net in nets),
             params=tuple(net.params for net in nets),
             scales=tuple(
                 residual_scales(net.config, number, guess=guess) for net, number in zip(nets, numbers, strict=True)
             ),
-            prompted_only=guess or nets[0].config.global_pool,
+            prompted_only=guess,
             batches=tuple(pictures.for_prompts("control_image", batch, prompts) for batch in batches),
         )

@@ -147,8 +147,15 @@ class Pipeline:
             UserError: it cannot be read, or does not fit the model's latents.
         """
         found = load_vae(source, vae_config=self.components.vae_config, dtype=self.dtype, mesh=self.mesh)
-        self.components = dataclasses.replace(self.components, vae=found.network, vae_config=found.config)
-        self._params = {**self._params, "vae": found.params}
+        for net in self._controlnets.values():
+            net.config.require_fit(self.components.unet_config, found.config.downscale)
+        self.components = dataclasses.replace(
+            self.components,
+            vae=found.network,
+            vae_config=found.config,
+            params={**self.components.params, "vae": found.params},
+        )
+        self._params = self.components.params
         if self._fused is not None:
             self._fused = {**self._fused, "vae": found.params}
         self._compile_vae()
@@ -161,13 +168,16 @@ class Pipeline:
         Raises:
             UserError: it cannot be read, or does not fit the model.
         """
-        self._controlnets[name or str(source)] = load_controlnet(
+        found = load_controlnet(
             source,
             unet_config=self.components.unet_config,
             downscale=self.components.vae_config.downscale,
             dtype=self.dtype,
             mesh=self.mesh,
         )
+        if (channels := found.config.conditioning_channels) != 3:
+            raise UserError(f"{source}: conditioning_channels={channels}, but pictures have 3")
+        self._controlnets[name or str(source)] = found
 
     def unload_controlnet(self, name: str | None = None) -> None:
         """Take one ControlNet out, or all of them."""
@@ -247,7 +257,7 @@ class Pipeline:
             guess_mode: let the ControlNets steer without a prompt, as in diffusers.
             tiled: decode in overlapping tiles of 64 latent pixels, which bounds the memory of large pictures.
             long_prompts: ``cut`` reads what the text encoder holds and warns of the rest, as diffusers does; ``chunk``
-                reads all of it in windows, as A1111 and ComfyUI do: every prompt of the call with equally many.
+                reads all of it in windows, as A1111 and ComfyUI do: as many as the prompt or its negative fills.
             batch_size: pictures drawn at a time; None is all at once. It changes memory and speed, not the pictures.
             stepwise: run one compiled step at a time instead of the whole scan, so that another step count compiles
                 nothing; the pictures are the same.
@@ -286,12 +296,13 @@ class Pipeline:
         guidance_on = scale > 1.0 and not self.components.unet_config.time_cond_proj_dim
         if any(negatives) and not guidance_on:
             warnings.warn(f"negative_prompt is ignored: guidance={scale:g} does not call for it", stacklevel=2)
-        windows = None
-        if long_prompts == "chunk":  # one count for all rounds and for both halves of a guided step
-            windows = self.prompts.windows([*prompts, *(text or "" for text in negatives)])
-        if height is None and width is None and (image is not None or control_image is not None):
-            given = ("image", image) if image is not None else ("control_image", control_image)
-            height, width = pictures.picture_size(*given, self.components.vae_config.downscale)
+        negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
+        read = [[one, other or ""] if guidance_on else [one] for one, other in zip(prompts, negatives, strict=True)]
+        windows = [self.prompts.windows(texts) if long_prompts == "chunk" else None for texts in read]
+        given = ("image", image) if image is not None else ("control_image", control_image)
+        if None in (height, width) and given[1] is not None:
+            own = pictures.picture_size(*given, self.components.vae_config.downscale)
+            height, width = own[0] if height is None else height, own[1] if width is None else width
         size = self._latent_size(height, width)
         shape = (len(prompts) * num_images, *size, self.components.unet_config.out_channels)
         rows = np.arange(shape[0])
@@ -316,17 +327,16 @@ class Pipeline:
         controls = Controls.of(nets, control_image, control_scale, guess_mode, len(prompts), self._pixels(size))
         keep_noise = mask is not None and strength == 1
         parts = []
-        rounds = arguments.rounds(rows, batch_size or len(rows))
+        rounds = arguments.rounds([number for number in windows for _ in range(num_images)], batch_size)
         self._callback = None if callback is None else arguments.counter(callback, len(rounds) * len(added))
-        for picked in rounds:
-            cond = self._condition([prompts[row // num_images] for row in picked], size, windows)
+        for each in rounds:
+            owners = each.rows // num_images
+            cond = self._condition([prompts[owner] for owner in owners], size, each.windows)
             uncond = None
             if guidance_on:
-                uncond = self._unconditional(
-                    [negatives[row // num_images % len(negatives)] for row in picked], size, cond, windows
-                )
-            drawn = guides.rows(picked // num_images)
-            start, steps_noise = self._place(first[picked]), self._place(added[:, picked], axis=1)
+                uncond = self._unconditional([negatives[owner] for owner in owners], size, cond, each.windows)
+            drawn = guides.rows(owners)
+            start, steps_noise = self._place(first[each.rows]), self._place(added[:, each.rows], axis=1)
             state = begin(table, start, None if keep_noise else drawn.clean)
             for part, rows_noise in arguments.slices(table, steps_noise) if stepwise else [(table, steps_noise)]:
                 state = self._scan(
@@ -338,11 +348,11 @@ class Pipeline:
                     part,
                     state,
                     rows_noise,
-                    drawn.steering(start, controls.images(picked // num_images)),
+                    drawn.steering(start, controls.images(owners)),
                     controls.params,
                     controls.scales,
                     controlnets=controls.networks,
-                    prompted_only=controls.prompted_only,
+                    prompted_only=controls.prompted_only and guidance_on,
                     prediction_type=plan.prediction_type or self.schedule.prediction_type,
                     on_step=None if callback is None else self._step,
                 )
@@ -351,7 +361,7 @@ class Pipeline:
             else:
                 parts.append(np.asarray(self._decode(self._weights()["vae"], state.x, tiled=tiled)))
         jax.effects_barrier()
-        images = np.concatenate(parts)[: len(rows)]
+        images = arguments.joined(rounds, parts)
         return to_pil(images) if output == "pil" else images
 
     def _on_step(self, _step: Any, _timestep: Any, _latents: Any) -> None:

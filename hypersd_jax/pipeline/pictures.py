@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 
 from hypersd_jax.errors import UserError
+from hypersd_jax.pipeline import arguments
 
 
 def picture_size(name: str, value: Any, factor: int) -> tuple[int, int]:
-    """Height and width in pixels of the first picture, rounded down to multiples of the autoencoder's factor."""
-    first = _opened(name, _listed(name, value)[0])
+    """Height and width in pixels of the first picture, rounded down to multiples of the autoencoder's factor.
+
+    Arguments as for `pictures`; of a list of lists, several ControlNets' pictures, the first list counts.
+    """
+    first = _listed(name, value)[0]
+    first = _opened(name, _listed(name, first)[0] if isinstance(first, list | tuple) else first)
+    if not isinstance(first, Image.Image) and first.ndim < 2:
+        raise UserError(f"{name} has shape {first.shape}, not that of a picture")
     height, width = (first.height, first.width) if isinstance(first, Image.Image) else first.shape[:2]
     return height - height % factor, width - width % factor
 
@@ -48,18 +55,23 @@ def shrunk(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     return mask[:, rows][:, :, columns]
 
 
-def for_prompts(name: str, batch: np.ndarray, prompts: int) -> np.ndarray:
-    """One picture for each prompt: the only one for all, or each its own."""
+def for_prompts(
+    name: str, batch: np.ndarray, prompts: int, encode: Callable[[np.ndarray], np.ndarray] | None = None
+) -> np.ndarray:
+    """One picture for each prompt: the only one for all, which is encoded once, or each its own."""
     if len(batch) not in (1, prompts):
         raise UserError(f"{name}: {len(batch)} given for {prompts} prompts")
+    batch = batch if encode is None else encode(batch)
     return batch if len(batch) == prompts else np.repeat(batch, prompts, axis=0)
 
 
 def _listed(name: str, value: Any, mask: bool = False) -> Sequence[Any]:
-    if isinstance(value, np.ndarray):
-        single = value.ndim == 2 or (value.ndim == 3 and (not mask or value.shape[-1] == 1))
-        return [value] if single else list(value)
-    listed = list(value) if isinstance(value, list | tuple) else [value]
+    if hasattr(value, "__array__") and not isinstance(value, Image.Image):
+        array = np.asarray(value)
+        single = array.ndim <= 2 or (array.ndim == 3 and (not mask or array.shape[-1] == 1))
+        listed = [array] if single else list(array)
+    else:
+        listed = list(value) if isinstance(value, list | tuple) else [value]
     if not listed:
         raise UserError(f"{name}: none given")
     return listed
@@ -69,8 +81,8 @@ def _opened(name: str, value: Any) -> Image.Image | np.ndarray:
     if isinstance(value, str | Path):
         try:
             with Image.open(value) as image:
-                image.load()
-                return image
+                # As diffusers' `load_image`: upright, and without an alpha channel or a palette.
+                return ImageOps.exif_transpose(image).convert("RGB")
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{name} {value}: cannot be read as a picture ({error})") from None
     if isinstance(value, Image.Image):
@@ -84,15 +96,17 @@ def _array(name: str, value: Any, size: tuple[int, int], mode: str) -> np.ndarra
     opened = _opened(name, value)
     channels = 3 if mode == "RGB" else 1
     if isinstance(opened, Image.Image):
-        fitted = opened.convert(mode)
-        if fitted.size != size[::-1]:
-            fitted = fitted.resize(size[::-1], Image.Resampling.LANCZOS)
-        return np.asarray(fitted, np.float32).reshape(*size, channels) / 255
+        try:
+            # A mask becomes grey after it is resized, as in diffusers.
+            fitted = opened.convert(mode) if mode == "RGB" else opened
+            if fitted.size != size[::-1]:
+                fitted = fitted.resize(size[::-1], Image.Resampling.LANCZOS)
+            return np.asarray(fitted.convert(mode), np.float32).reshape(*size, channels) / 255
+        except ValueError as error:
+            raise UserError(f"{name} is a picture of mode {opened.mode}, which cannot be converted ({error})") from None
     if opened.ndim == 2 and channels == 1:
         opened = opened[..., None]
-    if opened.shape != (*size, channels):
-        raise UserError(f"{name} has shape {opened.shape}, not {(*size, channels)}")
-    found = opened.astype(np.float32)
-    if not np.isfinite(found).all() or found.min() < 0 or found.max() > 1:
+    found = arguments.checked(name, opened, (*size, channels))
+    if found.min() < 0 or found.max() > 1:
         raise UserError(f"{name} holds values outside 0..1")
     return found

@@ -79,7 +79,7 @@ def scan(
                 x,
                 t,
                 both.context,
-                prompted_only=prompted_only and uncond is not None,
+                prompted_only=prompted_only,
                 **both.unet_kwargs(),
             )
             extra = {"down_residuals": down, "mid_residual": mid}

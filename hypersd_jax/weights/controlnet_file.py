@@ -59,7 +59,7 @@ def _spelling(keys: set[str], unet_config: UNetConfig) -> Spelling:
     prefix = PREFIX if any(key.startswith(PREFIX) for key in keys) else ""
     if f"{prefix}{EMBEDDING}.conv_in.weight" in keys:
         return lambda key: prefix + key
-    hint = re.compile(rf"{re.escape(prefix)}input_hint_block\.(\d+)\.weight")
+    hint = re.compile(rf"{re.escape(prefix)}input_hint_block\.(\d{{1,4}})\.weight")
     last = max((int(match[1]) for key in keys if (match := hint.fullmatch(key))), default=0)
     modules = (
         (rf"^{EMBEDDING}\.conv_in\.", lambda _: "input_hint_block.0."),

@@ -226,10 +226,11 @@ def _scale(
     """(scale, alpha) of one module: from its alpha tensor, else from PEFT's configuration, else 1 and None."""
     if "alpha" in slot.keys:
         key = slot.keys["alpha"]
-        value = tensors.read(key).astype(np.float32)
-        if value.size != 1 or not np.isfinite(value).all():
+        value = tensors.read(key)
+        if value.size != 1 or not is_finite(value):
             raise UserError(f"{tensors.path}: {key} is not one finite number")
-        return (1.0, None) if rank is None else (value.item() / rank, value.item())
+        alpha = float(value.item())
+        return (1.0, None) if rank is None else (alpha / rank, alpha)
     config = configs.get(slot.component, {}) if slot.dotted and rank is not None else {}
     where = f"{tensors.path}: {next(iter(slot.keys.values()))}"
     if config.get("use_dora") and not slot.kind.dora:

@@ -84,5 +84,6 @@ def to_torch(
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite, for every float type that a file may hold."""
-    return bool(np.isfinite(array if array.dtype in (np.float32, np.float64) else array.astype(np.float32)).all())
+    """Whether no value is NaN or infinite as the float32 that it is read as, whatever type a file holds it in."""
+    with np.errstate(over="ignore"):
+        return bool(np.isfinite(array.astype(np.float32, copy=False)).all())

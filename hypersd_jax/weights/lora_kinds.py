@@ -116,6 +116,11 @@ def _fits_half(shapes: Mapping[str, Shape], half: int, fan_in: int, fan_out: int
 
 
 def _fits_kronecker(shapes: Mapping[str, Shape], fan_in: int, fan_out: int, taps: int) -> bool:
+    matrices = ("lokr_w1", "lokr_w1_a", "lokr_w1_b", "lokr_w2_a", *(("lokr_w2_b",) if "lokr_t2" in shapes else ()))
+    if any(len(shapes[role]) != 2 for role in matrices if role in shapes):
+        return False
+    if any(0 in shape for shape in (shapes[role] for role in LOKR if role in shapes)):
+        return False
     out_1, in_1 = shapes["lokr_w1"] if "lokr_w1" in shapes else (shapes["lokr_w1_a"][0], shapes["lokr_w1_b"][1])
     if "lokr_w1_a" in shapes and shapes["lokr_w1_a"][1] != shapes["lokr_w1_b"][0]:
         return False
@@ -125,7 +130,7 @@ def _fits_kronecker(shapes: Mapping[str, Shape], fan_in: int, fan_out: int, taps
         a, b = shapes["lokr_w2_a"], shapes["lokr_w2_b"]
         tucker = shapes.get("lokr_t2")
         if tucker is not None:
-            if tucker[:2] != (a[0], b[0]) or math.prod(tucker[2:]) != taps:
+            if len(tucker) != 4 or tucker[:2] != (a[0], b[0]) or math.prod(tucker[2:]) != taps:
                 return False
             out_2, rest_2 = a[1], b[1] * taps
         else:

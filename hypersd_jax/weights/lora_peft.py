@@ -22,7 +22,7 @@ from typing import Any
 
 import numpy as np
 
-from hypersd_jax.errors import UserError
+from hypersd_jax.errors import UserError, short, shown
 from hypersd_jax.weights.lora_factors import common_rank, to_torch
 
 HEADER_KEY = "lora_adapter_metadata"
@@ -51,6 +51,12 @@ _SPELLINGS = tuple(
     )
 )
 _ROLES = {"A": "down", "B": "up"}
+
+_PLAIN = re.compile(r"[\w.]+")
+_SLOW = re.compile(r"\)[*+{]|([*+{].*){4}", re.DOTALL)
+"""Regular expressions whose time may grow with a power of a name's length: repeated groups, many repetitions."""
+
+_FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,6 +113,12 @@ def read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str | None, di
         configs = dict.fromkeys((None, *COMPONENTS), config)
     for config in configs.values():
         _refuse_other_kinds(config, where)
+        for name in ("rank_pattern", "alpha_pattern"):
+            patterns = config.get(name) or {}
+            if not isinstance(patterns, dict):
+                raise UserError(f"{where}: {name} is {shown(patterns)}, not an object")
+            if slow := next(filter(_SLOW.search, patterns), None):
+                raise UserError(f"{where}: {name} holds {shown(slow)}, which could take for ever to match")
     return configs
 
 
@@ -126,10 +138,10 @@ def scale_of(config: Mapping[str, Any], module: str, rank: int, where: str) -> t
         return 1.0, None
     stated = _patterned(config.get("rank_pattern"), module, config.get("r", rank))
     alpha = _patterned(config.get("alpha_pattern"), module, config.get("lora_alpha", 8))  # 8 is LoraConfig's default
-    if not isinstance(alpha, (int, float)) or not math.isfinite(alpha):
-        raise UserError(f"{where}: lora_alpha is {alpha!r}, not a number")
+    if not isinstance(alpha, int | float) or not abs(alpha) <= _FLOAT32_MAX:
+        raise UserError(f"{where}: lora_alpha is {shown(alpha)}, not a finite number")
     if stated != rank:
-        raise UserError(f"{where}: the stored rank is {rank}, but the LoRA's own configuration says {stated}")
+        raise UserError(f"{where}: the stored rank is {rank}, but the LoRA's own configuration says {shown(stated)}")
     return (alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank), float(alpha)
 
 
@@ -171,7 +183,7 @@ def _prefixed(component: str, module: str) -> str:
 def _json_object(text: str, where: str) -> dict[str, Any]:
     try:
         value = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: is not JSON ({error})") from None
     if not isinstance(value, dict):
         raise UserError(f"{where}: is not a JSON object")
@@ -181,16 +193,19 @@ def _json_object(text: str, where: str) -> dict[str, Any]:
 def _refuse_other_kinds(config: Mapping[str, Any], where: str) -> None:
     kind = str(config.get("peft_type") or "LORA").removeprefix("PeftType.")
     if kind != "LORA":
-        raise UserError(f"{where}: peft_type {kind} is not read here, only LORA")
+        raise UserError(f"{where}: peft_type {short(kind)} is not read here, only LORA")
 
 
 def _patterned(patterns: Any, module: str, default: Any) -> Any:
     """PEFT's rule: the first pattern that the module's name ends with, at a dot, wins."""
     for pattern, value in (patterns or {}).items():
-        try:
-            matches = re.match(rf"(.*\.)?({pattern})$", module) is not None
-        except re.error:
-            matches = pattern == module
+        if _PLAIN.fullmatch(pattern):  # nearly all, and there may be one for each module
+            matches = module == pattern or module.endswith(f".{pattern}")
+        else:
+            try:
+                matches = re.match(rf"(.*\.)?({pattern})$", module) is not None
+            except (re.error, RecursionError, OverflowError):
+                matches = pattern == module
         if matches:
             return value
     return default

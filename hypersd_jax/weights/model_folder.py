@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from hypersd_jax.errors import UserError
+from hypersd_jax.errors import UserError, shown
 from hypersd_jax.weights.assembly import Components, Description, HostParams, Params, Shapes, StoredModel, text_names
 from hypersd_jax.weights.folder import read_json, read_params, save_params
 from hypersd_jax.weights.keys import Kind
@@ -48,7 +48,7 @@ def open_folder(folder: Path) -> StoredModel:
     name = str(index.get("_class_name"))
     if name not in PIPELINES:
         wanted = ", ".join(PIPELINES)
-        raise UserError(f"{folder / 'model_index.json'}: _class_name={name!r} is not supported, only {wanted}")
+        raise UserError(f"{folder / 'model_index.json'}: _class_name={shown(name)} is not supported, only {wanted}")
     if index.get("requires_aesthetics_score"):
         raise UserError(f"{folder / 'model_index.json'}: requires_aesthetics_score: the SDXL refiner is not supported")
     if present := [part for part in IGNORED if (folder / part).is_dir()]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from hypersd_jax.errors import UserError
+from hypersd_jax.errors import UserError, shown
 from hypersd_jax.models.functional import Network
 from hypersd_jax.models.vae_tiny_config import TinyVaeConfig
 from hypersd_jax.weights import families
@@ -79,7 +79,8 @@ def open_single_file(path: str | os.PathLike[str], *, configs: Configs | None = 
     scheduler = given.get("scheduler") or _scheduler(file, names, sizes, kind)
     prediction = str(scheduler.get("prediction_type", "epsilon"))
     parts = component_configs(sizes, kind, file.path, prediction=prediction, given=given)
-    inpainting = parts["unet"].get("in_channels", 4) == 2 * parts["vae"].get("latent_channels", 4) + 1
+    latents = parts["vae"].get("latent_channels", 4)  # of the caller or the header, so not yet known to be a number
+    inpainting = isinstance(latents, int) and parts["unet"].get("in_channels", 4) == 2 * latents + 1
     tokenizers = dict(stated.tokenizers)
     for name in parts:
         role = name.replace("text_encoder", "tokenizer")
@@ -87,8 +88,8 @@ def open_single_file(path: str | os.PathLike[str], *, configs: Configs | None = 
             tokens = parts[name].get("vocab_size", CLIP_TOKENS)
             if tokens != CLIP_TOKENS:
                 raise UserError(
-                    f"{file.path}: the {name} knows {tokens} tokens, but single files come without a tokenizer and "
-                    f"CLIP's has {CLIP_TOKENS}"
+                    f"{file.path}: the {name} knows {shown(tokens)} tokens, but single files come without a tokenizer "
+                    f"and CLIP's has {CLIP_TOKENS}"
                 )
             tokenizers[role] = clip_tokenizer(pad_token(kind, role), parts[name].get("max_position_embeddings", 77))
     description = Description(
@@ -263,7 +264,7 @@ def _unused_layers(structure: Structure) -> Callable[[str], bool]:
 
     def unused(name: str) -> bool:
         number = name.removeprefix(prefix).partition(".")[0]
-        return name.startswith(prefix) and number.isdigit() and int(number) == kept
+        return name.startswith(prefix) and number == str(kept)
 
     return unused
 

@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from hypersd_jax.errors import UserError
+from hypersd_jax.errors import UserError, shown
 from hypersd_jax.weights import families
 from hypersd_jax.weights.single_file_keys import CLIP, CLIP_XL, OPEN_CLIP, OPEN_CLIP_XL, UNET, VAE
 
@@ -93,7 +93,8 @@ def prediction_type(sizes: Sizes, kind: Generation, metadata: Mapping[str, str],
         return "v_prediction"
     if stated := metadata.get("modelspec.prediction_type"):
         if stated not in _PREDICTIONS:
-            raise UserError(f"{file}: modelspec.prediction_type={stated!r} is not supported, only {list(_PREDICTIONS)}")
+            known = list(_PREDICTIONS)
+            raise UserError(f"{file}: modelspec.prediction_type={shown(stated)} is not supported, only {known}")
         return _PREDICTIONS[stated]
     plain = sizes[f"{UNET}input_blocks.0.0.weight"][1:2] == (4,)
     return "v_prediction" if kind == "sd2" and plain and step != EPSILON_STEP else "epsilon"
@@ -175,7 +176,7 @@ def _unet(shape: _Shapes, kind: Generation, size: int) -> dict[str, Any]:
         "out_channels": shape(f"{UNET}out.2.weight", 4)[0],
         "sample_size": size // 2 ** max(shape.count(_VAE_LEVELS) - 1, 0),
         "up_block_types": [_block_type(level, "Up") for level in up],
-        "use_linear_projection": len(shape.sizes[f"{first}.proj_in.weight"]) == 2,
+        "use_linear_projection": len(shape.sizes.get(f"{first}.proj_in.weight", ())) == 2,
         "time_cond_proj_dim": shape(_GUIDANCE, 2)[1] if _GUIDANCE in shape else None,
         **_depths(down, middle, up),
     }

@@ -47,7 +47,7 @@ def read_header(file: TensorFile, kind: Generation) -> Stated:
         }
         configs = {name: dict(config) for name, config in content["configs"].items()}
         stated = Stated(configs=configs, model_index=dict(content["model_index"]), tokenizers=tokenizers)
-    except (AttributeError, KeyError, TypeError, ValueError):
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         raise UserError(f"{file.path}: its header's {KEY} is damaged") from None
     index = stated.model_index
     if index.get("_class_name") not in PIPELINES or is_xl(index) != (kind == "sdxl"):

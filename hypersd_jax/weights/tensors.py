@@ -20,6 +20,9 @@ from hypersd_jax.errors import UserError
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
+MOST_AXES = 32
+"""Of a tensor that is read; NumPy ends at 64."""
+
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
     for name, dtype in {
@@ -93,6 +96,8 @@ class TensorFile:
     def read(self, key: str) -> np.ndarray:
         """Tensor `key` in C order, in its stored type."""
         dtype, shape = self.dtype(key), self.shape(key)
+        if len(shape) > MOST_AXES:
+            raise UserError(f"{self.path}: tensor {key} has {len(shape)} axes")
         begin, end = self._entries[key]["data_offsets"]
         # Read, not mapped: pages of a map count as memory in use until the whole file is closed.
         with self.path.open("rb") as file:
@@ -198,11 +203,18 @@ def _diagnosis(path: Path, error: Exception) -> str:
         if start.lstrip()[:1] == b"<":
             return f"{path}: is a web page, not a safetensors file; the download went wrong"
         return f"{path}: is not a safetensors file"
-    entries = [entry for key, entry in header.items() if key != "__metadata__" and isinstance(entry, dict)]
-    expected = 8 + length + max((entry.get("data_offsets", (0, 0))[1] for entry in entries), default=0)
+    expected = 8 + length + max((_end(entry) for entry in header.values()), default=0)
     if size < expected:
         return f"{path}: is truncated: it has {size} of {expected} bytes"
     return f"{path}: is not a valid safetensors file ({error})"
+
+
+def _end(entry: Any) -> int:
+    """Where the tensor of a header's entry ends; 0 where the entry does not say it soundly."""
+    offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
+    if isinstance(offsets, list) and len(offsets) == 2 and isinstance(offsets[1], int):
+        return offsets[1]
+    return 0
 
 
 def _header(path: Path) -> tuple[int, dict[str, Any]]:
@@ -211,7 +223,10 @@ def _header(path: Path) -> tuple[int, dict[str, Any]]:
         length = int.from_bytes(file.read(8), "little")
         if length > path.stat().st_size:
             raise ValueError("the header is longer than the file")
-        header = json.loads(file.read(length))
+        try:
+            header = json.loads(file.read(length))
+        except RecursionError:
+            raise ValueError("the header is nested too deeply") from None
     if not isinstance(header, dict):
         raise ValueError("the header is not a JSON object")
     return length, header

@@ -91,9 +91,9 @@ def is_clip_tokenizer(tokenizer: TokenizerFiles, pad: str, length: int) -> bool:
         else:
             vocabulary = json.loads(tokenizer.files["tokenizer.json"])["model"]["vocab"]
         config = json.loads(tokenizer.files["tokenizer_config.json"])
-    except (KeyError, TypeError, ValueError):
+        filler = config.get("pad_token", END)
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError):
         return False
-    filler = config.get("pad_token", END)
     filler = filler.get("content") if isinstance(filler, dict) else filler
     return (vocabulary, filler, config.get("model_max_length", length)) == (_clip_vocabulary()[0], pad, length)
 

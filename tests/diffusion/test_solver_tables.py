@@ -230,6 +230,10 @@ REFUSED = [
         ("ddim", {"scheduler_config": {**SD, "thresholding": True}}, "thresholding"),
         ("lcm", {"scheduler_config": {**SD, "timestep_scaling": "x"}}, "timestep_scaling.*'x'"),
         ("lcm", {"scheduler_config": {**SD, "timestep_scaling": float("inf")}}, "timestep_scaling"),
+        ("lcm", {"scheduler_config": {**SD, "timestep_scaling": 10**400}}, "timestep_scaling"),
+        ("ddim", {"timesteps": [10**30, 4, 3, 2]}, "timesteps must be a list of integers"),
+        ("euler", {"scheduler_config": {**SD, "use_karras_sigmas": True, "sigma_max": 10**400}}, "sigma_max"),
+        ("euler_a", {"scheduler_config": {**SD, "beta_start": 1e-40}}, "too small to make any noise"),
         *((name, {"scheduler_config": {**SD, key: value}}, key) for name, key, value in REFUSED),
     ],
 )

@@ -68,16 +68,20 @@ def _vae() -> AutoencoderKL:
     )
 
 
-def tiny_sd(folder: Path, prediction_type: str = "epsilon", guidance_embedding: int | None = None) -> Path:
+def tiny_sd(
+    folder: Path, prediction_type: str = "epsilon", guidance_embedding: int | None = None, *, in_channels: int = 4
+) -> Path:
     """An SD-1.x-shaped (epsilon) or SD-2.x-shaped (v_prediction) pipeline of 16 px pictures.
 
-    With a ``guidance_embedding`` dimension the UNet reads the guidance scale, as LCM's do.
+    With a ``guidance_embedding`` dimension the UNet reads the guidance scale, as LCM's do; with 9 ``in_channels`` it is
+    an inpainting model.
     """
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(str(assets() / "teacher" / "tokenizer"))
     second = prediction_type == "v_prediction"
     unet = _unet(
         WIDTH,
+        in_channels=in_channels,
         down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
         up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
         attention_head_dim=[2, 4] if second else 4,
@@ -99,13 +103,17 @@ def tiny_sd(folder: Path, prediction_type: str = "epsilon", guidance_embedding: 
     return folder
 
 
-def tiny_sdxl(folder: Path) -> Path:
-    """An SDXL-shaped pipeline of 16 px pictures: two text encoders, text_time, transformer layers per block."""
+def tiny_sdxl(folder: Path, *, in_channels: int = 4) -> Path:
+    """An SDXL-shaped pipeline of 16 px pictures: two text encoders, text_time, transformer layers per block.
+
+    With 9 ``in_channels`` it is an inpainting model.
+    """
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(str(assets() / "teacher" / "tokenizer"))
     text_2 = CLIPTextModelWithProjection(_text_config(tokenizer, hidden_act="gelu", projection_dim=16))
     unet = _unet(
         2 * WIDTH,
+        in_channels=in_channels,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
         up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
         attention_head_dim=[2, 4],

@@ -212,6 +212,13 @@ def test_autoencoder() -> None:
         ({"transformer_layers_per_block": None}, "transformer_layers_per_block=None"),
         ({"sample_size": "64"}, "sample_size='64'"),
         ({"sample_size": [64]}, "sample_size=\\[64\\]"),
+        ({"layers_per_block": 10**9}, "layers_per_block=1000000000"),
+        ({"layers_per_block": 200}, "layers_per_block makes 800 layers, more than 512"),
+        ({"transformer_layers_per_block": 100}, "transformer_layers_per_block makes 800 layers"),
+        ({"block_out_channels": [32 * 10**12] * 4}, "block_out_channels=.*from 1 to 1048576"),
+        ({"norm_eps": 10**400}, "norm_eps=1000.*is not a finite number"),
+        ({"cross_attention_dim": [768] * 2000}, "cross_attention_dim=.{200}\\.\\.\\. needs 4 entries"),
+        ({"down_block_types": ["DownBlock2D"] * 600, "up_block_types": ["UpBlock2D"] * 600}, "600 layers"),
     ],
 )
 def test_unet_refusals_name_the_key(change: dict[str, Any], words: str) -> None:
@@ -240,6 +247,8 @@ def test_unknown_keys_that_ask_for_nothing_are_ignored() -> None:
         ({"shift_factor": "0"}, "shift_factor='0'"),
         ({"down_block_types": None}, "down_block_types=None"),
         ({"block_out_channels": []}, "block_out_channels=\\[\\]"),
+        ({"layers_per_block": 129}, "layers_per_block makes 516 layers"),
+        ({"scaling_factor": 1e39}, "scaling_factor=1e\\+39 is not a finite number"),
     ],
 )
 def test_vae_refusals_name_the_key(change: dict[str, Any], words: str) -> None:

@@ -65,11 +65,19 @@ def test_missing_keys_take_the_defaults_of_transformers_and_others_are_passed_ov
         ("layer_norm_eps", "small"),
         ("layer_norm_eps", 0.0),
         ("eos_token_id", [1, 2]),
+        ("eos_token_id", 2**40),
+        ("vocab_size", 10**12),
+        ("layer_norm_eps", 10**50),
     ],
 )
 def test_what_cannot_be_honoured_is_named(key, value):
     with pytest.raises(UserError, match=rf"{key}={value!r}".replace("[", r"\[").replace("]", r"\]")):
         ClipTextConfig.from_dict({**TINY, key: value})
+
+
+def test_more_layers_than_any_model_has():
+    with pytest.raises(UserError, match="num_hidden_layers makes 1000000 layers, more than 512"):
+        ClipTextConfig.from_dict({**TINY, "num_hidden_layers": 10**6})
 
 
 def test_parameter_paths():

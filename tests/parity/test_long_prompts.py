@@ -12,8 +12,9 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
-from hypersd_jax.conditioning import Conditioning, PromptEncoder, load_tokenizer, size_ids
+from hypersd_jax.conditioning import Conditioning, size_ids
 from hypersd_jax.diffusion import guided, sample, solver_table
+from hypersd_jax.pipeline import make_prompt_encoder
 from hypersd_jax.weights.components import load_components
 from tests.helpers.tiny_pipelines import tiny_sd, tiny_sdxl
 from tests.helpers.torch_weights import relative_error
@@ -32,15 +33,7 @@ def models(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     theirs = cls.from_pretrained(folder)
     theirs.set_progress_bar_config(disable=True)
     components = load_components(folder, dtype=jnp.float32)
-    names = tuple(components.text_encoders)
-    encoder = PromptEncoder(
-        names=names,
-        tokenizers=tuple(load_tokenizer(folder / name.replace("text_encoder", "tokenizer")) for name in names),
-        networks=tuple(components.text_encoders.values()),
-        lengths=tuple(components.text_lengths[name] for name in names),
-        penultimate=xl,
-    )
-    return theirs, components, encoder
+    return theirs, components, make_prompt_encoder(components)
 
 
 def by_hand(pipe: Any, prompts: list[str], windows: int) -> tuple[Any, Any]:

@@ -249,6 +249,8 @@ BAD_FOLDERS = {
     "index of nothing": (_index({"weight_map": {}}), "has no weight_map"),
     "index cut short": (_index('{"weight_map": {\n"a": '), r"index\.json:2: not valid JSON"),
     "shard missing": (_index({"weight_map": {"a": "gone.safetensors"}}), r"1 missing file\(s\): gone\.safetensors"),
+    "shard of no name": (_index({"weight_map": {"a": ["x"] * 300}}), "weight_map holds something else than file names"),
+    "shard of a long name": (_index({"weight_map": {"a": "x" * 300}}), r"1 missing file\(s\): xxx"),
     "shard outside": (_index({"weight_map": {"a": "../b.safetensors"}}), r"\.\./b\.safetensors, which lies outside"),
 }
 
@@ -278,6 +280,8 @@ def test_a_variant_that_is_not_there(tmp_path):
         (b"[1]", r"config\.json:1: expected a JSON object, found list"),
         (b"", r"config\.json:1: not valid JSON"),
         (b"\xff\xfe\x00", r"config\.json: is not text"),
+        (b'{"a":' * 10**5, r"config\.json: JSON that is nested too deeply"),
+        (b'{"a": ' + b"9" * 5000 + b"}", r"config\.json: JSON .* with a number of too many digits"),
     ],
 )
 def test_bad_json_names_file_and_line(tmp_path, content, message):

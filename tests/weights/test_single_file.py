@@ -246,6 +246,16 @@ REFUSALS = {
         without(f"{keys.UNET}middle_block.0.emb_layers"),
         r"2 missing \(model\.diffusion_model\.middle_block\.0\.emb_layers\.1\.bias",
     ),
+    "no way into the first transformer": (
+        "sd1",
+        without(f"{keys.UNET}input_blocks.1.1.proj_in.weight"),
+        r"input_blocks\.1\.1\.proj_in\.weight",
+    ),
+    "a layer of no number": (
+        "sd2",
+        also(**{f"{keys.OPEN_CLIP}transformer.resblocks.²": F32}),
+        r"1 unexpected \(cond_stage_model\.model\.transformer\.resblocks\.²\)$",
+    ),
     "no half of the VAE": (
         "sd1",
         without("first_stage_model.encoder."),
@@ -303,18 +313,21 @@ def test_refusals(files: Callable[[str], Path], tmp_path: Path, case: str) -> No
     assert "\n" not in str(caught.value)
 
 
-def header(family: str, **tokenizer: str) -> dict[str, str]:
+def header(family: str, configs: dict[str, Any] | None = None, **tokenizer: str) -> dict[str, str]:
     """The entry of a file written here, for a pipeline of this family."""
     index = {"_class_name": f"StableDiffusion{family}Pipeline"}
-    return {"hypersd.model": json.dumps({"configs": {}, "model_index": index, "tokenizers": {"tokenizer": tokenizer}})}
+    tokenizers = {"tokenizer": tokenizer} if tokenizer else {}
+    return {"hypersd.model": json.dumps({"configs": configs or {}, "model_index": index, "tokenizers": tokenizers})}
 
 
 @pytest.mark.parametrize(
     ("metadata", "message"),
     [
         ({"modelspec.prediction_type": "edm"}, r"modelspec\.prediction_type='edm' is not supported"),
+        ({"hypersd.model": "[" * 10**5}, r"its header's hypersd\.model is damaged"),
         ({"hypersd.model": "{"}, r"its header's hypersd\.model is damaged"),
         ({"hypersd.model": '{"configs": [], "model_index": {}, "tokenizers": {}}'}, r"hypersd\.model is damaged"),
+        (header("", configs={"vae": {"latent_channels": None}}), r"latent_channels=None is not a positive integer"),
         (header("XL"), r"hypersd\.model is of another model"),
         (header("3"), r"hypersd\.model is of another model"),
         (header("", **{"../vocab.json": "{}"}), r"names a tokenizer file outside"),

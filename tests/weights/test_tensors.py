@@ -106,6 +106,10 @@ BAD = {
     "JSON": (b'{"error": "Repository not found"}', "is not a safetensors file"),
     "noise": (bytes(range(255, 0, -1)) * 4, "is not a safetensors file"),
     "header is no JSON": (_header(b"hello there, this is no JSON at all"), "is not a safetensors file"),
+    "header is nested deeply": (_header(b'{"a":' * 10**5), "is not a safetensors file|truncated within its header"),
+    "offsets are texts": (_header(_entry(data_offsets=["0", "8"]), bytes(8)), "is not a valid safetensors file"),
+    "offsets are few": (_header(_entry(data_offsets=[8]), bytes(8)), "is not a valid safetensors file"),
+    "offsets are null": (_header(_entry(data_offsets=None), bytes(8)), "is not a valid safetensors file"),
     "header is a list": (_header(b"[1, 2]"), "is not a safetensors file"),
     "shape and bytes disagree": (_header(_entry(shape=[3]), bytes(8)), "is not a valid safetensors file"),
     "unknown type": (_header(_entry(dtype="Q7"), bytes(8)), "is not a valid safetensors file"),
@@ -146,6 +150,13 @@ def test_a_header_that_begins_like_a_pickle_is_read(tmp_path):
     path.write_bytes(_header(header + b" " * (0x280 - len(header)), np.ones(2, np.float32).tobytes()))
     assert path.read_bytes()[:2] == b"\x80\x02"
     np.testing.assert_array_equal(open_tensors(path).read("x"), [1, 1])
+
+
+def test_more_axes_than_an_array_can_have(tmp_path):
+    path = tmp_path / "a.safetensors"
+    path.write_bytes(_header(_entry(shape=[2] + [1] * 299), bytes(8)))
+    with pytest.raises(UserError, match=r"a\.safetensors: tensor x has 300 axes"):
+        open_tensors(path).read("x")
 
 
 def _write_half(path):

@@ -1,0 +1,200 @@
+"""What a picture was drawn with, written into its file as AUTOMATIC1111's web UI does, which others read as well.
+
+    PROMPT <lora:NAME:SCALE>
+    Negative prompt: ...
+    Steps: 4, Sampler: DDIM, Schedule type: SGM Uniform, CFG scale: 1, Seed: 7, Size: 512x512, Model: NAME, ...
+
+A PNG holds it as the text ``parameters``, the other formats as EXIF's UserComment. Readers split the last line by a
+regular expression (``parse_generation_parameters`` in its ``modules/infotext_utils.py``); values with a comma, colon or
+line break in them are JSON strings. Keys that it does not know are kept and ignored there.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from PIL import ExifTags, Image
+from PIL.PngImagePlugin import PngInfo
+
+from hypersd_jax.diffusion.level_grids import RESPACINGS
+from hypersd_jax.diffusion.solvers import WITH_ETA
+from hypersd_jax.errors import UserError
+from hypersd_jax.presets import Preset
+from hypersd_jax.weights.tensors import replacing
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+SAMPLERS = {
+    "ddim": "DDIM",
+    "tcd": "TCD",
+    "lcm": "LCM",
+    "euler": "Euler",
+    "euler_a": "Euler a",
+    "dpmpp_2m": "DPM++ 2M",
+}
+# The web UI's nearest by timesteps: its DDIM schedule is the leading one, its Uniform k-diffusion's, which is linspace.
+SCHEDULES = {"trailing": "SGM Uniform", "leading": "DDIM", "linspace": "Uniform"}
+_RESPACED = dict(zip(RESPACINGS, ("Karras", "Exponential", "Beta"), strict=True))
+_CHUNK = 1 << 20
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class UsedLora:
+    """A LoRA that a picture was drawn with: its name without folder and suffix, its scale, its `lora_hash`."""
+
+    name: str
+    scale: float
+    hash: str
+
+
+def parameters_text(
+    prompt: str,
+    settings: Preset,
+    *,
+    seed: int,
+    size: tuple[int, int],
+    model: str,
+    negative: str | None = None,
+    scheduler_config: Mapping[str, Any] | None = None,
+    loras: Sequence[UsedLora] = (),
+    more: Mapping[str, Any] | None = None,
+) -> str:
+    """The text of one picture.
+
+    Args:
+        prompt: its prompt; the LoRAs are added to it, as the web UI's users write them.
+        settings: what it was drawn with, as `Pipeline.settings` resolves it.
+        seed: the call's; written modulo 2^32, as it is used (a negative one means a random one there).
+        size: width and height in pixels.
+        model: its name, see `name_of`.
+        negative: the negative prompt where guidance made use of it.
+        scheduler_config: the model's, which says how steps are spaced where the settings do not.
+        loras: in the order they were loaded.
+        more: other keys with their values, after the known ones; None and "" are left out.
+    """
+    guidance = settings.guidance or 0.0
+    values: dict[str, Any] = {
+        "Steps": settings.steps,
+        "Sampler": SAMPLERS[str(settings.sampler)],
+        "Schedule type": schedule_type(settings, scheduler_config or {}),
+        "CFG scale": f"{guidance if guidance > 1 else 1:g}",
+        "Seed": seed % 2**32,
+        "Size": f"{size[0]}x{size[1]}",
+        "Model": model,
+    }
+    if settings.sampler in WITH_ETA:
+        values["Eta DDIM" if settings.sampler == "ddim" else "Eta"] = f"{settings.eta or 0.0:g}"
+    if settings.timesteps is not None:
+        values["Timesteps"] = ", ".join(map(str, settings.timesteps))
+    values |= more or {}
+    values["Lora hashes"] = ", ".join(f"{lora.name}: {lora.hash}" for lora in loras)
+    values["Version"] = f"hypersd_jax {metadata.version('hypersd_jax')}"
+
+    lines = [" ".join([prompt, *(f"<lora:{lora.name}:{lora.scale:g}>" for lora in loras)])]
+    if negative:
+        lines.append(f"Negative prompt: {negative}")
+    lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in values.items() if value not in (None, "")))
+    return "\n".join(lines).strip()
+
+
+def schedule_type(settings: Preset, scheduler_config: Mapping[str, Any]) -> str | None:
+    """The web UI's name of a spacing; None for explicit timesteps and for the grid of tcd and lcm, which have none."""
+    if settings.timesteps is not None:
+        return None
+    if settings.sampler in ("euler", "dpmpp_2m"):
+        for key, name in _RESPACED.items():
+            if scheduler_config.get(key):
+                return name
+    spacing = settings.spacing
+    if spacing is None and settings.sampler == "ddim":
+        spacing = "trailing"
+    if spacing is None and settings.sampler not in WITH_ETA and settings.sampler != "lcm":
+        spacing = scheduler_config.get("timestep_spacing") or "linspace"
+    return None if spacing is None else SCHEDULES[spacing]
+
+
+def name_of(source: str | os.PathLike[str]) -> str:
+    """A model's or LoRA's name: of a file without its suffix, of a folder or a hub id the last part.
+
+    Characters that ``<lora:NAME:SCALE>`` and lists of names cannot hold become underscores.
+    """
+    return re.sub(r"[<>:,=\s]", "_", Path(source).absolute().name.removesuffix(".safetensors"))
+
+
+def lora_hash(file: str | os.PathLike[str]) -> str:
+    """The first 12 hexadecimal digits of the SHA-256 of a safetensors file's tensors, as kohya and the web UI have it.
+
+    The header is left out, so that editing its notes changes nothing.
+    """
+    digest = hashlib.sha256()
+    with Path(file).open("rb") as opened:
+        opened.seek(8 + int.from_bytes(opened.read(8), "little"))
+        while block := opened.read(_CHUNK):
+            digest.update(block)
+    return digest.hexdigest()[:12]
+
+
+def picture_paths(path: str | os.PathLike[str], count: int) -> list[Path]:
+    """Where that many pictures go: one to ``path`` itself, several to ``path-000``, ..."""
+    path = Path(path)
+    if count == 1:
+        return [path]
+    return [path.with_name(f"{path.stem}-{index:03d}{path.suffix}") for index in range(count)]
+
+
+def save_pictures(
+    images: Sequence[Image.Image], path: str | os.PathLike[str], texts: Sequence[str] | None = None
+) -> list[Path]:
+    """Save one picture as ``path``, several as `picture_paths` says, each with its text (`parameters_text`) inside.
+
+    Args:
+        images: RGB pictures.
+        path: ends in .png, .jpg, .jpeg or .webp; its folder is made.
+        texts: one for each picture; None writes none.
+
+    Returns:
+        the files, each of which appears whole or not at all.
+
+    Raises:
+        UserError: another suffix, not one text for each picture, or a file that cannot be written.
+    """
+    path = Path(path)
+    if path.suffix.lower() not in SUFFIXES:
+        raise UserError(f"{path}: must end in .png, .jpg or .webp")
+    if texts is not None and len(texts) != len(images):
+        raise UserError(f"{path}: {len(texts)} texts for {len(images)} pictures")
+    paths = picture_paths(path, len(images))
+    kind = Image.registered_extensions()[path.suffix.lower()]
+    for index, (image, place) in enumerate(zip(images, paths, strict=True)):
+        options = {} if texts is None else _embedded(texts[index], png=kind == "PNG")
+        with replacing(place) as temporary:
+            try:
+                image.save(temporary, format=kind, **options)
+            except ValueError as error:  # a text or a side too long for the format
+                raise UserError(f"{place}: cannot be written ({error})") from None
+    return paths
+
+
+def _embedded(text: str, *, png: bool) -> dict[str, Any]:
+    """Arguments of Pillow's `save` that put the text inside."""
+    text = text.encode(errors="replace").decode()  # an argument that is not UTF-8 comes with lone surrogates
+    if png:
+        info = PngInfo()
+        info.add_text("parameters", text)
+        return {"pnginfo": info}
+    exif = Image.Exif()
+    comment = b"UNICODE\0" + text.encode("utf-16-be")
+    exif.get_ifd(ExifTags.IFD.Exif)[ExifTags.Base.UserComment] = comment
+    return {"exif": exif}
+
+
+def _quoted(value: Any) -> str:
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if re.search('[,:\n"]', text) else text

@@ -1,0 +1,146 @@
+"""``hypersd sample``: its pictures say what they were drawn with, and can be drawn again from it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from hypersd_jax.cli import main
+from hypersd_jax.models.unet import UNetConfig, unet
+from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.png_text import SAMPLERS, SCHEDULES, lora_hash
+from hypersd_jax.weights.lora import write_lora
+from tests.helpers.infotext import Infotext, parse, text_of
+from tests.helpers.lora_files import random_adapter
+from tests.helpers.tiny_model import UNET, tiny_model
+
+PROMPTS = ("red apple, fluent flat style", "lion: blob style")
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("models") / "tiny-model")
+
+
+@pytest.fixture(scope="module")
+def loras(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """One whose header says how to sample with it, and one that says nothing."""
+    folder = tmp_path_factory.mktemp("loras")
+    shapes = unet(UNetConfig.from_dict(UNET), dtype=jnp.float32).shapes
+    fast = {"sampler": "tcd", "steps": "2", "eta": "0.4", "guidance": "0.0"}
+    for seed, (name, header) in enumerate((("style", {}), ("fast", fast))):
+        write_lora(folder / f"{name}.safetensors", {"unet": random_adapter(shapes, seed)}, metadata=header)
+    return folder / "fast.safetensors", folder / "style.safetensors"
+
+
+def drawn(output: Path, *arguments: str) -> list[Infotext]:
+    """The texts of the pictures that a command makes."""
+    main(["sample", *arguments, "--output", str(output)])
+    return [parse(text_of(path)) for path in sorted(output.parent.glob(f"{output.stem}*"))]
+
+
+def drawn_again(pipe: Pipeline, text: Infotext, **more) -> np.ndarray:
+    """The last picture of a call with nothing but what the text says."""
+    values = text.values
+    i, j = map(int, values["Image"].split("."))
+    names = {name: key for key, name in SAMPLERS.items()}
+    spacings = {name: key for key, name in SCHEDULES.items()}
+    images = pipe(
+        [""] * i + [text.bare_prompt],
+        text.negative or None,
+        steps=int(values["Steps"]),
+        sampler=names[values["Sampler"]],
+        spacing=spacings.get(values.get("Schedule type", "")),
+        eta=float(values.get("Eta", values.get("Eta DDIM", 0))),
+        guidance=float(values["CFG scale"]),
+        seed=int(values["Seed"]),
+        num_images=j + 1,
+        width=int(values["Size-1"]),
+        height=int(values["Size-2"]),
+        **more,
+    )
+    return np.asarray(images[-1])
+
+
+def test_a_picture_is_drawn_again_from_its_text(tmp_path: Path, model: Path, loras: tuple[Path, Path]) -> None:
+    fast, style = loras
+    output = tmp_path / "out.png"
+    prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
+    texts = drawn(
+        output,
+        "--model",
+        str(model),
+        *prompts,
+        "--num-images=2",
+        "--seed=-5",
+        "--lora",
+        f"{style}@0.5",
+        "--lora",
+        str(fast),
+    )
+    assert [text.bare_prompt for text in texts] == [prompt for prompt in PROMPTS for _ in range(2)]
+    assert [text.values["Image"] for text in texts] == ["0.0", "0.1", "1.0", "1.1"]
+    for text in texts:
+        assert text.loras == [("style", 0.5), ("fast", 1.0)]
+        # The last LoRA's header decides, and the model's own name is its folder's.
+        shown = {key: text.values[key] for key in ("Steps", "Sampler", "Eta", "CFG scale", "Model")}
+        assert shown == {"Steps": "2", "Sampler": "TCD", "Eta": "0.4", "CFG scale": "1", "Model": "tiny-model"}
+        assert text.values["Seed"] == str(2**32 - 5)
+        assert text.values["Lora hashes"] == f"style: {lora_hash(style)}, fast: {lora_hash(fast)}"
+
+    pipe = Pipeline.from_pretrained(model)
+    for name, scale in texts[3].loras:
+        pipe.load_lora(style.with_name(f"{name}.safetensors"), scale)
+    pictures = [np.asarray(Image.open(path)) for path in sorted(tmp_path.iterdir())]
+    again = drawn_again(pipe, texts[3])
+    # Another batch size may round a last bit otherwise.
+    assert np.abs(again.astype(int) - pictures[3]).max() <= 1
+    assert np.abs(again.astype(int) - pictures[2]).max() > 20
+
+
+@pytest.mark.filterwarnings("default:negative_prompt is ignored")
+def test_guidance_presets_and_spacing(tmp_path: Path, model: Path) -> None:
+    arguments = ["--model", str(model), "--prompt=a cat", "--negative-prompt=ugly: yes, very"]
+    (text,) = drawn(tmp_path / "guided.webp", *arguments, "--guidance=3.5", "--steps=2", "--sampler=euler", "--seed=1")
+    assert text.negative == "ugly: yes, very"
+    assert [text.values[key] for key in ("CFG scale", "Sampler", "Schedule type")] == ["3.5", "Euler", "Uniform"]
+    assert "Lora hashes" not in text.values
+    assert text.prompt == "a cat"
+
+    (text,) = drawn(tmp_path / "preset.jpg", *arguments, "--preset=sdxl-lightning-2steps")
+    assert text.negative == ""  # it had no part in the picture
+    shown = [text.values[key] for key in ("Steps", "CFG scale", "Sampler", "Schedule type")]
+    assert shown == ["2", "1", "Euler", "SGM Uniform"]
+
+    (text,) = drawn(tmp_path / "own.png", *arguments[:3], "--preset=sdxl-lightning-4steps", "--timesteps=900,400")
+    assert (text.values["Steps"], text.values["Timesteps"]) == ("2", "900, 400")
+    assert "Schedule type" not in text.values
+
+
+def test_a_start_picture_and_a_mask(tmp_path: Path, model: Path) -> None:
+    rng = np.random.default_rng(0)
+    start, mask = tmp_path / "start.png", tmp_path / "mask.png"
+    Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(start)
+    Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(mask)
+    arguments = ["--model", str(model), "--prompt=a cat", "--steps=5", "--guidance=0", "--image", str(start)]
+    (text,) = drawn(tmp_path / "img.png", *arguments)
+    assert text.values["Denoising strength"] == "0.8"
+    assert text.values["Steps"] == "5"
+    again = drawn_again(Pipeline.from_pretrained(model), text, image=start, strength=0.8)
+    assert np.abs(again.astype(int) - np.asarray(Image.open(tmp_path / "img.png"))).max() <= 1
+    (text,) = drawn(tmp_path / "painted.png", *arguments, "--mask", str(mask))
+    assert text.values["Denoising strength"] == "1"
+
+
+def test_other_parts_are_named(tmp_path: Path, model: Path) -> None:
+    latents = tmp_path / "start.npy"
+    np.save(latents, np.zeros((1, 8, 8, 4), np.float32))
+    arguments = ["--model", str(model), "--prompt=a cat", "--steps=1", "--guidance=0", "--long-prompts=chunk"]
+    (text,) = drawn(tmp_path / "out.png", *arguments, "--vae", str(model / "vae"), "--latents", str(latents))
+    shown = [text.values[key] for key in ("VAE", "Latents", "Long prompts")]
+    assert shown == ["vae", str(latents), "chunk"]
+    assert "Denoising strength" not in text.values
