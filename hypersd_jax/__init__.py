@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hypersd_jax.config import load_config
     from hypersd_jax.errors import UserError
     from hypersd_jax.pipeline import Pipeline
+    from hypersd_jax.png_text import save_pictures
     from hypersd_jax.stages import train
     from hypersd_jax.weights.convert_model import convert_model
     from hypersd_jax.weights.lora_convert import convert_lora
@@ -34,6 +35,7 @@ __all__ = [
     "extract_lora",
     "load_config",
     "merge_loras",
+    "save_pictures",
     "train",
 ]
 
@@ -45,6 +47,7 @@ _HOMES = {
     "extract_lora": "weights.lora_extract",
     "load_config": "config",
     "merge_loras": "weights.lora_merge",
+    "save_pictures": "png_text",
     "train": "stages",
 }
 

@@ -40,7 +40,7 @@ def test_several_pictures_with_their_prompts_inside(tmp_path: Path, capsys: pyte
     assert "kohya LoRA" in printed.err  # the shipped one-step student
     pictures = [Image.open(path) for path in paths]
     assert [picture.size for picture in pictures] == [(64, 64)] * 4
-    assert [picture.text["prompt"].splitlines()[0] for picture in pictures] == [
+    assert [picture.text["parameters"].split(" <lora:")[0] for picture in pictures] == [
         *["red apple, fluent flat style"] * 2,
         *["lion, blob style"] * 2,
     ]

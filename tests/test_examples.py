@@ -39,9 +39,11 @@ def pictures(notebook: Any) -> dict[str, np.ndarray]:
     return found
 
 
-def printed(notebook: Any) -> list[str]:
-    streams = [output for cell in notebook.cells for output in cell.get("outputs", ()) if "text" in output]
-    return ["".join(output["text"]) for output in streams]
+def printed(notebook: Any) -> str:
+    streams = [
+        output for cell in notebook.cells for output in cell.get("outputs", ()) if output.get("name") == "stdout"
+    ]
+    return "".join("".join(output["text"]) for output in streams)
 
 
 def test_what_is_kept() -> None:

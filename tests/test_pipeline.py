@@ -88,12 +88,19 @@ def test_a_picture_depends_on_seed_prompt_and_place_alone(clean: Pipeline) -> No
     assert np.abs(together[0] - together[1]).max() > 0.1
 
 
-def test_more_steps_extend_the_noise(clean: Pipeline) -> None:
-    kwargs = {"shape": (4, 4, 2), "steps": 2}
+def test_more_steps_extend_the_noise_and_none_is_drawn_in_vain(clean: Pipeline) -> None:
     index = np.zeros(1, np.int64)
-    _, short = clean._draw_noise(np.uint32(3), index, index, **kwargs)
-    _, long = clean._draw_noise(np.uint32(3), index, index, **{**kwargs, "steps": 5})
+
+    def drawn(steps: int, amount: float) -> tuple[np.ndarray, np.ndarray]:
+        table = {"alpha": np.ones(steps), "c_noise": np.full(steps, amount)}
+        return clean._noise(3, index, index, (4, 4, 2), table)
+
+    (start, short), (same_start, long), (_, none) = drawn(2, 1.0), drawn(5, 1.0), drawn(2, 0.0)
+    np.testing.assert_array_equal(start, same_start)
     np.testing.assert_array_equal(short, long[:2])
+    assert np.abs(long[3] - long[4]).max() > 1
+    assert not none.any()
+    assert none.shape == short.shape
 
 
 def test_lora_scale_changes_the_picture_and_zero_does_not(clean: Pipeline) -> None:

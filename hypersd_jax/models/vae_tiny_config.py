@@ -80,9 +80,7 @@ class TinyVaeConfig:
         c = with_defaults(config, DEFAULTS, NAME)
         require(c, NAME, SUPPORTED)
         count = len(nonempty(c, NAME, "num_encoder_blocks"))
-        blocks = {
-            key: per_block(c, NAME, key, count, least=0) for key in ("num_encoder_blocks", "num_decoder_blocks")
-        }
+        blocks = {key: per_block(c, NAME, key, count, least=0) for key in ("num_encoder_blocks", "num_decoder_blocks")}
         for key, numbers in blocks.items():
             require_layers(NAME, key, sum(numbers))
         return cls(

@@ -124,3 +124,17 @@ def share(strength: float | None, image: Any, mask: Any, *, default: float) -> f
         checked("strength", strength, ())
         return float(strength)  # as it was given: rounded to float32, 0.7 of 10 steps are 6
     return default if mask is None else 1.0
+
+
+def latent_size(height: int | None, width: int | None, native: int | tuple[int, int], factor: int) -> tuple[int, int]:
+    """Height and width of the latents of a picture of these pixels; None takes the model's `native` latent size."""
+    default = native if isinstance(native, tuple) else (native, native)
+    sizes = []
+    for name, value, own in (("height", height, default[0]), ("width", width, default[1])):
+        if value is None and not own:
+            raise UserError(f"{name} must be given: the model's unet/config.json has no sample_size")
+        pixels = own * factor if value is None else value
+        if pixels < factor or pixels % factor:
+            raise UserError(f"{name}={pixels} must be a positive multiple of {factor}")
+        sizes.append(pixels // factor)
+    return sizes[0], sizes[1]

@@ -23,7 +23,7 @@ from hypersd_jax.adapters import Adapter, merge
 from hypersd_jax.compilation import compiler_options
 from hypersd_jax.conditioning import Conditioning, size_ids
 from hypersd_jax.config import nearest
-from hypersd_jax.diffusion import Schedule, begin, solver_table
+from hypersd_jax.diffusion import Schedule, begin, injects_noise, solver_table
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import arguments, pictures, programs
 from hypersd_jax.pipeline.arguments import Callback, parse_dtype, to_pil
@@ -62,7 +62,7 @@ class Pipeline:
         self._callback: Callable[[], None] | None = None
         self._step = self._on_step  # one object, so that jit sees one static argument
         self._compile_vae()
-        self._draw_noise = jax.jit(programs.draw_noise, static_argnames=("shape", "steps"))
+        self._draw_noise = jax.jit(programs.draw_noise, static_argnames="shape")
 
     def _compile_vae(self) -> None:
         decode = functools.partial(programs.decode, self.components)
@@ -306,9 +306,7 @@ class Pipeline:
         size = self._latent_size(height, width)
         shape = (len(prompts) * num_images, *size, self.components.unet_config.out_channels)
         rows = np.arange(shape[0])
-        first, added = self._draw_noise(
-            np.uint32(seed % 2**32), rows // num_images, rows % num_images, shape=shape[1:], steps=len(table["alpha"])
-        )
+        first, added = self._noise(seed, rows // num_images, rows % num_images, shape[1:], table)
         if latents is not None:
             first = arguments.checked("latents", latents, shape)
         if noise is not None:
@@ -394,18 +392,19 @@ class Pipeline:
         return size[0] * factor, size[1] * factor
 
     def _latent_size(self, height: int | None, width: int | None) -> tuple[int, int]:
-        factor = self.components.vae_config.downscale
-        size = self.components.unet_config.sample_size
-        default = size if isinstance(size, tuple) else (size, size)
-        sizes = []
-        for name, value, native in (("height", height, default[0]), ("width", width, default[1])):
-            if value is None and not native:
-                raise UserError(f"{name} must be given: the model's unet/config.json has no sample_size")
-            pixels = native * factor if value is None else value
-            if pixels < factor or pixels % factor:
-                raise UserError(f"{name}={pixels} must be a positive multiple of {factor}")
-            sizes.append(pixels // factor)
-        return sizes[0], sizes[1]
+        native = self.components.unet_config.sample_size
+        return arguments.latent_size(height, width, native, self.components.vae_config.downscale)
+
+    def _noise(
+        self, seed: int, prompts: np.ndarray, images: np.ndarray, shape: tuple[int, int, int], table: Mapping[str, Any]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Start (B, h, w, C) and what each step adds (steps, B, h, w, C); zeros where the solver adds none."""
+        draw = functools.partial(self._draw_noise, np.uint32(seed % 2**32), prompts, images, shape=shape)
+        start = np.asarray(draw(np.uint32(0)))
+        steps = len(table["alpha"])
+        if not injects_noise(table):
+            return start, np.zeros((steps, *start.shape), np.float32)
+        return start, np.stack([np.asarray(draw(np.uint32(i))) for i in range(1, steps + 1)])
 
     def _place(self, value: Any, axis: int = 0) -> Any:
         if self.mesh is None or value.shape[axis] % self.mesh.size:

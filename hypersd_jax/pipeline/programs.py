@@ -117,15 +117,13 @@ def encode_image(components: Components, params: Any, images: jax.Array) -> jax.
 
 
 def draw_noise(
-    seed: jax.Array, prompts: jax.Array, images: jax.Array, *, shape: tuple[int, int, int], steps: int
-) -> tuple[jax.Array, jax.Array]:
-    """Start (B, h, w, C) and per-step noise (steps, B, h, w, C), each image from its own key."""
+    seed: jax.Array, prompts: jax.Array, images: jax.Array, index: jax.Array, *, shape: tuple[int, int, int]
+) -> jax.Array:
+    """Standard normal (B, *shape), each image from its own key: index 0 is the start, i what step i adds."""
 
-    def draw(prompt: jax.Array, image: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def draw(prompt: jax.Array, image: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), image)
-        start = jax.random.normal(jax.random.fold_in(key, 0), shape, jnp.float32)
         # A step's noise has a key of its own, so that more steps extend the list instead of redrawing it.
-        rows = jax.vmap(lambda i: jax.random.normal(jax.random.fold_in(key, i), shape, jnp.float32))
-        return start, rows(jnp.arange(1, steps + 1))
+        return jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
 
-    return jax.vmap(draw, out_axes=(0, 1))(prompts, images)
+    return jax.vmap(draw)(prompts, images)
