@@ -43,6 +43,7 @@ def write_model(family: str, folder: Path, dtype: str = "float32") -> Path:
     torch.set_default_dtype(DTYPES[dtype])
     configs = FAMILIES[family]
     tokenizer = CLIPTokenizer.from_pretrained(str(assets() / "teacher" / "tokenizer"))
+    tokenizer.model_max_length = 77  # as these families have it; the small model's is shorter
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     texts = {}
     for name in ("text_encoder", "text_encoder_2"):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -43,6 +44,8 @@ STEMS: dict[Kind, str] = {
 """What diffusers and transformers call the weights of each kind of component."""
 
 HALF = "fp16"
+# Numbers from which reading on two threads is worth having them.
+MANY = 1_000_000
 # Columns copied at a time: 64 bytes of float32.
 STRIP = 16
 T = TypeVar("T")
@@ -147,7 +150,11 @@ def read_params(
         return path, cast(from_torch(path, array), dtype, file.path, key)
 
     found = _match(Path(folder), files, shapes, component_kind)
-    yield from _ahead(functools.partial(read, path, *place) for path, place in found.items())
+    tasks = [functools.partial(read, path, *place) for path, place in found.items()]
+    if sum(math.prod(shapes[path].shape) for path in found) < MANY:
+        yield from (task() for task in tasks)
+    else:
+        yield from _ahead(tasks)
 
 
 def save_params(

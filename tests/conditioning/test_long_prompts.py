@@ -10,6 +10,7 @@ from hypersd_jax.conditioning import PromptEncoder, load_tokenizer
 from hypersd_jax.conditioning.long_prompts import bare_tokens
 from hypersd_jax.models.clip_text import TextOutput
 from hypersd_jax.weights.components import assets
+from hypersd_jax.weights.tokenizers import tokenizer_files
 
 LENGTH = 16
 SHORT, LONG = "red apple", "a cat face, noto style, blue background, " * 6
@@ -23,7 +24,7 @@ def count_up(params, tokens, adapter=None):
 
 @pytest.fixture(scope="module")
 def tokenizer():
-    return load_tokenizer(assets() / "teacher" / "tokenizer")
+    return load_tokenizer(tokenizer_files(assets() / "teacher" / "tokenizer"))
 
 
 @pytest.fixture
