@@ -15,11 +15,14 @@ def compiler_options(dtype: Any, platform: str | None = None) -> dict[str, Any]:
 
     On a CPU (`platform`; None: JAX's default) bfloat16 convolutions and matmuls go to oneDNN, which uses the
     processor's own bfloat16 instructions: two to twelve times XLA's speed for SD's 3x3 convolutions on jax 0.12, with
-    AVX-512 alone. jax 0.10 accepts the option and does nothing with it.
+    AVX-512 alone. Without the second option most matmuls would go to XLA's own library instead: a UNet call of SD 1.5
+    at 512 px took 1.71 s with it and 1.32 s without. Older versions have no such kernels.
     """
-    if (platform or jax.default_backend()) == "cpu" and jnp.dtype(dtype) == jnp.bfloat16:
-        return {"xla_cpu_experimental_onednn_custom_call": True}
-    return {}
+    if (platform or jax.default_backend()) != "cpu" or jnp.dtype(dtype) != jnp.bfloat16:
+        return {}
+    if jax.__version_info__ < (0, 12):
+        return {}
+    return {"xla_cpu_experimental_onednn_custom_call": True, "xla_cpu_experimental_ynn_fusion_type": ""}
 
 
 def use_compilation_cache() -> None:

@@ -133,11 +133,20 @@ class GroupNorm(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Keep shape and dtype."""
-        y = x.astype(jnp.float32).reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
-        y = y - jnp.mean(y, axis=(1, 3), keepdims=True)
-        y = y * lax.rsqrt(jnp.mean(jnp.square(y), axis=(1, 3), keepdims=True) + self.eps)
-        y = y.reshape(x.shape)
-        return (y * _row(self.scale[...], y) + _row(self.bias[...], y)).astype(x.dtype)
+        batch, channels = x.shape[0], x.shape[-1]
+        y = x.reshape(batch, -1, channels)
+
+        def by_group(values: jax.Array) -> jax.Array:
+            """The mean over each group of (B, C), for each of its channels: (B, 1, C)."""
+            means = jnp.mean(values.reshape(batch, self.groups, -1), axis=2, keepdims=True)
+            return jnp.broadcast_to(means, (batch, self.groups, channels // self.groups)).reshape(batch, 1, channels)
+
+        # Pixels before channels: whole rows are summed, which takes two thirds of the time of both at once on a CPU.
+        mean = by_group(jnp.mean(y.astype(jnp.float32), axis=1))
+        variance = by_group(jnp.mean(jnp.square(y.astype(jnp.float32) - mean), axis=1))
+        factor = lax.rsqrt(variance + self.eps) * self.scale[...].astype(jnp.float32)[None, None, :]
+        z = (y.astype(jnp.float32) - mean) * factor + self.bias[...].astype(jnp.float32)[None, None, :]
+        return z.astype(x.dtype).reshape(x.shape)
 
 
 class LayerNorm(nnx.Module):
