@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -30,3 +31,5 @@ def use_compilation_cache() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "hypersd_jax" / "jax"))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    # Programs that call oneDNN (`compiler_options`) cannot be written there, of which JAX would warn each time.
+    warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry .*MemoryError")
