@@ -84,7 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     sample.add_argument("--control-scale", action="append", type=float, default=[], help="one for all, or one for each")
     sample.add_argument("--guess-mode", action="store_true", help="let the ControlNets steer without a prompt")
     sample.add_argument("--vae", metavar="SRC", help="another autoencoder, such as a tiny one")
-    sample.add_argument("--tiled", action="store_true", help="decode in tiles: less memory for large pictures")
+    sample.add_argument("--tiled", action="store_true", help="work in tiles: less memory for large pictures")
     sample.add_argument("--long-prompts", choices=("cut", "chunk"), default="cut", help="what to do beyond 75 tokens")
     sample.add_argument("--latents", type=Path, help="a .npy file (B, h, w, C) of standard normal latents")
     sample.add_argument("--timesteps", help="explicit timesteps such as 999,500")

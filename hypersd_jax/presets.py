@@ -79,14 +79,15 @@ _UNNAMED = ("pytorch-lora-weights", "diffusion-pytorch-model", "adapter-model")
 def name_for_file(file: str | Path) -> str | None:
     """The preset of a released file, recognised by its name; None for any other.
 
-    A file that is called as all of its kind are (``pytorch_lora_weights.safetensors``) goes by the folders that it is
-    in, those of a hub cache (``models--owner--name/snapshots/...``) included.
+    A file that is called as all of its kind are (``pytorch_lora_weights.safetensors``) goes by the folder that it is
+    in, or the repository's in a hub cache (``models--owner--name/snapshots/...``).
     """
     path = Path(file)
     name = re.sub(r"\.(safetensors|bin)$", "", path.name, flags=re.IGNORECASE).lower().replace("_", "-")
     names = [name]
     if re.fullmatch(f"({'|'.join(_UNNAMED)}){_ENDING}", name):
-        names = [parent.name.split("--")[-1].lower().replace("_", "-") for parent in path.parents]
+        near = [path.parent, *(parent for parent in path.parents if parent.name.startswith("models--"))]
+        names = [parent.name.split("--")[-1].lower().replace("_", "-") for parent in near]
     for candidate in names:
         for pattern, preset in _FILES.items():
             found = re.fullmatch(pattern + _ENDING, candidate)
@@ -163,4 +164,6 @@ def resolve(chain: list[Preset]) -> Preset:
         if merged.spacing is not None:
             updates.pop("timesteps", None)
         merged = replace(merged, **updates)
+        if merged.timesteps is not None and merged.steps is None:  # a header may list timesteps alone
+            merged = replace(merged, steps=len(merged.timesteps))
     return merged

@@ -16,6 +16,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline, arguments
 from hypersd_jax.png_text import SUFFIXES, UsedLora, lora_hash, name_of, parameters_text, save_pictures
 from hypersd_jax.weights.components import EMBEDDED, assets
+from hypersd_jax.weights.hub import parse_id
 from hypersd_jax.weights.lora import LoraReport, weights_file
 
 EMBEDDED_PROMPTS = (
@@ -185,13 +186,16 @@ def _embedded_lora(options: argparse.Namespace) -> list[tuple[Path, float]]:
 
 
 def parse_lora(text: str) -> tuple[Path, float]:
-    """The file and scale of ``FILE[@SCALE]``; a file whose own name has an @ is taken as it is."""
+    """The file and scale of ``FILE[@SCALE]``; a file whose own name has an @, and a hub id's revision, stay as is."""
     name, at, scale = text.rpartition("@")
     if not at or Path(text).exists():
         return Path(text), 1.0
     try:
         return Path(name), float(scale)
     except ValueError:
+        found = parse_id(text)
+        if "@" not in name and found is not None and found.revision and not found.repo.endswith(".safetensors"):
+            return Path(text), 1.0
         raise UserError(f"--lora {text}: the scale {scale!r} is not a number") from None
 
 

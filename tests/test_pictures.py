@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -266,7 +268,7 @@ def test_what_compiles_nothing(pipe: Pipeline, folder: Path, compilations: Compi
 def test_a_picture_for_all_prompts_is_encoded_once(inpainter: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
     """Here twice: the picture, and what the mask leaves of it."""
     encode, seen = inpainter._encode_image, []
-    monkeypatch.setattr(inpainter, "_encode_image", lambda *inputs: seen.append(inputs) or encode(*inputs))
+    monkeypatch.setattr(inpainter, "_encode_image", lambda *inputs, **how: seen.append(how) or encode(*inputs, **how))
     inpainter([PROMPT] * 2, **CALL, image=IMAGES[0], mask=MASK)
     assert len(seen) == 2
 
@@ -289,6 +291,15 @@ def test_tiled(pipe: Pipeline) -> None:
     assert whole.shape == (1, 8, 160, 3)
     difference = np.abs(tiled - whole).max()
     assert 0 < difference < 0.2 * np.ptp(whole)
+
+
+def test_tiled_pictures(pipe: Pipeline) -> None:
+    """Encoded in tiles too: black keeps what they are read as."""
+    wide = RANDOM.random((8, 160, 3)).astype(np.float32)
+    call = {**CALL, "image": wide, "mask": np.zeros((8, 160))}
+    whole, tiled = (pipe(PROMPT, **call, tiled=tiled) for tiled in (False, True))
+    np.testing.assert_allclose(tiled, pipe._latents_of(wide[None], tiled=True), rtol=0, atol=1e-6)
+    assert 0 < np.abs(tiled - whole).max() < 0.2 * np.ptp(whole)
 
 
 def test_on_a_mesh(pipe: Pipeline, folder: Path) -> None:
@@ -318,6 +329,20 @@ def test_another_autoencoder(folder: Path) -> None:
     np.testing.assert_allclose(pipe._latents_of(IMAGES[:1]), encoded, rtol=0, atol=1e-5)
     pipe.load_vae(folder / "model" / "vae")
     np.testing.assert_array_equal(pipe(PROMPT, **{**CALL, "output": "np"}), before)
+
+
+def test_autoencoders_one_after_another(folder: Path) -> None:
+    """A file is read as the model's own, whatever was loaded before, and what is replaced is freed."""
+    pipe = Pipeline.from_pretrained(folder / "model")
+    call = {**CALL, "output": "np", "image": IMAGES[0], "strength": 0.5}
+    before = pipe(PROMPT, **call)
+    for source in (folder / "taesd", folder / "model" / "vae" / "diffusion_pytorch_model.safetensors"):
+        own = [weakref.ref(leaf) for leaf in pipe.components.params["vae"].values()]
+        pipe.load_vae(source)
+        after = pipe(PROMPT, **call)
+        gc.collect()
+        assert not [leaf for leaf in own if leaf() is not None]
+    np.testing.assert_array_equal(after, before)
 
 
 def test_an_autoencoder_that_does_not_fit_changes_nothing(pipe: Pipeline, folder: Path, tmp_path: Path) -> None:

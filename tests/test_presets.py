@@ -157,3 +157,18 @@ def test_a_sampler_without_eta_takes_none_from_elsewhere(sampler: str) -> None:
     for preset in (PRESETS["hyper-sdxl-1step"], PRESETS["tcd-lora-sd15"]):
         plan = resolve([Preset(sampler=sampler), preset, BASE_SD])
         assert (plan.sampler, plan.eta, plan.steps) == (sampler, None, preset.steps)
+
+
+def test_the_timesteps_of_a_header_are_its_steps() -> None:
+    plan = resolve([Preset(), from_header({"timesteps": "[999, 499]"}, "a file"), BASE_SD])
+    assert (plan.steps, plan.timesteps, plan.spacing) == (2, (999, 499), None)
+    plan = resolve([Preset(steps=4), from_header({"timesteps": "[999, 499]"}, "a file"), BASE_SD])
+    assert (plan.steps, plan.timesteps) == (4, None)
+
+
+def test_of_the_folders_only_the_nearest_and_the_cache_repository_count() -> None:
+    file = "pytorch_lora_weights.safetensors"
+    assert name_for_file(f"lcm-lora-sdxl/{file}") == "lcm-lora-sdxl"
+    assert name_for_file(f"lcm-lora-sdxl/styles/{file}") is None
+    cached = f"models--h1t--TCD-SDXL-LoRA/snapshots/0a/{file}"
+    assert name_for_file(cached) == name_for_file(f"lcm-lora-sdxl/{cached}") == "tcd-lora-sdxl"

@@ -10,9 +10,11 @@ import pytest
 from PIL import Image
 
 from hypersd_jax.cli import main
+from hypersd_jax.errors import UserError
 from hypersd_jax.models.unet import UNetConfig, unet
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.png_text import SAMPLERS, SCHEDULES, lora_hash
+from hypersd_jax.sampling_command import parse_lora
 from hypersd_jax.weights.lora import write_lora
 from tests.helpers.infotext import Infotext, parse, text_of
 from tests.helpers.lora_files import random_adapter
@@ -144,3 +146,34 @@ def test_other_parts_are_named(tmp_path: Path, model: Path) -> None:
     shown = [text.values[key] for key in ("VAE", "Latents", "Long prompts")]
     assert shown == ["vae", str(latents), "chunk"]
     assert "Denoising strength" not in text.values
+
+
+@pytest.mark.parametrize(
+    ("text", "file", "scale"),
+    [
+        ("a.safetensors", "a.safetensors", 1.0),
+        ("a.safetensors@-0.5", "a.safetensors", -0.5),
+        ("owner/name", "owner/name", 1.0),
+        ("owner/name@0.5", "owner/name", 0.5),
+        ("owner/name@main", "owner/name@main", 1.0),
+        ("owner/name@main@0.5", "owner/name@main", 0.5),
+        ("owner/name@main/x.safetensors", "owner/name@main/x.safetensors", 1.0),
+        ("owner/name@main/x.safetensors@0.5", "owner/name@main/x.safetensors", 0.5),
+    ],
+)
+def test_a_scale_and_a_revision_are_told_apart(text: str, file: str, scale: float) -> None:
+    assert parse_lora(text) == (Path(file), scale)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a.safetensors@high",
+        "loras/a.safetensors@high",
+        "owner/name@main@high",
+        "owner/name@main/x.safetensors@high",
+    ],
+)
+def test_a_scale_that_is_no_number(text: str) -> None:
+    with pytest.raises(UserError, match=r"--lora .*: the scale 'high' is not a number"):
+        parse_lora(text)

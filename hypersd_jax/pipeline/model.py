@@ -50,13 +50,15 @@ class Pipeline:
         self._params: Mapping[str, Mapping[str, jax.Array]] = components.params
         self._fused: Mapping[str, Mapping[str, jax.Array]] | None = None
         self._controlnets: dict[str, LoadedControlNet] = {}
+        self._vae_config = components.vae_config  # the model's own, which a file without a configuration is read by
         self._loras = LoraStack(components.shapes, mesh)
         platform = None if mesh is None else str(mesh.devices.flat[0].platform)
         compiled = functools.partial(jax.jit, compiler_options=compiler_options(dtype, platform))
         self._compiled = compiled
         self._encode = compiled(functools.partial(programs.encode, self.prompts, dtype))
         self._scan = compiled(
-            functools.partial(programs.scan, components),
+            # Without weights: they are arguments, and one that `load_vae` has replaced must not be kept alive.
+            functools.partial(programs.scan, dataclasses.replace(components, params={})),
             static_argnames=("controlnets", "prompted_only", "prediction_type", "on_step"),
         )
         self._callback: Callable[[], None] | None = None
@@ -67,7 +69,8 @@ class Pipeline:
     def _compile_vae(self) -> None:
         decode = functools.partial(programs.decode, self.components)
         self._decode = self._compiled(decode, static_argnames="tiled")
-        self._encode_image = self._compiled(functools.partial(programs.encode_image, self.components))
+        encode_image = functools.partial(programs.encode_image, self.components)
+        self._encode_image = self._compiled(encode_image, static_argnames="tiled")
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -94,8 +97,9 @@ class Pipeline:
     # MARK: LoRA
 
     def load_lora(self, file: str | Path, scale: float = 1.0, name: str | None = None) -> LoraReport:
-        """Add a LoRA file of any supported layout, local or of the hub; the same ``name`` (default: the stem) replaces.
+        """Add a LoRA file of any supported layout, local or of the hub.
 
+        The same ``name`` replaces; its default is a local file's stem, numbered where another has it, or the hub id.
         Returns what matched. Keys that belong to no module of this model are a `UserError`.
         """
         self._require_unfused("load_lora")
@@ -146,7 +150,7 @@ class Pipeline:
         Raises:
             UserError: it cannot be read, or does not fit the model's latents.
         """
-        found = load_vae(source, vae_config=self.components.vae_config, dtype=self.dtype, mesh=self.mesh)
+        found = load_vae(source, vae_config=self._vae_config, dtype=self.dtype, mesh=self.mesh)
         for net in self._controlnets.values():
             net.config.require_fit(self.components.unet_config, found.config.downscale)
         self.components = dataclasses.replace(
@@ -255,7 +259,7 @@ class Pipeline:
             control_image: one picture for each loaded ControlNet, in a list where there are several.
             control_scale: how strongly they steer, one number for all or one for each.
             guess_mode: let the ControlNets steer without a prompt, as in diffusers.
-            tiled: decode in overlapping tiles of 64 latent pixels, which bounds the memory of large pictures.
+            tiled: encode and decode in overlapping tiles of 64 latent pixels, which bounds large pictures' memory.
             long_prompts: ``cut`` reads what the text encoder holds and warns of the rest, as diffusers does; ``chunk``
                 reads all of it in windows, as A1111 and ComfyUI do: as many as the prompt or its negative fills.
             batch_size: pictures drawn at a time; None is all at once. It changes memory and speed, not the pictures.
@@ -319,7 +323,7 @@ class Pipeline:
             self._pixels(size),
             factor=self.components.vae_config.downscale,
             inpainting=self.components.is_inpainting,
-            encode=self._latents_of,
+            encode=functools.partial(self._latents_of, tiled=tiled),
         )
         nets = list(self._controlnets.values())
         controls = Controls.of(nets, control_image, control_scale, guess_mode, len(prompts), self._pixels(size))
@@ -382,10 +386,11 @@ class Pipeline:
             strength=strength,
         )
 
-    def _latents_of(self, batch: np.ndarray) -> np.ndarray:
+    def _latents_of(self, batch: np.ndarray, *, tiled: bool = False) -> np.ndarray:
         """Latents (N, h, w, C) of pictures (N, H, W, 3), one at a time."""
         vae = self._weights()["vae"]
-        return np.concatenate([np.asarray(self._encode_image(vae, batch[i : i + 1])) for i in range(len(batch))])
+        rows = (batch[i : i + 1] for i in range(len(batch)))
+        return np.concatenate([np.asarray(self._encode_image(vae, row, tiled=tiled)) for row in rows])
 
     def _pixels(self, size: tuple[int, int]) -> tuple[int, int]:
         factor = self.components.vae_config.downscale

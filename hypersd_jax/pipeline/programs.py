@@ -13,10 +13,10 @@ from hypersd_jax.diffusion import Known, State, advance, guided
 from hypersd_jax.models.controlnet import control_residuals
 from hypersd_jax.models.functional import Network
 from hypersd_jax.models.layers import timestep_embedding
-from hypersd_jax.models.tiling import decode_tiled
+from hypersd_jax.models.tiling import decode_tiled, encode_tiled
 from hypersd_jax.weights.components import Components
 
-# Of a tiled decode, in latent pixels: what diffusers has for autoencoders of 512 pixels.
+# Of tiles, in latent pixels: what diffusers has for autoencoders of 512 pixels.
 TILE = 64
 OVERLAP = 16
 
@@ -110,9 +110,18 @@ def decode(components: Components, params: Any, latents: jax.Array, *, tiled: bo
     return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
 
 
-def encode_image(components: Components, params: Any, images: jax.Array) -> jax.Array:
+def encode_image(components: Components, params: Any, images: jax.Array, *, tiled: bool) -> jax.Array:
     """Latents (B, h, w, C) as the UNet sees them of pictures (B, H, W, 3) in 0..1: the encoder's mean."""
-    mean, _ = components.vae(params, 2 * images - 1, method="encode")
+
+    def whole(x: jax.Array) -> jax.Array:
+        mean: jax.Array = components.vae(params, x, method="encode")[0]
+        return mean
+
+    x = 2 * images - 1
+    if tiled:
+        mean = encode_tiled(whole, x, tile=TILE, overlap=OVERLAP, factor=components.vae_config.downscale)
+    else:
+        mean = whole(x)
     return components.scale(mean.astype(jnp.float32))
 
 

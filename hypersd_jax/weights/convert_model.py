@@ -17,6 +17,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.weights.assembly import Shapes, networks, parse
 from hypersd_jax.weights.components import open_model
 from hypersd_jax.weights.folder import cast
+from hypersd_jax.weights.hub import fetch_lora
 from hypersd_jax.weights.keys import torch_key
 from hypersd_jax.weights.lora import LoraFile, read_lora
 from hypersd_jax.weights.model_folder import require_free, write_folder
@@ -43,7 +44,7 @@ def convert_model(
         src: a diffusers folder, a single .safetensors file, or ``embedded``.
         dst: the folder, new or empty, or the .safetensors file to write.
         to: "diffusers" or "single-file".
-        loras: (file, scale) pairs, merged together in float32 and rounded once to each kernel's type.
+        loras: (file, folder or hub id, scale) pairs, merged together in float32 and rounded once to each kernel's type.
         dtype: type to write; None keeps that of each tensor.
 
     Raises:
@@ -73,7 +74,7 @@ def _read_loras(loras: Sequence[tuple[Source, float]], shapes: Mapping[str, Shap
     for file, scale in loras:
         if not math.isfinite(scale):
             raise UserError(f"the scale of LoRA {str(file)!r} must be a finite number, not {scale}")
-    return [(read_lora(file, shapes), scale) for file, scale in loras]
+    return [(read_lora(fetch_lora(file), shapes), scale) for file, scale in loras]
 
 
 def _merged(

@@ -30,6 +30,7 @@ from huggingface_hub.errors import (
 from hypersd_jax.errors import UserError
 from hypersd_jax.weights.folder import HALF, STEMS
 from hypersd_jax.weights.keys import Kind
+from hypersd_jax.weights.tensors import PICKLE_SUFFIXES, pickle_message
 
 COMPONENTS: dict[str, Kind] = {"unet": "unet", "vae": "vae", "text_encoder": "clip", "text_encoder_2": "clip"}
 """Folders of a model that hold weights."""
@@ -92,6 +93,12 @@ def fetch_model(source: str | os.PathLike[str]) -> Path:
     return _snapshot(found, choose_model)[0]
 
 
+def fetch_configs(source: str | os.PathLike[str]) -> Path:
+    """As `fetch_model`, but of a folder the configurations alone: enough for a model's shapes."""
+    found = None if Path(source).exists() else _require_id(source)
+    return fetch_model(source) if found is None or found.file else _snapshot(found, choose_configs)[0]
+
+
 def fetch_lora(source: str | os.PathLike[str]) -> Path:
     """A LoRA's file: a local path, returned as it is, an id, or a file in it; raises as `fetch_model` does."""
     if Path(source).exists():
@@ -134,6 +141,15 @@ def choose_model(files: Iterable[str]) -> list[str]:
     return chosen + sorted(name for name in text if name.count("/") == 1 and name.endswith(TEXT_SUFFIXES))
 
 
+def choose_configs(files: Iterable[str]) -> list[str]:
+    """The configurations of a repository's networks; UserError without a name."""
+    names = set(files)
+    chosen = [f"{folder}/config.json" for folder in COMPONENTS if f"{folder}/config.json" in names]
+    if "unet/config.json" not in chosen:
+        raise UserError("holds no unet/config.json, so no model in diffusers' layout")
+    return chosen
+
+
 def choose_lora(files: Iterable[str]) -> list[str]:
     """Which of a repository's files make up its LoRA; UserError without a name, and where it holds several."""
     names = {name for name in files if "/" not in name}
@@ -170,6 +186,8 @@ def _require_id(source: str | os.PathLike[str]) -> HubId:
     found = parse_id(source)
     if found is None:
         raise UserError(f"{source}: no such file or folder")
+    if found.file and Path(found.file).suffix.lower() in PICKLE_SUFFIXES:
+        raise UserError(pickle_message(source))
     return found
 
 

@@ -25,7 +25,15 @@ from hypersd_jax.weights.tensors import TensorFile, open_tensors, save_tensors
 LAYOUTS = ("kohya", "kohya-sgm", "peft")
 
 # Header entries about the very factors they came with; a file written anew states its own.
-_ABOUT_FACTORS = (lora_peft.HEADER_KEY, "ss_network_module", "ss_network_dim", "ss_network_alpha")
+_ABOUT_FACTORS = (
+    lora_peft.HEADER_KEY,
+    "ss_network_module",
+    "ss_network_dim",
+    "ss_network_alpha",
+    "ss_network_args",
+    "sshs_model_hash",
+    "sshs_legacy_hash",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,9 +13,10 @@ import numpy as np
 
 from hypersd_jax.errors import UserError
 from hypersd_jax.weights import lora_kohya, lora_peft
-from hypersd_jax.weights.components import open_model
+from hypersd_jax.weights.components import EMBEDDED, open_model
 from hypersd_jax.weights.families import FAMILIES, Shapes, adaptable_shapes
 from hypersd_jax.weights.folder import read_json
+from hypersd_jax.weights.hub import fetch_configs, fetch_lora
 from hypersd_jax.weights.lora import LAYOUTS, LoraFile, LoraReport, read_lora, weights_file, write_lora
 from hypersd_jax.weights.lora_match import COMPONENTS
 from hypersd_jax.weights.tensors import open_tensors
@@ -36,7 +37,7 @@ def convert_lora(
     Half-precision factors stay so, others become float32; alpha / rank is folded into them (see `write_lora`).
 
     Args:
-        src: a file or folder that `read_lora` understands.
+        src: a file or folder that `read_lora` understands, or its hub id.
         dst: the file to write.
         to: "kohya", "kohya-sgm" or "peft".
         base: a model as `open_model` reads it, whose shapes the LoRA is read against.
@@ -118,16 +119,16 @@ def read_alike(sources: Sequence[Source], base: Source | None, family: str | Non
 
 def _base_shapes(base: Source) -> Shapes:
     """The shapes of a model's components, from its configuration alone; a folder may hold some components only."""
-    folder = Path(base)
+    folder = Path(base) if os.fspath(base) == EMBEDDED else fetch_configs(base)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
         present = [name for name in COMPONENTS if name == "unet" or (folder / name).is_dir()]
         return adaptable_shapes({name: read_json(folder / name / "config.json") for name in present})
-    configs = open_model(os.fspath(base)).description.configs
+    configs = open_model(os.fspath(base) if os.fspath(base) == EMBEDDED else folder).description.configs
     return adaptable_shapes({name: configs[name] for name in COMPONENTS if name in configs})
 
 
 def _read_all(sources: Sequence[Source], shapes: Shapes) -> tuple[list[LoraFile], Shapes]:
-    return [read_lora(source, shapes) for source in sources], shapes
+    return [read_lora(fetch_lora(source), shapes) for source in sources], shapes
 
 
 @functools.cache
@@ -142,7 +143,7 @@ def _own_shapes(sources: Sequence[Source]) -> Shapes | None:
     shapes: Shapes = {}
     for source in sources:
         factors: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
-        with open_tensors(weights_file(Path(source))) as tensors:
+        with open_tensors(weights_file(fetch_lora(source))) as tensors:
             for key in tensors.keys():  # noqa: SIM118
                 parsed = lora_peft.parse(key)
                 if parsed is None or lora_kohya.parse(key) is not None:

@@ -94,7 +94,7 @@ def read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str | None, di
     """PEFT's LoraConfig fields by component (None: of the keys that name no component), from header or folder.
 
     Raises:
-        UserError: the JSON is broken, or describes another kind of adapter than a plain LoRA.
+        UserError: the JSON cannot be read, is broken, or describes another kind of adapter than a plain LoRA.
     """
     if HEADER_KEY in metadata:
         where = f"{file}: header metadata {HEADER_KEY}"
@@ -106,10 +106,14 @@ def read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str | None, di
             configs.setdefault(component, {})[name] = value
     else:
         beside = file.with_name(CONFIG_NAME)
-        if not beside.is_file():
-            return {}
         where = str(beside)
-        config = _json_object(beside.read_text(encoding="utf-8", errors="replace"), where)
+        try:
+            if not beside.is_file():
+                return {}
+            text = beside.read_text(encoding="utf-8", errors="replace")
+        except OSError as error:
+            raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
+        config = _json_object(text, where)
         configs = dict.fromkeys((None, *COMPONENTS), config)
     for config in configs.values():
         _refuse_other_kinds(config, where)

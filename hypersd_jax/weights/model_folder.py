@@ -20,10 +20,15 @@ from hypersd_jax.weights.folder import read_json, read_params, save_params
 from hypersd_jax.weights.keys import Kind
 from hypersd_jax.weights.tokenizers import tokenizer_files
 
-PIPELINES = tuple(
-    f"StableDiffusion{family}{task}Pipeline"
-    for family in ("", "XL")
-    for task in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint")
+PIPELINES = (
+    *(
+        f"StableDiffusion{family}{task}Pipeline"
+        for family in ("", "XL")
+        for task in ("", "Img2Img", "Inpaint", "ControlNet", "ControlNetImg2Img", "ControlNetInpaint")
+    ),
+    # SD 1.5 with a guidance embedding: LCM_Dreamshaper_v7.
+    "LatentConsistencyModelPipeline",
+    "LatentConsistencyModelImg2ImgPipeline",
 )
 """Values of `_class_name` in `model_index.json` that are read; a ControlNet in the folder is not part of the model."""
 
@@ -122,7 +127,9 @@ def write_folder(
 
 
 def require_free(folder: Path) -> None:
-    """UserError where there is something already that a new model would be mixed with."""
+    """UserError where there is something already that a new model would be mixed with, or a path without a name."""
+    if folder.name in ("", ".."):  # the model is made beside it under another name
+        raise UserError(f"{folder}: has no name of its own; name a new folder")
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):
             raise UserError(f"{folder}: exists already; name a new folder")

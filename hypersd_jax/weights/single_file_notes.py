@@ -42,6 +42,10 @@ def untold(sizes: Sizes, description: Description, structure: Structure, kind: G
     found += [
         f"scheduler.{key}" for key in _SCHEDULE if description.scheduler_config.get(key, usual[key]) != usual[key]
     ]
+    # diffusers takes an SD 2.x file for 768-v unless it inpaints, and no mark says that a model predicts the picture.
+    inpaints = structure.unet.in_channels != structure.unet.out_channels
+    if prediction == "sample" or (kind == "sd2" and prediction == ("v_prediction" if inpaints else "epsilon")):
+        found.append("scheduler.prediction_type")
     return found
 
 

@@ -174,10 +174,11 @@ def _refuse_what_is_no_weights_file(path: Path) -> None:
     if not path.exists():
         raise UserError(f"{path}: no such file")
     if path.suffix.lower() in PICKLE_SUFFIXES:
-        raise UserError(_pickle_message(path))
+        raise UserError(pickle_message(path))
 
 
-def _pickle_message(path: Path) -> str:
+def pickle_message(path: str | os.PathLike[str]) -> str:
+    """What is said of pickled weights, which are never read."""
     return f"{path}: pickled weights are not read, because a pickle can run any code; use the .safetensors file instead"
 
 
@@ -199,7 +200,7 @@ def _diagnosis(path: Path, error: Exception) -> str:
         if size > 8 and start[8:9] == b"{":
             return f"{path}: is truncated within its header"
         if start.startswith(b"PK\x03\x04") or (start[0] == 0x80 and start[1:2] in (b"\x02", b"\x03", b"\x04", b"\x05")):
-            return _pickle_message(path)
+            return pickle_message(path)
         if start.lstrip()[:1] == b"<":
             return f"{path}: is a web page, not a safetensors file; the download went wrong"
         return f"{path}: is not a safetensors file"

@@ -20,6 +20,7 @@ from hypersd_jax.models.vae_tiny_config import NAME as TINY
 from hypersd_jax.models.vae_tiny_config import TinyVaeConfig
 from hypersd_jax.weights.folder import read_json, read_params
 from hypersd_jax.weights.hub import fetch_model
+from hypersd_jax.weights.keys import canonical_key, drop_pointwise
 from hypersd_jax.weights.part_file import Read, read_part
 from hypersd_jax.weights.placement import leaf_sharding
 from hypersd_jax.weights.single_file_keys import IGNORED, VAE, Stored, canonical, vae_places
@@ -98,7 +99,14 @@ def _open_file(path: Path, config: AnyVaeConfig) -> tuple[AnyVaeConfig, Read]:
     prefix, keys = (VAE, whole) if whole else ("", keys)
     keys = {key for key in keys if not IGNORED.search(key)}
     if f"{prefix}encoder.down_blocks.0.resnets.0.conv1.weight" in keys:
-        return config, read_part(file, keys, lambda key: Stored(key=prefix + key))
+        # Files of before diffusers 0.16 spell the middle's attention in its older way.
+        older = {canonical_key(key.removeprefix(prefix), "vae"): key for key in keys}
+
+        def plain(key: str) -> Stored:
+            pointwise = drop_pointwise(key, (1, 1, 1, 1), "vae") == (1, 1)
+            return Stored(key=older.get(key, prefix + key), pointwise=pointwise)
+
+        return config, read_part(file, keys, plain)
     levels = len(config.channels)
     # How a file spells the canonical keys of the original program; they differ in the middle's attention.
     spelt = {canonical(VAE + key.removeprefix(prefix)): key for key in keys}

@@ -64,11 +64,23 @@ def original(theirs: AutoencoderKL, prefix: str) -> dict[str, torch.Tensor]:
     }
 
 
-@pytest.mark.parametrize("spelling", ["alone", "whole", "newer", "diffusers"])
+# How diffusers spelt the middle's attention before 0.16.
+OLDER = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+
+
+@pytest.mark.parametrize("spelling", ["alone", "whole", "newer", "diffusers", "older diffusers"])
 def test_files(tmp_path: Path, theirs: AutoencoderKL, spelling: str) -> None:
     state = theirs.state_dict()
     if spelling == "diffusers":
         tensors = dict(state)
+    elif spelling == "older diffusers":
+        tensors = dict(state)
+        for now, then in OLDER.items():
+            tensors = {
+                key.replace(f".attentions.0.{now}.", f".attentions.0.{then}."): tensor
+                for key, tensor in tensors.items()
+            }
+        assert len(tensors.keys() - state.keys()) == 16  # weights and biases, of encoder and decoder
     else:
         tensors = original(theirs, "first_stage_model." if spelling == "whole" else "")
         back = convert_ldm_vae_checkpoint(dict(tensors), dict(theirs.config))

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+import warnings
 from pathlib import Path
 
 import jax.numpy as jnp
@@ -16,6 +18,7 @@ from hypersd_jax.weights.components import load_components
 from hypersd_jax.weights.convert_model import convert_model
 from hypersd_jax.weights.model_folder import save_model
 from hypersd_jax.weights.single_file import save_single_file
+from hypersd_jax.weights.single_file_configs import Generation
 from hypersd_jax.weights.tensors import save_tensors
 from tests.helpers.lora_files import random_adapter
 from tests.helpers.single_files import plain_file, read_all, rewritten
@@ -232,3 +235,45 @@ def test_a_unet_that_reads_the_guidance_scale(plain: Path, tmp_path: Path) -> No
     with pytest.warns(UserWarning, match=rf"{NOTE}.*: unet\.time_cond_proj_dim$"):
         convert_model(lcm, tmp_path / "again.safetensors", "single-file")
     assert read_all(tmp_path / "again.safetensors").keys() == read_all(lcm).keys()
+
+
+def test_loras_by_hub_id(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "cached.safetensors"
+    write_lora(file, {"unet": random_adapter(load_components(folder, dtype=jnp.float32).shapes["unet"], 0)})
+    asked: list[str] = []
+    module = importlib.import_module("hypersd_jax.weights.convert_model")  # the package names the function so
+    monkeypatch.setattr(module, "fetch_lora", lambda source: asked.append(source) or file)
+    for name, source in (("hub", "owner/name@main"), ("local", file)):
+        convert_model(folder, tmp_path / f"{name}.safetensors", "single-file", loras=[(source, 0.5)])
+    assert asked == ["owner/name@main", file]
+    hub, local = (read_all(tmp_path / f"{name}.safetensors") for name in ("hub", "local"))
+    assert hub.keys() == local.keys()
+    assert all(np.array_equal(hub[key], value) for key, value in local.items())
+
+
+@pytest.mark.parametrize(
+    ("kind", "inpaints", "untold"),
+    [
+        ("sd1", False, {"sample"}),
+        ("sdxl", False, {"sample"}),
+        ("sd2", False, {"sample", "epsilon"}),
+        ("sd2", True, {"sample", "v_prediction"}),
+    ],
+)
+def test_a_prediction_that_other_programs_guess_wrong(
+    tmp_path: Path, kind: Generation, inpaints: bool, untold: set[str]
+) -> None:
+    file, model = tmp_path / "plain.safetensors", tmp_path / "model"
+    plain_file(file, kind)
+    if inpaints:
+        key = "model.diffusion_model.input_blocks.0.0.weight"
+        rewritten(file, file, lambda own: {**own, key: np.ones((64, 9, 3, 3), np.float32)})
+    convert_model(file, model, "diffusers")
+    scheduler = model / "scheduler" / "scheduler_config.json"
+    for prediction in ("epsilon", "v_prediction", "sample"):
+        scheduler.write_text(json.dumps({**json.loads(scheduler.read_text()), "prediction_type": prediction}))
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            convert_model(model, tmp_path / "again.safetensors", "single-file")
+        said = [str(warning.message) for warning in caught if NOTE in str(warning.message)]
+        assert [text.endswith(": scheduler.prediction_type") for text in said] == [True] * (prediction in untold)

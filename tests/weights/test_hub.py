@@ -14,10 +14,23 @@ import pytest
 from huggingface_hub import constants
 
 from hypersd_jax.errors import UserError
+from hypersd_jax.models import UNetConfig, unet
+from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.weights import convert_lora, open_tensors, write_lora
 from hypersd_jax.weights.components import load_components
-from hypersd_jax.weights.hub import HubId, choose_lora, choose_model, fetch_file, fetch_lora, fetch_model, parse_id
+from hypersd_jax.weights.hub import (
+    HubId,
+    choose_lora,
+    choose_model,
+    fetch_configs,
+    fetch_file,
+    fetch_lora,
+    fetch_model,
+    parse_id,
+)
 from tests.helpers.hub_server import Files, HubServer, commit, folder_files, serving
-from tests.helpers.tiny_model import tiny_model
+from tests.helpers.lora_files import random_adapter
+from tests.helpers.tiny_model import UNET, tiny_model
 
 LORA: Files = {"a.safetensors": b"A", "sub/b.safetensors": b"BB", "adapter_config.json": b"{}"}
 PEFT: Files = {"adapter_model.safetensors": b"P", "adapter_config.json": b"{}", "README.md": b"#"}
@@ -69,6 +82,41 @@ def test_a_fetched_model_loads(hub: HubServer, tmp_path: Path) -> None:
     components = load_components(fetch_model("some/model"), dtype=np.float32)
     assert components.folder == fetch_model("some/model")
     assert components.params["unet"].keys() == components.unet.shapes.keys()
+
+
+def test_a_base_is_its_configurations(hub: HubServer, tmp_path: Path) -> None:
+    """All that a LoRA is converted against; the LoRA too may be one of the hub's."""
+    wanted = {f"{part}/config.json" for part in ("unet", "vae", "text_encoder")}
+    folder = fetch_configs("some/model")
+    assert hub.fetched == set(folder_files(folder)) == wanted
+    assert fetch_configs(folder) == folder
+
+    local, first, second = (tmp_path / f"{name}.safetensors" for name in ("local", "first", "second"))
+    shapes = unet(UNetConfig.from_dict(UNET)).shapes
+    write_lora(local, {"unet": random_adapter(shapes, 0)}, layout="peft")
+    hub.repos["some/style"] = {"main": {"style.safetensors": local.read_bytes()}}
+    convert_lora(local, first, "kohya", "some/model")
+    assert hub.fetched == wanted
+    convert_lora("some/style", second, "kohya", "some/model")
+    assert hub.fetched == {*wanted, "style.safetensors"}
+    with open_tensors(first) as one, open_tensors(second) as other:
+        assert one.metadata == other.metadata
+        assert one.keys() == other.keys()
+        assert all(np.array_equal(one.read(key), other.read(key)) for key in one.keys())  # noqa: SIM118
+
+
+def test_the_name_of_a_loaded_lora(hub: HubServer, tmp_path: Path) -> None:
+    """A local file's stem; of the hub's, whose files are often called the same, the id."""
+    pipe = Pipeline.from_pretrained(fetch_model("some/model"))
+    file = tmp_path / "style.safetensors"
+    write_lora(file, {"unet": random_adapter(pipe.components.shapes["unet"], 0)}, layout="peft")
+    hub.repos["some/style"] = {"main": {"style.safetensors": file.read_bytes()}}
+    for source in (file, "some/style", "some/style/style.safetensors"):
+        pipe.load_lora(source)
+    pipe.load_lora("some/style", name="mine")
+    for name in ("style", "some/style", "some/style/style.safetensors", "mine"):
+        pipe.unload_lora(name)
+    assert pipe._loras.last() is None
 
 
 def test_revisions(hub: HubServer) -> None:
@@ -126,7 +174,12 @@ def test_local_paths_win(hub: HubServer, tmp_path: Path, monkeypatch: pytest.Mon
         (fetch_file, "some/lora/none.safetensors", "there is no such file$"),
         (fetch_file, "some/lora/adapter_config.json", "no such file, and not the hub's owner/name"),
         (fetch_file, "some/lora", "no such file, and not the hub's owner/name"),
-        (fetch_file, "some/lora@v2/c.ckpt", "no such file, and not the hub's owner/name"),
+        (fetch_file, "some/lora@v2/c.ckpt", "pickled weights are not read, because a pickle can run any code"),
+        (fetch_lora, "some/lora/c.PTH", "pickled weights are not read"),
+        (fetch_model, "some/model/unet/diffusion_pytorch_model.bin", "pickled weights are not read"),
+        (fetch_configs, "some/model/v1.ckpt", "pickled weights are not read"),
+        (fetch_configs, "some/lora", "holds no unet/config.json, so no model in diffusers' layout"),
+        (fetch_configs, "sd15", "no such file or folder$"),
         (fetch_lora, "some/lora@v2", r"holds no \.safetensors file at its top"),
         (fetch_lora, "some/model/../a.safetensors", "no such file or folder$"),
     ],

@@ -29,6 +29,7 @@ def test_there_and_back_with_a_base_folder(tmp_path: Path, configs: dict) -> Non
     te = "lora_te_" if configs is TINY else "lora_te1_"
     kohya = kohya_tensors("lora_unet_", unet, 2.0) | kohya_tensors(te, text, 8.0)
     header = {"ss_network_alpha": "2", "ss_network_dim": "4", "ss_base_model_version": "sd_v1"}
+    header |= {"ss_network_args": '{"conv_dim": "4"}', "sshs_model_hash": "a" * 64, "sshs_legacy_hash": "b" * 8}
     save_file(kohya, tmp_path / "a.safetensors", header)
     report = convert_lora(tmp_path / "a.safetensors", tmp_path / "b.safetensors", "peft", tmp_path / "base")
     assert report.layout == "kohya"

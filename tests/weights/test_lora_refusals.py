@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -144,6 +147,19 @@ def test_bad_peft_configurations(tmp_path: Path, metadata: str, message: str) ->
     save_file(PEFT, tmp_path / "bad.safetensors", {"lora_adapter_metadata": metadata})
     with pytest.raises(UserError, match=message):
         read_lora(tmp_path / "bad.safetensors", SHAPES)
+
+
+def test_a_configuration_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    save_file(PEFT, tmp_path / "a.safetensors")
+    (tmp_path / "adapter_config.json").write_text("{}")
+    read_lora(tmp_path / "a.safetensors", SHAPES)
+
+    def denied(*_: Any, **__: Any) -> str:
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+
+    monkeypatch.setattr(Path, "read_text", denied)  # root may read whatever the mode says
+    with pytest.raises(UserError, match=r"adapter_config\.json: cannot be read \(Permission denied\)$"):
+        read_lora(tmp_path / "a.safetensors", SHAPES)
 
 
 def test_bad_files_and_folders(tmp_path: Path) -> None:

@@ -117,3 +117,23 @@ def test_inpainting_models(model: Path, tmp_path: Path) -> None:
     assert found.is_inpainting
     assert found.params["unet"]["conv_in.kernel"].shape == (3, 3, 9, 16)
     assert not load_components(model, dtype=jnp.float32).is_inpainting
+
+
+@pytest.mark.parametrize("name", ["LatentConsistencyModelPipeline", "LatentConsistencyModelImg2ImgPipeline"])
+def test_latent_consistency_models(model: Path, tmp_path: Path, name: str) -> None:
+    folder = _indexed(model, tmp_path / "model", _class_name=name)
+    config = {**json.loads((folder / "unet" / "config.json").read_text()), "time_cond_proj_dim": 8}
+    save_params(folder / "unet", unet(UNetConfig.from_dict(config)).init(0), config=config, component_kind="unet")
+    found = load_components(folder, dtype=jnp.float32)
+    assert not found.is_xl
+    assert found.params["unet"]["time_embedding.cond_proj.kernel"].shape == (8, 16)
+
+
+@pytest.mark.parametrize("path", [".", "", "..", "new/..", "/"])
+def test_a_path_without_a_name(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    components = load_components(model, dtype=jnp.float32)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    with pytest.raises(UserError, match=r"has no name of its own; name a new folder$"):
+        save_model(components, path)
+    assert [found.name for found in tmp_path.rglob("*")] == ["here"]
