@@ -118,10 +118,11 @@ def test_well_known_tensors(family: str, key: str, shape: tuple[int, ...]) -> No
 def test_nothing_of_a_real_model_is_lost_on_other_programs(family: str) -> None:
     parts, kind = structure(family), KINDS[family]
     factor = {"scaling_factor": families.SCALING_FACTORS[kind]}
+    prediction = "v_prediction" if kind == "sd2" else "epsilon"  # what other programs take such a file for
     description = Description(
         origin=FILE,
         configs={**families.FAMILIES[family], "vae": {**VAE_CONFIG, **factor}},
-        scheduler_config={**families.SCHEDULERS[kind], "prediction_type": "epsilon"},
+        scheduler_config={**families.SCHEDULERS[kind], "prediction_type": prediction},
         model_index=families.model_index("DDIMScheduler", xl=kind == "sdxl", inpainting=False),
         tokenizers={},
     )
