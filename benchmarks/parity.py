@@ -1,7 +1,9 @@
 """The parity tests with what they measured: ``python benchmarks/parity.py [--output benchmarks/results/parity]``.
 
 Runs tests/parity and keeps every comparison that a test makes: its largest relative error, by file and test. A
-comparison of arrays that must be equal counts as 0. Written are a table by subject and, as JSON, one row for each test.
+comparison of arrays that must be equal counts as 0. No test tolerates more than `TOLERATED`, so what passes with more
+is a check that something makes a difference, a LoRA or a mask; those are counted apart. Written are a table by subject
+and, as JSON, one row for each test.
 """
 
 from __future__ import annotations
@@ -20,6 +22,8 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np
 import pytest
+
+TOLERATED = 1e-3
 
 SUBJECTS = {
     "Networks": ("unet", "vae", "vae_tiny", "clip_text", "controlnet", "lite0", "tiling", "long_prompts"),
@@ -75,19 +79,27 @@ class Recorder:
 
 
 def rows(recorder: Recorder) -> list[dict[str, Any]]:
-    return [
-        {
-            "test": test.removeprefix("tests/parity/"),
-            "outcome": outcome,
-            "comparisons": len(recorder.errors.get(test, [])),
-            "largest": max(recorder.errors.get(test, [0.0])),
-        }
-        for test, outcome in sorted(recorder.outcomes.items())
-    ]
+    found = []
+    for test, outcome in sorted(recorder.outcomes.items()):
+        errors = recorder.errors.get(test, [])
+        compared = [error for error in errors if outcome != "passed" or error <= TOLERATED]
+        found.append(
+            {
+                "test": test.removeprefix("tests/parity/"),
+                "outcome": outcome,
+                "comparisons": len(compared),
+                "differences": len(errors) - len(compared),
+                "largest": max(compared, default=0.0),
+            }
+        )
+    return found
 
 
 def table(found: list[dict[str, Any]]) -> str:
-    lines = ["| subject | file | tests | comparisons | largest relative error |", "|---|---|---|---|---|"]
+    lines = [
+        "| subject | file | tests | comparisons | largest relative error | differences |",
+        "|---|---|---|---|---|---|",
+    ]
     files: dict[str, list[dict[str, Any]]] = {}
     for row in found:
         files.setdefault(row["test"].split("::")[0].removeprefix("test_").removesuffix(".py"), []).append(row)
@@ -98,8 +110,9 @@ def table(found: list[dict[str, Any]]) -> str:
         failed = sum(row["outcome"] == "failed" for row in tests)
         count = f"{len(tests)}" + (f", {failed} failed" if failed else "")
         comparisons = sum(row["comparisons"] for row in tests)
+        apart = sum(row["differences"] for row in tests)
         worst = max(row["largest"] for row in tests)
-        lines.append(f"| {subjects.get(file, 'Other')} | {file} | {count} | {comparisons} | {worst:.1e} |")
+        lines.append(f"| {subjects.get(file, 'Other')} | {file} | {count} | {comparisons} | {worst:.1e} | {apart} |")
     return "\n".join(lines)
 
 
@@ -122,7 +135,9 @@ def main() -> None:
         f"{name} {number}" for name, number in versions.items()
     )
     note = (
-        "Relative errors are L2 norms of the difference over that of the original's value; 0 where arrays are equal."
+        "Relative errors are L2 norms of the difference over that of the original's value, for the solvers largest"
+        " difference over largest value; 0 where arrays are equal. Differences: checks that a LoRA, a mask or a picture"
+        " changes something, by more than any tolerance."
         " Which comparison of which test is in the JSON file beside this one. `python benchmarks/parity.py` makes both."
     )
     options.output.with_suffix(".md").write_text(f"{head}\n\n{note}\n\n{text}\n", encoding="utf-8")
