@@ -116,7 +116,7 @@ def test_bad_values_are_named(base: Path, override: str, words: str) -> None:
         ("- 1", "must hold a mapping"),
         ("output_dir: x", "stages is missing"),
         ("stages: [{name: a, k: 1, updates: 1, batch_size: 1}]", "output_dir is missing"),
-        ("output_dir: x\nstages: [{name: a}]", "stages.0.k is missing"),
+        ("output_dir: x\nstages: [{name: a, updates: 1, batch_size: 1}]", "stages.0.k is missing"),
         ("", "must hold a mapping"),
     ],
 )

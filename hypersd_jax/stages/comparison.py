@@ -14,7 +14,7 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from hypersd_jax.config import Config, StageConfig
+from hypersd_jax.config import Config, ConsistencyStage
 from hypersd_jax.data import evaluation_list
 from hypersd_jax.evaluation import Report, paired_margin, picture_grid, read_metrics, write_report
 from hypersd_jax.pipeline import Pipeline
@@ -52,8 +52,8 @@ def compare(config: Config, output: Output, pipe: Pipeline, base: str) -> list[R
     size = settings.batch_size
     rows = _teacher_rows(reference, _teacher_seconds(pipe, items[:size], reference))
     few = items[: max(shown, min(size, len(items)))]
-    with tqdm(total=len(config.stages), desc="comparing", unit="student") as bar:
-        for stage in config.stages:
+    with tqdm(total=len(config.adapter_stages), desc="comparing", unit="student") as bar:
+        for stage in config.adapter_stages:
             teacher_options: dict[str, Any] = {
                 "steps": stage.k,
                 "guidance": settings.guidance,
@@ -102,7 +102,7 @@ def _teacher_rows(reference: Reference, seconds: Mapping[tuple[int, float], floa
     return [{**row, "seconds_per_image": seconds[row["steps"], row["guidance"]]} for row in rows]
 
 
-def _student_row(stage: StageConfig, found: Measured, reference: Reference, seconds: float) -> Row:
+def _student_row(stage: ConsistencyStage, found: Measured, reference: Reference, seconds: float) -> Row:
     """The student's row, with its margin over the nearest teacher at as many network calls."""
     row = {**_row(stage.name, stage.sampler, found), "seconds_per_image": seconds}
     rivals = [teacher for teacher in reference.teachers if teacher.calls == found.calls]
@@ -180,7 +180,7 @@ def _facts(config: Config) -> dict[str, Any]:
         "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
         "jax": jax.__version__,
     }
-    for index, stage in enumerate(config.stages):
+    for index, stage in enumerate(config.adapter_stages):
         settings = dataclasses.asdict(stage)
         keys = ["k", "solver_steps", "updates", "batch_size", "learning_rate", "teacher", "ema"]
         if stage.teacher == "base" or index == 0:

@@ -9,13 +9,13 @@ from typing import Any
 import numpy as np
 
 from hypersd_jax.adapters import Adapter
-from hypersd_jax.config import StageConfig
+from hypersd_jax.config import ConsistencyStage
 from hypersd_jax.diffusion import solver_table
 from hypersd_jax.weights.components import Components
 from hypersd_jax.weights.lora import write_lora
 
 
-def sampling_header(stage: StageConfig, scheduler_config: dict[str, Any]) -> dict[str, str]:
+def sampling_header(stage: ConsistencyStage, scheduler_config: dict[str, Any]) -> dict[str, str]:
     """How the stage's student samples: k steps of its sampler on the grid it was trained on, without guidance."""
     config = {**scheduler_config, "original_inference_steps": stage.solver_steps}
     table = solver_table(stage.sampler, stage.k, eta=stage.eta, scheduler_config=config)
@@ -30,7 +30,7 @@ def sampling_header(stage: StageConfig, scheduler_config: dict[str, Any]) -> dic
 
 
 def export_student(
-    path: Path, adapter: Adapter, stage: StageConfig, components: Components, *, base_fingerprint: str
+    path: Path, adapter: Adapter, stage: ConsistencyStage, components: Components, *, base_fingerprint: str
 ) -> dict[str, str]:
     """Write the student in kohya layout, atomically; returns the header's sampling settings."""
     header = sampling_header(stage, dict(components.scheduler_config))

@@ -11,7 +11,7 @@ import numpy as np
 from PIL import Image
 
 from hypersd_jax.adapters import Adapter
-from hypersd_jax.config import StageConfig
+from hypersd_jax.config import ConsistencyStage
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages.export import sampling_header
 
@@ -19,7 +19,7 @@ NAME = "preview"
 
 
 def draw_preview(
-    pipe: Pipeline, adapter: Adapter, stage: StageConfig, prompts: Sequence[str], path: Path, *, batch_size: int
+    pipe: Pipeline, adapter: Adapter, stage: ConsistencyStage, prompts: Sequence[str], path: Path, *, batch_size: int
 ) -> Image.Image:
     """Draw ``prompts`` with the student at its own step count: a strip of pictures, written to ``path``.
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from hypersd_jax import adapters
 from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.conditioning import Conditioning
-from hypersd_jax.config import Config, StageConfig, to_dict
+from hypersd_jax.config import Config, ConsistencyStage, to_dict
 from hypersd_jax.data import Source, open_source, prefetch
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline, parse_dtype
@@ -65,7 +65,7 @@ class Run:
     @property
     def grid_length(self) -> int:
         """The longest solver grid of the run; shorter ones are padded to it."""
-        return max(stage.solver_steps for stage in self.config.stages)
+        return max(stage.solver_steps for stage in self.config.adapter_stages)
 
 
 def train(config: Config) -> Path:
@@ -84,7 +84,7 @@ def train(config: Config) -> Path:
     create_output(output, config)
     factors = _initial_factors(run)
     teacher: Factors | None = None
-    for index, stage in enumerate(config.stages):
+    for index, stage in enumerate(config.adapter_stages):
         student = run_stage(run, index, stage, factors, teacher)
         factors = teacher = student
     if config.compared_samples:
@@ -124,7 +124,7 @@ def check_stages(run: Run) -> None:
         raise UserError("model: its UNet embeds the guidance scale (time_cond_proj_dim), which no stage trains yet")
     if run.pipe.components.is_inpainting:
         raise UserError("model: an inpainting model (unet in_channels=9), which no stage trains")
-    for stage in run.config.stages:
+    for stage in run.config.adapter_stages:
         where = f"stages.{stage.name}."
         if stage.batch_size % (stage.accumulate * run.mesh.size):
             raise UserError(
@@ -138,7 +138,7 @@ def check_stages(run: Run) -> None:
             raise UserError(f"{where}{error}") from None
 
 
-def run_stage(run: Run, index: int, stage: StageConfig, start: Factors, teacher: Factors | None) -> Factors:
+def run_stage(run: Run, index: int, stage: ConsistencyStage, start: Factors, teacher: Factors | None) -> Factors:
     """Train one stage from ``start`` and export it; returns the exported factors, where the next stage starts.
 
     Args:
@@ -177,7 +177,7 @@ def run_stage(run: Run, index: int, stage: StageConfig, start: Factors, teacher:
 def _loop(
     run: Run,
     index: int,
-    stage: StageConfig,
+    stage: ConsistencyStage,
     step: Step,
     state: TrainState,
     frozen: Any,
@@ -204,11 +204,11 @@ def _loop(
     return state
 
 
-def _batches(run: Run, index: int, stage: StageConfig, done: int) -> Iterator[tuple[int, Any]]:
+def _batches(run: Run, index: int, stage: ConsistencyStage, done: int) -> Iterator[tuple[int, Any]]:
     """(update number from 1, encoded batch) from update ``done + 1`` on; pictures are made in the background."""
     components = run.pipe.components
     rows, micro = stage.batch_size, stage.accumulate
-    before = sum(s.updates * s.batch_size for s in run.config.stages[:index])
+    before = sum(s.updates * s.batch_size for s in run.config.adapter_stages[:index])
     mine = _process_rows(rows, micro)
 
     def host_batches() -> Iterator[tuple[int, np.ndarray, list[str]]]:
@@ -243,7 +243,7 @@ def _process_rows(rows: int, micro: int) -> np.ndarray:
     return places[:, first : first + share]
 
 
-def _finish(run: Run, stage: StageConfig, factors: Factors, file: Path) -> None:
+def _finish(run: Run, stage: ConsistencyStage, factors: Factors, file: Path) -> None:
     """Export the student, and draw with it, which also proves that the adapter is on."""
     adapter = jax.device_get(adapters.join(factors, run.scales))
     if jax.process_index() == 0:
@@ -251,7 +251,7 @@ def _finish(run: Run, stage: StageConfig, factors: Factors, file: Path) -> None:
     _preview(run, stage, factors, stage.name)
 
 
-def _preview(run: Run, stage: StageConfig, factors: Factors, name: str) -> None:
+def _preview(run: Run, stage: ConsistencyStage, factors: Factors, name: str) -> None:
     adapter = adapters.join(factors, run.scales)
     path = run.output.samples / f"{name}.png"
     # The comparison's batch size, so that both share their compiled programs.

@@ -17,7 +17,7 @@ import numpy as np
 
 from hypersd_jax.adapters import Adapter, join
 from hypersd_jax.conditioning import Conditioning
-from hypersd_jax.config import StageConfig
+from hypersd_jax.config import ConsistencyStage
 from hypersd_jax.diffusion import Schedule, guided
 from hypersd_jax.distill import mse, pad_segments, pseudo_huber, tscd_loss
 from hypersd_jax.training import Controls, LossFunction, OptimizerConfig, optimizer_controls
@@ -40,7 +40,7 @@ class StepKind:
     clip_norm: float
 
 
-def step_kind(stage: StageConfig, *, first: bool) -> StepKind:
+def step_kind(stage: ConsistencyStage, *, first: bool) -> StepKind:
     """The compiled part of a stage. The first stage's teacher is the guided base under both readings (`method`)."""
     return StepKind(
         from_previous=stage.teacher == "previous" and not first,
@@ -54,7 +54,7 @@ def step_kind(stage: StageConfig, *, first: bool) -> StepKind:
     )
 
 
-def optimizer_config(stage: StageConfig) -> OptimizerConfig:
+def optimizer_config(stage: ConsistencyStage) -> OptimizerConfig:
     """The stage's optimizer settings."""
     return OptimizerConfig(
         learning_rate=stage.learning_rate,
@@ -67,7 +67,7 @@ def optimizer_config(stage: StageConfig) -> OptimizerConfig:
     )
 
 
-def stage_controls(stage: StageConfig, schedule: Schedule, grid_length: int) -> Controls:
+def stage_controls(stage: ConsistencyStage, schedule: Schedule, grid_length: int) -> Controls:
     """The arrays that steer a stage; ``grid_length`` is the longest N of the run, so that all have one shape."""
     segments = pad_segments(stage.solver_steps, stage.k, grid_length, schedule.num_train_timesteps)
     low, high = stage.guidance

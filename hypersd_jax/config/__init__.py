@@ -1,0 +1,23 @@
+"""Typed configuration: YAML plus ``key.path=value`` overrides into frozen dataclasses.
+
+Unknown keys and bad values are errors that name the key and the nearest valid name; every key is read by some code.
+"""
+
+from hypersd_jax.config.building import build as build
+from hypersd_jax.config.building import nearest as nearest
+from hypersd_jax.config.data import DataConfig as DataConfig
+from hypersd_jax.config.files import first_difference as first_difference
+from hypersd_jax.config.files import load_config as load_config
+from hypersd_jax.config.files import save_config as save_config
+from hypersd_jax.config.files import to_dict as to_dict
+from hypersd_jax.config.schema import Config as Config
+from hypersd_jax.config.schema import EvaluationConfig as EvaluationConfig
+from hypersd_jax.config.schema import LogConfig as LogConfig
+from hypersd_jax.config.schema import LoraConfig as LoraConfig
+from hypersd_jax.config.schema import MeshConfig as MeshConfig
+from hypersd_jax.config.schema import ModelConfig as ModelConfig
+from hypersd_jax.config.stages import AnyStage as AnyStage
+from hypersd_jax.config.stages import AutoencoderStage as AutoencoderStage
+from hypersd_jax.config.stages import ConsistencyStage as ConsistencyStage
+from hypersd_jax.config.stages import StageConfig as StageConfig
+from hypersd_jax.config.stages import TeacherStage as TeacherStage

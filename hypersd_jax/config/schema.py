@@ -1,0 +1,112 @@
+"""A whole run, as typed configuration."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from hypersd_jax.config.data import DataConfig
+from hypersd_jax.config.stages import AnyStage, ConsistencyStage
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """The base model that is distilled: a diffusers folder, or ``embedded`` for the one that ships with the package."""
+
+    source: str = "embedded"
+    dtype: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: bool = False
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LoraConfig:
+    """The student's adapter on the UNet; ``alpha: null`` means alpha = rank, that is scale 1."""
+
+    rank: int = 64
+    alpha: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, not {self.rank}")
+        if self.alpha is not None and self.alpha <= 0:
+            raise ValueError(f"alpha must be above 0, not {self.alpha}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """Devices along the two axes; ``data: null`` takes all that ``fsdp`` leaves."""
+
+    data: int | None = None
+    fsdp: int = 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LogConfig:
+    """What is written while training; ``sample_every: 0`` draws a grid at the end of each stage only."""
+
+    every: int = 1
+    sample_every: int = 0
+    checkpoint_every: int = 200
+    tensorboard: bool = True
+    compilation_cache: bool = True
+
+    def __post_init__(self) -> None:
+        if self.every < 1 or self.checkpoint_every < 1 or self.sample_every < 0:
+            raise ValueError("every and checkpoint_every must be at least 1, sample_every at least 0")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EvaluationConfig:
+    """The comparison after the last stage, on captions of the embedded pictures.
+
+    ``samples: 0`` leaves it out; null is 256 for a run on the embedded pictures and 0 for any other. ``batch_size`` is
+    that of all pictures drawn while and after training.
+    """
+
+    samples: int | None = None
+    guidance: float = 4.0
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        if (self.samples or 0) < 0 or self.batch_size < 1:
+            raise ValueError("samples must be at least 0 and batch_size at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run: ``stages`` are trained in order, each from the last one's student."""
+
+    output_dir: str
+    seed: int = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    lora: LoraConfig = LoraConfig()
+    stages: tuple[AnyStage, ...]
+    mesh: MeshConfig = MeshConfig()
+    log: LogConfig = LogConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    def __post_init__(self) -> None:
+        if not self.stages:
+            raise ValueError("stages must name at least one stage")
+        names = [stage.name for stage in self.stages]
+        for name in names:
+            if names.count(name) > 1:
+                raise ValueError(f"stages: the name {name!r} is used twice")
+        if self.evaluation.samples and self.data.source != "emoji":
+            raise ValueError(f"evaluation.samples: the comparison needs data.source=emoji, not {self.data.source}")
+
+        if self.adapter_stages and len(self.adapter_stages) != len(self.stages):
+            raise ValueError("stages: those that train an adapter and those that train a model cannot share a run")
+
+    @property
+    def adapter_stages(self) -> tuple[ConsistencyStage, ...]:
+        """The stages that train an adapter on the frozen model: all of them, or none."""
+        return tuple(stage for stage in self.stages if isinstance(stage, ConsistencyStage))
+
+    @property
+    def compared_samples(self) -> int:
+        """How many captions students and teacher are compared on."""
+        if self.evaluation.samples is not None:
+            return self.evaluation.samples
+        return 256 if self.data.source == "emoji" else 0

@@ -1,0 +1,126 @@
+"""What a stage of training is told: the settings that all kinds share, and one class for each kind."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StageConfig:
+    """What every kind of stage has: its length, AdamW's settings, and the moving average of the weights.
+
+    ``ema`` is the average's decay mu (0: the average is the weights themselves); ``export`` chooses which of the two
+    the stage hands on. ``batch_size`` counts pictures an update, in ``accumulate`` parts that are in memory one at a time.
+    """
+
+    name: str
+    updates: int
+    batch_size: int
+    accumulate: int = 1
+    learning_rate: float = 1e-6
+    warmup: int = 0
+    schedule: Literal["constant", "cosine", "linear"] = "constant"
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    ema: float = 0.95
+    export: Literal["ema", "raw"] = "ema"
+
+    def __post_init__(self) -> None:
+        for key in ("updates", "batch_size", "accumulate"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
+        if self.learning_rate <= 0:
+            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
+        if self.warmup < 0 or self.weight_decay < 0:
+            raise ValueError("warmup and weight_decay must not be negative")
+        if self.clip_norm <= 0:
+            raise ValueError(f"clip_norm must be above 0, not {self.clip_norm}")
+        if not (0.0 <= self.ema < 1.0 and 0.0 <= self.beta1 < 1.0 and 0.0 <= self.beta2 < 1.0):
+            raise ValueError("ema, beta1 and beta2 must lie in [0, 1)")
+        if self.name in ("", ".", "..") or set(self.name) & set("/\\ "):
+            raise ValueError(f"name {self.name!r} must be a plain file name")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ConsistencyStage(StageConfig):
+    """One stage of trajectory-segmented consistency distillation (arXiv 2404.13686, Algorithm 1).
+
+    ``k`` is the number of segments and ``solver_steps`` the size N of the teacher's DDIM grid; ``guidance`` is the
+    range, in diffusers' ``guidance_scale``, that the teacher's guidance is drawn from; the target network is the moving
+    average; ``teacher`` chooses between the two readings of the paper: the guided base model in every stage, or the
+    previous stage's student. ``sampler``, ``eta`` and ``guidance`` 0 go into the header of the exported file, so that
+    it samples itself as it was trained.
+    """
+
+    kind: Literal["tscd"] = "tscd"
+    k: int
+    solver_steps: int = 40
+    guidance: tuple[float, float] = (3.0, 8.0)
+    teacher: Literal["base", "previous"] = "base"
+    distance: Literal["mse", "pseudo_huber"] = "mse"
+    huber_c: float = 0.001
+    offset_noise: float = 0.0
+    sampler: Literal["ddim", "tcd", "lcm"] = "ddim"
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for key in ("k", "solver_steps"):
+            if getattr(self, key) < 1:
+                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
+        if self.solver_steps % self.k:
+            raise ValueError(f"solver_steps ({self.solver_steps}) must be a multiple of k ({self.k})")
+        if self.offset_noise < 0:
+            raise ValueError(f"offset_noise must not be negative, not {self.offset_noise}")
+        if self.huber_c <= 0:
+            raise ValueError(f"huber_c must be above 0, not {self.huber_c}")
+        if not 0.0 <= self.eta <= 1.0:
+            raise ValueError(f"eta must lie in 0..1, not {self.eta}")
+        low, high = self.guidance
+        if low > high or low < 0:
+            raise ValueError(f"guidance must be a range [low, high] with 0 <= low <= high, not [{low}, {high}]")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AutoencoderStage(StageConfig):
+    """Training of the whole autoencoder: L1 between picture and reconstruction, plus weighted terms.
+
+    ``gradient_weight`` is of the L1 between their horizontal and vertical differences, which keeps edges sharp;
+    ``kl_weight`` of the Kullback-Leibler divergence of the latents from N(0, I), a number of a picture's latents.
+    """
+
+    kind: Literal["autoencoder"]
+    gradient_weight: float = 1.0
+    kl_weight: float = 1e-6
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.gradient_weight < 0 or self.kl_weight < 0:
+            raise ValueError("gradient_weight and kl_weight must not be negative")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TeacherStage(StageConfig):
+    """Ordinary training of UNet and text encoder to predict noise, or what the scheduler's prediction type says.
+
+    ``snr_gamma`` is min-SNR weighting's gamma (arXiv 2303.09556; null weighs all times alike); ``prompt_dropout`` is
+    the share of pictures that are shown without their caption, for classifier-free guidance.
+    """
+
+    kind: Literal["teacher"]
+    snr_gamma: float | None = 5.0
+    prompt_dropout: float = 0.1
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.snr_gamma is not None and self.snr_gamma <= 0:
+            raise ValueError(f"snr_gamma must be above 0, not {self.snr_gamma}")
+        if not 0.0 <= self.prompt_dropout < 1.0:
+            raise ValueError(f"prompt_dropout must lie in [0, 1), not {self.prompt_dropout}")
+
+
+AnyStage = ConsistencyStage | AutoencoderStage | TeacherStage
+"""Told apart by ``kind``; without one it is the first."""
