@@ -11,7 +11,8 @@ class StageConfig:
     """What every kind of stage has: its length, AdamW's settings, and the moving average of the weights.
 
     ``ema`` is the average's decay mu (0: the average is the weights themselves); ``export`` chooses which of the two
-    the stage hands on. ``batch_size`` counts pictures an update, in ``accumulate`` parts that are in memory one at a time.
+    the stage hands on. ``batch_size`` counts pictures an update, of which one part in
+    ``accumulate`` is in memory at a time.
     """
 
     name: str
