@@ -11,9 +11,14 @@ from hypersd_jax.config.stages import AnyStage, ConsistencyStage
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The base model that is distilled: a diffusers folder, or ``embedded`` for the one that ships with the package."""
+    """The base model: a diffusers folder, or ``embedded`` for the one that ships with the package.
+
+    ``fresh`` names parts (``vae``, ``unet``, ``text_encoder``) whose weights are drawn at random, not read: what is
+    to be trained from nothing. Their configurations must be there all the same.
+    """
 
     source: str = "embedded"
+    fresh: tuple[str, ...] = ()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False
 

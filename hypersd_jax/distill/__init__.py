@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from hypersd_jax.distill.denoising import Corruption as Corruption
+from hypersd_jax.distill.denoising import corruption as corruption
+from hypersd_jax.distill.denoising import denoising_loss as denoising_loss
 from hypersd_jax.distill.distances import Distance as Distance
 from hypersd_jax.distill.distances import batch_mean as batch_mean
 from hypersd_jax.distill.distances import mse as mse
 from hypersd_jax.distill.distances import pseudo_huber as pseudo_huber
+from hypersd_jax.distill.reconstruction import psnr as psnr
+from hypersd_jax.distill.reconstruction import reconstruction_loss as reconstruction_loss
 from hypersd_jax.distill.score import dmd_gradient as dmd_gradient
 from hypersd_jax.distill.score import surrogate_loss as surrogate_loss
 from hypersd_jax.distill.segments import pad_segments as pad_segments

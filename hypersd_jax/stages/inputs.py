@@ -26,16 +26,36 @@ def make_encoder(components: Components, prompts: PromptEncoder, dtype: Any, out
 
         def micro_batch(rows: Any) -> Any:
             pictures, tokens, sizes, row_keys = rows
-            mean, logvar = components.vae(vae_params, pictures.astype(dtype), method="encode")
-            mean, deviation = mean.astype(jnp.float32), jnp.exp(0.5 * logvar.astype(jnp.float32))
-            noise = jax.vmap(lambda k: jax.random.normal(k, mean.shape[1:], jnp.float32))(row_keys)
-            latents = components.scale(mean + deviation * noise)
+            latents = _latents(components, vae_params, pictures, row_keys, dtype)
             cond = prompts.encode(text_params, tokens, dtype=dtype)
             return {"latents": latents, "cond": cond._replace(time_ids=sizes)}
 
         return jax.lax.map(micro_batch, (images, ids, time_ids, keys))
 
     return jax.jit(encode, out_shardings=out_shardings)
+
+
+def make_latents(components: Components, dtype: Any, out_shardings: Any) -> Any:
+    """A jitted ``(vae params, images, key) -> latents``: what `make_encoder` does with the pictures."""
+
+    def encode(vae_params: Any, images: Any, key: jax.Array) -> jax.Array:
+        keys = jax.random.split(key, images.shape[0] * images.shape[1]).reshape(images.shape[:2])
+
+        def micro_batch(rows: Any) -> jax.Array:
+            pictures, row_keys = rows
+            return _latents(components, vae_params, pictures, row_keys, dtype)
+
+        return jax.lax.map(micro_batch, (images, keys))
+
+    return jax.jit(encode, out_shardings=out_shardings)
+
+
+def _latents(components: Components, params: Any, images: jax.Array, keys: jax.Array, dtype: Any) -> jax.Array:
+    """Sample the posterior of pictures (B, H, W, 3), one key each: (B, h, w, C) float32, times the scaling factor."""
+    mean, logvar = components.vae(params, images.astype(dtype), method="encode")
+    mean, deviation = mean.astype(jnp.float32), jnp.exp(0.5 * logvar.astype(jnp.float32))
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], jnp.float32))(keys)
+    return components.scale(mean + deviation * noise)
 
 
 def unconditional(components: Components, prompts: PromptEncoder, dtype: Any) -> Conditioning:

@@ -23,16 +23,22 @@ from hypersd_jax.stages import tscd
 from hypersd_jax.stages.comparison import compare
 from hypersd_jax.stages.export import export_student, sampling_header
 from hypersd_jax.stages.inputs import make_encoder, time_ids, unconditional
+from hypersd_jax.stages.loop import (
+    ADAPTER_STREAM,
+    ENCODER_STREAM,
+    NOISE_STREAM,
+    chosen,
+    optimizer_config,
+    process_rows,
+    run_updates,
+    stream,
+)
 from hypersd_jax.stages.output import Output, create_output, open_output
 from hypersd_jax.stages.preview import draw_preview
+from hypersd_jax.stages.whole import open_whole, train_whole
 from hypersd_jax.training import (
-    Checkpointer,
-    MetricsLog,
     Step,
-    TrainState,
-    abstract,
     batch_sharding,
-    check_facts,
     init_state,
     make_mesh,
     make_optimizer,
@@ -43,8 +49,6 @@ from hypersd_jax.weights.components import load_components
 from hypersd_jax.weights.folder import fingerprint
 
 Factors = dict[str, dict[str, jax.Array]]
-# The streams of randomness of a run, told apart by what is folded into the seed's key.
-ADAPTER_STREAM, NOISE_STREAM, ENCODER_STREAM = 0, 1, 2
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -79,6 +83,11 @@ def train(config: Config) -> Path:
     output = open_output(config)
     if config.log.compilation_cache:
         use_compilation_cache()
+    if not config.adapter_stages:
+        whole = open_whole(config, output)
+        create_output(output, config)
+        train_whole(whole)
+        return output.root
     run = open_run(config, output)
     check_stages(run)
     create_output(output, config)
@@ -150,58 +159,39 @@ def run_stage(run: Run, index: int, stage: ConsistencyStage, start: Factors, tea
     """
     components, schedule = run.pipe.components, run.pipe.schedule
     kind = tscd.step_kind(stage, first=teacher is None)
-    state = init_state(start, make_optimizer(tscd.optimizer_config(stage)), run.mesh)
+    state = init_state(start, make_optimizer(optimizer_config(stage)), run.mesh)
     frozen_teacher = adapters.join(teacher, run.scales) if teacher is not None and kind.from_previous else None
     frozen = tscd.frozen_tree(components, run.uncond, run.scales, frozen_teacher)
     controls = tscd.stage_controls(stage, schedule, run.grid_length)
     facts = {"stage": stage.name, "base": run.base_fingerprint, "settings": to_dict(stage), "seed": run.config.seed}
 
-    with Checkpointer(run.output.checkpoints(stage.name)) as checkpoints:
-        if checkpoints.latest() is not None:
-            check_facts(checkpoints.facts(), facts)
-            state, _ = checkpoints.restore(None, abstract(run.mesh, state))
-        done = int(state.step)
-        if done < stage.updates:
-            if kind not in run.steps:
-                loss = tscd.make_loss(components, schedule, kind)
-                tx = make_optimizer(tscd.optimizer_config(stage))
-                run.steps[kind] = make_step(loss, tx, state, frozen, mesh=run.mesh, accumulate=stage.accumulate)
-            state = _loop(run, index, stage, run.steps[kind], state, frozen, controls, checkpoints, facts, done)
-        exported = state.ema if stage.export == "ema" else state.trainable
-        file = run.output.loras / f"{stage.name}.safetensors"
-        if done < stage.updates or not file.exists():
-            _finish(run, stage, exported, file)
+    def make() -> Step:
+        if kind not in run.steps:
+            loss = tscd.make_loss(components, schedule, kind)
+            tx = make_optimizer(optimizer_config(stage))
+            run.steps[kind] = make_step(loss, tx, state, frozen, mesh=run.mesh, accumulate=stage.accumulate)
+        return run.steps[kind]
+
+    state, done = run_updates(
+        stage,
+        state,
+        root=run.output.root,
+        folder=run.output.checkpoints(stage.name),
+        facts=facts,
+        log=run.config.log,
+        make=make,
+        frozen=frozen,
+        batches=lambda done: _batches(run, index, stage, done),
+        key=stream(run.config.seed, NOISE_STREAM, index),
+        controls=controls,
+        preview=lambda state, number: _preview(run, stage, chosen(stage, state), f"{stage.name}-{number:06d}"),
+        mesh=run.mesh,
+    )
+    exported: Factors = chosen(stage, state)
+    file = run.output.loras / f"{stage.name}.safetensors"
+    if done < stage.updates or not file.exists():
+        _finish(run, stage, exported, file)
     return exported
-
-
-def _loop(
-    run: Run,
-    index: int,
-    stage: ConsistencyStage,
-    step: Step,
-    state: TrainState,
-    frozen: Any,
-    controls: Any,
-    checkpoints: Checkpointer,
-    facts: dict[str, Any],
-    done: int,
-) -> TrainState:
-    """The updates from ``done`` to the stage's last."""
-    log = run.config.log
-    key = _stream(run.config.seed, NOISE_STREAM, index)
-    with MetricsLog(run.output.root, stage.updates, stage.name, done, tensorboard=log.tensorboard) as metrics_log:
-        for number, batch in _batches(run, index, stage, done):
-            state, metrics = step(state, frozen, batch, key, controls)
-            if number % log.every == 0 or number == stage.updates:
-                metrics_log.write(number, metrics)
-            last = number == stage.updates
-            if number % log.checkpoint_every == 0 or last:
-                metrics_log.flush()
-                checkpoints.save(number, state, facts)
-            if log.sample_every and number % log.sample_every == 0 and not last:
-                chosen = state.ema if stage.export == "ema" else state.trainable
-                _preview(run, stage, chosen, f"{stage.name}-{number:06d}")
-    return state
 
 
 def _batches(run: Run, index: int, stage: ConsistencyStage, done: int) -> Iterator[tuple[int, Any]]:
@@ -209,7 +199,7 @@ def _batches(run: Run, index: int, stage: ConsistencyStage, done: int) -> Iterat
     components = run.pipe.components
     rows, micro = stage.batch_size, stage.accumulate
     before = sum(s.updates * s.batch_size for s in run.config.adapter_stages[:index])
-    mine = _process_rows(rows, micro)
+    mine = process_rows(rows, micro)
 
     def host_batches() -> Iterator[tuple[int, np.ndarray, list[str]]]:
         for number in range(done, stage.updates):
@@ -218,7 +208,7 @@ def _batches(run: Run, index: int, stage: ConsistencyStage, done: int) -> Iterat
             yield number, pairs.images.reshape(micro, -1, *pairs.images.shape[1:]), pairs.captions
 
     text_params = {name: components.params[name] for name in components.text_encoders}
-    encoder_key = _stream(run.config.seed, ENCODER_STREAM, index)
+    encoder_key = stream(run.config.seed, ENCODER_STREAM, index)
     place = batch_sharding(run.mesh, axis=1)
     for number, images, captions in prefetch(host_batches()):
         ids = tuple(tokens.reshape(micro, -1, tokens.shape[-1]) for tokens in run.pipe.prompts.tokenize(captions))
@@ -233,14 +223,6 @@ def _batches(run: Run, index: int, stage: ConsistencyStage, done: int) -> Iterat
             jax.random.fold_in(encoder_key, number),
         )
         yield number + 1, {**encoded, "places": host["places"]}
-
-
-def _process_rows(rows: int, micro: int) -> np.ndarray:
-    """The places (A, B') in a global batch (A, B) that this process loads: its own part of each micro-batch."""
-    places = np.arange(rows).reshape(micro, -1)
-    share = places.shape[1] // jax.process_count()
-    first = jax.process_index() * share
-    return places[:, first : first + share]
 
 
 def _finish(run: Run, stage: ConsistencyStage, factors: Factors, file: Path) -> None:
@@ -264,7 +246,7 @@ def _initial_factors(run: Run) -> Factors:
     """Fresh LoRA factors on the 14-module list; fills ``run.scales``."""
     lora = run.config.lora
     adapter = adapters.init(
-        _stream(run.config.seed, ADAPTER_STREAM, 0),
+        stream(run.config.seed, ADAPTER_STREAM, 0),
         run.pipe.components.unet.shapes,
         rank=lora.rank,
         alpha=lora.alpha,
@@ -272,7 +254,3 @@ def _initial_factors(run: Run) -> Factors:
     factors, scales = adapters.split(adapter)
     run.scales = jax.tree.map(jnp.asarray, scales)
     return jax.tree.map(jnp.asarray, factors)
-
-
-def _stream(seed: int, stream: int, index: int) -> jax.Array:
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index)

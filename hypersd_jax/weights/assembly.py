@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from hypersd_jax.config import nearest
 from hypersd_jax.errors import UserError
 from hypersd_jax.models.clip_text import ClipTextConfig, clip_text
 from hypersd_jax.models.functional import Network
@@ -176,29 +177,46 @@ def networks(
     }
 
 
-def load(stored: StoredModel, *, dtype: Any, remat: bool = False, mesh: Mesh | None = None) -> Components:
+def load(
+    stored: StoredModel,
+    *,
+    dtype: Any,
+    remat: bool = False,
+    mesh: Mesh | None = None,
+    param_dtype: Any = None,
+    fresh: Collection[str] = (),
+    seed: int = 0,
+) -> Components:
     """Read all weights and place them.
 
     Args:
         stored: the model.
-        dtype: parameter and compute dtype of all parts, except that an autoencoder that says ``force_upcast`` stays in
+        dtype: compute and parameter dtype of all parts, except that an autoencoder that says ``force_upcast`` stays in
             float32 where this is float16.
         remat: recompute the UNet's activations block by block in the backward pass.
         mesh: devices with axes ``data`` and ``fsdp``: large parameters are split over ``fsdp``, and the UNet's
             activations stay on the batch axes. None is the default device.
+        param_dtype: of the parameters, where it is not that of the computation: float32 for weights that are trained.
+        fresh: components whose weights are drawn at random instead, from ``seed``.
+        seed: see ``fresh``.
 
     Raises:
-        UserError: one line naming the file or key that is missing, unsupported or damaged.
+        UserError: one line naming the file or key that is missing, unsupported or damaged, or a part that is not there.
     """
     description = stored.description
     structure = parse(description)
+    for name in fresh:
+        if name not in structure.components:
+            raise UserError(f"model.fresh: {name!r} is not a part of the model{nearest(name, structure.components)}")
     dtypes = dict.fromkeys(structure.components, dtype)
     if structure.vae.force_upcast and jnp.dtype(dtype) == jnp.float16:
         dtypes["vae"] = jnp.float32
     parts = networks(structure, dtypes, remat=remat, mesh=mesh)
     place = functools.partial(_place, mesh)
     params = {}
-    for name, found in stored.read({name: part.shapes for name, part in parts.items()}, dtypes).items():
+    stored_as = dtypes if param_dtype is None else dict.fromkeys(dtypes, param_dtype)
+    read = stored.read({name: part.shapes for name, part in parts.items() if name not in fresh}, stored_as)
+    for name, found in {**read, **{name: _drawn(parts[name], seed, stored_as[name]) for name in fresh}}.items():
         shapes = parts[name].shapes
         placed = {path: jax.device_put(array, place(shapes[path])) for path, array in found}
         params[name] = {path: placed[path] for path in shapes}
@@ -214,6 +232,10 @@ def load(stored: StoredModel, *, dtype: Any, remat: bool = False, mesh: Mesh | N
         is_xl=description.is_xl,
         zero_unconditional=bool(description.model_index.get("force_zeros_for_empty_prompt", description.is_xl)),
     )
+
+
+def _drawn(part: Network, seed: int, dtype: Any) -> HostParams:
+    return ((path, np.asarray(value.astype(dtype))) for path, value in part.init(seed).items())
 
 
 def _place(mesh: Mesh | None, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Sharding | None:

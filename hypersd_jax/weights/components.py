@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -56,21 +57,28 @@ def load_components(
     dtype: Any,
     remat: bool = False,
     mesh: Mesh | None = None,
+    param_dtype: Any = None,
+    fresh: Collection[str] = (),
+    seed: int = 0,
 ) -> Components:
     """Read every part of a model.
 
     Args:
         source: see `open_model`.
-        dtype: parameter and compute dtype of all parts, except that an autoencoder that says ``force_upcast`` stays in
+        dtype: compute and parameter dtype of all parts, except that an autoencoder that says ``force_upcast`` stays in
             float32 where this is float16.
         remat: recompute the UNet's activations block by block in the backward pass.
         mesh: devices with axes ``data`` and ``fsdp``: large parameters are split over ``fsdp``, and the UNet's
             activations stay on the batch axes. None is the default device.
+        param_dtype: of the parameters, where it is not that of the computation: float32 for weights that are trained.
+        fresh: components whose weights are drawn at random instead, from ``seed``.
+        seed: see ``fresh``.
 
     Raises:
         UserError: one line naming the file or key that is missing, unsupported or damaged.
     """
-    return load(open_model(source), dtype=dtype, remat=remat, mesh=mesh)
+    stored = open_model(source)
+    return load(stored, dtype=dtype, remat=remat, mesh=mesh, param_dtype=param_dtype, fresh=fresh, seed=seed)
 
 
 def default_dtype() -> Any:

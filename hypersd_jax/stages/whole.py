@@ -1,0 +1,245 @@
+"""A run that trains whole networks, not adapters: the autoencoder, or the UNet with its text encoders.
+
+What comes out is a model in diffusers' layout, ``OUTPUT/model``, which the next run or anything else reads.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from PIL import Image
+
+from hypersd_jax.conditioning import PromptEncoder
+from hypersd_jax.config import AutoencoderStage, Config, StageConfig, TeacherStage, to_dict
+from hypersd_jax.data import Source, open_source, prefetch
+from hypersd_jax.diffusion import Schedule
+from hypersd_jax.errors import UserError
+from hypersd_jax.pipeline import Pipeline, parse_dtype
+from hypersd_jax.stages import autoencoder, teacher
+from hypersd_jax.stages.inputs import make_latents, time_ids
+from hypersd_jax.stages.loop import (
+    ENCODER_STREAM,
+    NOISE_STREAM,
+    chosen,
+    optimizer_config,
+    process_rows,
+    run_updates,
+    stream,
+)
+from hypersd_jax.stages.output import Output
+from hypersd_jax.training import (
+    TrainState,
+    batch_sharding,
+    init_state,
+    make_mesh,
+    make_optimizer,
+    make_step,
+    optimizer_controls,
+    put_batch,
+)
+from hypersd_jax.weights.components import Components, load_components
+from hypersd_jax.weights.folder import fingerprint
+from hypersd_jax.weights.model_folder import save_model
+
+Params = dict[str, dict[str, jax.Array]]
+# How many pictures the latents' standard deviation is taken over.
+SCALE_PICTURES = 512
+
+
+@dataclasses.dataclass(kw_only=True)
+class WholeRun:
+    """What the stages of such a run share; ``components`` holds the newest weights."""
+
+    config: Config
+    output: Output
+    mesh: Mesh
+    dtype: Any
+    components: Components
+    prompts: PromptEncoder
+    schedule: Schedule
+    source: Source
+
+
+def open_whole(config: Config, output: Output) -> WholeRun:
+    """Load the model, its ``fresh`` parts drawn from the run's seed, and the data.
+
+    Raises:
+        UserError: naming the key or file at fault.
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    dtype = parse_dtype(config.model.dtype)
+    components = load_components(
+        config.model.source,
+        dtype=dtype,
+        remat=config.model.remat,
+        mesh=mesh,
+        param_dtype=jnp.float32,
+        fresh=config.model.fresh,
+        seed=config.seed,
+    )
+    for stage in config.stages:
+        if stage.batch_size % (stage.accumulate * mesh.size):
+            raise UserError(
+                f"stages.{stage.name}.batch_size={stage.batch_size} must be a multiple of accumulate "
+                f"({stage.accumulate}) times the number of devices ({mesh.size})"
+            )
+    pipe = Pipeline(components, dtype=dtype, mesh=mesh)
+    resolution = config.data.resolution or pipe.native_size[0]
+    return WholeRun(
+        config=config,
+        output=output,
+        mesh=mesh,
+        dtype=dtype,
+        components=components,
+        prompts=pipe.prompts,
+        schedule=pipe.schedule,
+        source=open_source(config.data, resolution=resolution, seed=config.seed),
+    )
+
+
+def train_whole(run: WholeRun) -> None:
+    """Train every stage in order and write the model; what is there already is not done again."""
+    for index, stage in enumerate(run.config.stages):
+        trained = _run_stage(run, index, stage)
+        run.components = dataclasses.replace(run.components, params={**run.components.params, **trained})
+        if isinstance(stage, AutoencoderStage):
+            run.components = _with_scaling(run)
+        _preview(run, stage, stage.name)
+    if jax.process_index() == 0:
+        target = run.output.root / "model"
+        shutil.rmtree(target, ignore_errors=True)
+        save_model(run.components, target)
+
+
+def _run_stage(run: WholeRun, index: int, stage: StageConfig) -> Params:
+    """Train one stage; returns the new weights by component."""
+    parts = ("vae",) if isinstance(stage, AutoencoderStage) else ("unet", *run.components.text_encoders)
+    start = {name: dict(run.components.params[name]) for name in parts}
+    tx = make_optimizer(optimizer_config(stage))
+    frozen: dict[str, Any] = {"empty": tuple(jnp.asarray(ids) for ids in run.prompts.tokenize([""]))}
+    given = {name: fingerprint(part) for name, part in run.components.params.items()}
+    state = init_state(start, tx, run.mesh)
+
+    def make() -> Any:
+        if isinstance(stage, AutoencoderStage):
+            loss = autoencoder.make_loss(run.components, stage, run.dtype)
+        else:
+            assert isinstance(stage, TeacherStage)
+            loss = teacher.make_loss(run.components, run.prompts, run.schedule, stage, run.dtype)
+        return make_step(loss, tx, state, frozen, mesh=run.mesh, accumulate=stage.accumulate)
+
+    def preview(now: TrainState, number: int) -> None:
+        weights = {**run.components.params, **chosen(stage, now)}
+        shown = dataclasses.replace(run, components=dataclasses.replace(run.components, params=weights))
+        _preview(shown, stage, f"{stage.name}-{number:06d}")
+
+    state, _ = run_updates(
+        stage,
+        state,
+        root=run.output.root,
+        folder=run.output.checkpoints(stage.name),
+        facts={"stage": stage.name, "base": given, "settings": to_dict(stage), "seed": run.config.seed},
+        log=run.config.log,
+        make=make,
+        frozen=frozen,
+        batches=lambda done: _batches(run, index, stage, done),
+        key=stream(run.config.seed, NOISE_STREAM, index),
+        controls={
+            **optimizer_controls(optimizer_config(stage), stage.updates),
+            "ema_decay": np.asarray(stage.ema, np.float32),
+        },
+        preview=preview,
+        mesh=run.mesh,
+    )
+    trained: Params = chosen(stage, state)
+    return trained
+
+
+def _batches(run: WholeRun, index: int, stage: StageConfig, done: int) -> Iterator[tuple[int, Any]]:
+    """(update number from 1, batch) from update ``done + 1`` on; pictures are made in the background."""
+    rows, micro = stage.batch_size, stage.accumulate
+    before = sum(each.updates * each.batch_size for each in run.config.stages[:index])
+    mine = process_rows(rows, micro)
+    place = batch_sharding(run.mesh, axis=1)
+    places = put_batch(mine.astype(np.int32), place)
+
+    def host_batches() -> Iterator[tuple[int, np.ndarray, list[str]]]:
+        for number in range(done, stage.updates):
+            pairs = run.source.batch((before + number * rows + mine).reshape(-1))
+            yield number, pairs.images.reshape(micro, -1, *pairs.images.shape[1:]), pairs.captions
+
+    prepare: Callable[[int, Any, list[str]], Mapping[str, Any]]
+    if isinstance(stage, AutoencoderStage):
+
+        def prepare(_number: int, images: Any, _captions: list[str]) -> Mapping[str, Any]:
+            return {"images": put_batch(images, place)}
+
+    else:
+        encode = make_latents(run.components, run.dtype, place)
+        key = stream(run.config.seed, ENCODER_STREAM, index)
+
+        def prepare(number: int, images: Any, captions: list[str]) -> Mapping[str, Any]:
+            ids = tuple(tokens.reshape(micro, -1, tokens.shape[-1]) for tokens in run.prompts.tokenize(captions))
+            host = put_batch({"images": images, "ids": ids, "time_ids": time_ids(run.components, images)}, place)
+            vae = dict(run.components.params["vae"])
+            latents = encode(vae, host.pop("images"), jax.random.fold_in(key, number))
+            return {**host, "latents": latents}
+
+    for number, images, captions in prefetch(host_batches()):
+        yield number + 1, {**prepare(number, images, captions), "places": places}
+
+
+def _with_scaling(run: WholeRun) -> Components:
+    """The components with the scaling factor that gives the latents of the stream's first pictures unit variance."""
+    components = run.components
+    images = jnp.asarray(run.source.batch(np.arange(SCALE_PICTURES)).images)
+
+    def moments(part: jax.Array) -> tuple[jax.Array, jax.Array]:
+        mean, logvar = components.vae(dict(components.params["vae"]), part.astype(run.dtype), method="encode")
+        mean = mean.astype(jnp.float32)
+        return jnp.mean(mean), jnp.mean(jnp.square(mean) + jnp.exp(logvar.astype(jnp.float32)))
+
+    first, second = (jnp.mean(each) for each in jax.jit(jax.vmap(moments))(images.reshape(-1, 32, *images.shape[1:])))
+    factor = float(1.0 / jnp.sqrt(second - jnp.square(first)))
+    description = components.description
+    config = {**description.configs["vae"], "scaling_factor": factor}
+    return dataclasses.replace(
+        components,
+        description=dataclasses.replace(description, configs={**description.configs, "vae": config}),
+        vae_config=dataclasses.replace(components.vae_config, scaling_factor=factor),
+    )
+
+
+def _preview(run: WholeRun, stage: StageConfig, name: str) -> None:
+    """Pictures over their reconstructions, or drawings of the stream's first captions."""
+    pipe = Pipeline(run.components, dtype=run.dtype, mesh=run.mesh)
+    if isinstance(stage, AutoencoderStage):
+        rows = [*reconstructed(pipe, run.source.batch(np.arange(run.config.evaluation.batch_size)).images)]
+    else:
+        prompts = run.source.preview_prompts
+        settings: dict[str, Any] = {"steps": 25, "sampler": "ddim", "guidance": run.config.evaluation.guidance}
+        rows = [pipe(prompts, output="np", batch_size=run.config.evaluation.batch_size, stepwise=True, **settings)]
+    strips = [np.concatenate([np.round(picture * 255.0).astype(np.uint8) for picture in row], axis=1) for row in rows]
+    path = run.output.samples / f"{name}.png"
+    temporary = path.with_suffix(".tmp.png")
+    Image.fromarray(np.concatenate(strips, axis=0)).save(temporary)
+    temporary.replace(path)
+
+
+def reconstructed(pipe: Pipeline, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Pictures (B, H, W, 3) in -1..1 and what the autoencoder makes of them, by its posterior's mean; both in 0..1."""
+    components = pipe.components
+
+    def back_and_forth(params: Any, pictures: jax.Array) -> jax.Array:
+        mean, _ = components.vae(params, pictures.astype(pipe.dtype), method="encode")
+        return components.vae(params, mean, method="decode").astype(jnp.float32)
+
+    output = np.asarray(jax.jit(back_and_forth)(dict(components.params["vae"]), jnp.asarray(images)))
+    return images * 0.5 + 0.5, np.clip(output * 0.5 + 0.5, 0.0, 1.0)
