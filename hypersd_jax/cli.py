@@ -1,4 +1,4 @@
-"""The command line: ``hypersd train | sample | convert | doctor``.
+"""The command line: ``hypersd train | sample | convert | cache | doctor``.
 
 Exit status 0 on success, 2 on bad usage or bad input with a one-line reason on standard error, 1 on anything else.
 """
@@ -97,6 +97,14 @@ def _parser() -> argparse.ArgumentParser:
     )
     _add_conversions(convert)
 
+    cache = commands.add_parser("cache", help="encode a data set once, for training to read")
+    cache.add_argument("--config", default=None, help="the recipe that will read it: its model and data are encoded")
+    cache.add_argument("--output", type=Path, required=True, help="the cache's folder; goes on with an interrupted one")
+    cache.add_argument("--batch-size", type=int, default=32)
+    cache.add_argument("--shard-rows", type=int, default=1024, help="rows a file")
+    cache.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings in place of the recipe's")
+    cache.set_defaults(run=_cache)
+
     doctor = commands.add_parser("doctor", help="what this machine offers")
     doctor.set_defaults(run=_doctor)
     return parser
@@ -164,6 +172,19 @@ def _sample(options: argparse.Namespace) -> None:
 
     use_compilation_cache()
     run_sample(options)
+
+
+def _cache(options: argparse.Namespace) -> None:
+    from hypersd_jax.config import load_config
+    from hypersd_jax.recipes import find_recipe
+    from hypersd_jax.stages.caching import write_cache
+
+    for name in ("batch_size", "shard_rows"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
+    config = load_config(find_recipe(options.config or DEFAULT_CONFIG), options.overrides)
+    rows = write_cache(config, options.output, batch_size=options.batch_size, shard_rows=options.shard_rows)
+    print(f"{rows} rows: {options.output}; train with data.cache={options.output}")
 
 
 def _convert_lora(options: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ from hypersd_jax.data.order import text_fraction
 from hypersd_jax.errors import UserError
 from hypersd_jax.weights.components import assets
 
-Split = Literal["train", "test"]
+Split = Literal["train", "test", "all"]
 
 COLOURS: dict[str, tuple[int, int, int]] = {
     "white": (255, 255, 255),
@@ -63,7 +63,7 @@ class EmojiSet:
         return len(self.records)
 
     def indices(self, split: Split, groups: Iterable[str] | None = None) -> np.ndarray:
-        """The pictures of a split, int64 (M,), of these groups or of all.
+        """The pictures of a split, ``all`` being both, int64 (M,), of these groups or of all.
 
         Raises:
             UserError: naming a group that does not exist.
@@ -73,11 +73,11 @@ class EmojiSet:
         if not wanted or wanted - known:
             wrong = ", ".join(sorted(wanted - known)) or "none"
             raise UserError(f"data.groups: {wrong} is not among {', '.join(sorted(known))}")
-        chosen = [i for i, r in enumerate(self.records) if r.group in wanted and split_of(r) == split]
+        chosen = [i for i, r in enumerate(self.records) if r.group in wanted and split in ("all", split_of(r))]
         return np.asarray(chosen, np.int64)
 
 
-def split_of(record: EmojiRecord) -> Split:
+def split_of(record: EmojiRecord) -> Literal["train", "test"]:
     """A tenth of the concepts, by a hash of the concept, is held out for testing, in all its styles."""
     return "test" if text_fraction(record.concept) < TEST_FRACTION else "train"
 

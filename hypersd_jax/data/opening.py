@@ -1,26 +1,93 @@
-"""From a configuration to a source of pairs."""
+"""From a configuration to a source of pairs, or of prompts."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import dataclasses
+from collections.abc import Iterable
 
 from hypersd_jax.config import DataConfig
-from hypersd_jax.data.folder import FolderSource
+from hypersd_jax.data.emoji import Split
+from hypersd_jax.data.pairs import PairSource
+from hypersd_jax.data.prompts import PromptSource
+from hypersd_jax.data.reading import read_rows
 from hypersd_jax.data.samples import EmojiSource
-from hypersd_jax.data.source import Source
+from hypersd_jax.data.source import Prompts, Source
 from hypersd_jax.errors import UserError
 
 EMOJI = "emoji"
+EMOJI_KEYS = ("white_fraction", "groups")
+TABLE_KEYS = ("image_column", "caption_column", "crop", "flip", "bucket_step", "min_size")
 
 
-def open_source(config: DataConfig, *, resolution: int, seed: int) -> Source:
-    """The training pairs that ``config.source`` names: ``emoji`` (its train split) or a folder.
+def open_source(config: DataConfig, *, resolution: int, seed: int, batch_size: int | None = None) -> Source:
+    """The training pairs that ``config.source`` names.
+
+    Args:
+        config: of the data.
+        resolution: of the pictures, or of the square whose area aspect buckets keep to.
+        seed: of order and chance.
+        batch_size: of all stages, which aspect buckets need; None where they differ.
 
     Raises:
-        UserError: naming the folder or key at fault.
+        UserError: naming the source or key at fault.
     """
     if config.source == EMOJI:
-        return EmojiSource(resolution=resolution, seed=seed, white_fraction=config.white_fraction, groups=config.groups)
-    if config.groups is not None:
-        raise UserError(f"data.groups chooses among the embedded pictures; {config.source} has no groups")
-    return FolderSource(Path(config.source), resolution=resolution, seed=seed)
+        return _open_emoji(config, resolution, seed)
+    _refuse(config, EMOJI_KEYS)
+    if config.bucket_step and batch_size is None:
+        raise UserError("data.bucket_step: aspect buckets need all stages to have the same batch_size")
+    rows = read_rows(
+        config.source,
+        split=config.split,
+        image_column=config.image_column,
+        caption_column=config.caption_column,
+    )
+    return PairSource(
+        rows,
+        resolution=resolution,
+        seed=seed,
+        crop=config.crop,
+        flip=config.flip,
+        min_size=config.min_size,
+        bucket_step=config.bucket_step,
+        batch_size=batch_size or 1,
+    )
+
+
+def open_prompts(config: DataConfig, *, seed: int) -> Prompts:
+    """The prompts that ``config.source`` names: of a text file one a line, of anything else the captions.
+
+    Raises:
+        UserError: naming the source or key at fault.
+    """
+    if config.source == EMOJI:
+        return _open_emoji(config, 64, seed)
+    _refuse(config, EMOJI_KEYS)
+    return PromptSource(
+        read_rows(
+            config.source, split=config.split, image_column=None, caption_column=config.caption_column, pictures=False
+        ),
+        seed=seed,
+    )
+
+
+def _open_emoji(config: DataConfig, resolution: int, seed: int) -> EmojiSource:
+    _refuse(config, TABLE_KEYS)
+    splits: dict[str, Split] = {"train": "train", "test": "test", "all": "all"}
+    if config.split not in splits:
+        raise UserError(f"data.split={config.split!r}: the embedded pictures have {', '.join(splits)}")
+    return EmojiSource(
+        resolution=resolution,
+        seed=seed,
+        split=splits[config.split],
+        white_fraction=config.white_fraction,
+        groups=config.groups,
+    )
+
+
+def _refuse(config: DataConfig, keys: Iterable[str]) -> None:
+    """UserError naming a key that was set and that the source does not read."""
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    for key in keys:
+        if getattr(config, key) != defaults[key]:
+            raise UserError(f"data.{key} does not apply to data.source={config.source}")

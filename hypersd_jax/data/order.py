@@ -34,11 +34,30 @@ def shuffled(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
 
     Position p is place p mod count of epoch p div count; each epoch holds every item once, in an order of its own.
     """
-    positions = np.asarray(positions, np.int64)
-    epochs, places = positions // count, positions % count
-    items = np.empty_like(positions)
-    for epoch in np.unique(epochs):
-        order = np.argsort(mix(seed, epoch, np.arange(count)), kind="stable")
-        here = epochs == epoch
-        items[here] = order[places[here]]
-    return items
+    return Shuffle(count, seed)(positions)
+
+
+class Shuffle:
+    """`shuffled`, with the order of the last epoch kept, which takes a while to make where there are millions."""
+
+    def __init__(self, count: int, seed: int) -> None:
+        self._count = count
+        self._seed = seed
+        self._last = (-1, np.empty(0, np.int64))
+
+    def __call__(self, positions: np.ndarray) -> np.ndarray:
+        """The items at these positions (B,), int64 (B,)."""
+        positions = np.asarray(positions, np.int64)
+        epochs, places = positions // self._count, positions % self._count
+        items = np.empty_like(positions)
+        for epoch in np.unique(epochs):
+            here = epochs == epoch
+            items[here] = self._order(int(epoch))[places[here]]
+        return items
+
+    def _order(self, epoch: int) -> np.ndarray:
+        kept, order = self._last
+        if kept != epoch:
+            order = np.argsort(mix(self._seed, epoch, np.arange(self._count)), kind="stable")
+            self._last = (epoch, order)  # one assignment, since several threads may ask
+        return order

@@ -16,6 +16,7 @@ from hypersd_jax.errors import UserError
 # What a hash is drawn for, so that one draw says nothing about another.
 ORDER, WHITE, COLOUR = 0, 1, 2
 PREVIEWS = 8
+GROUNDS = tuple(COLOURS)  # white is the first
 
 
 class EmojiSource:
@@ -49,22 +50,42 @@ class EmojiSource:
     @property
     def preview_prompts(self) -> list[str]:
         """The captions of the stream's first pictures, which training sees."""
-        return self._drawn(np.arange(min(PREVIEWS, len(self))))[2]
+        return self.prompts(np.arange(min(PREVIEWS, len(self))))
+
+    @property
+    def uncacheable(self) -> None:
+        """None: there are but a few grounds."""
+        return None
 
     def batch(self, positions: np.ndarray) -> Batch:
         """The pairs at these positions (B,) of the stream: images (B, resolution, resolution, 3) in -1..1."""
-        items, colours, captions = self._drawn(np.asarray(positions, np.int64))
-        pictures = [
-            ground_picture(self._emoji.images[item], colour, self._resolution)
-            for item, colour in zip(items, colours, strict=True)
-        ]
-        return Batch(np.stack(pictures).astype(np.float32) / np.float32(127.5) - np.float32(1.0), captions)
+        return self.variant_batch(self.keys(positions))
 
-    def _drawn(self, positions: np.ndarray) -> tuple[np.ndarray, list[str], list[str]]:
+    def prompts(self, positions: np.ndarray) -> list[str]:
+        """The captions at these positions (B,) alone."""
+        return [caption(self._emoji.records[item], colour) for item, colour in _drawn(self.keys(positions))]
+
+    def keys(self, positions: np.ndarray) -> np.ndarray:
+        """Place in the emoji set times the number of grounds, plus the ground's place among them, int64 (B,)."""
+        positions = np.asarray(positions, np.int64)
         items = self._indices[shuffled(positions, len(self), int(mix(self._seed, ORDER)[0]))]
         colours = draw_colours(positions, self._seed, self._white_fraction)
-        records = [self._emoji.records[item] for item in items]
-        return items, colours, [caption(r, colour) for r, colour in zip(records, colours, strict=True)]
+        return items * len(COLOURS) + np.asarray([GROUNDS.index(colour) for colour in colours], np.int64)
+
+    def variants(self) -> np.ndarray:
+        """Every picture on every ground that can be drawn."""
+        possible = {1.0: GROUNDS[:1], 0.0: GROUNDS[1:]}.get(self._white_fraction, GROUNDS)
+        grounds = np.asarray([GROUNDS.index(colour) for colour in possible], np.int64)
+        return (self._indices[:, None] * len(COLOURS) + grounds).reshape(-1)
+
+    def variant_batch(self, keys: np.ndarray) -> Batch:
+        """The pairs of these keys (B,)."""
+        drawn = _drawn(keys)
+        pictures = [ground_picture(self._emoji.images[item], colour, self._resolution) for item, colour in drawn]
+        images = np.stack(pictures).astype(np.float32) / np.float32(127.5) - np.float32(1.0)
+        captions = [caption(self._emoji.records[item], colour) for item, colour in drawn]
+        size = (*self._emoji.images.shape[1:3], 0, 0, self._resolution, self._resolution)
+        return Batch(images, captions, np.tile(np.asarray(size, np.float32), (len(drawn), 1)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +139,12 @@ def evaluation_images(items: Sequence[EvalItem], *, emoji: EmojiSet | None = Non
     """The real pictures behind the prompts, uint8 (N, resolution, resolution, 3)."""
     emoji = load_emoji() if emoji is None else emoji
     return np.stack([ground_picture(emoji.images[item.index], item.ground, resolution) for item in items])
+
+
+def _drawn(keys: np.ndarray) -> list[tuple[int, str]]:
+    """The place in the emoji set and the ground of each key (B,)."""
+    pairs = (divmod(int(key), len(COLOURS)) for key in keys)
+    return [(item, GROUNDS[ground]) for item, ground in pairs]
 
 
 def draw_colours(positions: np.ndarray, seed: int, white_fraction: float) -> list[str]:

@@ -48,12 +48,53 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClipTextConfig:
-    """The keys of a text encoder's `config.json` that shape the network; the defaults are those of transformers.
+class TowerConfig:
+    """What shapes the layers of either tower, text or vision.
 
     Attributes:
         hidden_act: name in `ACTIVATIONS`.
         projection_dim: width of the joint space; read only by networks with a projection.
+    """
+
+    hidden_size: int
+    intermediate_size: int
+    projection_dim: int = 512
+    num_hidden_layers: int = 12
+    num_attention_heads: int
+    hidden_act: str = "quick_gelu"
+    layer_norm_eps: float = 1e-5
+
+
+def read_tower(
+    kind: type[TowerConfig], config: Mapping[str, Any], *, name: str, model_type: str, sizes: tuple[str, ...]
+) -> dict[str, Any]:
+    """The fields of a `kind` out of a `config.json`, with its defaults where that says nothing.
+
+    Keys that do not bear on inference (dropout, initialisation, other token ids) are passed over.
+
+    Raises:
+        UserError: naming a key whose value cannot be honoured; `sizes` are those that must be positive integers.
+    """
+    defaults: dict[str, Any] = {"model_type": model_type, **{field.name: field.default for field in fields(kind)}}
+    values: dict[str, Any] = {
+        key: default if config.get(key) is None else config[key] for key, default in defaults.items()
+    }
+    require(values, name, {"model_type": (model_type,), "hidden_act": tuple(ACTIVATIONS)})
+    for key in sizes:
+        natural(values, name, key)
+    width, heads = values["hidden_size"], values["num_attention_heads"]
+    if width % heads:
+        raise UserError(f"{name} config: hidden_size={width} is not a multiple of num_attention_heads={heads}")
+    require_layers(name, "num_hidden_layers", values["num_hidden_layers"])
+    values["layer_norm_eps"] = number(values, name, "layer_norm_eps", positive=True)
+    return {field.name: values[field.name] for field in fields(kind)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClipTextConfig(TowerConfig):
+    """The keys of a text encoder's `config.json` that shape the network; the defaults are those of transformers.
+
+    Attributes:
         eos_token_id: where the pooled vector is taken: the first position that holds this id. Configurations from
             before transformers 4.31 say 2, which was never the tokenizer's; with it the highest id is taken instead.
     """
@@ -61,39 +102,18 @@ class ClipTextConfig:
     vocab_size: int = 49408
     hidden_size: int = 512
     intermediate_size: int = 2048
-    projection_dim: int = 512
-    num_hidden_layers: int = 12
     num_attention_heads: int = 8
     max_position_embeddings: int = 77
-    hidden_act: str = "quick_gelu"
-    layer_norm_eps: float = 1e-5
     eos_token_id: int = 49407
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ClipTextConfig:
-        """Reads the content of a `config.json`; UserError names a key whose value cannot be honoured.
-
-        Keys that do not bear on inference (dropout, initialisation, other token ids) are passed over.
-        """
-        defaults: dict[str, Any] = {
-            "model_type": "clip_text_model",
-            **{field.name: field.default for field in fields(cls)},
-        }
-        values: dict[str, Any] = {
-            key: default if config.get(key) is None else config[key] for key, default in defaults.items()
-        }
-        require(values, NAME, {"model_type": ("clip_text_model",), "hidden_act": tuple(ACTIVATIONS)})
-        for key in SIZES:
-            natural(values, NAME, key)
-        width, heads = values["hidden_size"], values["num_attention_heads"]
-        if width % heads:
-            raise UserError(f"{NAME} config: hidden_size={width} is not a multiple of num_attention_heads={heads}")
-        require_layers(NAME, "num_hidden_layers", values["num_hidden_layers"])
-        values["layer_norm_eps"] = number(values, NAME, "layer_norm_eps", positive=True)
+        """Reads the content of a `config.json`; UserError names a key whose value cannot be honoured."""
+        values = read_tower(cls, config, name=NAME, model_type="clip_text_model", sizes=SIZES)
         end = values["eos_token_id"]
         if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end <= LARGEST:
             raise UserError(f"{NAME} config: eos_token_id={shown(end)} is not supported, only one token's id")
-        return cls(**{field.name: values[field.name] for field in fields(cls)})
+        return cls(**values)
 
 
 class TextOutput(NamedTuple):
@@ -127,10 +147,11 @@ class Embeddings(nnx.Module):
 
 
 class SelfAttention(nnx.Module):
-    """Causal multi-head self-attention over (B, S, D)."""
+    """Multi-head self-attention over (B, S, D); causal, a token sees itself and those before it."""
 
-    def __init__(self, config: ClipTextConfig, *, dtype: Any) -> None:
+    def __init__(self, config: TowerConfig, *, causal: bool, dtype: Any) -> None:
         width = config.hidden_size
+        self.causal = causal
         self.heads = config.num_attention_heads
         self.q_proj = Linear(width, width, dtype=dtype)
         self.k_proj = Linear(width, width, dtype=dtype)
@@ -141,13 +162,13 @@ class SelfAttention(nnx.Module):
         """Keep the shape (B, S, D)."""
         heads = (*x.shape[:2], self.heads, -1)
         q, k, v = (project(x).reshape(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q, k, v, causal=True).reshape(x.shape))
+        return self.out_proj(attention(q, k, v, causal=self.causal).reshape(x.shape))
 
 
 class Mlp(nnx.Module):
     """Two linear layers with the configuration's activation between them."""
 
-    def __init__(self, config: ClipTextConfig, *, dtype: Any) -> None:
+    def __init__(self, config: TowerConfig, *, dtype: Any) -> None:
         self.activation = ACTIVATIONS[config.hidden_act]
         self.fc1 = Linear(config.hidden_size, config.intermediate_size, dtype=dtype)
         self.fc2 = Linear(config.intermediate_size, config.hidden_size, dtype=dtype)
@@ -160,9 +181,9 @@ class Mlp(nnx.Module):
 class Layer(nnx.Module):
     """A pre-norm transformer layer."""
 
-    def __init__(self, config: ClipTextConfig, *, dtype: Any) -> None:
+    def __init__(self, config: TowerConfig, *, causal: bool, dtype: Any) -> None:
         self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
-        self.self_attn = SelfAttention(config, dtype=dtype)
+        self.self_attn = SelfAttention(config, causal=causal, dtype=dtype)
         self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
         self.mlp = Mlp(config, dtype=dtype)
 
@@ -175,8 +196,8 @@ class Layer(nnx.Module):
 class Encoder(nnx.Module):
     """The stack of layers."""
 
-    def __init__(self, config: ClipTextConfig, *, dtype: Any) -> None:
-        self.layers = nnx.List([Layer(config, dtype=dtype) for _ in range(config.num_hidden_layers)])
+    def __init__(self, config: TowerConfig, *, causal: bool, dtype: Any) -> None:
+        self.layers = nnx.List([Layer(config, causal=causal, dtype=dtype) for _ in range(config.num_hidden_layers)])
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Map (B, S, D) to the states after the last layer and before it."""
@@ -192,7 +213,7 @@ class TextTransformer(nnx.Module):
     def __init__(self, config: ClipTextConfig, *, dtype: Any) -> None:
         self.eos_token_id = config.eos_token_id
         self.embeddings = Embeddings(config, dtype=dtype)
-        self.encoder = Encoder(config, dtype=dtype)
+        self.encoder = Encoder(config, causal=True, dtype=dtype)
         self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
 
     def __call__(self, input_ids: jax.Array) -> TextOutput:

@@ -63,23 +63,24 @@ class Network:
             raise KeyError(f"parameters do not match the network: {odd[0]} and {len(odd) - 1} others")
         return nnx.merge(self.graphdef, nnx.from_flat_state([(undotted(path), params[path]) for path in self.shapes]))
 
-    def init(self, seed: int) -> Params:
-        """Draw random parameters, as PyTorch would for training from scratch but with biases of zero.
+    def init(self, seed: int, *, gain: float = 1.0) -> Params:
+        """Draw random parameters, with biases of zero.
 
-        Each leaf depends on (seed, path) alone, not on the device. Kernels are uniform within +-1/sqrt(fan in), norms
-        the identity, embeddings and all else N(0, 0.02).
+        Each leaf depends on (seed, path) alone, not on the device. Kernels are uniform within +-gain/sqrt(fan in),
+        norms the identity, embeddings and all else N(0, 0.02). A gain of 1 is PyTorch's; with sqrt(3) a kernel keeps the
+        variance of its input (LeCun et al., Efficient BackProp, section 4.6).
         """
-        return {path: jnp.asarray(_draw(seed, path, leaf)) for path, leaf in self.shapes.items()}
+        return {path: jnp.asarray(_draw(seed, path, leaf, gain)) for path, leaf in self.shapes.items()}
 
 
-def _draw(seed: int, path: str, leaf: jax.ShapeDtypeStruct) -> np.ndarray:
+def _draw(seed: int, path: str, leaf: jax.ShapeDtypeStruct, gain: float) -> np.ndarray:
     """Draw on the host: compiling one device program for some hundred shapes would take longer than using it."""
     name = path.rpartition(".")[2]
     if name in ("bias", "scale"):
         return np.full(leaf.shape, name == "scale", leaf.dtype)
     random = np.random.default_rng([seed, zlib.crc32(path.encode())])
     if name == "kernel":
-        bound = math.prod(leaf.shape[:-1]) ** -0.5
+        bound = gain * math.prod(leaf.shape[:-1]) ** -0.5
         return ((2 * random.random(leaf.shape, np.float32) - 1) * bound).astype(leaf.dtype)
     return (0.02 * random.standard_normal(leaf.shape, np.float32)).astype(leaf.dtype)
 

@@ -21,16 +21,13 @@ def make_encoder(components: Components, prompts: PromptEncoder, dtype: Any, out
     """
 
     def encode(text_params: Any, vae_params: Any, images: Any, ids: Any, time_ids: Any, key: jax.Array) -> Any:
-        count = images.shape[0] * images.shape[1]
-        keys = jax.random.split(key, count).reshape(images.shape[:2])
-
         def micro_batch(rows: Any) -> Any:
             pictures, tokens, sizes, row_keys = rows
-            latents = _latents(components, vae_params, pictures, row_keys, dtype)
+            latents = sampled(components, *moments(components, vae_params, pictures, dtype), row_keys)
             cond = prompts.encode(text_params, tokens, dtype=dtype)
             return {"latents": latents, "cond": cond._replace(time_ids=sizes)}
 
-        return jax.lax.map(micro_batch, (images, ids, time_ids, keys))
+        return jax.lax.map(micro_batch, (images, ids, time_ids, _row_keys(key, images)))
 
     return jax.jit(encode, out_shardings=out_shardings)
 
@@ -39,23 +36,39 @@ def make_latents(components: Components, dtype: Any, out_shardings: Any) -> Any:
     """A jitted ``(vae params, images, key) -> latents``: what `make_encoder` does with the pictures."""
 
     def encode(vae_params: Any, images: Any, key: jax.Array) -> jax.Array:
-        keys = jax.random.split(key, images.shape[0] * images.shape[1]).reshape(images.shape[:2])
-
         def micro_batch(rows: Any) -> jax.Array:
             pictures, row_keys = rows
-            return _latents(components, vae_params, pictures, row_keys, dtype)
+            return sampled(components, *moments(components, vae_params, pictures, dtype), row_keys)
 
-        return jax.lax.map(micro_batch, (images, keys))
+        return jax.lax.map(micro_batch, (images, _row_keys(key, images)))
 
     return jax.jit(encode, out_shardings=out_shardings)
 
 
-def _latents(components: Components, params: Any, images: jax.Array, keys: jax.Array, dtype: Any) -> jax.Array:
-    """Sample the posterior of pictures (B, H, W, 3), one key each: (B, h, w, C) float32, times the scaling factor."""
+def make_sampler(components: Components, out_shardings: Any) -> Any:
+    """A jitted ``(mean, logvar, key) -> latents``: what is left of `make_encoder` where the moments are known."""
+
+    def sample(mean: Any, logvar: Any, key: jax.Array) -> jax.Array:
+        return jax.vmap(lambda *rows: sampled(components, *rows))(mean, logvar, _row_keys(key, mean))
+
+    return jax.jit(sample, out_shardings=out_shardings)
+
+
+def moments(components: Components, params: Any, images: jax.Array, dtype: Any) -> tuple[jax.Array, jax.Array]:
+    """Mean and log variance of pictures (B, H, W, 3) in -1..1, (B, h, w, C) float32 each."""
     mean, logvar = components.vae(params, images.astype(dtype), method="encode")
-    mean, deviation = mean.astype(jnp.float32), jnp.exp(0.5 * logvar.astype(jnp.float32))
+    return mean.astype(jnp.float32), logvar.astype(jnp.float32)
+
+
+def sampled(components: Components, mean: jax.Array, logvar: jax.Array, keys: jax.Array) -> jax.Array:
+    """Latents of the posterior, one key a row: (B, h, w, C) float32, times the scaling factor."""
     noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], jnp.float32))(keys)
-    return components.scale(mean + deviation * noise)
+    return components.scale(mean + jnp.exp(0.5 * logvar) * noise)
+
+
+def _row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
+    """A key for each row of (A, B, ...)."""
+    return jax.random.split(key, rows.shape[0] * rows.shape[1]).reshape(rows.shape[:2])
 
 
 def unconditional(components: Components, prompts: PromptEncoder, dtype: Any) -> Conditioning:

@@ -3,33 +3,32 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from hypersd_jax import adapters
 from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import Config, ConsistencyStage, to_dict
-from hypersd_jax.data import Source, open_source, prefetch
+from hypersd_jax.data import Source, open_source
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline, parse_dtype
 from hypersd_jax.stages import tscd
 from hypersd_jax.stages.comparison import compare
 from hypersd_jax.stages.export import export_student, sampling_header
-from hypersd_jax.stages.inputs import make_encoder, time_ids, unconditional
+from hypersd_jax.stages.feeding import Inputs
+from hypersd_jax.stages.inputs import unconditional
 from hypersd_jax.stages.loop import (
     ADAPTER_STREAM,
     ENCODER_STREAM,
     NOISE_STREAM,
     chosen,
     optimizer_config,
-    process_rows,
     run_updates,
     stream,
 )
@@ -38,12 +37,10 @@ from hypersd_jax.stages.preview import draw_preview
 from hypersd_jax.stages.whole import open_whole, train_whole
 from hypersd_jax.training import (
     Step,
-    batch_sharding,
     init_state,
     make_mesh,
     make_optimizer,
     make_step,
-    put_batch,
 )
 from hypersd_jax.weights.components import load_components
 from hypersd_jax.weights.folder import fingerprint
@@ -63,7 +60,7 @@ class Run:
     base_fingerprint: str
     uncond: Conditioning
     scales: dict[str, jax.Array]
-    encode: Callable[..., Any]
+    inputs: Inputs
     steps: dict[tscd.StepKind, Step]
 
     @property
@@ -108,17 +105,17 @@ def open_run(config: Config, output: Output) -> Run:
     components = load_components(config.model.source, dtype=dtype, remat=config.model.remat, mesh=mesh)
     pipe = Pipeline(components, dtype=dtype, mesh=mesh)
     resolution = config.data.resolution or pipe.native_size[0]
-    batch = batch_sharding(mesh, axis=1)
+    source = open_source(config.data, resolution=resolution, seed=config.seed)
     return Run(
         config=config,
         output=output,
         mesh=mesh,
         pipe=pipe,
-        source=open_source(config.data, resolution=resolution, seed=config.seed),
+        source=source,
         base_fingerprint=fingerprint(components.params["unet"]),
         uncond=unconditional(components, pipe.prompts, dtype),
         scales={},
-        encode=make_encoder(components, pipe.prompts, dtype, batch),
+        inputs=Inputs(config, source, components, pipe.prompts, mesh, dtype),
         steps={},
     )
 
@@ -195,34 +192,10 @@ def run_stage(run: Run, index: int, stage: ConsistencyStage, start: Factors, tea
 
 
 def _batches(run: Run, index: int, stage: ConsistencyStage, done: int) -> Iterator[tuple[int, Any]]:
-    """(update number from 1, encoded batch) from update ``done + 1`` on; pictures are made in the background."""
-    components = run.pipe.components
-    rows, micro = stage.batch_size, stage.accumulate
+    """(update number from 1, encoded batch) from update ``done + 1`` on."""
     before = sum(s.updates * s.batch_size for s in run.config.adapter_stages[:index])
-    mine = process_rows(rows, micro)
-
-    def host_batches() -> Iterator[tuple[int, np.ndarray, list[str]]]:
-        for number in range(done, stage.updates):
-            positions = before + number * rows + mine
-            pairs = run.source.batch(positions.reshape(-1))
-            yield number, pairs.images.reshape(micro, -1, *pairs.images.shape[1:]), pairs.captions
-
-    text_params = {name: components.params[name] for name in components.text_encoders}
-    encoder_key = stream(run.config.seed, ENCODER_STREAM, index)
-    place = batch_sharding(run.mesh, axis=1)
-    for number, images, captions in prefetch(host_batches()):
-        ids = tuple(tokens.reshape(micro, -1, tokens.shape[-1]) for tokens in run.pipe.prompts.tokenize(captions))
-        sizes = time_ids(components, images)
-        host = put_batch({"images": images, "ids": ids, "sizes": sizes, "places": mine.astype(np.int32)}, place)
-        encoded = run.encode(
-            text_params,
-            dict(components.params["vae"]),
-            host["images"],
-            host["ids"],
-            host["sizes"],
-            jax.random.fold_in(encoder_key, number),
-        )
-        yield number + 1, {**encoded, "places": host["places"]}
+    key = stream(run.config.seed, ENCODER_STREAM, index)
+    return run.inputs.conditioned(stage, before=before, done=done, key=key)
 
 
 def _finish(run: Run, stage: ConsistencyStage, factors: Factors, file: Path) -> None:

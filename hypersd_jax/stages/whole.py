@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,31 +18,28 @@ from PIL import Image
 
 from hypersd_jax.conditioning import PromptEncoder
 from hypersd_jax.config import AutoencoderStage, Config, StageConfig, TeacherStage, to_dict
-from hypersd_jax.data import Source, open_source, prefetch
+from hypersd_jax.data import Source, open_source
 from hypersd_jax.diffusion import Schedule
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline, parse_dtype
 from hypersd_jax.stages import autoencoder, teacher
-from hypersd_jax.stages.inputs import make_latents, time_ids
+from hypersd_jax.stages.feeding import Inputs, feed, pictures
 from hypersd_jax.stages.loop import (
     ENCODER_STREAM,
     NOISE_STREAM,
     chosen,
     optimizer_config,
-    process_rows,
     run_updates,
     stream,
 )
 from hypersd_jax.stages.output import Output
 from hypersd_jax.training import (
     TrainState,
-    batch_sharding,
     init_state,
     make_mesh,
     make_optimizer,
     make_step,
     optimizer_controls,
-    put_batch,
 )
 from hypersd_jax.weights.components import Components, load_components
 from hypersd_jax.weights.folder import fingerprint
@@ -163,37 +160,15 @@ def _run_stage(run: WholeRun, index: int, stage: StageConfig) -> Params:
 
 
 def _batches(run: WholeRun, index: int, stage: StageConfig, done: int) -> Iterator[tuple[int, Any]]:
-    """(update number from 1, batch) from update ``done + 1`` on; pictures are made in the background."""
-    rows, micro = stage.batch_size, stage.accumulate
+    """(update number from 1, batch) from update ``done + 1`` on."""
     before = sum(each.updates * each.batch_size for each in run.config.stages[:index])
-    mine = process_rows(rows, micro)
-    place = batch_sharding(run.mesh, axis=1)
-    places = put_batch(mine.astype(np.int32), place)
-
-    def host_batches() -> Iterator[tuple[int, np.ndarray, list[str]]]:
-        for number in range(done, stage.updates):
-            pairs = run.source.batch((before + number * rows + mine).reshape(-1))
-            yield number, pairs.images.reshape(micro, -1, *pairs.images.shape[1:]), pairs.captions
-
-    prepare: Callable[[int, Any, list[str]], Mapping[str, Any]]
     if isinstance(stage, AutoencoderStage):
-
-        def prepare(_number: int, images: Any, _captions: list[str]) -> Mapping[str, Any]:
-            return {"images": put_batch(images, place)}
-
-    else:
-        encode = make_latents(run.components, run.dtype, place)
-        key = stream(run.config.seed, ENCODER_STREAM, index)
-
-        def prepare(number: int, images: Any, captions: list[str]) -> Mapping[str, Any]:
-            ids = tuple(tokens.reshape(micro, -1, tokens.shape[-1]) for tokens in run.prompts.tokenize(captions))
-            host = put_batch({"images": images, "ids": ids, "time_ids": time_ids(run.components, images)}, place)
-            vae = dict(run.components.params["vae"])
-            latents = encode(vae, host.pop("images"), jax.random.fold_in(key, number))
-            return {**host, "latents": latents}
-
-    for number, images, captions in prefetch(host_batches()):
-        yield number + 1, {**prepare(number, images, captions), "places": places}
+        load = pictures(run.source)
+        return feed(stage, before=before, done=done, mesh=run.mesh, load=load, finish=lambda _number, loaded: loaded)
+    trained = run.components.text_encoders
+    inputs = Inputs(run.config, run.source, run.components, run.prompts, run.mesh, run.dtype, trained=trained)
+    key = stream(run.config.seed, ENCODER_STREAM, index)
+    return inputs.captioned(stage, before=before, done=done, key=key)
 
 
 def _with_scaling(run: WholeRun) -> Components:

@@ -1,0 +1,91 @@
+"""Which columns of a table hold the picture and the caption, and what their cells say."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from hypersd_jax.errors import UserError
+
+Kind = Literal["image", "caption"]
+
+# The usual names, in the order they are looked for; a dot goes into a nested column.
+NAMES: dict[Kind, tuple[str, ...]] = {
+    "image": ("image", "jpg", "jpeg", "png", "webp", "file_name"),
+    "caption": ("text", "caption", "txt", "prompt", "json.caption", "json.text", "json.prompt"),
+}
+
+
+def find_column(features: Mapping[str, Any], given: str | None, kind: Kind, source: str) -> str:
+    """The column of a kind: the one that the configuration names, or the first of the usual names.
+
+    Args:
+        features: of the table, by column.
+        given: the configuration's name, or None.
+        kind: what is looked for; ``data.image_column`` or ``data.caption_column`` names it.
+        source: for the message.
+
+    Raises:
+        UserError: there is none, with the columns there are.
+    """
+    for name in (given,) if given else NAMES[kind]:
+        if _has(features, name):
+            return name
+    columns = ", ".join(features)
+    if given:
+        raise UserError(f"data.{kind}_column: {source} has no column {given!r}; it has {columns}")
+    usual = ", ".join(NAMES[kind])
+    raise UserError(
+        f"data.source: {source} has no {kind}s: none of its columns ({columns}) is called {usual}; "
+        f"name one with data.{kind}_column"
+    )
+
+
+def _has(features: Mapping[str, Any], name: str) -> bool:
+    """Whether a dotted name leads to a column; types without named parts, such as JSON, may hold anything."""
+    if name in features:
+        return True
+    head, dot, rest = name.partition(".")
+    if not dot or head not in features:
+        return False
+    inner = features[head]
+    return _has(inner, rest) if isinstance(inner, Mapping) else type(inner).__name__ == "Json"
+
+
+def column_of(features: Mapping[str, Any], name: str) -> str:
+    """The outermost column that a dotted name leads into."""
+    return name if name in features else name.partition(".")[0]
+
+
+def _cell(row: Mapping[str, Any], name: str) -> Any:
+    if name in row:
+        return row[name]
+    head, dot, rest = name.partition(".")
+    inner = row.get(head)
+    return _cell(inner, rest) if dot and isinstance(inner, Mapping) else None
+
+
+def caption_text(row: Mapping[str, Any], name: str) -> str:
+    """A row's caption on one line, ``""`` if there is none; of a list of captions the first."""
+    value = _cell(row, name)
+    if isinstance(value, list):
+        value = next((each for each in value if each), None)
+    if isinstance(value, bytes):
+        value = value.decode("utf-8", "ignore")
+    return "" if value is None else " ".join(str(value).split())
+
+
+def image_cell(row: Mapping[str, Any], name: str) -> bytes | str:
+    """A row's encoded picture, or the path or URL where it is.
+
+    Raises:
+        ValueError: the cell is empty or something else.
+    """
+    value = _cell(row, name)
+    if isinstance(value, Mapping):
+        value = value.get("bytes") or value.get("path")
+    if not value:
+        raise ValueError("no picture")
+    if not isinstance(value, bytes | str):
+        raise ValueError(f"a {type(value).__name__}, neither bytes nor a path")
+    return value

@@ -1,0 +1,248 @@
+"""An endless stream of pairs out of a table of samples."""
+
+from __future__ import annotations
+
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Literal, NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from hypersd_jax.data.buckets import Stream, bucket_sizes, nearest_bucket
+from hypersd_jax.data.listing import reason
+from hypersd_jax.data.order import fraction, mix
+from hypersd_jax.data.pictures import fit_picture, read_picture
+from hypersd_jax.data.reading import Rows
+from hypersd_jax.data.source import Batch
+from hypersd_jax.data.survey import WORKERS, picture_sizes
+from hypersd_jax.errors import UserError
+
+# What a hash is drawn for, so that one draw says nothing about another.
+ORDER, DOWN, ACROSS, FLIP = 0, 1, 2, 3
+PREVIEWS = 8
+
+
+class _Found(NamedTuple):
+    """A readable sample of the stream."""
+
+    row: int
+    group: int
+    picture: Image.Image
+
+
+class PairSource:
+    """Captioned pictures, shuffled anew each epoch, scaled to cover the resolution or their bucket, and cropped.
+
+    Rows without a caption are left out from the start, and where sizes are looked up (``min_size``, buckets) also
+    pictures that are too small or have no readable header. Of others it only shows when their turn comes that they
+    cannot be read: then the next readable one of the same epoch (of the same bucket) stands in their place, those of
+    its beginning following its end. So what stands at a position depends on the set, the settings and the position
+    alone, an epoch holds every readable picture, and those after an unreadable one more than once.
+
+    With buckets a batch, ``batch_size`` positions from a multiple of it on, comes from one bucket (`buckets.Stream`).
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        resolution: int,
+        seed: int,
+        crop: Literal["center", "random"] = "center",
+        flip: bool = False,
+        min_size: int | None = None,
+        bucket_step: int | None = None,
+        batch_size: int = 1,
+    ) -> None:
+        """Choose the usable samples and sort them into buckets.
+
+        Raises:
+            UserError: nothing is usable, with the counts of why, or ``bucket_step`` does not divide the resolution.
+        """
+        self._rows = rows
+        self._seed = seed
+        self._random_crop, self._flip, self._step = crop == "random", flip, bucket_step
+        self._broken: dict[int, str] = {}
+        self._checked = False
+        self._next_report = 1
+        self._left_out: Counter[str] = Counter()
+        self._targets = [(resolution, resolution)]
+        usable = self._leave_out([not caption for caption in rows.captions()], np.arange(len(rows)), "without caption")
+        groups = np.zeros(len(usable), np.int64)
+        if bucket_step or min_size:
+            sizes = picture_sizes(rows)
+            usable = self._leave_out(sizes[usable, 0] == 0, usable, "unreadable")
+            usable = self._leave_out(sizes[usable].min(axis=1) < (min_size or 0), usable, f"below {min_size} pixels")
+            if bucket_step:
+                self._targets, groups = _sorted_in(sizes[usable], resolution, bucket_step)
+        self._members = [usable[groups == group] for group in range(len(self._targets))]
+        if not len(usable):
+            raise self._nothing_left()
+        if self._left_out:
+            warnings.warn(f"data.source: {rows.source}: left out of {len(rows)} samples: {self._why()}", stacklevel=3)
+        order = int(mix(seed, ORDER)[0])
+        self._stream = Stream([len(members) for members in self._members], batch_size, order)
+        self._pool = ThreadPoolExecutor(WORKERS, "pictures")
+        self._find(0, 0)  # a set of which nothing can be read is refused here, not in the middle of a run
+
+    def __len__(self) -> int:
+        """Samples in an epoch."""
+        return sum(map(len, self._members))
+
+    @property
+    def preview_prompts(self) -> list[str]:
+        """The set's first captions."""
+        first = np.sort(np.concatenate([members[:PREVIEWS] for members in self._members]))[:PREVIEWS]
+        return [self._rows.caption_of(int(row)) for row in first]
+
+    @property
+    def uncacheable(self) -> str | None:
+        """Why rows cannot be encoded once and kept; None where they can."""
+        if self._random_crop or self._flip:
+            return f"data.{'crop=random' if self._random_crop else 'flip=true'} makes every epoch's pictures different"
+        return "data.bucket_step makes pictures of several sizes" if self._step else None
+
+    def batch(self, positions: np.ndarray) -> Batch:
+        """The pairs at these positions (B,), which with buckets must be of one batch; read in several threads.
+
+        Raises:
+            UserError: the positions are of several buckets, or no picture of theirs can be read.
+        """
+        positions = np.asarray(positions, np.int64)
+        groups, places = self._stream.places(positions)
+        if len(np.unique(groups)) > 1:
+            raise UserError("data.bucket_step: aspect buckets serve whole batches only, of stages with one batch_size")
+
+        def make(index: int) -> tuple[np.ndarray, str, np.ndarray]:
+            found = self._find(int(groups[index]), int(places[index]))
+            return self._fit(found, int(positions[index]))
+
+        made = self._made(make, len(positions))
+        self._report()
+        return made
+
+    def keys(self, positions: np.ndarray) -> np.ndarray:
+        """The rows of the table at these positions (B,).
+
+        The first call decodes every picture, to know which can be read; the outcome is kept (`survey`).
+        """
+        self._check_all()
+        groups, places = self._stream.places(positions)
+        return np.asarray([self._row(int(g), int(p)) for g, p in zip(groups, places, strict=True)], np.int64)
+
+    def variants(self) -> np.ndarray:
+        """The rows of the table that can be read."""
+        self._check_all()
+        rows = np.sort(np.concatenate(self._members))
+        return rows[~np.isin(rows, list(self._broken))].astype(np.int64)
+
+    def variant_batch(self, keys: np.ndarray) -> Batch:
+        """The pairs of these rows (B,) of the table.
+
+        Raises:
+            UserError: saying why rows have no fixed pictures, or naming one that cannot be read.
+        """
+        if self.uncacheable:
+            raise UserError(self.uncacheable)
+
+        def make(index: int) -> tuple[np.ndarray, str, np.ndarray]:
+            row = int(keys[index])
+            try:
+                found = _Found(row, 0, self._open(row))
+            except Exception as error:  # Pillow and the file systems raise many kinds
+                raise UserError(
+                    f"data.source: {self._rows.source}: row {row} cannot be read ({reason(error)})"
+                ) from None
+            return self._fit(found, 0)
+
+        return self._made(make, len(keys))
+
+    def _made(self, make: Callable[[int], tuple[np.ndarray, str, np.ndarray]], count: int) -> Batch:
+        pixels, captions, sizes = zip(*self._pool.map(make, range(count)), strict=True)
+        return Batch(np.stack(pixels), list(captions), np.stack(sizes))
+
+    def _fit(self, found: _Found, position: int) -> tuple[np.ndarray, str, np.ndarray]:
+        draws = {what: float(fraction(mix(self._seed, what, position))[0]) for what in (DOWN, ACROSS, FLIP)}
+        place = (draws[DOWN], draws[ACROSS]) if self._random_crop else (0.5, 0.5)
+        flip = self._flip and draws[FLIP] < 0.5
+        pixels, sizes = fit_picture(found.picture, self._targets[found.group], place, flip=flip)
+        return pixels, self._rows.caption_of(found.row), sizes
+
+    def _open(self, row: int) -> Image.Image:
+        with self._rows.open_image(row) as file:
+            return read_picture(file)
+
+    def _find(self, group: int, place: int) -> _Found:
+        """The sample at a place of a group's stream, or the next that can be read."""
+        while True:
+            row = self._row(group, place)
+            try:
+                return _Found(row, group, self._open(row))
+            except Exception as error:  # Pillow and the file systems raise many kinds
+                self._broken[row] = reason(error)
+
+    def _row(self, group: int, place: int) -> int:
+        """The row at a place of a group's stream, or the next that is not known to be broken."""
+        members = self._members[group]
+        for after in range(len(members)):
+            row = int(members[self._stream.item(group, place, after)])
+            if row not in self._broken:
+                return row
+        raise self._nothing_left()
+
+    def _check_all(self) -> None:
+        """Know every picture that cannot be read."""
+        if self._checked:
+            return
+        usable = np.concatenate(self._members)
+        unread = usable[picture_sizes(self._rows, decode=True)[usable, 0] == 0]
+        self._broken = {int(row): "cannot be decoded" for row in unread} | self._broken
+        self._checked = True
+        self._report()
+
+    def _leave_out(self, out: np.ndarray | list[bool], rows: np.ndarray, why: str) -> np.ndarray:
+        """The rows that stay."""
+        out = np.asarray(out, bool)
+        if out.any():
+            self._left_out[why] += int(out.sum())
+        return rows[~out]
+
+    def _report(self) -> None:
+        """Say how many pictures could not be read so far: at the first one, and at each tenfold."""
+        count = len(self._broken)
+        if count < self._next_report:
+            return
+        self._next_report = 10 ** len(str(count))
+        row, why = next(iter(self._broken.items()))
+        warnings.warn(
+            f"data.source: {self._rows.source}: {count} unreadable pictures so far, others stand in for them "
+            f"(row {row}: {why})",
+            stacklevel=4,
+        )
+
+    def _why(self) -> str:
+        return ", ".join(f"{count} {why}" for why, count in self._left_out.items())
+
+    def _nothing_left(self) -> UserError:
+        if self._broken:
+            row, why = next(iter(self._broken.items()))
+            self._left_out[f"unreadable (row {row}: {why})"] = len(self._broken)
+        counts = self._why() or "it is empty"
+        return UserError(
+            f"data.source: {self._rows.source}: none of its {len(self._rows)} samples can be used: {counts}"
+        )
+
+
+def _sorted_in(sizes: np.ndarray, resolution: int, step: int) -> tuple[list[tuple[int, int]], np.ndarray]:
+    """The buckets that pictures (N, 2) fall into, and each one's place among them, (N,)."""
+    try:
+        buckets = bucket_sizes(resolution, step)
+    except ValueError as error:
+        raise UserError(f"data.{error}") from None
+    if not len(sizes):
+        return [(resolution, resolution)], np.zeros(0, np.int64)
+    used, groups = np.unique(nearest_bucket(sizes, buckets), return_inverse=True)
+    return [buckets[index] for index in used], groups

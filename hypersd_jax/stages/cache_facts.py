@@ -1,0 +1,33 @@
+"""What decides the contents of a cache of encoded rows."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from typing import Any
+
+import jax.numpy as jnp
+
+from hypersd_jax.config import DataConfig, to_dict
+from hypersd_jax.data.opening import EMOJI
+from hypersd_jax.weights.components import Components
+from hypersd_jax.weights.folder import fingerprint
+
+# Which rows are drawn, how often and in which order, changes no row.
+FREE_KEYS = ("cache", "white_fraction", "groups")
+
+
+def cache_facts(
+    data: DataConfig, components: Components, dtype: Any, *, trained: Collection[str] = ()
+) -> dict[str, Any]:
+    """Fingerprints of the autoencoder and the text encoders, the data's settings, and the dtype.
+
+    Components that are ``trained`` are left out: what the cache holds of them is not read.
+    """
+    # The key of an embedded picture is its place among all of them; that of another, its place in its split.
+    free = (*FREE_KEYS, "split") if data.source == EMOJI else FREE_KEYS
+    parts = [name for name in ("vae", *components.text_encoders) if name not in trained]
+    return {
+        **{name: fingerprint(components.params[name]) for name in parts},
+        "dtype": jnp.dtype(dtype).name,
+        "data": {key: value for key, value in to_dict(data).items() if key not in free},
+    }

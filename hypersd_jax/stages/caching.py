@@ -1,0 +1,80 @@
+"""``hypersd cache``: encode every row of a data set once, so that training need not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from hypersd_jax.conditioning import Conditioning
+from hypersd_jax.config import Config
+from hypersd_jax.data import open_source
+from hypersd_jax.data.cache import CacheWriter
+from hypersd_jax.errors import UserError
+from hypersd_jax.pipeline import Pipeline, parse_dtype
+from hypersd_jax.stages.cache_facts import cache_facts
+from hypersd_jax.stages.inputs import moments
+from hypersd_jax.weights.components import Components, load_components
+
+
+def write_cache(config: Config, folder: Path, *, batch_size: int = 32, shard_rows: int = 1024) -> int:
+    """Write the moments of the latents, the text embeddings, the token ids and the sizes of every row.
+
+    What an interrupted call left is kept and gone on from.
+
+    Args:
+        config: of the run that will read the cache; its ``model`` and ``data`` count.
+        folder: where the cache goes.
+        batch_size: rows encoded at a time.
+        shard_rows: rows a file.
+
+    Returns:
+        How many rows the cache holds.
+
+    Raises:
+        UserError: naming the key or file at fault.
+    """
+    dtype = parse_dtype(config.model.dtype)
+    components = load_components(config.model.source, dtype=dtype)
+    pipe = Pipeline(components, dtype=dtype)
+    source = open_source(config.data, resolution=config.data.resolution or pipe.native_size[0], seed=config.seed)
+    if source.uncacheable:
+        raise UserError(f"this data cannot be encoded once: {source.uncacheable}")
+    keys = source.variants()
+    writer = CacheWriter(folder, cache_facts(config.data, components, dtype), keys, shard_rows)
+    encode = _make_encode(pipe, components, dtype)
+    with tqdm(total=len(keys), initial=writer.done, unit="row", desc="encoding") as bar:
+        for shard in writer.missing():
+            parts = []
+            for start in range(0, len(shard), batch_size):
+                part = shard[start : start + batch_size]
+                # The last batch is filled up, so that one program serves all.
+                full = np.concatenate([part, np.repeat(part[-1:], batch_size - len(part))])
+                batch = source.variant_batch(full)
+                ids = pipe.prompts.tokenize(batch.captions)
+                mean, logvar, cond = jax.device_get(encode(batch.images, ids))
+                arrays = {"mean": mean, "logvar": logvar, "context": cond.context, "sizes": batch.sizes}
+                arrays |= {f"ids_{i}": tokens for i, tokens in enumerate(ids)}
+                if cond.pooled is not None:
+                    arrays["pooled"] = cond.pooled
+                parts.append({name: np.asarray(array)[: len(part)] for name, array in arrays.items()})
+                bar.update(len(part))
+            writer.write({name: np.concatenate([each[name] for each in parts]) for name in parts[0]})
+    return len(keys)
+
+
+def _make_encode(pipe: Pipeline, components: Components, dtype: Any) -> Any:
+    """``(images (B, H, W, 3), token ids) -> (mean, logvar, conditioning)``, compiled once."""
+    texts = {name: components.params[name] for name in components.text_encoders}
+    vae = dict(components.params["vae"])
+
+    def encode(text_params: Any, vae_params: Any, images: Any, ids: Any) -> tuple[jax.Array, jax.Array, Conditioning]:
+        cond = pipe.prompts.encode(text_params, ids, dtype=dtype)
+        return *moments(components, vae_params, images, dtype), cond
+
+    compiled = jax.jit(encode)
+    return lambda images, ids: compiled(texts, vae, jnp.asarray(images), tuple(map(jnp.asarray, ids)))
