@@ -12,7 +12,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from hypersd_jax import adapters, diffusion, distill
+    from hypersd_jax import adapters, diffusion, distill, rewards
     from hypersd_jax.config import load_config
     from hypersd_jax.errors import UserError
     from hypersd_jax.pipeline import Pipeline
@@ -35,6 +35,7 @@ __all__ = [
     "extract_lora",
     "load_config",
     "merge_loras",
+    "rewards",
     "save_pictures",
     "train",
 ]

@@ -67,8 +67,8 @@ class Network:
         """Draw random parameters, with biases of zero.
 
         Each leaf depends on (seed, path) alone, not on the device. Kernels are uniform within +-gain/sqrt(fan in),
-        norms the identity, embeddings and all else N(0, 0.02). A gain of 1 is PyTorch's; with sqrt(3) a kernel keeps the
-        variance of its input (LeCun et al., Efficient BackProp, section 4.6).
+        norms the identity, embeddings and all else N(0, 0.02). A gain of 1 is PyTorch's; with sqrt(3) a kernel keeps
+        the variance of its input (LeCun et al., Efficient BackProp, section 4.6).
         """
         return {path: jnp.asarray(_draw(seed, path, leaf, gain)) for path, leaf in self.shapes.items()}
 

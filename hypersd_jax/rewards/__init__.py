@@ -1,0 +1,13 @@
+"""What scores pictures against their prompts; differentiable in the pictures."""
+
+from __future__ import annotations
+
+from hypersd_jax.rewards.clip_score import ClipModel as ClipModel
+from hypersd_jax.rewards.clip_score import ClipScore as ClipScore
+from hypersd_jax.rewards.clip_score import clip_scores as clip_scores
+from hypersd_jax.rewards.clip_score import load_clip as load_clip
+from hypersd_jax.rewards.loading import REWARDS as REWARDS
+from hypersd_jax.rewards.loading import Reward as Reward
+from hypersd_jax.rewards.loading import load as load
+from hypersd_jax.rewards.preprocess import ImageSteps as ImageSteps
+from hypersd_jax.rewards.preprocess import preprocess as preprocess
