@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -27,10 +28,16 @@ Finish = Callable[[int, Any], dict[str, Any]]
 """From an update's number, counted from 0, and what was loaded, on the devices, to the step's batch."""
 
 
-def feed(
-    stage: StageConfig, *, before: int, done: int, mesh: Mesh, load: Load, finish: Finish
-) -> Iterator[tuple[int, dict[str, Any]]]:
-    """(update number from 1, batch) from update ``done + 1`` of a stage on, whose data begins at place ``before``."""
+class Fed(NamedTuple):
+    """The batch of one update, counted from 1, and how many seconds the run stood still until it had been loaded."""
+
+    number: int
+    batch: dict[str, Any]
+    waited: float
+
+
+def feed(stage: StageConfig, *, before: int, done: int, mesh: Mesh, load: Load, finish: Finish) -> Iterator[Fed]:
+    """The batches from update ``done + 1`` of a stage on, whose data begins at place ``before``."""
     mine = process_rows(stage.batch_size, stage.accumulate)
     place = batch_sharding(mesh, axis=1)
     places = put_batch(mine.astype(np.int32), place)
@@ -39,8 +46,11 @@ def feed(
         for number in range(done, stage.updates):
             yield number, load(before + number * stage.batch_size + mine)
 
+    begin = time.perf_counter()
     for number, loaded in prefetch(host_batches()):
-        yield number + 1, {**finish(number, put_batch(loaded, place)), "places": places}
+        waited = time.perf_counter() - begin
+        yield Fed(number + 1, {**finish(number, put_batch(loaded, place)), "places": places}, waited)
+        begin = time.perf_counter()
 
 
 def pictures(source: Source) -> Load:
@@ -119,9 +129,7 @@ class Inputs:
         self._from_cache = config.data.cache is not None
         self._sample = make_sampler(components, place)
 
-    def conditioned(
-        self, stage: StageConfig, *, before: int, done: int, key: jax.Array
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+    def conditioned(self, stage: StageConfig, *, before: int, done: int, key: jax.Array) -> Iterator[Fed]:
         """Batches {"latents", "cond", "places"} of a stage that trains adapters; see `feed`."""
         params = self._components.params
         texts = {name: params[name] for name in self._components.text_encoders}
@@ -137,9 +145,7 @@ class Inputs:
 
         return feed(stage, before=before, done=done, mesh=self._mesh, load=self._load, finish=finish)
 
-    def captioned(
-        self, stage: StageConfig, *, before: int, done: int, key: jax.Array
-    ) -> Iterator[tuple[int, dict[str, Any]]]:
+    def captioned(self, stage: StageConfig, *, before: int, done: int, key: jax.Array) -> Iterator[Fed]:
         """Batches {"latents", "ids", "time_ids", "places"} of a stage that trains the text encoders too."""
 
         def finish(number: int, loaded: Any) -> dict[str, Any]:

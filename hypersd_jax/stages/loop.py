@@ -47,7 +47,7 @@ def run_updates(
     log: LogConfig,
     make: Callable[[], Step],
     frozen: Any,
-    batches: Callable[[int], Iterator[tuple[int, Any]]],
+    batches: Callable[[int], Iterator[tuple[int, Any, float]]],
     key: jax.Array,
     controls: Any,
     preview: Callable[[TrainState, int], None],
@@ -64,7 +64,7 @@ def run_updates(
         log: how often to log, save and draw.
         make: the compiled step; called only if there is an update to do.
         frozen: what the step reads and never changes.
-        batches: (finished updates) -> (update number from 1, batch) from the next update on.
+        batches: (finished updates) -> (update number from 1, batch, seconds waited for it) from the next update on.
         key: of the stage's randomness.
         controls: the stage's arrays.
         preview: draws with a state after an update, on the way.
@@ -82,11 +82,11 @@ def run_updates(
             return state, done
         step = make()
         with MetricsLog(root, stage.updates, stage.name, done, tensorboard=log.tensorboard) as metrics_log:
-            for number, batch in batches(done):
+            for number, batch, waited in batches(done):
                 state, metrics = step(state, frozen, batch, key, controls)
                 last = number == stage.updates
                 if number % log.every == 0 or last:
-                    metrics_log.write(number, metrics)
+                    metrics_log.write(number, {**metrics, "input_wait": waited})
                 if number % log.checkpoint_every == 0 or last:
                     metrics_log.flush()
                     checkpoints.save(number, state, facts)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +20,7 @@ from hypersd_jax.pipeline import Pipeline, parse_dtype
 from hypersd_jax.stages import tscd
 from hypersd_jax.stages.comparison import compare
 from hypersd_jax.stages.export import export_student, sampling_header
-from hypersd_jax.stages.feeding import Inputs
+from hypersd_jax.stages.feeding import Fed, Inputs
 from hypersd_jax.stages.inputs import unconditional
 from hypersd_jax.stages.loop import (
     ADAPTER_STREAM,
@@ -191,8 +190,8 @@ def run_stage(run: Run, index: int, stage: ConsistencyStage, start: Factors, tea
     return exported
 
 
-def _batches(run: Run, index: int, stage: ConsistencyStage, done: int) -> Iterator[tuple[int, Any]]:
-    """(update number from 1, encoded batch) from update ``done + 1`` on."""
+def _batches(run: Run, index: int, stage: ConsistencyStage, done: int) -> Iterator[Fed]:
+    """The stage's batches from update ``done + 1`` on."""
     before = sum(s.updates * s.batch_size for s in run.config.adapter_stages[:index])
     key = stream(run.config.seed, ENCODER_STREAM, index)
     return run.inputs.conditioned(stage, before=before, done=done, key=key)

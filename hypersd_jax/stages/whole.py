@@ -23,7 +23,7 @@ from hypersd_jax.diffusion import Schedule
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline, parse_dtype
 from hypersd_jax.stages import autoencoder, teacher
-from hypersd_jax.stages.feeding import Inputs, feed, pictures
+from hypersd_jax.stages.feeding import Fed, Inputs, feed, pictures
 from hypersd_jax.stages.loop import (
     ENCODER_STREAM,
     NOISE_STREAM,
@@ -159,8 +159,8 @@ def _run_stage(run: WholeRun, index: int, stage: StageConfig) -> Params:
     return trained
 
 
-def _batches(run: WholeRun, index: int, stage: StageConfig, done: int) -> Iterator[tuple[int, Any]]:
-    """(update number from 1, batch) from update ``done + 1`` on."""
+def _batches(run: WholeRun, index: int, stage: StageConfig, done: int) -> Iterator[Fed]:
+    """The stage's batches from update ``done + 1`` on."""
     before = sum(each.updates * each.batch_size for each in run.config.stages[:index])
     if isinstance(stage, AutoencoderStage):
         load = pictures(run.source)
