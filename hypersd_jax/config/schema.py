@@ -110,6 +110,12 @@ class Config:
         return tuple(stage for stage in self.stages if isinstance(stage, ConsistencyStage))
 
     @property
+    def batch_size(self) -> int | None:
+        """That of all stages; None where they differ."""
+        sizes = {stage.batch_size for stage in self.stages}
+        return sizes.pop() if len(sizes) == 1 else None
+
+    @property
     def compared_samples(self) -> int:
         """How many captions students and teacher are compared on."""
         if self.evaluation.samples is not None:

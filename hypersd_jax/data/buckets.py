@@ -83,9 +83,10 @@ class Stream:
         first, end = self._before(epoch), self._before(epoch + 1)
         groups = np.repeat(np.arange(len(first)), end - first)
         order = np.argsort(mix(self._seed, BATCHES, epoch, np.arange(len(groups))), kind="stable")
-        place = order[number - int(first.sum())]
-        group = int(groups[place])
-        return group, int(first[group] + np.count_nonzero(groups[:place] == group))
+        mixed = groups[order]
+        place = number - int(first.sum())
+        group = int(mixed[place])
+        return group, int(first[group] + np.count_nonzero(mixed[:place] == group))
 
     def _before(self, epoch: int) -> np.ndarray:
         """How many whole batches each group has had by the beginning of an epoch, (G,)."""

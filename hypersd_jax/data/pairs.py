@@ -38,9 +38,9 @@ class PairSource:
 
     Rows without a caption are left out from the start, and where sizes are looked up (``min_size``, buckets) also
     pictures that are too small or have no readable header. Of others it only shows when their turn comes that they
-    cannot be read: then the next readable one of the same epoch (of the same bucket) stands in their place, those of
-    its beginning following its end. So what stands at a position depends on the set, the settings and the position
-    alone, an epoch holds every readable picture, and those after an unreadable one more than once.
+    cannot be read: then the next readable one of the same epoch (of the same bucket, if it has any) stands in their
+    place, those of its beginning following its end. So what stands at a position depends on the set, the settings and
+    the position alone, an epoch holds every readable picture, and those after an unreadable one more than once.
 
     With buckets a batch, ``batch_size`` positions from a multiple of it on, comes from one bucket (`buckets.Stream`).
     """
@@ -71,16 +71,16 @@ class PairSource:
         self._left_out: Counter[str] = Counter()
         self._targets = [(resolution, resolution)]
         usable = self._leave_out([not caption for caption in rows.captions()], np.arange(len(rows)), "without caption")
-        groups = np.zeros(len(usable), np.int64)
         if bucket_step or min_size:
             sizes = picture_sizes(rows)
             usable = self._leave_out(sizes[usable, 0] == 0, usable, "unreadable")
             usable = self._leave_out(sizes[usable].min(axis=1) < (min_size or 0), usable, f"below {min_size} pixels")
-            if bucket_step:
-                self._targets, groups = _sorted_in(sizes[usable], resolution, bucket_step)
-        self._members = [usable[groups == group] for group in range(len(self._targets))]
         if not len(usable):
             raise self._nothing_left()
+        self._members = [usable]
+        if bucket_step:
+            self._targets, groups = _sorted_in(sizes[usable], resolution, bucket_step)
+            self._members = [usable[groups == group] for group in range(len(self._targets))]
         if self._left_out:
             warnings.warn(f"data.source: {rows.source}: left out of {len(rows)} samples: {self._why()}", stacklevel=3)
         order = int(mix(seed, ORDER)[0])
@@ -166,7 +166,7 @@ class PairSource:
 
     def _fit(self, found: _Found, position: int) -> tuple[np.ndarray, str, np.ndarray]:
         draws = {what: float(fraction(mix(self._seed, what, position))[0]) for what in (DOWN, ACROSS, FLIP)}
-        place = (draws[DOWN], draws[ACROSS]) if self._random_crop else (0.5, 0.5)
+        place = (draws[DOWN], draws[ACROSS]) if self._random_crop else None
         flip = self._flip and draws[FLIP] < 0.5
         pixels, sizes = fit_picture(found.picture, self._targets[found.group], place, flip=flip)
         return pixels, self._rows.caption_of(found.row), sizes
@@ -189,6 +189,10 @@ class PairSource:
         members = self._members[group]
         for after in range(len(members)):
             row = int(members[self._stream.item(group, place, after)])
+            if row not in self._broken:
+                return row
+        # A bucket of which nothing can be read: any picture, cropped more, rather than the end of the run.
+        for row in map(int, np.concatenate(self._members)):
             if row not in self._broken:
                 return row
         raise self._nothing_left()
@@ -242,7 +246,5 @@ def _sorted_in(sizes: np.ndarray, resolution: int, step: int) -> tuple[list[tupl
         buckets = bucket_sizes(resolution, step)
     except ValueError as error:
         raise UserError(f"data.{error}") from None
-    if not len(sizes):
-        return [(resolution, resolution)], np.zeros(0, np.int64)
     used, groups = np.unique(nearest_bucket(sizes, buckets), return_inverse=True)
     return [buckets[index] for index in used], groups

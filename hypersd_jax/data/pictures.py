@@ -15,7 +15,9 @@ def picture_size(file: IO[bytes]) -> tuple[int, int]:
     """(height, width) as `read_picture` would give them, from the file's header alone; raises what Pillow raises."""
     with Image.open(file) as image:
         width, height = image.size
-        turned = image.getexif().get(_ORIENTATION, 1) >= _TURNED
+        # Of a PNG without it in the header, Pillow would decode all pixels to look behind them.
+        known = image.format != "PNG" or "exif" in image.info
+        turned = known and image.getexif().get(_ORIENTATION, 1) >= _TURNED
     return (width, height) if turned else (height, width)
 
 
@@ -48,14 +50,14 @@ def _from_16_bits(pixels: np.ndarray) -> Image.Image:
 
 
 def fit_picture(
-    picture: Image.Image, target: tuple[int, int], place: tuple[float, float] = (0.5, 0.5), *, flip: bool = False
+    picture: Image.Image, target: tuple[int, int], place: tuple[float, float] | None = None, *, flip: bool = False
 ) -> tuple[np.ndarray, np.ndarray]:
     """Scale a picture so that it just covers ``target`` (height, width), mirror it if told to, and crop.
 
     Args:
         picture: RGB.
         target: height and width of the result.
-        place: where the crop lies, (down, across), each from 0, the top or left end, to 1.
+        place: where the crop lies, (down, across), each from 0, the top or left end, up to 1; None: in the middle.
         flip: mirror left and right before cropping.
 
     Returns:
@@ -71,6 +73,9 @@ def fit_picture(
     if flip:
         picture = ImageOps.mirror(picture)
     room = (resized[0] - height, resized[1] - width)
-    top, left = (int(space * share) for space, share in zip(room, place, strict=True))
+    if place is None:
+        top, left = room[0] // 2, room[1] // 2
+    else:
+        top, left = (min(int((space + 1) * share), space) for space, share in zip(room, place, strict=True))
     pixels = np.asarray(picture.crop((left, top, left + width, top + height)), np.float32) / 127.5 - 1.0
     return pixels, np.asarray((*original, top, left, height, width), np.float32)

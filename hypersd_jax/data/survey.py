@@ -18,17 +18,12 @@ WORKERS = min(8, os.cpu_count() or 1)
 def picture_sizes(rows: Rows, *, decode: bool = False) -> np.ndarray:
     """(height, width) of every picture, int32 (N, 2), and zeros for those that cannot be read.
 
-    What was found is kept by the set's fingerprint. Only headers are read, unless ``decode``: then a picture counts
-    as readable only if all of it is.
+    What was found is kept by the set's fingerprint, and only what could not be read is tried again. Only headers are
+    read, unless ``decode``: then a picture counts as readable only if all of it is.
     """
     kept = cache_folder() / f"{rows.fingerprint}-{'decoded' if decode else 'headers'}.npy"
-    try:
-        found: np.ndarray = np.load(kept, allow_pickle=False)
-        if found.shape == (len(rows), 2) and found.dtype == np.int32:
-            return found
-    except (OSError, ValueError):
-        pass  # not there yet, or damaged: looked up anew
-    sizes = np.zeros((len(rows), 2), np.int32)
+    sizes = _kept(kept, len(rows))
+    missing = np.flatnonzero(sizes[:, 0] == 0)
 
     def look(row: int) -> tuple[int, int]:
         try:
@@ -41,17 +36,27 @@ def picture_sizes(rows: Rows, *, decode: bool = False) -> np.ndarray:
             return 0, 0
 
     title = "checking pictures" if decode else "reading picture sizes"
-    with ThreadPoolExecutor(WORKERS) as pool, tqdm(total=len(rows), desc=title, unit="picture", delay=1.0) as bar:
-        for row, size in enumerate(pool.map(look, range(len(rows)))):
+    with ThreadPoolExecutor(WORKERS) as pool, tqdm(total=len(missing), desc=title, unit="picture", delay=1.0) as bar:
+        for row, size in zip(missing, pool.map(look, missing.tolist()), strict=True):
             sizes[row] = size
             bar.update()
-    _keep(kept, sizes)
+    if sizes[missing].any():
+        _keep(kept, sizes)
     return sizes
 
 
 def cache_folder() -> Path:
     """Where surveys are kept."""
     return Path.home() / ".cache" / "hypersd_jax" / "pictures"
+
+
+def _kept(path: Path, count: int) -> np.ndarray:
+    """What an earlier survey found; zeros where there was none, or a damaged one."""
+    try:
+        found: np.ndarray = np.load(path, allow_pickle=False)
+    except (OSError, ValueError):
+        found = np.empty(0)
+    return found if found.shape == (count, 2) and found.dtype == np.int32 else np.zeros((count, 2), np.int32)
 
 
 def _keep(path: Path, sizes: np.ndarray) -> None:

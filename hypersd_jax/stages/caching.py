@@ -41,7 +41,12 @@ def write_cache(config: Config, folder: Path, *, batch_size: int = 32, shard_row
     dtype = parse_dtype(config.model.dtype)
     components = load_components(config.model.source, dtype=dtype)
     pipe = Pipeline(components, dtype=dtype)
-    source = open_source(config.data, resolution=config.data.resolution or pipe.native_size[0], seed=config.seed)
+    source = open_source(
+        config.data,
+        resolution=config.data.resolution or pipe.native_size[0],
+        seed=config.seed,
+        batch_size=config.batch_size,
+    )
     if source.uncacheable:
         raise UserError(f"this data cannot be encoded once: {source.uncacheable}")
     keys = source.variants()

@@ -104,7 +104,7 @@ def open_run(config: Config, output: Output) -> Run:
     components = load_components(config.model.source, dtype=dtype, remat=config.model.remat, mesh=mesh)
     pipe = Pipeline(components, dtype=dtype, mesh=mesh)
     resolution = config.data.resolution or pipe.native_size[0]
-    source = open_source(config.data, resolution=resolution, seed=config.seed)
+    source = open_source(config.data, resolution=resolution, seed=config.seed, batch_size=config.batch_size)
     return Run(
         config=config,
         output=output,

@@ -82,6 +82,8 @@ def open_whole(config: Config, output: Output) -> WholeRun:
         seed=config.seed,
     )
     for stage in config.stages:
+        if config.data.bucket_step and isinstance(stage, AutoencoderStage):
+            raise UserError(f"data.bucket_step: stages.{stage.name} trains the autoencoder, on squares alone")
         if stage.batch_size % (stage.accumulate * mesh.size):
             raise UserError(
                 f"stages.{stage.name}.batch_size={stage.batch_size} must be a multiple of accumulate "
@@ -97,7 +99,7 @@ def open_whole(config: Config, output: Output) -> WholeRun:
         components=components,
         prompts=pipe.prompts,
         schedule=pipe.schedule,
-        source=open_source(config.data, resolution=resolution, seed=config.seed),
+        source=open_source(config.data, resolution=resolution, seed=config.seed, batch_size=config.batch_size),
     )
 
 

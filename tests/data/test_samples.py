@@ -62,7 +62,7 @@ def test_training_never_sees_a_held_out_concept() -> None:
     emoji = load_emoji()
     held_out = {r.label for r in emoji.records if split_of(r) == "test"}
     assert len(source) == len(emoji.indices("train"))
-    _, _, captions = source._drawn(np.arange(len(source)))
+    captions = source.prompts(np.arange(len(source)))
     assert not {text.split(", ")[0] for text in captions} & held_out
 
 
@@ -114,3 +114,30 @@ def test_evaluation_list_is_held_out_and_matches_its_pictures() -> None:
 def test_evaluation_list_of_groups() -> None:
     groups = ["food & drink", "animals & nature"]
     assert {item.group for item in evaluation_list(64, groups=groups)} == set(groups)
+
+
+@pytest.mark.parametrize("white_fraction", [0.0, 0.5, 1.0])
+def test_keys_find_the_pairs_again(white_fraction: float) -> None:
+    source = EmojiSource(seed=1, white_fraction=white_fraction, groups=["activities"])
+    positions = np.arange(60)
+    keys = source.keys(positions)
+    batch, again = source.batch(positions), source.variant_batch(keys)
+    np.testing.assert_array_equal(batch.images, again.images)
+    assert batch.captions == again.captions
+    variants = source.variants()
+    assert len(variants) == len(source) * {0.0: 7, 0.5: 8, 1.0: 1}[white_fraction]
+    assert np.all(np.diff(variants) > 0)
+    assert np.isin(source.keys(np.arange(20 * len(source))), variants).all()
+    assert source.uncacheable is None
+
+
+def test_keys_are_the_same_in_every_split_and_choice_of_groups() -> None:
+    some, more = EmojiSource(groups=["activities"]), EmojiSource(split="all", seed=9)
+    assert np.isin(some.variants(), more.variants()).all()
+    keys = some.variants()[[0, 5, 70]]
+    assert some.variant_batch(keys).captions == more.variant_batch(keys).captions
+
+
+def test_sizes_are_the_drawings_own() -> None:
+    sizes = EmojiSource(resolution=32).batch(np.arange(2)).sizes
+    np.testing.assert_array_equal(sizes, np.tile(np.float32([64, 64, 0, 0, 32, 32]), (2, 1)))
