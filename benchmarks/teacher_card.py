@@ -1,0 +1,126 @@
+"""What a model for the embedded pictures can do, on every ground: ``python benchmarks/teacher_card.py MODEL NAME``.
+
+Writes benchmarks/results/teachers/NAME: README.md (the autoencoder's fidelity to held-out concepts, ground by ground),
+grid.png (one drawing a concept and ground, 25 steps), reconstructions.png, and curve.svg where the run that trained the
+model is named by ``--run``. Text match, FID and KID beside their floors: ``hypersd evaluate --model MODEL``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from PIL import Image
+
+from hypersd_jax.compilation import use_compilation_cache
+from hypersd_jax.data import COLOURS, caption, load_emoji
+from hypersd_jax.data.samples import ground_picture
+from hypersd_jax.distill import psnr
+from hypersd_jax.evaluation import picture_grid, read_metrics
+from hypersd_jax.evaluation.curves import curve
+from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.stages.whole import reconstructed
+
+RESULTS = ROOT / "benchmarks" / "results" / "teachers"
+CONCEPTS = ("red apple", "lion", "hamburger", "cat face", "octopus", "grinning face", "guitar", "airplane", "rose")
+GUIDANCE, STEPS = 4.0, 25
+
+
+def main() -> None:
+    """Measure, draw and write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model")
+    parser.add_argument("name")
+    parser.add_argument("--run", type=Path, help="the output folder of the run that trained it")
+    arguments = parser.parse_args()
+    use_compilation_cache()
+    pipe = Pipeline.from_pretrained(arguments.model)
+    folder = RESULTS / arguments.name
+    folder.mkdir(parents=True, exist_ok=True)
+    rows = [fidelity(pipe, ground, folder) for ground in COLOURS]
+    draw_grid(pipe).save(folder / "grid.png")
+    if arguments.run is not None:
+        figure = curve(read_metrics(arguments.run / "metrics.jsonl"), "loss")
+        (folder / "curve.svg").write_text(figure, encoding="utf-8")
+    (folder / "card.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    (folder / "README.md").write_text(text(arguments.name, pipe, rows, arguments.run is not None), encoding="utf-8")
+    print(folder)
+
+
+def fidelity(pipe: Pipeline, ground: str, folder: Path) -> dict[str, Any]:
+    """PSNR of held-out pictures on one ground, and how far the ground's own colour is off, in 1/255."""
+    emoji = load_emoji()
+    chosen = emoji.indices("test")[::2]
+    pictures = np.stack([ground_picture(emoji.images[i], ground, pipe.native_size[0]) for i in chosen])
+    images = pictures.astype(np.float32) / 127.5 - 1.0
+    pairs = [reconstructed(pipe, images[start : start + 32]) for start in range(0, len(images) // 32 * 32, 32)]
+    before, after = (np.concatenate(side) for side in zip(*pairs, strict=True))
+    corners = np.abs(after[:, :2, :2] - before[:, :2, :2]).mean() * 255.0
+    if ground in ("white", "blue", "black"):
+        strip = [np.concatenate(list(np.round(side[:16] * 255.0).astype(np.uint8)), axis=1) for side in (before, after)]
+        Image.fromarray(np.concatenate(strip)).save(folder / f"reconstructions-{ground}.png")
+    quality = np.asarray(psnr(after * 2.0 - 1.0, before * 2.0 - 1.0))
+    error = quality.std(ddof=1) / np.sqrt(len(quality))
+    return {
+        "ground": ground,
+        "n": len(quality),
+        "psnr": float(quality.mean()),
+        "psnr_se": float(error),
+        "corner": float(corners),
+    }
+
+
+def draw_grid(pipe: Pipeline) -> Image.Image:
+    """A row a concept, in one of the styles each, and a column a ground, all from the same latents."""
+    records = {}
+    for record in load_emoji().records:
+        records.setdefault(record.label, []).append(record)
+    shown = [records[label][i % len(records[label])] for i, label in enumerate(CONCEPTS) if label in records]
+    prompts = [caption(record, ground) for ground in COLOURS for record in shown]
+    images = pipe(
+        prompts, steps=STEPS, sampler="ddim", guidance=GUIDANCE, seed=0, output="np", batch_size=16, stepwise=True
+    )
+    pictures = np.round(images * 255.0).astype(np.uint8).reshape(len(COLOURS), len(shown), *images.shape[1:])
+    columns = {ground: pictures[i] for i, ground in enumerate(COLOURS)}
+    return picture_grid(columns, [f"{record.label}, {record.style}" for record in shown])
+
+
+def text(name: str, pipe: Pipeline, rows: list[dict[str, Any]], trained: bool) -> str:
+    """The card."""
+    sizes = {part: sum(value.size for value in params.values()) for part, params in pipe.components.params.items()}
+    parts = ", ".join(f"{part} {count / 1e6:.1f} M" for part, count in sizes.items())
+    config = pipe.components.vae_config
+    side = pipe.native_size[0] // config.downscale
+    table = "\n".join(
+        f"| {row['ground']} | {row['psnr']:.2f} ± {row['psnr_se']:.2f} | {row['corner']:.1f} |" for row in rows
+    )
+    figure = "\n![training loss](curve.svg)\n" if trained else ""
+    return f"""# {name}
+
+{parts}; latents {side} x {side} x {config.latent_channels}; the UNet predicts {pipe.schedule.prediction_type}.
+jax {jax.__version__}.
+
+The autoencoder on held-out concepts, by its posterior's mean ({rows[0]["n"]} pictures a ground): PSNR in dB, and by how
+much the ground's colour in the corner is off, in 1/255.
+
+| ground | PSNR | corner |
+|---|---|---|
+{table}
+
+Drawings, {STEPS} steps of ddim, guidance {GUIDANCE:g}, the same latents everywhere:
+
+![grid](grid.png)
+{figure}"""
+
+
+if __name__ == "__main__":
+    main()
