@@ -47,16 +47,19 @@ class StageConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConsistencyStage(StageConfig):
-    """One stage of trajectory-segmented consistency distillation (arXiv 2404.13686, Algorithm 1).
+    """One stage of trajectory-segmented consistency distillation (arXiv 2404.13686, Algorithm 1), or of a rival.
 
-    ``k`` is the number of segments and ``solver_steps`` the size N of the teacher's DDIM grid; ``guidance`` is the
-    range, in diffusers' ``guidance_scale``, that the teacher's guidance is drawn from; the target network is the moving
-    average; ``teacher`` chooses between the two readings of the paper: the guided base model in every stage, or the
-    previous stage's student. ``sampler``, ``eta`` and ``guidance`` 0 go into the header of the exported file, so that
-    it samples itself as it was trained.
+    ``kind`` is ``tscd``, or for comparison ``tcd`` (arXiv 2402.19159: TSCD's one-segment loss, trained from the start),
+    ``lcm`` (arXiv 2310.04378: the loss between two estimates of x_0) or ``pcm`` (arXiv 2405.18407: t_end is always the
+    edge of its phase; without the paper's adversarial term). ``k`` is the number of segments, 1 for ``tcd`` and
+    ``lcm``, and ``solver_steps`` the size N of the teacher's DDIM grid; ``guidance`` is the range, in diffusers'
+    ``guidance_scale``, that the teacher's guidance is drawn from; the target network is the moving average;
+    ``teacher`` chooses between the two readings of the paper: the guided base model in every stage, or the previous
+    stage's student. ``sampler`` (``auto``: that of the method, ddim for ``tscd`` and ``pcm``), ``eta`` and
+    ``guidance`` 0 go into the header of the exported file, so that it samples itself as it was trained.
     """
 
-    kind: Literal["tscd"] = "tscd"
+    kind: Literal["tscd", "tcd", "lcm", "pcm"] = "tscd"
     k: int
     solver_steps: int = 40
     guidance: tuple[float, float] = (3.0, 8.0)
@@ -64,7 +67,7 @@ class ConsistencyStage(StageConfig):
     distance: Literal["mse", "pseudo_huber"] = "mse"
     huber_c: float = 0.001
     offset_noise: float = 0.0
-    sampler: Literal["ddim", "tcd", "lcm"] = "ddim"
+    sampler: Literal["auto", "ddim", "tcd", "lcm"] = "auto"
     eta: float = 0.0
 
     def __post_init__(self) -> None:
@@ -72,6 +75,8 @@ class ConsistencyStage(StageConfig):
         for key in ("k", "solver_steps"):
             if getattr(self, key) < 1:
                 raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
+        if self.kind in ("tcd", "lcm") and self.k != 1:
+            raise ValueError(f"k must be 1 for kind={self.kind}, which has no segments, not {self.k}")
         if self.solver_steps % self.k:
             raise ValueError(f"solver_steps ({self.solver_steps}) must be a multiple of k ({self.k})")
         if self.offset_noise < 0:
@@ -83,6 +88,8 @@ class ConsistencyStage(StageConfig):
         low, high = self.guidance
         if low > high or low < 0:
             raise ValueError(f"guidance must be a range [low, high] with 0 <= low <= high, not [{low}, {high}]")
+        if self.sampler == "auto":  # settled here, so that the run's record says which
+            object.__setattr__(self, "sampler", {"tcd": "tcd", "lcm": "lcm"}.get(self.kind, "ddim"))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from hypersd_jax.distill.consistency import METHODS as METHODS
+from hypersd_jax.distill.consistency import consistency_loss as consistency_loss
 from hypersd_jax.distill.denoising import Corruption as Corruption
 from hypersd_jax.distill.denoising import corruption as corruption
 from hypersd_jax.distill.denoising import denoising_loss as denoising_loss
@@ -9,6 +11,10 @@ from hypersd_jax.distill.distances import Distance as Distance
 from hypersd_jax.distill.distances import batch_mean as batch_mean
 from hypersd_jax.distill.distances import mse as mse
 from hypersd_jax.distill.distances import pseudo_huber as pseudo_huber
+from hypersd_jax.distill.ends import edge_end as edge_end
+from hypersd_jax.distill.ends import uniform_end as uniform_end
+from hypersd_jax.distill.lcm import boundary_scalings as boundary_scalings
+from hypersd_jax.distill.lcm import lcm_pair as lcm_pair
 from hypersd_jax.distill.reconstruction import psnr as psnr
 from hypersd_jax.distill.reconstruction import reconstruction_loss as reconstruction_loss
 from hypersd_jax.distill.score import dmd_gradient as dmd_gradient
@@ -18,5 +24,4 @@ from hypersd_jax.distill.segments import segment_bounds as segment_bounds
 from hypersd_jax.distill.tscd import Draw as Draw
 from hypersd_jax.distill.tscd import Pair as Pair
 from hypersd_jax.distill.tscd import draw as draw
-from hypersd_jax.distill.tscd import tscd_loss as tscd_loss
 from hypersd_jax.distill.tscd import tscd_pair as tscd_pair

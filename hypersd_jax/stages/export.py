@@ -33,6 +33,8 @@ def export_student(
     path: Path, adapter: Adapter, stage: ConsistencyStage, components: Components, *, base_fingerprint: str
 ) -> dict[str, str]:
     """Write the student in kohya layout, atomically; returns the header's sampling settings."""
+    for unfinished in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it wrote
+        unfinished.unlink()
     header = sampling_header(stage, dict(components.scheduler_config))
     metadata = {
         **header,

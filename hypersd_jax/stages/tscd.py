@@ -1,8 +1,8 @@
-"""The TSCD stage: the loss of `hypersd_jax.distill` tied to one frozen UNet and its adapters.
+"""The consistency stage: a loss of `hypersd_jax.distill` tied to one frozen UNet and its adapters.
 
 Teacher, student and target are the same base weights under different LoRA trees (arXiv 2404.13686, section 3.1), so a
 step holds one UNet. What differs between the four stages (k, N, guidance range, EMA decay, learning rate) enters as
-arrays: all stages share one compiled step.
+arrays: all stages of one method share one compiled step.
 """
 
 from __future__ import annotations
@@ -19,8 +19,9 @@ from hypersd_jax.adapters import Adapter, join
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import ConsistencyStage
 from hypersd_jax.diffusion import Schedule, guided
-from hypersd_jax.distill import mse, pad_segments, pseudo_huber, tscd_loss
-from hypersd_jax.training import Controls, LossFunction, OptimizerConfig, optimizer_controls
+from hypersd_jax.distill import consistency_loss, mse, pad_segments, pseudo_huber
+from hypersd_jax.stages.loop import optimizer_config
+from hypersd_jax.training import Controls, LossFunction, optimizer_controls
 from hypersd_jax.weights.components import Components
 
 Predict = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
@@ -30,6 +31,7 @@ Predict = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
 class StepKind:
     """What is compiled into a step; stages of the same kind share it."""
 
+    method: str
     from_previous: bool
     distance: str
     huber_c: float
@@ -43,23 +45,11 @@ class StepKind:
 def step_kind(stage: ConsistencyStage, *, first: bool) -> StepKind:
     """The compiled part of a stage. The first stage's teacher is the guided base under both readings (`method`)."""
     return StepKind(
+        method="tscd" if stage.kind == "tcd" else stage.kind,  # TCD is TSCD with one segment
         from_previous=stage.teacher == "previous" and not first,
         distance=stage.distance,
         huber_c=stage.huber_c,
         accumulate=stage.accumulate,
-        beta1=stage.beta1,
-        beta2=stage.beta2,
-        weight_decay=stage.weight_decay,
-        clip_norm=stage.clip_norm,
-    )
-
-
-def optimizer_config(stage: ConsistencyStage) -> OptimizerConfig:
-    """The stage's optimizer settings."""
-    return OptimizerConfig(
-        learning_rate=stage.learning_rate,
-        warmup_steps=stage.warmup,
-        schedule=stage.schedule,
         beta1=stage.beta1,
         beta2=stage.beta2,
         weight_decay=stage.weight_decay,
@@ -116,7 +106,8 @@ def make_loss(components: Components, schedule: Schedule, kind: StepKind) -> Los
             return predictor(frozen["teacher"])(x, t, cond)
 
         rows = {**batch, "uncond": _broadcast(frozen["uncond"], batch["cond"])}
-        return tscd_loss(
+        return consistency_loss(
+            kind.method,
             predictor(join(trainable, scales)),
             predictor(join(ema, scales)),
             previous_student if kind.from_previous else guided_base,

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hypersd_jax.diffusion import PREDICTION_TYPES, Schedule, from_x0_eps, guided, move, to_x0_eps
-from hypersd_jax.distill import Draw, batch_mean, mse, pad_segments, pseudo_huber, tscd_loss, tscd_pair
+from hypersd_jax.distill import Draw, batch_mean, consistency_loss, mse, pad_segments, pseudo_huber, tscd_pair
 from hypersd_jax.distill import draw as eager_draw
 from hypersd_jax.errors import UserError
 
@@ -163,7 +163,8 @@ def test_randomness_depends_on_key_and_index_only():
 def test_padded_samples_count_for_nothing():
     def loss(latents, weights):
         batch, segments = {**batch_of(16), "latents": latents}, pad_segments(40, 4, LENGTH)
-        return tscd_loss(network, network, teacher, batch, KEY, segments, CONTROLS, schedule=SCHEDULE, weights=weights)
+        args = (network, network, teacher, batch, KEY, segments, CONTROLS)
+        return consistency_loss("tscd", *args, schedule=SCHEDULE, weights=weights)
 
     latents, weights = batch_of(16)["latents"], jnp.ones(16).at[11:].set(0.0)
     run = jax.jit(loss)
@@ -236,7 +237,7 @@ def test_stages_share_one_compiled_step():
     @jax.jit
     def step(batch, key, segments, controls):
         traces.append(1)
-        return tscd_loss(network, network, teacher, batch, key, segments, controls, schedule=SCHEDULE)[0]
+        return consistency_loss("tscd", network, network, teacher, batch, key, segments, controls, schedule=SCHEDULE)[0]
 
     losses = [
         float(step(batch_of(16), KEY, pad_segments(N, k, LENGTH), {**CONTROLS, "guidance_max": np.float32(9 + k)}))
@@ -248,7 +249,7 @@ def test_stages_share_one_compiled_step():
 
 def test_distance_and_metrics():
     args = (network, network, teacher, batch_of(16), KEY, pad_segments(40, 4, LENGTH), CONTROLS)
-    loss, metrics = jax.jit(lambda: tscd_loss(*args, schedule=SCHEDULE, distance=pseudo_huber(1e-3)))()
+    loss, metrics = jax.jit(lambda: consistency_loss("tscd", *args, schedule=SCHEDULE, distance=pseudo_huber(1e-3)))()
     times = draw(KEY, SHAPE, args[5], CONTROLS)
     pair = tscd_pair(*args[:4], times, schedule=SCHEDULE)
     difference, target = np.asarray(pair.prediction - pair.target, np.float64), np.asarray(pair.target)

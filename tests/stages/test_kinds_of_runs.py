@@ -24,6 +24,7 @@ from hypersd_jax.models.unet import UNetConfig, unet
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import run as stage_run
 from hypersd_jax.stages import train, tscd
+from hypersd_jax.stages.loop import NOISE_STREAM, stream
 from hypersd_jax.stages.output import open_output
 from hypersd_jax.weights.components import Components
 from hypersd_jax.weights.folder import save_params
@@ -126,13 +127,13 @@ class FirstUpdate:
         run = stage_run.open_run(found.config, open_output(found.config))
         self.components: Components = run.pipe.components
         self.uncond = run.uncond
-        _, batch = next(stage_run._batches(run, 0, stage, 0))
+        _, batch, _ = next(stage_run._batches(run, 0, stage, 0))
         self.batch = jax.tree.map(lambda leaf: np.asarray(leaf[0]), batch)
         captions = run.source.batch(np.arange(stage.batch_size)).captions
         self.ids, self.empty_ids = run.pipe.prompts.tokenize(captions), run.pipe.prompts.tokenize([""])
         controls = tscd.stage_controls(stage, run.pipe.schedule, run.grid_length)
         bounds = {name: controls[name] for name in ("t_n", "t_prev", "t_b", "count")}
-        key = jax.random.fold_in(stage_run._stream(found.config.seed, stage_run.NOISE_STREAM, 0), 0)
+        key = jax.random.fold_in(stream(found.config.seed, NOISE_STREAM, 0), 0)
         drawn = draw(key, self.batch["latents"].shape, bounds, controls, self.batch["places"])
         self.drawn = jax.tree.map(np.asarray, drawn)
         betas = np.linspace(tiny.SCHEDULER["beta_start"] ** 0.5, tiny.SCHEDULER["beta_end"] ** 0.5, 1000) ** 2

@@ -5,12 +5,17 @@ from __future__ import annotations
 import json
 import os
 import random
+import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
+
+from benchmarks.kill_test import moments
 
 ROOT = Path(__file__).parents[2]
 STEPS = 12
@@ -34,18 +39,49 @@ def finish(process: subprocess.Popen) -> int:
     return int(out.split()[1])
 
 
-def test_a_killed_run_resumes_bit_for_bit(tmp_path):
-    undisturbed, killed = tmp_path / "undisturbed", tmp_path / "killed"
-    assert finish(start(undisturbed)) == 0
-
-    draw = random.Random(1)
-    victim = start(killed)
-    last = draw.randint(2, STEPS - 3)
+def kill_after(victim: subprocess.Popen, last: int, delay: float) -> None:
+    """SIGKILL some time after step ``last``: somewhere in the next step, its log line or its save."""
     for line in victim.stdout:
         if line.split() == ["step", str(last)]:
             break
-    time.sleep(draw.uniform(0.0, 0.05))  # somewhere in the next step, its log line or its save
+    time.sleep(delay)
     victim.kill()
+
+
+def kill_in_save(victim: subprocess.Popen, checkpoints: Path, last: int) -> list[str]:
+    """SIGKILL with a checkpoint half written; returns what of it is there."""
+    for line in victim.stdout:
+        if line.split() == ["step", str(last)]:
+            break
+    while victim.poll() is None:
+        # Stopped first, so that what is seen is still so when the process dies.
+        victim.send_signal(signal.SIGSTOP)
+        found = [path.name for path in checkpoints.glob("*.orbax-checkpoint-tmp*")]
+        if found:
+            victim.kill()
+            return found
+        victim.send_signal(signal.SIGCONT)
+        time.sleep(0.001)
+    return []
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("kill") / "undisturbed"
+    assert finish(start(folder)) == 0
+    return folder
+
+
+@pytest.mark.parametrize("moment", ["after a step", "in a save"])
+def test_a_killed_run_resumes_bit_for_bit(undisturbed: Path, moment: str) -> None:
+    killed = undisturbed.parent / moment.replace(" ", "-")
+    draw = random.Random(1)
+    victim = start(killed)
+    last = draw.randint(2, STEPS - 3)
+    if moment == "in a save":
+        assert kill_in_save(victim, killed / "checkpoints", last)
+    else:
+        kill_after(victim, last, draw.uniform(0.0, 0.05))
     victim.communicate()
     assert victim.returncode < 0, "the run ended before it could be killed"
     assert not (killed / "final.npz").exists()
@@ -63,3 +99,13 @@ def test_a_killed_run_resumes_bit_for_bit(tmp_path):
     for wanted, found in zip(*logs, strict=True):
         assert wanted | {"seconds": 0} == found | {"seconds": 0}
     assert len(list((killed / "checkpoints").iterdir())) == 2
+
+
+def test_the_moments_of_the_longer_test() -> None:
+    """`benchmarks/kill_test.py`: in order, inside the run, of every kind, the same for a seed."""
+    found = moments(30, 120, 5.0, random.Random(0))
+    assert found == moments(30, 120, 5.0, random.Random(0)) != moments(30, 120, 5.0, random.Random(1))
+    assert Counter(moment.kind for moment in found) == {"save": 10, "update": 14, "start": 3, "export": 3}
+    updates = [moment.update for moment in found]
+    assert updates == sorted(updates)
+    assert 0 < updates[0] <= updates[-1] < 4 * 120

@@ -1,0 +1,122 @@
+"""Pictures of a student against the teacher's, kept by what they were drawn with."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.matrix.recipes import Drawn
+from hypersd_jax.config import Config
+from hypersd_jax.data import evaluation_list
+from hypersd_jax.pipeline import Pipeline, parse_dtype
+from hypersd_jax.stages.reference import MANY_STEPS, draw, get_reference, measure, reference_identity
+from hypersd_jax.weights.components import load_components
+from hypersd_jax.weights.folder import fingerprint
+
+SHOWN = 8
+"""Prompts in the grid of pictures."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Score:
+    """Of one student at one number of steps: distance and KID to the teacher's pictures, and its first pictures."""
+
+    distance: float
+    kid: float
+    fid: float
+    pictures: np.ndarray
+
+
+class Scorer:
+    """The base model, the fixed list, and the teacher's pictures of it."""
+
+    def __init__(self, config: Config, samples: int, root: Path) -> None:
+        """Load the base of ``config``; ``root`` keeps the reference, if it has to be computed, and the scores."""
+        dtype = parse_dtype(config.model.dtype)
+        components = load_components(config.model.source, dtype=dtype, remat=config.model.remat)
+        self.base = fingerprint(components.params["unet"])
+        self._pipe = Pipeline(components, dtype=dtype)
+        self._items = evaluation_list(samples, groups=config.data.groups)
+        self._batch_size = config.evaluation.batch_size
+        self._root = root
+        guidance = config.evaluation.guidance
+        self._identity = reference_identity(self._items, guidance, self.base)
+        root.mkdir(parents=True, exist_ok=True)
+        for _ in range(2):  # read back what may just have been computed: the file's features are rounded
+            self._reference = get_reference(
+                self._pipe, self._items, guidance=guidance, batch_size=self._batch_size, base=self.base, folder=root
+            )
+
+    @property
+    def prompts(self) -> list[str]:
+        """Of the pictures that are kept."""
+        return [item.prompt for item in self._items[:SHOWN]]
+
+    @property
+    def teacher_pictures(self) -> np.ndarray:
+        return self._reference.images[:SHOWN]
+
+    @property
+    def teacher_title(self) -> str:
+        return f"teacher {MANY_STEPS} steps"
+
+    def teachers(self) -> list[dict[str, Any]]:
+        """The teacher at few steps, and from other latents: rows without seeds."""
+        rows = [("teacher, other latents", self._reference.floor), *(("teacher", t) for t in self._reference.teachers)]
+        return [
+            {
+                "method": name,
+                "steps": found.steps,
+                "guidance": found.guidance,
+                "distance": found.distance.mean,
+                "kid": found.kid.mean,
+                "fid": found.fid,
+            }
+            for name, found in rows
+        ]
+
+    def score(self, lora: Path, row: Drawn) -> Score:
+        """Draw and measure, unless the same file has been drawn in the same way before."""
+        content = hashlib.sha256(lora.read_bytes()).hexdigest()
+        asked = json.dumps([content, row.steps, row.sampler, row.eta, self._identity])
+        path = self._root / "scores" / f"{hashlib.sha256(asked.encode()).hexdigest()[:20]}.npz"
+        found = _read(path)
+        return found if found is not None else self._measure(lora, row, path)
+
+    def _measure(self, lora: Path, row: Drawn, path: Path) -> Score:
+        self._pipe.load_lora(lora, name="student")
+        try:
+            images, _ = draw(
+                self._pipe,
+                self._items,
+                steps=row.steps,
+                guidance=0.0,
+                sampler=row.sampler or "ddim",
+                eta=row.eta or 0.0,
+                batch_size=self._batch_size,
+            )
+        finally:
+            self._pipe.unload_lora("student")
+        found = measure(images, self._reference.images, self._reference.features, row.steps, 0.0)
+        numbers = {"distance": found.distance.mean, "kid": found.kid.mean, "fid": found.fid}
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".tmp-{path.name}")
+        np.savez_compressed(temporary, pictures=images[:SHOWN], numbers=np.asarray(json.dumps(numbers)))
+        temporary.replace(path)
+        return Score(**numbers, pictures=images[:SHOWN])
+
+
+def _read(path: Path) -> Score | None:
+    if not path.exists():
+        return None
+    try:
+        with np.load(path, allow_pickle=False) as file:
+            return Score(**json.loads(str(file["numbers"])), pictures=file["pictures"])
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # drawn anew

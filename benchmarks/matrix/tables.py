@@ -1,0 +1,119 @@
+"""Means and spreads over seeds, and which margins count."""
+
+from __future__ import annotations
+
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+Row = dict[str, Any]
+METRICS = ("distance", "kid")
+"""What is judged; less is better in both."""
+
+COUNTS = 2.0
+"""A margin counts from this many pooled standard deviations on."""
+
+
+def summarise(results: Iterable[Mapping[str, Any]]) -> list[Row]:
+    """One row for each method and number of steps: mean and standard deviation over the seeds of each metric.
+
+    Args:
+        results: {"method", "recipe", "stage", "steps", "seed", "updates", "distance", "kid", "fid"} of each run.
+    """
+    groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
+    for result in results:
+        key = tuple(result[name] for name in ("method", "recipe", "stage", "steps", "sampler", "eta", "updates"))
+        groups.setdefault(key, []).append(result)
+    rows = []
+    for (method, recipe, stage, steps, sampler, eta, updates), found in groups.items():
+        row: Row = {"method": method, "recipe": recipe, "stage": stage, "steps": steps, "sampler": sampler, "eta": eta}
+        row |= {"updates": updates, "seeds": len(found)}
+        for metric in (*METRICS, "fid"):
+            values = [float(result[metric]) for result in found]
+            row[metric] = statistics.fmean(values)
+            row[f"{metric}_sd"] = statistics.stdev(values) if len(values) > 1 else None
+        rows.append(row)
+    return sorted(rows, key=lambda row: -row["steps"])
+
+
+def judge(rows: Sequence[Row], against: str) -> list[Row]:
+    """For each other method's row the margin of ``against`` at the same number of steps, and whether it counts.
+
+    The margin is the other's mean less that of ``against``, so that a positive one is in favour of ``against``. Where
+    a method has several rows at a number of steps, each is judged against the nearest of ``against``.
+    """
+    judged = []
+    for other in rows:
+        own = [row for row in rows if row["method"] == against and row["steps"] == other["steps"]]
+        if other["method"] == against or not own:
+            continue
+        for metric in METRICS:
+            mine = min(own, key=lambda row: row[metric])
+            margin, pooled = other[metric] - mine[metric], pooled_deviation(mine, other, metric)
+            names = {"against": against, "other": _title(other), "steps": other["steps"], "metric": metric}
+            judged.append({**names, "margin": margin, "pooled_sd": pooled, "verdict": verdict(margin, pooled)})
+    return judged
+
+
+def pooled_deviation(a: Row, b: Row, metric: str) -> float | None:
+    """sqrt(((n_a - 1) s_a^2 + (n_b - 1) s_b^2) / (n_a + n_b - 2)); None where a row has one seed."""
+    if a[f"{metric}_sd"] is None or b[f"{metric}_sd"] is None:
+        return None
+    degrees = [(row["seeds"] - 1, row[f"{metric}_sd"]) for row in (a, b)]
+    return math.sqrt(sum(n * s**2 for n, s in degrees) / sum(n for n, _ in degrees))
+
+
+def verdict(margin: float, pooled: float | None) -> str:
+    """Better, worse or not shown: whether the margin is over two pooled standard deviations, and which way."""
+    if pooled is None:
+        return "one seed"
+    if abs(margin) <= COUNTS * pooled:
+        return "not shown"
+    return "better" if margin > 0 else "worse"
+
+
+def markdown(title: str, facts: Sequence[str], rows: Sequence[Row], judged: Sequence[Row], teachers: list[Row]) -> str:
+    """The page: rows by steps, the teacher for scale, and the margins."""
+    lines = [f"# {title}", "", *facts, ""]
+    lines += [
+        "| steps | method | student | sampler | updates | distance | KID | FID | seeds |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        sampler = sampler_title(row)
+        lines.append(
+            f"| {row['steps']} | {row['method']} | {row['recipe']} / {row['stage']} | {sampler} | {row['updates']} "
+            f"| {_spread(row, 'distance', 4)} | {_spread(row, 'kid', 3)} | {_spread(row, 'fid', 0)} | {row['seeds']} |"
+        )
+    for row in teachers:
+        guidance = f"guidance {row['guidance']:g}" if row["guidance"] > 1 else "no guidance"
+        lines.append(
+            f"| {row['steps']} | {row['method']}, {guidance} | | ddim | | {row['distance']:.4f} | {row['kid']:.3f} "
+            f"| {row['fid']:.0f} | |"
+        )
+    lines += ["", "Mean ± standard deviation over seeds. Distance: root mean squared pixel difference (0..1) to the"]
+    lines += ["teacher's 25-step picture from the same latents. KID, FID: against the teacher's 25-step pictures."]
+    if judged:
+        lines += ["", f"Margins of {judged[0]['against']} (positive: nearer to the teacher). One counts if it is over"]
+        lines += ["two pooled standard deviations; else it is not shown.", ""]
+        lines += ["| steps | over | metric | margin | pooled sd | verdict |", "|---|---|---|---|---|---|"]
+    for row in judged:
+        pooled = "" if row["pooled_sd"] is None else f"{row['pooled_sd']:.4f}"
+        cells = (row["steps"], row["other"], row["metric"], f"{row['margin']:+.4f}", pooled, row["verdict"])
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines) + "\n"
+
+
+def sampler_title(row: Mapping[str, Any]) -> str:
+    """A row's sampler, with its eta where it has one."""
+    return row["sampler"] + (f", eta {row['eta']:g}" if row["eta"] else "")
+
+
+def _title(row: Row) -> str:
+    return f"{row['method']} ({sampler_title(row)})"
+
+
+def _spread(row: Row, metric: str, digits: int) -> str:
+    deviation = row[f"{metric}_sd"]
+    return f"{row[metric]:.{digits}f}" + ("" if deviation is None else f" ± {deviation:.{digits}f}")
