@@ -1,4 +1,4 @@
-"""The command line: ``hypersd train | sample | convert | cache | doctor``.
+"""The command line: ``hypersd train | sample | convert | cache | evaluate | doctor``.
 
 Exit status 0 on success, 2 on bad usage or bad input with a one-line reason on standard error, 1 on anything else.
 """
@@ -105,9 +105,41 @@ def _parser() -> argparse.ArgumentParser:
     cache.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings in place of the recipe's")
     cache.set_defaults(run=_cache)
 
+    _add_evaluate(commands)
+
     doctor = commands.add_parser("doctor", help="what this machine offers")
     doctor.set_defaults(run=_doctor)
     return parser
+
+
+def _add_evaluate(commands: Any) -> None:
+    evaluate = commands.add_parser("evaluate", help="measure a model on a fixed list of prompts")
+    evaluate.add_argument("--model", default="embedded", help="a folder, a single file or a hub id")
+    evaluate.add_argument(
+        "--lora", action="append", default=[], metavar="FILE[@SCALE]", help="may be given several times"
+    )
+    evaluate.add_argument("--preset", help="sampling settings by name")
+    evaluate.add_argument("--steps", type=int)
+    evaluate.add_argument("--sampler", help="ddim, tcd, lcm, euler, euler_a or dpmpp_2m")
+    evaluate.add_argument("--spacing", help="trailing, leading or linspace")
+    evaluate.add_argument("--eta", type=float)
+    evaluate.add_argument("--guidance", type=float, help="classifier-free guidance scale; 0 or 1 is off")
+    evaluate.add_argument("--prompts-file", type=Path, help="one prompt a line (default: the embedded list)")
+    evaluate.add_argument("--n", type=int, default=1000, help="how many prompts of the list")
+    evaluate.add_argument("--groups", action="append", metavar="GROUP", help="embedded prompts of this group alone")
+    evaluate.add_argument(
+        "--reference",
+        action="append",
+        metavar="base|none|FOLDER",
+        help="the model itself at 25 steps (default), an earlier evaluation, and/or a folder of real pictures",
+    )
+    evaluate.add_argument("--reference-guidance", type=float, help="of the 25 steps (default: the model's own)")
+    evaluate.add_argument("--clip", type=Path, metavar="PATH", help="CLIP weights to score with as well")
+    evaluate.add_argument("--batch-size", type=int, default=16)
+    evaluate.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
+    evaluate.add_argument("--cache", type=Path, help="where pictures are kept between runs (default: OUTPUT/cache)")
+    evaluate.add_argument("--output", type=Path, required=True, help="a folder")
+    evaluate.set_defaults(run=_evaluate)
 
 
 def _add_conversions(convert: Any) -> None:
@@ -154,16 +186,17 @@ def _train(options: argparse.Namespace) -> None:
     from hypersd_jax.recipes import find_recipe
     from hypersd_jax.stages import train
 
-    path = find_recipe(options.config or DEFAULT_CONFIG)
-    folder = train(load_config(path, options.overrides))
+    folder = train(load_config(find_recipe(options.config or DEFAULT_CONFIG), options.overrides))
     for name, what in (
+        ("model", "model"),
         ("loras", "LoRA files"),
         ("results.json", "results"),
         ("grid.png", "grid"),
         ("report.html", "report"),
     ):
-        if (folder / name).exists():
-            print(f"{what + ':':11s} {folder / name}")
+        path = folder / name
+        if path.is_file() or (path.is_dir() and any(path.iterdir())):
+            print(f"{what + ':':11s} {path}")
 
 
 def _sample(options: argparse.Namespace) -> None:
@@ -185,6 +218,16 @@ def _cache(options: argparse.Namespace) -> None:
     config = load_config(find_recipe(options.config or DEFAULT_CONFIG), options.overrides)
     rows = write_cache(config, options.output, batch_size=options.batch_size, shard_rows=options.shard_rows)
     print(f"{rows} rows: {options.output}; train with data.cache={options.output}")
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from hypersd_jax.compilation import use_compilation_cache
+    from hypersd_jax.stages.evaluate import run_evaluate
+
+    use_compilation_cache()
+    run_evaluate(options)
+    for name in ("results.json", "results.md", "grid.png", "report.html"):
+        print(options.output / name)
 
 
 def _convert_lora(options: argparse.Namespace) -> None:

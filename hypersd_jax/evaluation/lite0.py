@@ -7,7 +7,7 @@ ReLU6, no squeeze-and-excitation, batch norms folded into the convolutions. Dist
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -37,9 +37,16 @@ def load_lite0() -> dict[str, np.ndarray]:
 
 def lite0(params: Params, images: jax.Array) -> jax.Array:
     """Pooled features (N, 1280), float32, of images (N, H, W, 3) in 0..255."""
+    x = block_features(params, images, (len(STRIDES) - 1,))[0]
+    return jnp.mean(_relu6(_conv(params, "head", x)), axis=(1, 2))
+
+
+def block_features(params: Params, images: jax.Array, blocks: Sequence[int]) -> list[jax.Array]:
+    """What these blocks (ascending, 0..15) put out, (N, h, w, C) each, for images (N, H, W, 3) in 0..255."""
     x = (images.astype(jnp.float32) - 127.0) / 128.0
     x = _relu6(_conv(params, "stem", x, stride=2))
-    for index, stride in enumerate(STRIDES):
+    found = []
+    for index, stride in enumerate(STRIDES[: max(blocks) + 1]):
         name, before = f"blocks.{index}", x
         if f"{name}.expand.kernel" in params:
             x = _relu6(_conv(params, f"{name}.expand", x))
@@ -47,12 +54,15 @@ def lite0(params: Params, images: jax.Array) -> jax.Array:
         x = _conv(params, f"{name}.project", x)
         if x.shape == before.shape:
             x = x + before
-    return jnp.mean(_relu6(_conv(params, "head", x)), axis=(1, 2))
+        if index in blocks:
+            found.append(x)
+    return found
 
 
-def fitted(images: jax.Array) -> jax.Array:
-    """Bring images (N, H, W, 3) in 0..255 to the network's size, bicubic: 128 px up to 128 px, else its native 224."""
-    size = SMALL if max(images.shape[1:3]) <= SMALL else NATIVE
+def fitted(images: jax.Array, size: int | None = None) -> jax.Array:
+    """Bring images (N, H, W, 3) in 0..255 to ``size``, bicubic; None: 128 px up to 128 px, else the native 224."""
+    if size is None:
+        size = SMALL if max(images.shape[1:3]) <= SMALL else NATIVE
     shape = (images.shape[0], size, size, images.shape[3])
     # Bicubic overshoots at edges; no picture holds values outside 0..255.
     return jnp.clip(jax.image.resize(images.astype(jnp.float32), shape, "cubic"), 0.0, 255.0)

@@ -95,6 +95,21 @@ def feature_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return np.linalg.norm(a.astype(np.float64) - b.astype(np.float64), axis=1)
 
 
+def diversity(features: np.ndarray) -> np.ndarray:
+    """Mean Euclidean distance (M,) between the pictures of each prompt, for features (M, S, D) from S seeds.
+
+    Zero where all seeds draw one picture.
+
+    Raises:
+        ValueError: with fewer than two seeds.
+    """
+    if features.ndim != 3 or features.shape[1] < 2:
+        raise ValueError(f"features must be (prompts, seeds, D) with two seeds or more, not {features.shape}")
+    rows, columns = np.triu_indices(features.shape[1], k=1)
+    exact = features.astype(np.float64)
+    return np.linalg.norm(exact[:, rows] - exact[:, columns], axis=2).mean(axis=1)
+
+
 def mean_estimate(values: np.ndarray) -> Estimate:
     """Mean of independent values (N,) with its standard error, which one value alone leaves unknown (nan)."""
     values = np.asarray(values, np.float64)

@@ -23,12 +23,20 @@ HEADINGS: dict[str, tuple[str, int]] = {
     "guidance": ("Guidance", 1),
     "calls": ("Calls", 0),
     "distance": ("Distance to teacher\N{NO-BREAK SPACE}↓", 3),
+    "feature_distance": ("Feature distance to teacher\N{NO-BREAK SPACE}↓", 2),
     "margin": ("Margin\N{NO-BREAK SPACE}↑", 4),
     "kid": ("KID\N{NO-BREAK SPACE}↓", 3),
     "kid_margin": ("Margin in KID\N{NO-BREAK SPACE}↑", 3),
     "fid_train": ("FID to training pictures\N{NO-BREAK SPACE}↓", 1),
     "fid_teacher": ("FID to teacher\N{NO-BREAK SPACE}↓", 1),
-    "clip": ("Text match\N{NO-BREAK SPACE}↑", 3),
+    "kid_train": ("KID to training pictures\N{NO-BREAK SPACE}↓", 3),
+    "clip": ("Text match\N{NO-BREAK SPACE}↑", 2),
+    "clip_shuffled": ("Text match, shuffled prompts", 2),
+    "clip_gain": ("Gain in text match\N{NO-BREAK SPACE}↑", 2),
+    "clip_real": ("CLIP score\N{NO-BREAK SPACE}↑", 2),
+    "clip_real_shuffled": ("CLIP score, shuffled prompts", 2),
+    "clip_real_gain": ("Gain in CLIP score\N{NO-BREAK SPACE}↑", 2),
+    "diversity": ("Diversity\N{NO-BREAK SPACE}↑", 2),
     "seconds_per_image": ("Seconds per picture\N{NO-BREAK SPACE}↓", 3),
     "rival": ("Nearest teacher", 0),
     "sampler": ("Sampler", 0),
@@ -100,13 +108,30 @@ def _paragraphs(texts: Sequence[str], kind: str) -> str:
     return "".join(f'<p class="{kind}">{html.escape(text)}</p>\n' for text in texts)
 
 
-def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+def table_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The columns: the known ones in their order, then the rest; standard errors have none of their own."""
     present = dict.fromkeys(key for row in rows for key in row)
     errors = {key for key in present if key.endswith(ERROR_SUFFIX) and key.removesuffix(ERROR_SUFFIX) in present}
     known = [key for key in HEADINGS if key in present]
-    keys = known + [key for key in present if key not in known and key not in errors]
+    return known + [key for key in present if key not in known and key not in errors]
+
+
+def table_heading(key: str) -> str:
+    """What stands above a column."""
+    return HEADINGS[key][0] if key in HEADINGS else key.replace("_", " ")
+
+
+def table_cell(row: Mapping[str, Any], key: str) -> str:
+    """A value with its standard error, as plain text."""
+    digits = HEADINGS[key][1] if key in HEADINGS else None
+    text, error = _number(row.get(key), digits), row.get(key + ERROR_SUFFIX)
+    return f"{text} ± {_number(error, digits)}" if _is_number(error) else text
+
+
+def _table(rows: Sequence[Mapping[str, Any]]) -> str:
+    keys = table_keys(rows)
     numeric = {key: any(_is_number(row.get(key)) for row in rows) for key in keys}
-    head = "".join(f"<th{_align(numeric[key])}>{html.escape(_heading(key))}</th>" for key in keys)
+    head = "".join(f"<th{_align(numeric[key])}>{html.escape(table_heading(key))}</th>" for key in keys)
     body = []
     for row in rows:
         cells = "".join(f"<td{_align(numeric[key])}>{_cell(row, key)}</td>" for key in keys)
@@ -119,17 +144,9 @@ def _align(numeric: bool) -> str:
     return ' class="number"' if numeric else ""
 
 
-def _heading(key: str) -> str:
-    return HEADINGS[key][0] if key in HEADINGS else key.replace("_", " ")
-
-
 def _cell(row: Mapping[str, Any], key: str) -> str:
-    digits = HEADINGS[key][1] if key in HEADINGS else None
-    text = html.escape(_number(row.get(key), digits))
-    error = row.get(key + ERROR_SUFFIX)
-    if not _is_number(error):
-        return text
-    return f'{text}<span class="error"> ± {html.escape(_number(error, digits))}</span>'
+    value, plus, error = table_cell(row, key).partition(" ± ")
+    return html.escape(value) + (f'<span class="error">{html.escape(plus + error)}</span>' if plus else "")
 
 
 def _is_number(value: Any) -> bool:

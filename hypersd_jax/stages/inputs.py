@@ -6,9 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from hypersd_jax.conditioning import Conditioning, PromptEncoder, size_ids
+from hypersd_jax.conditioning import Conditioning, PromptEncoder
 from hypersd_jax.weights.components import Components
 
 
@@ -83,11 +82,3 @@ def unconditional(components: Components, prompts: PromptEncoder, dtype: Any) ->
         return found
     pooled = None if found.pooled is None else jnp.zeros_like(found.pooled)
     return Conditioning(jnp.zeros_like(found.context), pooled)
-
-
-def time_ids(components: Components, images: np.ndarray) -> np.ndarray | None:
-    """SDXL's size ids of a batch (A, B, H, W, 3) of uncropped pictures, (A, B, 6); None for other families."""
-    if not components.is_xl:
-        return None
-    micro, batch, height, width, _ = images.shape
-    return size_ids(height, width, micro * batch).reshape(micro, batch, 6)

@@ -149,7 +149,8 @@ class FirstUpdate:
         ]
         if not self.kind.xl:
             return Conditioning(outputs[0].last)
-        sizes = np.tile(np.asarray([16, 16, 0, 0, 16, 16], np.float32), (len(outputs[0].last), 1))
+        # The pictures are drawn at 64 px and scaled to 16.
+        sizes = np.tile(np.asarray([64, 64, 0, 0, 16, 16], np.float32), (len(outputs[0].last), 1))
         return Conditioning(jnp.concatenate([o.penultimate for o in outputs], -1), outputs[1].pooled, sizes)
 
     def predict(self, x: np.ndarray, t: np.ndarray, cond: Conditioning) -> np.ndarray:

@@ -1,0 +1,53 @@
+"""How well pictures fit their prompts, beside how well they fit others: without that zero a score says nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from hypersd_jax.data.order import text_fraction
+from hypersd_jax.evaluation.metrics import Estimate, mean_estimate
+from hypersd_jax.evaluation.scorer import SCALE, Scorer
+from hypersd_jax.evaluation.text_towers import split_words
+
+
+class TextMatch(NamedTuple):
+    """Scores (N,) of pictures with their own prompts and with others'."""
+
+    own: np.ndarray
+    shuffled: np.ndarray
+
+    @property
+    def gain(self) -> Estimate:
+        """How much more the pictures say of their own prompts: the mean paired difference, and zero by chance."""
+        return mean_estimate(self.own - self.shuffled)
+
+
+def derangement(prompts: Sequence[str]) -> np.ndarray | None:
+    """For each prompt the place of one with another text, int64 (N,), each place once; the same each time.
+
+    Equal texts are put side by side, in an order that says nothing, and the list is turned by half. None where that
+    gives a prompt its own text, which no other order can avoid: one text is more than half of the list.
+    """
+    texts = np.asarray(prompts)
+    aside = np.lexsort((texts, np.asarray([text_fraction(prompt) for prompt in prompts])))
+    order = np.empty(len(texts), np.int64)
+    order[aside] = np.roll(aside, -(len(texts) // 2))
+    return order if len(texts) and not np.any(texts[order] == texts) else None
+
+
+def text_match(scorer: Scorer, seen: np.ndarray, prompts: Sequence[str]) -> TextMatch | None:
+    """Scores of pictures, as the frozen network has seen them (N, E); None where the prompts cannot be shuffled."""
+    order = derangement(prompts)
+    if order is None:
+        return None
+    pictures, texts = scorer.pictures(seen), scorer.text(prompts)
+    pictures, texts = SCALE * pictures.astype(np.float64), texts.astype(np.float64)
+    return TextMatch(np.sum(pictures * texts, axis=1), np.sum(pictures * texts[order], axis=1))
+
+
+def knows(scorer: Scorer, prompts: Sequence[str]) -> bool:
+    """Whether a reader of words was taught every word of the prompts: what else it says is a guess."""
+    return {word for prompt in prompts for word in split_words(prompt)} <= set(scorer.vocabulary)

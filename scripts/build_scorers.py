@@ -1,0 +1,267 @@
+"""Train the two text-image scorers that ship in hypersd_jax/assets/scorers, and write their cards.
+
+    npm pack @iconify-json/twemoji@1.2.5 && npm pack @iconify-json/emojione@1.2.3    # CC-BY-4.0; unpack each
+    pip install --target SOMEWHERE resvg-py==0.5.0
+    PYTHONPATH=SOMEWHERE python scripts/build_scorers.py --work FOLDER TWEMOJI_FOLDER EMOJIONE_FOLDER
+
+The two packages are drawing styles that no training picture has: they validate and do not ship. What the frozen network
+sees in all pictures is kept in FOLDER/seen.npz (some minutes on two cores); training takes a minute or two.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import io
+import json
+import re
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+from PIL import Image, ImageFilter
+from tqdm import tqdm
+
+from hypersd_jax.data import COLOURS, composite, load_emoji, split_of
+from hypersd_jax.data.order import fraction, mix
+from hypersd_jax.evaluation.lite0 import load_lite0
+from hypersd_jax.evaluation.scorer import SPECS, Scorer, ScorerName, look
+from hypersd_jax.evaluation.scorer_checks import auc, chosen_rate, retrieval
+from hypersd_jax.evaluation.scorer_training import ScorerData, ScorerTraining, caption_text, train_scorer
+from hypersd_jax.weights.components import assets
+from hypersd_jax.weights.tensors import replacing, save_tensors
+
+SIZE, MARGIN = 64, 0.04
+VARIANTS = 4
+BATCH = 64
+TRAINING: dict[ScorerName, ScorerTraining] = {
+    "report": ScorerTraining(seed=0, epochs=80, grouped=4),
+    "reward": ScorerTraining(seed=1, epochs=120),
+}
+GROUND, FLIP, SCALE, LEFT, TOP, BLUR, CLEAN = range(7)
+
+
+def main() -> None:
+    """Render, look, train, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("held_out", type=Path, nargs="+", help="unpacked icon sets in styles that are not trained on")
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--output", type=Path, default=assets() / "scorers")
+    parser.add_argument("--date", default=datetime.date.today().isoformat())
+    arguments = parser.parse_args()
+    path = arguments.work / "seen.npz"
+    if not path.exists():
+        np.savez(path, **seen(arguments.held_out))
+    with np.load(path) as file:
+        found = {name: file[name] for name in file.files}
+    for name, options in TRAINING.items():
+        begin = time.perf_counter()
+        # The reporting scorer must know the names that it is asked about; the reward stays away from test concepts.
+        scorer = train_scorer(SPECS[name], data(found, name, every=name == "report"), options)
+        seconds = time.perf_counter() - begin
+        strict = train_scorer(SPECS[name], data(found, name, every=False), options) if name == "report" else scorer
+        names = sorted(set(data(found, name, every=name == "report").names))
+        card = {
+            "name": name,
+            "date": arguments.date,
+            "trained_on": "all concepts in five styles" if name == "report" else "the training split in five styles",
+            "spec": dataclasses.asdict(SPECS[name]),
+            "training": dataclasses.asdict(options) | {"seconds": round(seconds)},
+            "settings_chosen_on": "unseen_styles",
+            "unseen_styles": {
+                "styles": [folder.name for folder in arguments.held_out],
+                **unseen_styles(scorer, found, names),
+            },
+            "unseen_concepts": {
+                "how": "trained once more without them" if name == "report" else "as it is",
+                **unseen_concepts(strict, found),
+            },
+        }
+        folder = arguments.output / name
+        tensors = {key: value.astype(np.float16) for key, value in scorer.params.items()}
+        words = {"vocabulary": " ".join(scorer.vocabulary)} if scorer.vocabulary else None
+        save_tensors(folder / "model.safetensors", tensors, metadata=words)
+        with replacing(folder / "card.json") as temporary:
+            temporary.write_text(json.dumps(card, indent=1) + "\n", encoding="utf-8")
+        print(json.dumps(card, indent=1))
+
+
+def data(found: dict[str, np.ndarray], name: str, *, every: bool) -> ScorerData:
+    """The training pictures, of every concept or of the training split alone."""
+    records = [load_emoji().records[i] for i in found["train_record"][::VARIANTS]]
+    kept = np.array([every or split_of(record) == "train" for record in records])
+    seen_here = found[f"train_{SPECS[name].eye}"].reshape(len(records), VARIANTS, -1)[kept]
+    grounds = np.array(list(COLOURS))[found["train_colour"]].reshape(-1, VARIANTS)[kept]
+    chosen = [record for record, here in zip(records, kept, strict=True) if here]
+    return ScorerData(
+        seen=seen_here,
+        names=[record.label for record in chosen],
+        styles=[record.style for record in chosen],
+        grounds=grounds,
+    )
+
+
+def unseen_styles(scorer: Scorer, found: dict[str, np.ndarray], names: list[str]) -> dict[str, float]:
+    """Names among all names, match against mismatch, and the right ground against another, without a style word."""
+    rng = np.random.default_rng(0)
+    known = np.isin(found["held_label"], names)
+    labels, grounds = found["held_label"][known], np.array(list(COLOURS))[found["held_colour"][known]]
+    pictures = scorer.pictures(found[f"held_{scorer.spec.eye}"][known])
+    truth = np.array([names.index(label) for label in labels])
+    texts = {ground: scorer.text([caption_text(name, "", ground) for name in names]) for ground in COLOURS}
+    ranks = np.zeros(2)
+    for ground, table in texts.items():
+        here = grounds == ground
+        ranks += here.sum() * np.array(retrieval(pictures[here], table, truth[here]))
+
+    def scores(chosen: np.ndarray, said: np.ndarray) -> np.ndarray:
+        return np.array([mine @ texts[g][i] for mine, g, i in zip(pictures, said, chosen, strict=True)])
+
+    own = scores(truth, grounds)
+    moved_grounds = np.array([other(rng, list(COLOURS), ground) for ground in grounds])
+    swapped = scores(truth, moved_grounds)
+    return rounded(
+        pictures=len(labels),
+        names=len(names),
+        r1=ranks[0] / len(labels),
+        r5=ranks[1] / len(labels),
+        auc=auc(own, scores((truth + rng.integers(1, len(names), len(truth))) % len(names), grounds)),
+        colour_swap=chosen_rate(own, swapped),
+        colour_swap_auc=auc(own, swapped),
+    )
+
+
+def unseen_concepts(scorer: Scorer, found: dict[str, np.ndarray]) -> dict[str, float]:
+    """Pictures of the test split: match against mismatch, and the right style and ground against another."""
+    rng = np.random.default_rng(1)
+    records = [load_emoji().records[i] for i in found["test_record"]]
+    grounds = np.array(list(COLOURS))[found["test_colour"]]
+    styles = sorted({record.style for record in records})
+    pictures = scorer.pictures(found[f"test_{scorer.spec.eye}"])
+
+    def scores(parts: list[tuple[str, str, str]]) -> np.ndarray:
+        return np.sum(pictures * scorer.text([caption_text(*part) for part in parts]), axis=1)
+
+    parts = [(record.label, record.style, str(g)) for record, g in zip(records, grounds, strict=True)]
+    own = scores(parts)
+    turned = scores([(parts[(i + len(parts) // 2) % len(parts)][0], *parts[i][1:]) for i in range(len(parts))])
+    style = scores([(name, other(rng, styles, style), ground) for name, style, ground in parts])
+    ground = scores([(name, style, other(rng, list(COLOURS), ground)) for name, style, ground in parts])
+    return rounded(
+        pictures=len(parts),
+        auc=auc(own, turned),
+        style_swap=chosen_rate(own, style),
+        style_swap_auc=auc(own, style),
+        colour_swap=chosen_rate(own, ground),
+        colour_swap_auc=auc(own, ground),
+    )
+
+
+def other(rng: np.random.Generator, among: list[str], this: str) -> str:
+    """Another one of these."""
+    return str(rng.choice([one for one in among if one != this]))
+
+
+def rounded(**values: float) -> dict[str, float]:
+    """To four digits after the point."""
+    return {name: value if isinstance(value, int) else round(float(value), 4) for name, value in values.items()}
+
+
+def seen(held_out: list[Path]) -> dict[str, np.ndarray]:
+    """What the frozen network sees, for training ("train_"), clean test pictures ("test_") and held-out styles."""
+    emoji = load_emoji()
+    grounds = list(COLOURS)
+    drawn = [(label, image) for folder in held_out for label, image in render(folder)]
+    found: dict[str, np.ndarray] = {}
+    every = np.arange(len(emoji))
+    rows = np.repeat(every, VARIANTS)
+    variants = np.tile(np.arange(VARIANTS), len(every))
+    # White first, then three other grounds, another three for each picture.
+    others = (mix(1, GROUND, rows) % np.uint64(7)).astype(int) + 2 * variants
+    colours = np.where(variants == 0, 0, 1 + others % 7)
+    pictures = (
+        moved(emoji.images[row], grounds[colour], mix(2, row, variant))
+        for row, colour, variant in zip(rows, colours, variants, strict=True)
+    )
+    found |= {"train_record": rows, "train_colour": colours, **looked("train", pictures, len(rows))}
+
+    test = np.array([i for i in every if split_of(emoji.records[i]) == "test"])
+    colours = (mix(3, CLEAN, test) % np.uint64(8)).astype(int)
+    pictures = (composite(emoji.images[i], COLOURS[grounds[c]]) for i, c in zip(test, colours, strict=True))
+    found |= {"test_record": test, "test_colour": colours, **looked("test", pictures, len(test))}
+
+    colours = (mix(4, CLEAN, np.arange(len(drawn))) % np.uint64(8)).astype(int)
+    pictures = (composite(image, COLOURS[grounds[c]]) for (_, image), c in zip(drawn, colours, strict=True))
+    labels = np.array([label for label, _ in drawn])
+    return found | {"held_label": labels, "held_colour": colours, **looked("held", pictures, len(drawn))}
+
+
+def looked(name: str, pictures, count: int) -> dict[str, np.ndarray]:
+    """What both eyes see in pictures (64, 64, 3) uint8."""
+    trunk = jax.device_put(load_lite0())
+    run = jax.jit(lambda trunk, images: {spec.eye: look(spec, trunk, images) for spec in SPECS.values()})
+    pictures = iter(pictures)
+    parts = []
+    for start in tqdm(range(0, count, BATCH), desc=name):
+        batch = np.stack([next(pictures) for _ in range(min(BATCH, count - start))])
+        filled = np.zeros((BATCH, *batch.shape[1:]), np.float32)
+        filled[: len(batch)] = batch
+        parts.append({eye: np.asarray(value, np.float16)[: len(batch)] for eye, value in run(trunk, filled).items()})
+    return {f"{name}_{eye}": np.concatenate([part[eye] for part in parts]) for eye in parts[0]}
+
+
+def moved(rgba: np.ndarray, colour: str, hashed: np.ndarray) -> np.ndarray:
+    """A picture on its ground, mirrored, scaled, shifted and blurred a little by what ``hashed`` (1,) says."""
+
+    def chance(purpose: int) -> float:
+        return float(fraction(mix(hashed, purpose))[0])
+
+    ground = COLOURS[colour]
+    picture = Image.fromarray(composite(rgba, ground))
+    if chance(FLIP) < 0.5:
+        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+    scale = 0.95 + 0.25 * chance(SCALE)
+    middle = SIZE / 2 * (1 - scale)
+    left, top = (middle + 8 * (chance(purpose) - 0.5) for purpose in (LEFT, TOP))
+    matrix = (scale, 0, left, 0, scale, top)
+    affine = Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC
+    picture = picture.transform((SIZE, SIZE), *affine, fillcolor=ground)
+    return np.asarray(picture.filter(ImageFilter.GaussianBlur(max(0.0, 2.0 * chance(BLUR) - 1.0))))
+
+
+def render(folder: Path) -> list[tuple[str, np.ndarray]]:
+    """(label, RGBA (64, 64, 4)) of an icon set's pictures of the embedded concepts, found by the slug of the label."""
+    import resvg_py
+
+    icons = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
+    labels = {record.label: slug(record.label) for record in load_emoji().records}
+    found = []
+    for label, name in tqdm(sorted(labels.items()), desc=folder.name):
+        name = icons.get("aliases", {}).get(name, {}).get("parent", name)
+        if name not in icons["icons"]:
+            continue
+        icon = icons["icons"][name]
+        width, height = (icon.get(side, icons[side]) for side in ("width", "height"))
+        side = (1 + 2 * MARGIN) * max(width, height)
+        box = f"{(width - side) / 2} {(height - side) / 2} {side} {side}"
+        svg = f'<svg xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="{box}">'
+        try:
+            png = resvg_py.svg_to_bytes(f"{svg}{icon['body']}</svg>", width=2 * SIZE, height=2 * SIZE)
+        except BaseException as error:  # resvg's panics are no Exception
+            if isinstance(error, KeyboardInterrupt):
+                raise
+            continue
+        picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA").convert("RGBa").reduce(2).convert("RGBA")
+        found.append((label, np.asarray(picture)))
+    return found
+
+
+def slug(label: str) -> str:
+    """The icon sets' spelling of a name."""
+    return re.sub(r"[^a-z0-9]+", "-", re.sub("['\N{RIGHT SINGLE QUOTATION MARK}]", "", label.lower())).strip("-")
+
+
+if __name__ == "__main__":
+    main()

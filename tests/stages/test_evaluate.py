@@ -1,0 +1,284 @@
+"""``hypersd evaluate`` on a tiny model: the rows by hand, what is drawn only once, and what is refused."""
+
+from __future__ import annotations
+
+import functools
+import json
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from PIL import Image
+
+from hypersd_jax import compilation
+from hypersd_jax.cli import main
+from hypersd_jax.data import COLOURS, evaluation_images, evaluation_list
+from hypersd_jax.errors import UserError
+from hypersd_jax.evaluation import derangement, diversity, features, frechet_distance, kernel_distance, seen_by
+from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.stages import evaluate, evaluate_drawing
+from hypersd_jax.stages.evaluate_sources import load_run, training_pictures
+from hypersd_jax.weights.lora import write_lora
+from tests.helpers.lora_files import random_adapter
+from tests.helpers.tiny_model import tiny_model
+
+N, STEPS, MANY, SEEDS = 4, 2, 3, 2
+FILES = ["cache", "grid.png", "report.html", "results.json", "results.md", "run.json"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate, "MANY_STEPS", MANY)
+        patch.setattr(evaluate, "DIVERSE_SEEDS", SEEDS)
+        patch.setattr(evaluate_drawing, "CHUNK", 2)
+        for module in (evaluate, evaluate_drawing):  # few pictures need no batches of 32
+            patch.setattr(module, "features", functools.partial(features, batch_size=4))
+            patch.setattr(module, "seen_by", functools.partial(seen_by, batch_size=4))
+        patch.setattr(compilation, "use_compilation_cache", lambda: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_model(tmp_path_factory.mktemp("evaluated") / "model")
+
+
+@pytest.fixture(scope="module")
+def lora(model: Path) -> Path:
+    shapes = Pipeline.from_pretrained(model).components.unet.shapes
+    path = model.parent / "student.safetensors"
+    write_lora(path, {"unet": random_adapter(shapes, 1, scale=0.5)})
+    return path
+
+
+def run(model: Path, output: Path, *more: Any) -> list[dict[str, Any]]:
+    arguments = ["evaluate", "--model", model, "--n", N, "--batch-size", 2, "--output", output, *more]
+    main([str(argument) for argument in arguments])
+    return json.loads((output / "results.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def output(model: Path, lora: Path) -> Path:
+    folder = model.parent / "out"
+    run(model, folder, "--steps", STEPS, "--sampler", "ddim", "--guidance", 1, "--lora", f"{lora}@0.5")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def rows(output: Path) -> dict[str, dict[str, Any]]:
+    found = json.loads((output / "results.json").read_text())
+    assert len(found) == 4
+    return dict(zip(("floor", "real", "reference", "student"), found, strict=True))
+
+
+def looked(images: np.ndarray) -> np.ndarray:
+    return features(images, batch_size=4)
+
+
+def drawn(model: Path, seeds: list[int], **settings: Any) -> np.ndarray:
+    """The list's prompts from these seeds, uint8, from latents made here."""
+    pipe = settings.pop("pipe", None) or Pipeline.from_pretrained(model)
+    latents = np.stack([jax.random.normal(jax.random.key(seed), (8, 8, 4), jnp.float32) for seed in seeds])
+    prompts = [item.prompt for item in evaluation_list(N)]
+    images = pipe(prompts, latents=latents, sampler="ddim", output="np", stepwise=True, **settings)
+    return np.round(images * 255).astype(np.uint8)
+
+
+def test_the_rows_by_hand(model: Path, lora: Path, rows: dict[str, dict[str, Any]]) -> None:
+    pipe = Pipeline.from_pretrained(model)
+    seeds = list(range(N))
+    many = drawn(model, seeds, pipe=pipe, steps=MANY, guidance=7.5)
+    pipe.load_lora(lora, 0.5)
+    student = drawn(model, seeds, pipe=pipe, steps=STEPS, guidance=1.0)
+    other = drawn(model, [seed + evaluate.SEED_STRIDE for seed in seeds], pipe=pipe, steps=STEPS, guidance=1.0)
+    row, close = rows["student"], {"rel": 2e-3, "abs": 1e-4}
+    assert (row["model"], row["steps"], row["guidance"], row["calls"], row["n"]) == (
+        "model + student@0.5",
+        STEPS,
+        1.0,
+        STEPS,
+        N,
+    )
+    apart = np.sqrt(np.mean((student / 255.0 - many / 255.0) ** 2, axis=(1, 2, 3)))
+    assert row["distance"] == pytest.approx(apart.mean(), **close)
+    assert row["distance_se"] == pytest.approx(apart.std(ddof=1) / np.sqrt(N), **close)
+    mine, theirs = looked(student), looked(many)
+    real = [looked(pictures) for pictures in training_pictures(N, None, 16)]
+    assert row["fid_teacher"] == pytest.approx(frechet_distance(mine, theirs), rel=2e-3)
+    assert row["kid"] == pytest.approx(kernel_distance(mine, theirs).mean, rel=5e-3, abs=1e-3)
+    assert row["fid_train"] == pytest.approx(frechet_distance(mine, real[0]), rel=2e-3)
+    assert row["diversity"] == pytest.approx(diversity(np.stack([mine, looked(other)], axis=1)).mean(), rel=2e-3)
+    assert row["seconds_per_image"] > 0
+    assert rows["reference"]["distance"] == rows["reference"]["fid_teacher"] == 0.0
+    assert rows["reference"]["calls"] == 2 * MANY
+    assert rows["floor"]["fid_train"] == pytest.approx(frechet_distance(*real), rel=1e-5)
+    pictures = evaluation_images(evaluation_list(N), resolution=16)
+    assert rows["real"]["fid_train"] == pytest.approx(frechet_distance(looked(pictures), real[0]), rel=1e-5)
+
+
+def test_gains_are_above_the_shuffled_prompts(rows: dict[str, dict[str, Any]]) -> None:
+    for name in ("real", "reference", "student"):
+        row = rows[name]
+        assert row["clip_gain"] == pytest.approx(row["clip"] - row["clip_shuffled"], abs=1e-9)
+        assert row["clip_gain_se"] > 0
+    assert "clip" not in rows["floor"]
+
+
+def test_the_files(output: Path, rows: dict[str, dict[str, Any]]) -> None:
+    assert sorted(path.name for path in output.iterdir()) == FILES
+    table = (output / "results.md").read_text()
+    page = (output / "report.html").read_text()
+    for row in rows.values():
+        assert f"| {row['model']} |" in table
+        assert row["model"] in page
+    assert Image.open(output / "grid.png").size[0] > 3 * 128
+    items, kept = load_run(output, (16, 16))
+    assert [item.prompt for item in items] == [item.prompt for item in evaluation_list(N)]
+    assert kept.images.shape == (N, 16, 16, 3)
+    with pytest.raises(UserError, match="its pictures are 16 x 16 pixels, these 64 x 32"):
+        load_run(output, (32, 64))
+
+
+def test_training_pictures_are_two_sets_with_none_in_common() -> None:
+    first, second = training_pictures(60, None, 64)
+    assert len(first) == len(second) == 60
+    assert not {one.tobytes() for one in first} & {one.tobytes() for one in second}
+    few = training_pictures(10_000, ["animals & nature"], 16)
+    assert len(few[0]) == len(few[1]) < 1000
+
+
+def test_nothing_is_drawn_twice(
+    model: Path, lora: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With the cache, the same numbers and no drawing; more prompts draw only what is new; another scale all."""
+    calls: list[int] = []
+    really = evaluate_drawing._draw_chunk
+
+    def counted(model: Any, items: Any, batch_size: int) -> Any:
+        calls.append(len(items))
+        return really(model, items, batch_size)
+
+    monkeypatch.setattr(evaluate_drawing, "_draw_chunk", counted)
+    cache = tmp_path / "cache"
+    shutil.copytree(output / "cache", cache)
+    call = ["--steps", STEPS, "--sampler", "ddim", "--guidance", 1, "--cache", cache]
+    again = run(model, tmp_path / "again", *call, "--lora", f"{lora}@0.5", "--batch-size", 3)
+    assert calls == []
+    assert again == json.loads((output / "results.json").read_text())
+    run(model, tmp_path / "fewer", *call, "--lora", f"{lora}@0.5", "--n", 2, "--reference", "none")
+    assert calls == []
+    scaled = run(model, tmp_path / "scaled", *call, "--lora", f"{lora}@0.25", "--reference", "none")
+    assert calls == [2, 2, 2, 2]
+    assert scaled[-1]["fid_train"] != again[-1]["fid_train"]
+
+
+def test_a_damaged_chunk_is_named(model: Path, output: Path, tmp_path: Path, capsys: Any) -> None:
+    shutil.copytree(output, tmp_path / "run")
+    chunk = sorted((tmp_path / "run" / "cache").iterdir())[0]
+    for path in (tmp_path / "run" / "cache").iterdir():
+        path.write_bytes(path.read_bytes()[:100])
+    with pytest.raises(SystemExit) as stop:
+        run(model, tmp_path / "new", "--reference", tmp_path / "run", "--steps", 1)
+    assert stop.value.code == 2
+    printed = capsys.readouterr().err.splitlines()
+    assert "kept pictures are damaged" in printed[-1]
+    assert chunk.suffix in printed[-1]
+
+
+def test_own_prompts_against_an_earlier_run_and_a_folder(
+    model: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An earlier run of the same prompts and seeds gives distances; unknown words, no text match."""
+
+    def load_clip(path: Path) -> Any:
+        assert path == Path("a_clip")
+        return lambda images, texts: images[:, 0, 0, 0] + 1000.0 * np.asarray([len(text) for text in texts])
+
+    monkeypatch.setattr(evaluate, "load_clip", load_clip)
+    items = evaluation_list(N)
+    prompts = tmp_path / "prompts.txt"
+    prompts.write_text("".join(f"{item.prompt}\n" for item in items))
+    pictures = tmp_path / "pictures"
+    pictures.mkdir()
+    for place, picture in enumerate(evaluation_images(evaluation_list(8), resolution=20)):
+        Image.fromarray(picture).save(pictures / f"{place}.png")
+    call = ["--prompts-file", prompts, "--reference", output, "--reference", pictures, "--steps", 1, "--clip", "a_clip"]
+    rows = run(model, tmp_path / "out", *call, "--sampler", "tcd", "--eta", 0.5, "--guidance", 0)
+    assert [row["model"] for row in rows] == ["real pictures against others", f"{output} (reference)", "model"]
+    assert rows[2]["distance"] > 0
+    assert rows[2]["n"] == rows[0]["n"] == N
+    lengths = np.asarray([len(item.prompt) for item in items])
+    corners = load_run(tmp_path / "out", (16, 16))[1].images[:, 0, 0, 0]
+    assert rows[2]["clip_real"] == pytest.approx(np.mean(corners + 1000.0 * lengths), rel=1e-6)
+    turned = lengths[derangement([item.prompt for item in items])]
+    assert rows[2]["clip_real_gain_se"] == pytest.approx(1000 * np.std(lengths - turned, ddof=1) / np.sqrt(N), rel=1e-6)
+    assert {"fid_train", "fid_teacher", "kid", "clip", "clip_shuffled", "diversity"} <= set(rows[2])
+
+    prompts.write_text("a zebra in a spaceship\nan astronaut on a horse\n")
+    rows = run(model, tmp_path / "other", "--prompts-file", prompts, "--reference", "none", "--steps", 1)
+    assert len(rows) == 1
+    assert set(rows[0]) == {
+        "model", "sampler", "steps", "guidance", "calls", "n", "diversity", "diversity_se", "seconds_per_image",
+    }  # fmt: skip
+
+
+def test_noise_depends_on_the_seed_alone(model: Path) -> None:
+    """A stochastic sampler draws a picture the same in any chunk and batch."""
+    pipe = Pipeline.from_pretrained(model)
+    settings = pipe.settings(steps=2, sampler="tcd", eta=1.0, guidance=0.0)
+    one = evaluate_drawing.Model(pipe=pipe, identity="", settings=settings)
+    items = [evaluate_drawing.Prompted("lion, blob style", seed) for seed in (5, 6, 7)]
+    all_three = evaluate_drawing._draw(one, items, 2)
+    last = evaluate_drawing._draw(one, items[2:], 1)
+    assert np.abs(all_three[2].astype(int) - last[0]).max() <= 1
+    assert np.abs(all_three[1].astype(int) - last[0]).max() > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--n", "0"], "--n must be at least 1, not 0"),
+        (["--batch-size", "0"], "--batch-size must be at least 1"),
+        (["--model", "nowhere"], "nowhere: no such file or folder"),
+        (["--reference", "nowhere"], "--reference nowhere: is neither base, none nor a folder"),
+        (["--reference", "base", "--reference", "none"], "--reference: at most one of"),
+        (["--prompts-file", "nothing.txt"], "--prompts-file nothing.txt"),
+        (["--groups", "plants"], "plants is not among"),
+        (["--lora", "x.safetensors@much"], "the scale 'much' is not a number"),
+        (["--lora", "nothing.safetensors"], "nothing.safetensors"),
+        (["--sampler", "ddmi"], "ddmi"),
+        (["--steps", "0"], "steps"),
+        (["--preset", "hyper"], "preset='hyper' is not known"),
+        (["--clip", "nowhere"], "nowhere"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    arguments: list[str], words: str, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["evaluate", "--model", str(model), "--n", "3", "--output", str(tmp_path / "out"), *arguments])
+    assert stop.value.code == 2
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert len(printed.err.splitlines()) == 1
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_with_too_few_pictures(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    Image.new("RGB", (16, 16), COLOURS["red"]).save(folder / "one.png")
+    with pytest.raises(SystemExit):
+        run(model, tmp_path / "out", "--reference", folder)
+    assert f"--reference {folder}: holds 1 pictures, but distances need at least 6" in capsys.readouterr().err
+    for place in range(6):
+        (folder / f"{place}.png").write_bytes(b"no picture")
+    with pytest.raises(SystemExit):
+        run(model, tmp_path / "out", "--reference", folder)
+    assert "cannot be read as a picture" in capsys.readouterr().err
