@@ -144,3 +144,24 @@ def test_first_difference(base: Path) -> None:
     shorter = {**a, "stages": a["stages"][:1]}
     assert str(first_difference(a, shorter)).startswith("stages")
     assert build(Config, a) == load_config(base)
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("evaluation: {samples: 2}", "evaluation.samples must be 0, or at least 3, which KID needs, not 2"),
+        ("model: {fresh: [unet]}", "model.fresh: stages that train an adapter need a whole model"),
+    ],
+)
+def test_what_would_fail_after_training_is_refused_before(text: str, reason: str, tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text(BASE + text + "\n")
+    with pytest.raises(UserError, match=reason):
+        load_config(path)
+
+
+def test_a_kind_that_is_no_name(tmp_path: Path) -> None:
+    path = tmp_path / "c.yaml"
+    path.write_text("output_dir: out\nstages:\n- {name: a, kind: [tscd], updates: 1, batch_size: 1}\n")
+    with pytest.raises(UserError, match=r"stages.0.kind=\['tscd'\] is not valid"):
+        load_config(path)

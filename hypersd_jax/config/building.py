@@ -77,7 +77,7 @@ def _of_kind(classes: list[Any], value: Any, path: str) -> Any:
     kind = value.get("kind") if isinstance(value, Mapping) else None
     if kind is None:
         return classes[0]
-    if kind not in kinds:
+    if not isinstance(kind, str) or kind not in kinds:
         raise UserError(f"{path}.kind={kind!r} is not valid{nearest(str(kind), kinds)}")
     return kinds[kind]
 

@@ -75,6 +75,8 @@ class EvaluationConfig:
     def __post_init__(self) -> None:
         if (self.samples or 0) < 0 or self.batch_size < 1:
             raise ValueError("samples must be at least 0 and batch_size at least 1")
+        if self.samples in (1, 2):
+            raise ValueError(f"samples must be 0, or at least 3, which KID needs, not {self.samples}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,6 +105,9 @@ class Config:
 
         if self.adapter_stages and len(self.adapter_stages) != len(self.stages):
             raise ValueError("stages: those that train an adapter and those that train a model cannot share a run")
+
+        if self.adapter_stages and self.model.fresh:
+            raise ValueError("model.fresh: stages that train an adapter need a whole model")
 
     @property
     def adapter_stages(self) -> tuple[ConsistencyStage, ...]:

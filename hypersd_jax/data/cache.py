@@ -61,7 +61,7 @@ class CacheWriter:
             for name in ("facts", "rows", "keys", "shard_rows"):
                 require_same(folder, name, found.get(name), self._manifest[name])
             self._manifest = found
-        elif folder.exists() and any(folder.iterdir()):
+        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder}: holds something that is not a cache; name a new folder")
         try:
             folder.mkdir(parents=True, exist_ok=True)
@@ -95,14 +95,20 @@ class CacheWriter:
         file = f"shard-{number:05d}.safetensors"
         temporary = self.folder / f".{file}.tmp"
         try:
+            temporary.touch()
+            mode = temporary.stat().st_mode  # what the umask allows; the library leaves files to their owner alone
             save_file({KEY: keys, **{k: np.ascontiguousarray(v) for k, v in arrays.items()}}, temporary)
+            temporary.chmod(mode)
+            with temporary.open("rb") as written:
+                os.fsync(written.fileno())
             digest = _sha256(temporary)
             temporary.replace(self.folder / file)
             self._manifest["shards"].append({"file": file, "rows": len(keys), "sha256": digest})
             self._save_manifest()
-        except OSError as error:
+        except (OSError, SafetensorError) as error:
             temporary.unlink(missing_ok=True)
-            raise UserError(f"{self.folder / file}: cannot be written ({error.strerror})") from None
+            reason = getattr(error, "strerror", None) or error
+            raise UserError(f"{self.folder / file}: cannot be written ({reason})") from None
 
     def _save_manifest(self) -> None:
         temporary = self.folder / f".{MANIFEST}.tmp"
@@ -162,6 +168,14 @@ class Cache:
         wanted = json.loads(json.dumps(dict(facts)))
         for name, value in wanted.items():
             require_same(self.folder, name, self.facts.get(name), value)
+
+    def require_rows(self, keys: np.ndarray) -> None:
+        """UserError unless all of these rows are there."""
+        missing = np.setdiff1d(keys, self._keys)
+        if len(missing):
+            raise UserError(
+                f"{self.folder}: row {int(missing[0])} is not in the cache, one of {len(missing)} that are missing"
+            )
 
     def rows(self, keys: np.ndarray) -> Arrays:
         """Every array's rows of these keys (B,), in their order; a key that is not there is a UserError."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import warnings
 from collections import Counter
 from collections.abc import Callable
@@ -70,7 +71,12 @@ class PairSource:
         self._next_report = 1
         self._left_out: Counter[str] = Counter()
         self._targets = [(resolution, resolution)]
-        usable = self._leave_out([not caption for caption in rows.captions()], np.arange(len(rows)), "without caption")
+        digest, absent = hashlib.sha256(), []
+        for caption in rows.captions():
+            digest.update(f"{caption}\n".encode())
+            absent.append(not caption)
+        self._identity = digest.hexdigest()
+        usable = self._leave_out(absent, np.arange(len(rows)), "without caption")
         if bucket_step or min_size:
             sizes = picture_sizes(rows)
             usable = self._leave_out(sizes[usable, 0] == 0, usable, "unreadable")
@@ -97,6 +103,11 @@ class PairSource:
         """The set's first captions."""
         first = np.sort(np.concatenate([members[:PREVIEWS] for members in self._members]))[:PREVIEWS]
         return [self._rows.caption_of(int(row)) for row in first]
+
+    @property
+    def identity(self) -> str:
+        """The SHA-256 of all captions."""
+        return self._identity
 
     @property
     def uncacheable(self) -> str | None:

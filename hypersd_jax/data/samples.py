@@ -53,6 +53,11 @@ class EmojiSource:
         return self.prompts(np.arange(min(PREVIEWS, len(self))))
 
     @property
+    def identity(self) -> None:
+        """None: the set ships with the package."""
+        return None
+
+    @property
     def uncacheable(self) -> None:
         """None: there are but a few grounds."""
         return None

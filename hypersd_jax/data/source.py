@@ -46,6 +46,11 @@ class Source(Protocol):
         ...
 
     @property
+    def identity(self) -> str | None:
+        """A name for the set's captions; None where the package's version decides them."""
+        ...
+
+    @property
     def uncacheable(self) -> str | None:
         """Why rows cannot be encoded once and kept, naming the key at fault; None where they can."""
         ...

@@ -8,6 +8,7 @@ from typing import Any
 import jax.numpy as jnp
 
 from hypersd_jax.config import DataConfig, to_dict
+from hypersd_jax.data import Source
 from hypersd_jax.data.opening import EMOJI
 from hypersd_jax.weights.components import Components
 from hypersd_jax.weights.folder import fingerprint
@@ -17,9 +18,9 @@ FREE_KEYS = ("cache", "white_fraction", "groups")
 
 
 def cache_facts(
-    data: DataConfig, components: Components, dtype: Any, *, trained: Collection[str] = ()
+    data: DataConfig, source: Source, components: Components, dtype: Any, *, trained: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Fingerprints of the autoencoder and the text encoders, the data's settings, and the dtype.
+    """Fingerprints of the autoencoder and the text encoders, the data's settings and captions, and the dtype.
 
     Components that are ``trained`` are left out: what the cache holds of them is not read.
     """
@@ -29,5 +30,6 @@ def cache_facts(
     return {
         **{name: fingerprint(components.params[name]) for name in parts},
         "dtype": jnp.dtype(dtype).name,
+        "captions": source.identity,
         "data": {key: value for key, value in to_dict(data).items() if key not in free},
     }

@@ -39,7 +39,7 @@ def write_cache(config: Config, folder: Path, *, batch_size: int = 32, shard_row
         UserError: naming the key or file at fault.
     """
     dtype = parse_dtype(config.model.dtype)
-    components = load_components(config.model.source, dtype=dtype)
+    components = load_components(config.model.source, dtype=dtype, fresh=config.model.fresh, seed=config.seed)
     pipe = Pipeline(components, dtype=dtype)
     source = open_source(
         config.data,
@@ -50,7 +50,7 @@ def write_cache(config: Config, folder: Path, *, batch_size: int = 32, shard_row
     if source.uncacheable:
         raise UserError(f"this data cannot be encoded once: {source.uncacheable}")
     keys = source.variants()
-    writer = CacheWriter(folder, cache_facts(config.data, components, dtype), keys, shard_rows)
+    writer = CacheWriter(folder, cache_facts(config.data, source, components, dtype), keys, shard_rows)
     encode = _make_encode(pipe, components, dtype)
     with tqdm(total=len(keys), initial=writer.done, unit="row", desc="encoding") as bar:
         for shard in writer.missing():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +16,21 @@ from tqdm import tqdm
 
 from hypersd_jax.config import Config, ConsistencyStage
 from hypersd_jax.data import evaluation_list
-from hypersd_jax.evaluation import Report, paired_margin, picture_grid, read_metrics, write_report
+from hypersd_jax.evaluation import (
+    Report,
+    Scorer,
+    features,
+    load_scorer,
+    paired_margin,
+    picture_grid,
+    read_metrics,
+    seen_by,
+    write_report,
+)
 from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.stages.evaluate_drawing import Drawn, Prompted
+from hypersd_jax.stages.evaluate_rows import Yardsticks, picture_row
+from hypersd_jax.stages.evaluate_sources import training_pictures
 from hypersd_jax.stages.output import Output
 from hypersd_jax.stages.reference import MANY_STEPS, Measured, Reference, draw, get_reference, measure
 
@@ -29,6 +42,9 @@ NOTES = (
     "Calls: UNet calls a picture; guidance doubles them. Margin: how much nearer a student is than the teacher at as "
     "many calls, in distance, mean over prompts of the paired difference, with its standard error; the nearest such "
     "teacher counts, with or without guidance.",
+    "Text match: 100 times the cosine between picture and prompt, by a scorer trained on the embedded pictures. "
+    "Shuffled: the same pictures with one another's prompts. Gain: the difference, zero for a picture that says "
+    "nothing of its prompt. FID and KID to training pictures: against as many real ones.",
 )
 Row = dict[str, Any]
 
@@ -51,6 +67,8 @@ def compare(config: Config, output: Output, pipe: Pipeline, base: str) -> list[R
     columns: dict[str, np.ndarray] = {f"teacher {MANY_STEPS} steps": reference.images[:shown]}
     size = settings.batch_size
     rows = _teacher_rows(reference, _teacher_seconds(pipe, items[:size], reference))
+    against_real = _appraiser([Prompted(item.prompt, item.seed) for item in items], config.data.groups, pipe)
+    rows[0] |= against_real(reference.images)
     few = items[: max(shown, min(size, len(items)))]
     with tqdm(total=len(config.adapter_stages), desc="comparing", unit="student") as bar:
         for stage in config.adapter_stages:
@@ -69,10 +87,23 @@ def compare(config: Config, output: Output, pipe: Pipeline, base: str) -> list[R
             label = f"student {_steps(stage.k)}"
             columns[stage.name if label in columns else label] = images[:shown]
             found = measure(images, reference.images, reference.features, stage.k, 0.0)
-            rows.append(_student_row(stage, found, reference, seconds))
+            rows.append({**_student_row(stage, found, reference, seconds), **against_real(images)})
             bar.update()
     _write_all(config, output, rows, columns, [item.prompt for item in items[:shown]])
     return rows
+
+
+def _appraiser(items: Sequence[Prompted], groups: Sequence[str] | None, pipe: Pipeline) -> Callable[[np.ndarray], Row]:
+    """What pictures of these prompts are measured by beside the teacher's: training pictures, and their own texts."""
+    scorer: Scorer = load_scorer("report")
+    real = features(training_pictures(len(items), groups, pipe.native_size[0])[0])
+    yardsticks = Yardsticks(real=real, scorer=scorer)
+
+    def appraise(images: np.ndarray) -> Row:
+        seen = seen_by(scorer.spec, images)
+        return picture_row(yardsticks, items, Drawn(images, features(images), seen, seconds=0.0, chunks=()))
+
+    return appraise
 
 
 def _teacher_seconds(pipe: Pipeline, items: Sequence[Any], reference: Reference) -> dict[tuple[int, float], float]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import hashlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from hypersd_jax.diffusion import solver_table
 from hypersd_jax.errors import UserError
 from hypersd_jax.evaluation import SPECS, features, knows, load_scorer, seen_by
 from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.png_text import lora_hash, name_of
+from hypersd_jax.png_text import name_of
 from hypersd_jax.presets import Preset
 from hypersd_jax.rewards import load_clip
 from hypersd_jax.sampling_command import parse_lora
@@ -130,7 +131,7 @@ def _loaded(
     """The model with its LoRAs, which stay loaded, and the settings that the options and their headers make."""
     # Named by place: the same file may be given twice, at two scales.
     reports = [pipe.load_lora(file, scale, name=f"{place}: {file}") for place, (file, scale) in enumerate(loras)]
-    hashes = [lora_hash(weights_file(Path(report.file))) for report in reports]
+    hashes = [_content(weights_file(Path(report.file))) for report in reports]
     settings = pipe.settings(
         options.preset,
         steps=options.steps,
@@ -142,6 +143,12 @@ def _loaded(
     _require_sound(pipe, settings)
     identity = with_loras(base_identity, [(text, scale) for text, (_, scale) in zip(hashes, loras, strict=True)])
     return Model(pipe=pipe, identity=identity, settings=settings, preset=options.preset)
+
+
+def _content(file: Path) -> str:
+    """The hash of a LoRA's file, with the configuration beside it, where PEFT may keep alpha."""
+    beside = file.with_name("adapter_config.json")
+    return hashlib.sha256(file.read_bytes() + (beside.read_bytes() if beside.is_file() else b"")).hexdigest()
 
 
 def _require_sound(pipe: Pipeline, settings: Preset) -> None:

@@ -70,9 +70,16 @@ class Model:
 
 
 def weights_identity(pipe: Pipeline) -> str:
-    """A name for the base's weights, all parts of it, with the dtype that they compute in."""
+    """A name for the base: the weights of all parts, the dtype that they compute in, and all that its files state."""
     parts = {name: fingerprint(params) for name, params in sorted(pipe.components.params.items())}
-    return hashlib.sha256(json.dumps([parts, jnp.dtype(pipe.dtype).name]).encode()).hexdigest()
+    told = pipe.components.description
+    tokenizers = {
+        name: {file: hashlib.sha256(content).hexdigest() for file, content in tokenizer.files.items()}
+        for name, tokenizer in told.tokenizers.items()
+    }
+    stated = [told.configs, told.scheduler_config, told.model_index, tokenizers]
+    text = json.dumps([parts, jnp.dtype(pipe.dtype).name, stated], sort_keys=True, default=dict)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def with_loras(identity: str, loras: Sequence[tuple[str, float]]) -> str:

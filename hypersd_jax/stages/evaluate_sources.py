@@ -24,6 +24,8 @@ RUN_FILE = "run.json"
 PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Seed of which real pictures, on which grounds, stand for the training data.
 REAL_SEED = 20_000
+# Pictures that are in memory in float32.
+AT_A_TIME = 64
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -79,8 +81,11 @@ def training_pictures(n: int, groups: Sequence[str] | None, side: int) -> tuple[
     count = min(n, len(source) // 2)
     sets = []
     for start in (0, count):
-        pictures = source.batch(np.arange(start, start + count)).images
-        sets.append(np.round((pictures + 1.0) * 127.5).astype(np.uint8))
+        found = np.empty((count, side, side, 3), np.uint8)
+        for at in range(0, count, AT_A_TIME):
+            part = source.batch(np.arange(start + at, start + min(at + AT_A_TIME, count))).images
+            found[at : at + len(part)] = np.round((part + 1.0) * 127.5)
+        sets.append(found)
     return sets[0], sets[1]
 
 

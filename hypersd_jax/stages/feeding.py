@@ -120,9 +120,10 @@ class Inputs:
         else:
             try:
                 cache = Cache(Path(config.data.cache))
-                cache.require(cache_facts(config.data, components, dtype, trained=trained))
+                cache.require(cache_facts(config.data, source, components, dtype, trained=trained))
                 if source.uncacheable:
                     raise UserError(f"a cache cannot be used: {source.uncacheable}")
+                cache.require_rows(source.variants())
             except UserError as error:
                 raise UserError(f"data.cache: {error}") from None
             self._load = cached(source, cache, xl=xl, encoders=len(components.text_encoders))

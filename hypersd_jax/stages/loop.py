@@ -76,7 +76,10 @@ def run_updates(
     with Checkpointer(folder) as checkpoints:
         if checkpoints.latest() is not None:
             check_facts(checkpoints.facts(), facts)
-            state, _ = checkpoints.restore(None, abstract(mesh, state))
+            like = abstract(mesh, state)
+            # The caller still holds it: without this, two states would be in memory for the whole stage.
+            jax.tree.map(lambda leaf: leaf.delete(), state)
+            state, _ = checkpoints.restore(None, like)
         done = int(state.step)
         if done >= stage.updates:
             return state, done

@@ -42,12 +42,12 @@ from hypersd_jax.training import (
     optimizer_controls,
 )
 from hypersd_jax.weights.components import Components, load_components
-from hypersd_jax.weights.folder import fingerprint
+from hypersd_jax.weights.folder import fingerprint, host
 from hypersd_jax.weights.model_folder import save_model
 
 Params = dict[str, dict[str, jax.Array]]
-# How many pictures the latents' standard deviation is taken over.
-SCALE_PICTURES = 512
+# How many pictures the latents' standard deviation is taken over, and how many are encoded at a time.
+SCALE_PICTURES, SCALE_BATCH = 512, 32
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -82,8 +82,6 @@ def open_whole(config: Config, output: Output) -> WholeRun:
         seed=config.seed,
     )
     for stage in config.stages:
-        if config.data.bucket_step and isinstance(stage, AutoencoderStage):
-            raise UserError(f"data.bucket_step: stages.{stage.name} trains the autoencoder, on squares alone")
         if stage.batch_size % (stage.accumulate * mesh.size):
             raise UserError(
                 f"stages.{stage.name}.batch_size={stage.batch_size} must be a multiple of accumulate "
@@ -91,6 +89,10 @@ def open_whole(config: Config, output: Output) -> WholeRun:
             )
     pipe = Pipeline(components, dtype=dtype, mesh=mesh)
     resolution = config.data.resolution or pipe.native_size[0]
+    source = open_source(config.data, resolution=resolution, seed=config.seed, batch_size=config.batch_size)
+    _require_fit(config, components, resolution)
+    if config.data.cache is not None:
+        Inputs(config, source, components, pipe.prompts, mesh, dtype, trained=components.text_encoders)
     return WholeRun(
         config=config,
         output=output,
@@ -99,8 +101,23 @@ def open_whole(config: Config, output: Output) -> WholeRun:
         components=components,
         prompts=pipe.prompts,
         schedule=pipe.schedule,
-        source=open_source(config.data, resolution=resolution, seed=config.seed, batch_size=config.batch_size),
+        source=source,
     )
+
+
+def _require_fit(config: Config, components: Components, resolution: int) -> None:
+    """Refuse what a stage would stumble over after the run has written something."""
+    factor = components.vae_config.downscale
+    if resolution % factor:
+        raise UserError(f"data.resolution={resolution} must be a multiple of the autoencoder's {factor}")
+    for stage in config.stages:
+        where = f"stages.{stage.name}"
+        if isinstance(stage, AutoencoderStage):
+            for key in ("bucket_step", "cache"):
+                if getattr(config.data, key) is not None:
+                    raise UserError(f"data.{key}: {where} trains the autoencoder, on whole square pictures")
+        elif components.is_inpainting or components.unet_config.time_cond_proj_dim:
+            raise UserError(f"model: {where} does not train inpainting models or UNets that embed the guidance scale")
 
 
 def train_whole(run: WholeRun) -> None:
@@ -111,10 +128,14 @@ def train_whole(run: WholeRun) -> None:
         if isinstance(stage, AutoencoderStage):
             run.components = _with_scaling(run)
         _preview(run, stage, stage.name)
+    params = {name: {path: host(value) for path, value in part.items()} for name, part in run.components.params.items()}
     if jax.process_index() == 0:
-        target = run.output.root / "model"
+        target, new = run.output.root / "model", run.output.root / "model-new"
+        for left in (*run.output.root.glob(".model-new.*.tmp"), new):
+            shutil.rmtree(left, ignore_errors=True)
+        save_model(run.components, new, params=params)
         shutil.rmtree(target, ignore_errors=True)
-        save_model(run.components, target)
+        new.replace(target)
 
 
 def _run_stage(run: WholeRun, index: int, stage: StageConfig) -> Params:
@@ -183,7 +204,8 @@ def _with_scaling(run: WholeRun) -> Components:
         mean = mean.astype(jnp.float32)
         return jnp.mean(mean), jnp.mean(jnp.square(mean) + jnp.exp(logvar.astype(jnp.float32)))
 
-    first, second = (jnp.mean(each) for each in jax.jit(jax.vmap(moments))(images.reshape(-1, 32, *images.shape[1:])))
+    parts = images.reshape(-1, SCALE_BATCH, *images.shape[1:])
+    first, second = (jnp.mean(each) for each in jax.jit(lambda rows: jax.lax.map(moments, rows))(parts))
     factor = float(1.0 / jnp.sqrt(second - jnp.square(first)))
     description = components.description
     config = {**description.configs["vae"], "scaling_factor": factor}
@@ -204,6 +226,8 @@ def _preview(run: WholeRun, stage: StageConfig, name: str) -> None:
         settings: dict[str, Any] = {"steps": 25, "sampler": "ddim", "guidance": run.config.evaluation.guidance}
         rows = [pipe(prompts, output="np", batch_size=run.config.evaluation.batch_size, stepwise=True, **settings)]
     strips = [np.concatenate([np.round(picture * 255.0).astype(np.uint8) for picture in row], axis=1) for row in rows]
+    if jax.process_index() != 0:
+        return
     path = run.output.samples / f"{name}.png"
     temporary = path.with_suffix(".tmp.png")
     Image.fromarray(np.concatenate(strips, axis=0)).save(temporary)

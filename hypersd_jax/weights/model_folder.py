@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from hypersd_jax.errors import UserError, shown
-from hypersd_jax.weights.assembly import Components, Description, HostParams, Params, Shapes, StoredModel, text_names
+from hypersd_jax.weights.assembly import Components, Description, HostParams, Shapes, StoredModel, text_names
 from hypersd_jax.weights.folder import read_json, read_params, save_params
 from hypersd_jax.weights.keys import Kind
 from hypersd_jax.weights.tokenizers import tokenizer_files
@@ -81,7 +81,7 @@ def save_model(
     components: Components,
     folder: str | os.PathLike[str],
     *,
-    params: Mapping[str, Params] | None = None,
+    params: Mapping[str, Weights] | None = None,
     dtype: Any = None,
 ) -> None:
     """Write a model that diffusers' ``from_pretrained`` reads; the folder appears in one step, or not at all.

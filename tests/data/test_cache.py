@@ -42,6 +42,9 @@ def test_rows_come_back_by_key_in_the_order_asked_for(tmp_path):
         np.testing.assert_array_equal(found[name], wanted[name])
     with pytest.raises(UserError, match="row 4 is not in the cache"):
         cache.rows(np.asarray([1, 4]))
+    cache.require_rows(KEYS)
+    with pytest.raises(UserError, match="row 4 is not in the cache, one of 2 that are missing"):
+        cache.require_rows(np.asarray([1, 99, 4]))
 
 
 def test_an_interrupted_cache_is_refused_and_gone_on_with(tmp_path):
@@ -90,6 +93,9 @@ def test_damage_is_named(tmp_path):
     (folder / MANIFEST).write_text(json.dumps({"version": 2}))
     with pytest.raises(UserError, match="version 2"):
         Cache(folder)
+    (tmp_path / "file").write_bytes(b"x")
+    with pytest.raises(UserError, match="holds something that is not a cache"):
+        fill(tmp_path / "file")
     other = tmp_path / "other"
     other.mkdir()
     (other / "holiday.png").write_bytes(b"x")

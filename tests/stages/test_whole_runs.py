@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from hypersd_jax.config import Config, load_config
+from hypersd_jax.config import Config, load_config, save_config
 from hypersd_jax.data import EmojiSource
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline
@@ -45,6 +45,11 @@ def recipe(folder: Path, model: Path, kind: str, *, fresh: str = "[]", updates: 
     return load_config(path)
 
 
+def save(config: Config, folder: Path) -> Path:
+    save_config(config, folder / "saved.yaml")
+    return folder / "saved.yaml"
+
+
 def weights(folder: Path, part: str) -> dict[str, np.ndarray]:
     with open_tensors(folder / WEIGHTS[part]) as file:
         return {key: file.read(key) for key in file.keys()}  # noqa: SIM118
@@ -57,7 +62,9 @@ def changed(a: Path, b: Path, part: str) -> bool:
 
 
 @pytest.mark.parametrize(
-    ("kind", "trained"), [("autoencoder", {"vae"}), ("teacher", {"unet", "text_encoder"})], ids=lambda x: str(x)
+    ("kind", "trained"),
+    [("autoencoder", ("vae",)), ("teacher", ("unet", "text_encoder"))],
+    ids=("autoencoder", "teacher"),
 )
 def test_a_stage_trains_its_parts_and_no_others_and_resumes_to_the_same_weights(kind, trained, model, tmp_path):
     for name in ("a", "b"):
@@ -100,6 +107,13 @@ def test_fresh_parts_need_no_weights_and_learn(model, tmp_path):
 def test_what_is_refused(model, tmp_path):
     with pytest.raises(UserError, match=r"model.fresh: 'vea' is not a part of the model; did you mean vae"):
         train(recipe(tmp_path, model, "autoencoder", fresh="[vea]"))
+    for kind, override, reason in (
+        ("autoencoder", "data.resolution=15", "data.resolution=15 must be a multiple of the autoencoder's 2"),
+        ("autoencoder", "data.cache=c", "data.cache: stages.s trains the autoencoder"),
+        ("teacher", "data.cache=nowhere", "data.cache: nowhere: not a cache"),
+    ):
+        with pytest.raises(UserError, match=reason):
+            train(load_config(save(recipe(tmp_path, model, kind), tmp_path), [override]))
     path = tmp_path / "mixed.yaml"
     path.write_text(
         "output_dir: out\nstages:\n- {name: a, kind: teacher, updates: 1, batch_size: 1}\n"
