@@ -11,17 +11,14 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-import ml_dtypes  # noqa: F401  so that NumPy knows bfloat16
 import numpy as np
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from hypersd_jax.errors import UserError
+from hypersd_jax.weights.tensors import TensorFile, open_tensors, replacing, save_tensors
 
 VERSION = 1
 MANIFEST = "manifest.json"
@@ -63,11 +60,9 @@ class CacheWriter:
             self._manifest = found
         elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder}: holds something that is not a cache; name a new folder")
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            self._save_manifest()
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror})") from None
+        self._save_manifest()
+        for unfinished in folder.glob(".*.tmp"):  # of a process that was killed while it wrote
+            unfinished.unlink()
 
     @property
     def done(self) -> int:
@@ -93,30 +88,14 @@ class CacheWriter:
             if array.dtype.kind not in "iub" and not np.isfinite(array.astype(np.float32)).all():
                 raise UserError(f"{self.folder}: {name} of shard {number} is not finite; check the model and the data")
         file = f"shard-{number:05d}.safetensors"
-        temporary = self.folder / f".{file}.tmp"
-        try:
-            temporary.touch()
-            mode = temporary.stat().st_mode  # what the umask allows; the library leaves files to their owner alone
-            save_file({KEY: keys, **{k: np.ascontiguousarray(v) for k, v in arrays.items()}}, temporary)
-            temporary.chmod(mode)
-            with temporary.open("rb") as written:
-                os.fsync(written.fileno())
-            digest = _sha256(temporary)
-            temporary.replace(self.folder / file)
-            self._manifest["shards"].append({"file": file, "rows": len(keys), "sha256": digest})
-            self._save_manifest()
-        except (OSError, SafetensorError) as error:
-            temporary.unlink(missing_ok=True)
-            reason = getattr(error, "strerror", None) or error
-            raise UserError(f"{self.folder / file}: cannot be written ({reason})") from None
+        save_tensors(self.folder / file, {KEY: keys, **arrays})
+        digest = _sha256(self.folder / file)
+        self._manifest["shards"].append({"file": file, "rows": len(keys), "sha256": digest})
+        self._save_manifest()
 
     def _save_manifest(self) -> None:
-        temporary = self.folder / f".{MANIFEST}.tmp"
-        with temporary.open("w", encoding="utf-8") as file:
-            json.dump(self._manifest, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(self.folder / MANIFEST)
+        with replacing(self.folder / MANIFEST) as temporary:
+            temporary.write_text(json.dumps(self._manifest, indent=1), encoding="utf-8")
 
 
 class Cache:
@@ -127,7 +106,7 @@ class Cache:
 
         Args:
             folder: that `CacheWriter` filled.
-            verify: also compare every shard with its checksum, which reads all of it.
+            verify: also compare every shard with its checksum, which reads all of it: `hypersd cache` ends so.
 
         Raises:
             UserError: the folder is no cache, or an unfinished or damaged one.
@@ -138,17 +117,14 @@ class Cache:
         written = sum(int(shard["rows"]) for shard in manifest["shards"])
         if written != manifest["rows"]:
             raise UserError(f"{folder}: {written} of {manifest['rows']} rows are there; run `hypersd cache` to the end")
-        self._files: list[Any] = []
+        self._files: list[TensorFile] = []
         keys, shards, rows = [], [], []
         for number, shard in enumerate(manifest["shards"]):
             path = folder / shard["file"]
             if verify and path.exists() and _sha256(path) != shard["sha256"]:
                 raise UserError(f"{path}: damaged, its checksum does not match; delete the cache and write it again")
-            try:
-                file = safe_open(path, framework="np")
-                found = file.get_tensor(KEY)
-            except (OSError, SafetensorError) as error:
-                raise UserError(f"{path}: cannot be read ({str(error).splitlines()[0]})") from None
+            file = open_tensors(path)
+            found = file.read(KEY) if KEY in file.keys() else np.zeros(0, np.int64)  # noqa: SIM118
             if len(found) != shard["rows"]:
                 raise UserError(f"{path}: has {len(found)} rows, the manifest says {shard['rows']}")
             self._files.append(file)
@@ -158,7 +134,7 @@ class Cache:
         self._keys, self._shards, self._rows = (np.concatenate(each) for each in (keys, shards, rows))
         order = np.argsort(self._keys, kind="stable")
         self._keys, self._shards, self._rows = self._keys[order], self._shards[order], self._rows[order]
-        self.names: tuple[str, ...] = tuple(name for name in self._files[0].keys() if name != KEY)  # noqa: SIM118
+        self.names: tuple[str, ...] = tuple(sorted(set(self._files[0].keys()) - {KEY}))
 
     def __len__(self) -> int:
         return len(self._keys)
@@ -183,13 +159,11 @@ class Cache:
         places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
         if not np.array_equal(self._keys[places], keys):
             raise UserError(f"{self.folder}: row {int(keys[self._keys[places] != keys][0])} is not in the cache")
-        found = {name: [self._row(name, place) for place in places] for name in self.names}
-        return {name: np.stack(values) for name, values in found.items()}
-
-    def _row(self, name: str, place: int) -> np.ndarray:
-        row = int(self._rows[place])
-        part: np.ndarray = self._files[self._shards[place]].get_slice(name)[row : row + 1]
-        return part[0]
+        shards, rows = self._shards[places], self._rows[places]
+        return {
+            name: np.stack([self._files[shard].read_row(name, row) for shard, row in zip(shards, rows, strict=True)])
+            for name in self.names
+        }
 
 
 def require_same(folder: Path, name: str, found: Any, wanted: Any) -> None:

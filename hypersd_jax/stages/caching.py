@@ -13,7 +13,7 @@ from tqdm import tqdm
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import Config
 from hypersd_jax.data import open_source
-from hypersd_jax.data.cache import CacheWriter
+from hypersd_jax.data.cache import Cache, CacheWriter
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline, parse_dtype
 from hypersd_jax.stages.cache_facts import cache_facts
@@ -24,7 +24,8 @@ from hypersd_jax.weights.components import Components, load_components
 def write_cache(config: Config, folder: Path, *, batch_size: int = 32, shard_rows: int = 1024) -> int:
     """Write the moments of the latents, the text embeddings, the token ids and the sizes of every row.
 
-    What an interrupted call left is kept and gone on from.
+    What an interrupted call left is kept and gone on from. At the end all is read once more and compared with its
+    checksums, so that the same command on a finished cache finds what has been damaged since.
 
     Args:
         config: of the run that will read the cache; its ``model`` and ``data`` count.
@@ -69,6 +70,7 @@ def write_cache(config: Config, folder: Path, *, batch_size: int = 32, shard_row
                 parts.append({name: np.asarray(array)[: len(part)] for name, array in arrays.items()})
                 bar.update(len(part))
             writer.write({name: np.concatenate([each[name] for each in parts]) for name in parts[0]})
+    Cache(folder, verify=True)
     return len(keys)
 
 

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -33,6 +31,7 @@ from hypersd_jax.stages.evaluate_rows import Yardsticks, picture_row
 from hypersd_jax.stages.evaluate_sources import training_pictures
 from hypersd_jax.stages.output import Output
 from hypersd_jax.stages.reference import MANY_STEPS, Measured, Reference, draw, get_reference, measure
+from hypersd_jax.stages.result_files import write_picture, write_rows
 
 GRID_ROWS = 12
 NOTES = (
@@ -170,11 +169,9 @@ def _write_all(
 ) -> None:
     if jax.process_index() != 0:
         return
-    _write_json(output.root / "results.json", rows)
+    write_rows(output.root / "results.json", rows)
     grid = picture_grid(columns, prompts)
-    temporary = output.root / ".grid.tmp.png"
-    grid.save(temporary)
-    temporary.replace(output.root / "grid.png")
+    write_picture(output.root / "grid.png", grid)
     report = Report(
         title="Few-step students",
         summary=_summary(rows),
@@ -222,9 +219,3 @@ def _facts(config: Config) -> dict[str, Any]:
 
 def _steps(count: int) -> str:
     return f"{count} step" + ("" if count == 1 else "s")
-
-
-def _write_json(path: Path, rows: list[Row]) -> None:
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    temporary.replace(path)

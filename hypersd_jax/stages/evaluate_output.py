@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,7 +13,7 @@ import numpy as np
 from hypersd_jax.evaluation import Report, load_card, picture_grid, write_markdown, write_report
 from hypersd_jax.stages.evaluate_drawing import Model
 from hypersd_jax.stages.evaluate_rows import Row
-from hypersd_jax.weights.tensors import replacing
+from hypersd_jax.stages.result_files import write_picture, write_rows
 
 TITLE = "Evaluation"
 GRID_ROWS = 12
@@ -34,14 +32,11 @@ def write_results(
     folder: Path, rows: Sequence[Row], columns: Mapping[str, np.ndarray], prompts: Sequence[str], model: Model
 ) -> None:
     """Write all four, each at once or not at all; ``columns`` are title -> pictures (N, H, W, 3) of the N prompts."""
-    with replacing(folder / "results.json") as temporary:
-        clean = [{key: _finite(value) for key, value in row.items()} for row in rows]
-        temporary.write_text(json.dumps(clean, indent=1, allow_nan=False) + "\n", encoding="utf-8")
+    write_rows(folder / "results.json", rows)
     write_markdown(folder / "results.md", TITLE, rows, NOTES)
     shown = {title: images[:GRID_ROWS] for title, images in columns.items()}
     grid = picture_grid(shown, prompts[:GRID_ROWS])
-    with replacing(folder / "grid.png") as temporary:
-        grid.save(temporary, format="PNG")
+    write_picture(folder / "grid.png", grid)
     report = Report(
         title=TITLE,
         summary=[_summary(rows[-1])],
@@ -72,8 +67,3 @@ def _facts(model: Model) -> dict[str, Any]:
         "devices": f"{len(devices)} x {devices[0].device_kind}",
         "reporting scorer": f"R@1 {card['unseen_styles']['r1']:.2f}, AUC {card['unseen_styles']['auc']:.3f}",
     }
-
-
-def _finite(value: Any) -> Any:
-    """JSON has no NaN: a standard error that is not known is null."""
-    return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -10,6 +10,7 @@ import jax
 import numpy as np
 
 from hypersd_jax.config import LogConfig, StageConfig
+from hypersd_jax.errors import UserError
 from hypersd_jax.training import (
     Checkpointer,
     MetricsLog,
@@ -35,6 +36,15 @@ def optimizer_config(stage: StageConfig) -> OptimizerConfig:
         weight_decay=stage.weight_decay,
         clip_norm=stage.clip_norm,
     )
+
+
+def require_even(stage: StageConfig, mesh: jax.sharding.Mesh) -> None:
+    """UserError unless every micro-batch of the stage can be dealt out evenly to the devices."""
+    if stage.batch_size % (stage.accumulate * mesh.size):
+        raise UserError(
+            f"stages.{stage.name}.batch_size={stage.batch_size} must be a multiple of accumulate ({stage.accumulate}) "
+            f"times the number of devices ({mesh.size})"
+        )
 
 
 def run_updates(

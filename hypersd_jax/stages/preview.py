@@ -7,20 +7,21 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
-from PIL import Image
 
 from hypersd_jax.adapters import Adapter
 from hypersd_jax.config import ConsistencyStage
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages.export import sampling_header
+from hypersd_jax.stages.result_files import write_strips
 
 NAME = "preview"
 
 
 def draw_preview(
     pipe: Pipeline, adapter: Adapter, stage: ConsistencyStage, prompts: Sequence[str], path: Path, *, batch_size: int
-) -> Image.Image:
+) -> None:
     """Draw ``prompts`` with the student at its own step count: a strip of pictures, written to ``path``.
 
     The same program at scale 0 draws the base's pictures, which must be others: a preview of a model whose adapter was
@@ -37,12 +38,8 @@ def draw_preview(
         pipe.unload_lora(NAME)
     if _digest(images) == _digest(base):
         raise RuntimeError(f"stage {stage.name}: the student draws exactly as the base does; its adapter is not on")
-    strip = np.concatenate([np.round(image * 255).astype(np.uint8) for image in images], axis=1)
-    picture = Image.fromarray(strip)
-    temporary = path.with_suffix(".tmp.png")
-    picture.save(temporary)
-    temporary.replace(path)
-    return picture
+    if jax.process_index() == 0:
+        write_strips(path, [images])
 
 
 def _digest(images: np.ndarray) -> str:

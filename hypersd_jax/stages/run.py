@@ -28,6 +28,7 @@ from hypersd_jax.stages.loop import (
     NOISE_STREAM,
     chosen,
     optimizer_config,
+    require_even,
     run_updates,
     stream,
 )
@@ -131,11 +132,7 @@ def check_stages(run: Run) -> None:
         raise UserError("model: an inpainting model (unet in_channels=9), which no stage trains")
     for stage in run.config.adapter_stages:
         where = f"stages.{stage.name}."
-        if stage.batch_size % (stage.accumulate * run.mesh.size):
-            raise UserError(
-                f"{where}batch_size={stage.batch_size} must be a multiple of accumulate ({stage.accumulate}) "
-                f"times the number of devices ({run.mesh.size})"
-            )
+        require_even(stage, run.mesh)
         try:
             tscd.stage_controls(stage, run.pipe.schedule, run.grid_length)
             sampling_header(stage, dict(run.pipe.components.scheduler_config))

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from PIL import Image
 
 from hypersd_jax.conditioning import PromptEncoder
 from hypersd_jax.config import AutoencoderStage, Config, StageConfig, TeacherStage, to_dict
@@ -29,10 +28,13 @@ from hypersd_jax.stages.loop import (
     NOISE_STREAM,
     chosen,
     optimizer_config,
+    require_even,
     run_updates,
     stream,
 )
 from hypersd_jax.stages.output import Output
+from hypersd_jax.stages.reference import MANY_STEPS
+from hypersd_jax.stages.result_files import write_strips
 from hypersd_jax.training import (
     TrainState,
     init_state,
@@ -82,11 +84,7 @@ def open_whole(config: Config, output: Output) -> WholeRun:
         seed=config.seed,
     )
     for stage in config.stages:
-        if stage.batch_size % (stage.accumulate * mesh.size):
-            raise UserError(
-                f"stages.{stage.name}.batch_size={stage.batch_size} must be a multiple of accumulate "
-                f"({stage.accumulate}) times the number of devices ({mesh.size})"
-            )
+        require_even(stage, mesh)
     pipe = Pipeline(components, dtype=dtype, mesh=mesh)
     resolution = config.data.resolution or pipe.native_size[0]
     source = open_source(config.data, resolution=resolution, seed=config.seed, batch_size=config.batch_size)
@@ -223,15 +221,10 @@ def _preview(run: WholeRun, stage: StageConfig, name: str) -> None:
         rows = [*reconstructed(pipe, run.source.batch(np.arange(run.config.evaluation.batch_size)).images)]
     else:
         prompts = run.source.preview_prompts
-        settings: dict[str, Any] = {"steps": 25, "sampler": "ddim", "guidance": run.config.evaluation.guidance}
+        settings: dict[str, Any] = {"steps": MANY_STEPS, "sampler": "ddim", "guidance": run.config.evaluation.guidance}
         rows = [pipe(prompts, output="np", batch_size=run.config.evaluation.batch_size, stepwise=True, **settings)]
-    strips = [np.concatenate([np.round(picture * 255.0).astype(np.uint8) for picture in row], axis=1) for row in rows]
-    if jax.process_index() != 0:
-        return
-    path = run.output.samples / f"{name}.png"
-    temporary = path.with_suffix(".tmp.png")
-    Image.fromarray(np.concatenate(strips, axis=0)).save(temporary)
-    temporary.replace(path)
+    if jax.process_index() == 0:
+        write_strips(run.output.samples / f"{name}.png", rows)
 
 
 def reconstructed(pipe: Pipeline, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -95,17 +95,27 @@ class TensorFile:
 
     def read(self, key: str) -> np.ndarray:
         """Tensor `key` in C order, in its stored type."""
-        dtype, shape = self.dtype(key), self.shape(key)
+        shape = self.shape(key)
         if len(shape) > MOST_AXES:
             raise UserError(f"{self.path}: tensor {key} has {len(shape)} axes")
         begin, end = self._entries[key]["data_offsets"]
-        # Read, not mapped: pages of a map count as memory in use until the whole file is closed.
+        return self._bytes(begin, end).view(self.dtype(key)).reshape(shape)
+
+    def read_row(self, key: str, row: int) -> np.ndarray:
+        """One row of tensor `key` along its first axis, in its stored type; nothing else of the tensor is read."""
+        count, *shape = self.shape(key)
+        begin, end = self._entries[key]["data_offsets"]
+        length = (end - begin) // count
+        return self._bytes(begin + row * length, begin + (row + 1) * length).view(self.dtype(key)).reshape(shape)
+
+    def _bytes(self, begin: int, end: int) -> np.ndarray:
+        """These bytes of the data. Read, not mapped: pages of a map count as memory in use until the file is closed."""
         with self.path.open("rb") as file:
             file.seek(self._begin + begin)
             found = np.fromfile(file, np.uint8, end - begin)
         if found.size < end - begin:
             raise UserError(f"{self.path}: was cut short while it was read")
-        return found.view(dtype).reshape(shape)
+        return found
 
     def _slice(self, key: str) -> Any:
         if self._file is None:

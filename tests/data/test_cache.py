@@ -10,6 +10,7 @@ import pytest
 
 from hypersd_jax.data.cache import MANIFEST, Cache, CacheWriter
 from hypersd_jax.errors import UserError
+from hypersd_jax.weights.tensors import save_tensors
 
 KEYS = np.asarray([7, 3, 11, 5, 2, 13, 1], np.int64)
 FACTS = {"vae": "abc", "data": {"source": "emoji", "resolution": 64}}
@@ -56,6 +57,7 @@ def test_an_interrupted_cache_is_refused_and_gone_on_with(tmp_path):
     first = (folder / "shard-00000.safetensors").stat().st_mtime_ns
     assert fill(folder).done == 7
     assert (folder / "shard-00000.safetensors").stat().st_mtime_ns == first
+    assert not list(folder.glob(".*"))
     np.testing.assert_array_equal(Cache(folder, verify=True).rows(KEYS)["mean"], rows(KEYS)["mean"])
 
 
@@ -81,10 +83,13 @@ def test_damage_is_named(tmp_path):
     with pytest.raises(UserError, match=r"shard-00001.safetensors: damaged, its checksum"):
         Cache(folder, verify=True)
     path.write_bytes(whole[:40])
-    with pytest.raises(UserError, match=r"shard-00001.safetensors: cannot be read"):
+    with pytest.raises(UserError, match=r"shard-00001.safetensors: is truncated within its header"):
+        Cache(folder)
+    save_tensors(path, {"mean": np.zeros((3, 2), np.float32)})
+    with pytest.raises(UserError, match=r"shard-00001.safetensors: has 0 rows, the manifest says 3"):
         Cache(folder)
     path.unlink()
-    with pytest.raises(UserError, match=r"shard-00001.safetensors: cannot be read"):
+    with pytest.raises(UserError, match=r"shard-00001.safetensors: no such file"):
         Cache(folder)
     for content in ("{", json.dumps({"version": 1}), "[1]"):
         (folder / MANIFEST).write_text(content)

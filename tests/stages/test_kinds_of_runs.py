@@ -19,17 +19,15 @@ import pytest
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import load_config
 from hypersd_jax.distill import draw
-from hypersd_jax.models.clip_text import ClipTextConfig, clip_text
-from hypersd_jax.models.unet import UNetConfig, unet
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import run as stage_run
 from hypersd_jax.stages import train, tscd
 from hypersd_jax.stages.loop import NOISE_STREAM, stream
 from hypersd_jax.stages.output import open_output
 from hypersd_jax.weights.components import Components
-from hypersd_jax.weights.folder import save_params
 from tests.helpers import tiny_model as tiny
 from tests.helpers.tiny_model import tiny_model
+from tests.helpers.tiny_xl import tiny_xl
 
 RECIPE = """
 output_dir: {output}
@@ -45,38 +43,6 @@ stages:
 TOLERANCE = 1e-4
 """Relative, of a float32 loss that two programs compute."""
 HUBER_C = 0.02
-
-
-def tiny_xl(folder: Path) -> Path:
-    """An SDXL-shaped model of 16 px: two text encoders, text_time conditioning, zeros as unconditional."""
-    tiny_model(folder)
-    width = tiny.TEXT["hidden_size"]
-    text = {**tiny.TEXT, "num_hidden_layers": 2}
-    text_2 = {**text, "architectures": ["CLIPTextModelWithProjection"], "hidden_act": "gelu", "projection_dim": 8}
-    added = {
-        **tiny.UNET,
-        "cross_attention_dim": 2 * width,
-        "use_linear_projection": True,
-        "addition_embed_type": "text_time",
-        "addition_time_embed_dim": 4,
-        "projection_class_embeddings_input_dim": 6 * 4 + 8,
-    }
-    for name, network, config, kind in (
-        ("unet", unet(UNetConfig.from_dict(added), dtype=jnp.float32), added, "unet"),
-        ("text_encoder", _text(text, projection=False), text, "clip"),
-        ("text_encoder_2", _text(text_2, projection=True), text_2, "clip"),
-    ):
-        for old in (folder / name).glob("*"):
-            old.unlink()
-        save_params(folder / name, network.init(len(name)), config=config, component_kind=kind)
-    (folder / "tokenizer_2").symlink_to(folder / "tokenizer")
-    index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
-    (folder / "model_index.json").write_text(json.dumps(index))
-    return folder
-
-
-def _text(config: dict[str, Any], *, projection: bool) -> Any:
-    return clip_text(ClipTextConfig.from_dict(config), dtype=jnp.float32, projection=projection)
 
 
 class Kind(NamedTuple):

@@ -189,3 +189,15 @@ def test_places_that_cannot_be_written(tmp_path):
         save_tensors(tmp_path / "file" / "a.safetensors", {"x": np.zeros(1)})
     with pytest.raises(UserError, match="is a folder"):
         save_tensors(tmp_path, {"x": np.zeros(1)})
+
+
+def test_one_row_of_a_tensor(tmp_path):
+    values = np.arange(24, dtype=np.float32).reshape(4, 2, 3)
+    save_tensors(
+        tmp_path / "a.safetensors", {"x": values.astype(ml_dtypes.bfloat16), "ids": np.arange(4, dtype=np.int32)}
+    )
+    with open_tensors(tmp_path / "a.safetensors") as file:
+        for row in range(4):
+            np.testing.assert_array_equal(file.read_row("x", row), values[row].astype(ml_dtypes.bfloat16))
+            assert file.read_row("ids", row) == row
+        assert file.read_row("x", 0).dtype == ml_dtypes.bfloat16
