@@ -142,7 +142,7 @@ def _student_row(stage: ConsistencyStage, found: Measured, reference: Reference,
         row |= {
             "margin": margin.mean,
             "margin_se": margin.standard_error,
-            "rival": f"{nearest.steps} steps, guidance {nearest.guidance:g}",
+            "rival": f"{_steps(nearest.steps)}, guidance {nearest.guidance:g}",
             "kid_margin": min(rival.kid.mean for rival in rivals) - found.kid.mean,
         }
     return row

@@ -150,7 +150,7 @@ def test_a_students_row_by_hand(compared: Compared) -> None:
     row = compared.row("other")
     reference, student = compared.pictures(MANY, GUIDANCE), compared.pictures(2, 0.0, "other")
     rivals = {
-        "1 steps, guidance 4": distances(compared.pictures(1, GUIDANCE), reference),
+        "1 step, guidance 4": distances(compared.pictures(1, GUIDANCE), reference),
         "2 steps, guidance 0": distances(compared.pictures(2, 0.0), reference),
     }
     name = min(rivals, key=lambda rival: float(rivals[rival].mean()))
@@ -175,7 +175,7 @@ def test_a_students_row_by_hand(compared: Compared) -> None:
 
 def test_a_student_like_the_base_gains_nothing(compared: Compared) -> None:
     row, teacher = compared.row("same"), compared.row("teacher", 1, 0.0)
-    assert row["rival"] == "1 steps, guidance 0"
+    assert row["rival"] == "1 step, guidance 0"
     for key in ("margin", "margin_se", "kid_margin"):
         assert row[key] == pytest.approx(0.0, abs=1e-7), key
     for key in ("distance", "distance_se", "kid", "fid_teacher"):
