@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from hypersd_jax.training.checkpoints import Checkpointer as Checkpointer
 from hypersd_jax.training.checkpoints import check_facts as check_facts
+from hypersd_jax.training.gradients import Metrics as Metrics
 from hypersd_jax.training.logging import MetricsLog as MetricsLog
 from hypersd_jax.training.mesh import make_mesh as make_mesh
 from hypersd_jax.training.mesh import put_batch as put_batch
@@ -16,12 +17,14 @@ from hypersd_jax.training.optimizer import OptimizerConfig as OptimizerConfig
 from hypersd_jax.training.optimizer import learning_rate_at as learning_rate_at
 from hypersd_jax.training.optimizer import make_optimizer as make_optimizer
 from hypersd_jax.training.optimizer import optimizer_controls as optimizer_controls
+from hypersd_jax.training.rounds import Turn as Turn
+from hypersd_jax.training.rounds import make_round as make_round
 from hypersd_jax.training.shardings import abstract as abstract
 from hypersd_jax.training.shardings import tree_shardings as tree_shardings
 from hypersd_jax.training.state import TrainState as TrainState
+from hypersd_jax.training.state import init_players as init_players
 from hypersd_jax.training.state import init_state as init_state
 from hypersd_jax.training.step import LossFunction as LossFunction
-from hypersd_jax.training.step import Metrics as Metrics
 from hypersd_jax.training.step import Step as Step
 from hypersd_jax.training.step import make_step as make_step
 from hypersd_jax.weights.placement import batch_sharding as batch_sharding

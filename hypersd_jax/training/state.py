@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,7 +24,7 @@ class TrainState:
         step: finished steps of this stage, skipped ones included, int32.
         trainable: float32 master weights: adapters and heads, or whole networks.
         opt_state: the optimizer's state; Adam holds two float32 copies of `trainable` and a counter.
-        ema: moving average of `trainable`, same structure.
+        ema: moving average of `trainable`, same structure; of several players' trees, those that are averaged.
         skipped: steps whose loss or gradient was not finite, int32.
     """
 
@@ -45,16 +46,33 @@ def init_state(trainable: Any, tx: optax.GradientTransformation, mesh: Mesh | No
     Raises:
         ValueError: naming a leaf that is not float32.
     """
-    for path, leaf in jax.tree_util.tree_leaves_with_path(trainable):
-        if leaf.dtype != jnp.float32:
-            raise ValueError(f"trainable leaf {jax.tree_util.keystr(path)} is {leaf.dtype}; master weights are float32")
+    _require_float32(trainable)
+    return _placed(trainable, tx.init, lambda tree: tree, mesh)
 
+
+def init_players(
+    trainable: Mapping[str, Any],
+    optimizers: Mapping[str, optax.GradientTransformation],
+    *,
+    averaged: Collection[str],
+    mesh: Mesh | None = None,
+) -> TrainState:
+    """The state before the first round of several players (`rounds`): everything by player, the average of some."""
+    _require_float32(trainable)
+
+    def moments(tree: Any) -> Any:
+        return {name: tx.init(tree[name]) for name, tx in optimizers.items()}
+
+    return _placed(dict(trainable), moments, lambda tree: {name: tree[name] for name in averaged}, mesh)
+
+
+def _placed(trainable: Any, moments: Callable[[Any], Any], averaged: Callable[[Any], Any], mesh: Mesh | None) -> Any:
     def make(tree: Any) -> TrainState:
         return TrainState(
             step=jnp.int32(0),
             trainable=jax.tree.map(jnp.copy, tree),
-            opt_state=tx.init(tree),
-            ema=jax.tree.map(jnp.copy, tree),
+            opt_state=moments(tree),
+            ema=jax.tree.map(jnp.copy, averaged(tree)),
             skipped=jnp.int32(0),
         )
 
@@ -62,6 +80,12 @@ def init_state(trainable: Any, tx: optax.GradientTransformation, mesh: Mesh | No
         return jax.jit(make)(trainable)
     trainable = jax.device_put(trainable, tree_shardings(mesh, trainable))
     return jax.jit(make, out_shardings=tree_shardings(mesh, jax.eval_shape(make, trainable)))(trainable)
+
+
+def _require_float32(trainable: Any) -> None:
+    for path, leaf in jax.tree_util.tree_leaves_with_path(trainable):
+        if leaf.dtype != jnp.float32:
+            raise ValueError(f"trainable leaf {jax.tree_util.keystr(path)} is {leaf.dtype}; master weights are float32")
 
 
 def moving_average(ema: Any, params: Any, decay: ArrayLike) -> Any:

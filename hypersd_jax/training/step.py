@@ -10,13 +10,10 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
-from hypersd_jax.training.mesh import replicated
+from hypersd_jax.training.gradients import Metrics, advanced, compiled, joined, mean_gradient
 from hypersd_jax.training.optimizer import Controls, learning_rate_at
 from hypersd_jax.training.shardings import tree_shardings
 from hypersd_jax.training.state import TrainState, moving_average
-from hypersd_jax.weights.placement import batch_sharding
-
-Metrics = dict[str, jax.Array]
 
 
 class LossFunction(Protocol):
@@ -71,36 +68,16 @@ def make_step(
     param_norm, lr, skipped (so far).
     """
     state_shardings = tree_shardings(mesh, state)
-    everywhere = replicated(mesh)
-    constrain = jax.lax.with_sharding_constraint
-
-    def gradient(state: TrainState, frozen: Any, batch: Any, key: jax.Array, controls: Controls) -> Any:
-        differentiate = jax.value_and_grad(loss_fn, has_aux=True)
-
-        def micro_batch(rows: Any) -> tuple[Any, tuple[jax.Array, Metrics]]:
-            value, grads = differentiate(state.trainable, state.ema, frozen, rows, key, controls)
-            return constrain(grads, state_shardings.trainable), value
-
-        if accumulate == 1:
-            return micro_batch(jax.tree.map(lambda leaf: leaf[0], batch))
-
-        def add(total: Any, rows: Any) -> tuple[Any, tuple[jax.Array, Metrics]]:
-            grads, value = micro_batch(rows)
-            return jax.tree.map(jnp.add, total, grads), value
-
-        zeros = constrain(jax.tree.map(jnp.zeros_like, state.trainable), state_shardings.trainable)
-        total, values = jax.lax.scan(add, zeros, batch)
-        mean_value = jax.tree.map(lambda each: jnp.mean(each, axis=0), values)
-        return jax.tree.map(lambda grad: grad / accumulate, total), mean_value
 
     def step(
         state: TrainState, frozen: Any, batch: Any, key: jax.Array, controls: Controls
     ) -> tuple[TrainState, Metrics]:
         key = jax.random.fold_in(key, state.step)
-        # Models constrain their activations to axis names; the mesh those names belong to is known here alone.
-        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):
-            grads, (loss, metrics) = gradient(state, frozen, batch, key, controls)
 
+        def loss_of(trainable: Any, rows: Any) -> tuple[jax.Array, Metrics]:
+            return loss_fn(trainable, state.ema, frozen, rows, key, controls)
+
+        grads, (loss, metrics) = mean_gradient(loss_of, state.trainable, batch, mesh=mesh, accumulate=accumulate)
         grad_norm = optax.tree.norm(grads)
         rate = learning_rate_at(controls, state.step)
         directions, opt_state = tx.update(grads, state.opt_state, state.trainable)
@@ -110,16 +87,7 @@ def make_step(
 
         finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
 
-        def keep_if_bad(new: Any, old: Any) -> Any:
-            return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
-
-        new_state = TrainState(
-            step=state.step + 1,
-            trainable=keep_if_bad(trainable, state.trainable),
-            opt_state=keep_if_bad(opt_state, state.opt_state),
-            ema=keep_if_bad(ema, state.ema),
-            skipped=state.skipped + jnp.where(finite, 0, 1),
-        )
+        new_state = advanced(state, trainable, opt_state, ema, finite)
         own = {
             "loss": loss,
             "grad_norm": grad_norm,
@@ -128,20 +96,6 @@ def make_step(
             "lr": rate,
             "skipped": new_state.skipped,
         }
-        if clash := own.keys() & metrics.keys():
-            raise ValueError(f"the loss returns metrics that the step computes itself: {sorted(clash)}")
-        return new_state, own | metrics
+        return new_state, joined(own, metrics)
 
-    return jax.jit(
-        step,
-        in_shardings=(
-            state_shardings,
-            tree_shardings(mesh, frozen),
-            batch_sharding(mesh, axis=1),
-            everywhere,
-            everywhere,
-        ),
-        out_shardings=(state_shardings, everywhere),
-        donate_argnums=0,
-        compiler_options=dict(compiler_options) if compiler_options else None,
-    )
+    return compiled(step, state_shardings, frozen, mesh=mesh, options=compiler_options)
