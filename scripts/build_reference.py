@@ -1,9 +1,11 @@
 """Draw and measure the embedded teacher once, into hypersd_jax/assets/reference/teacher.npz.
 
-python scripts/build_reference.py      # about ten minutes on two cores
+python scripts/build_reference.py      # about twelve minutes on two cores
 """
 
 from __future__ import annotations
+
+from typing import Any
 
 from hypersd_jax.config import load_config
 from hypersd_jax.data import evaluation_list
@@ -19,12 +21,15 @@ def main() -> None:
     config = load_config(find_recipe("emoji"))
     pipe = Pipeline.from_pretrained("embedded")
     items = evaluation_list(config.compared_samples, groups=config.data.groups)
-    reference = compute_reference(pipe, items, guidance=config.evaluation.guidance, batch_size=32)
+    belonging: dict[str, Any] = {"groups": config.data.groups, "guidance": config.evaluation.guidance}
+    reference = compute_reference(pipe, items, batch_size=32, **belonging)
     base = fingerprint(pipe.components.params["unet"])
-    path = assets() / "reference" / "teacher.npz"
-    save_reference(path, reference, reference_identity(items, config.evaluation.guidance, base))
+    identity = reference_identity(items, base=base, **belonging)
+    save_reference(assets() / "reference" / "teacher.npz", reference, identity)
     for row in (reference.floor, *reference.teachers):
-        print(row.steps, row.guidance, f"fid {row.fid:.1f} kid {row.kid.mean:.4f} distance {row.distance.mean:.4f}")
+        measured = f"fid {row.fid:.1f} kid {row.kid.mean:.4f} distance {row.distance.mean:.4f}"
+        own = " ".join(f"{key} {row.values[key]:.2f}" for key in ("clip_gain", "fid_train", "diversity"))
+        print(row.steps, row.guidance, measured, own)
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import tempfile
 
 from tests.helpers.quick import QUICK
 
@@ -10,6 +11,12 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 # Tiny networks spend their time in the compiler, so it optimises less; the arithmetic stays float32.
 os.environ.setdefault("XLA_FLAGS", " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items()))
+# Many tests compile the same programs: this process, its workers and what they start share them until the session ends.
+_PROGRAMS = None
+if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+    _PROGRAMS = tempfile.TemporaryDirectory(prefix="hypersd_jax-tests-")
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS.name
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
 import jax
 
@@ -22,3 +29,8 @@ except ImportError:
     pass
 else:
     torch.set_num_threads(1)
+
+
+def pytest_unconfigure() -> None:
+    if _PROGRAMS is not None:
+        _PROGRAMS.cleanup()

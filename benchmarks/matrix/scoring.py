@@ -15,6 +15,7 @@ from benchmarks.matrix.recipes import Drawn
 from hypersd_jax.config import Config
 from hypersd_jax.data import evaluation_list
 from hypersd_jax.pipeline import Pipeline, parse_dtype
+from hypersd_jax.stages.appraisal import look
 from hypersd_jax.stages.reference import MANY_STEPS, draw, get_reference, measure, reference_identity
 from hypersd_jax.weights.components import load_components
 from hypersd_jax.weights.folder import fingerprint
@@ -45,12 +46,16 @@ class Scorer:
         self._items = evaluation_list(samples, groups=config.data.groups)
         self._batch_size = config.evaluation.batch_size
         self._root = root
-        guidance = config.evaluation.guidance
-        self._identity = reference_identity(self._items, guidance, self.base)
+        belonging: dict[str, Any] = {
+            "groups": config.data.groups,
+            "guidance": config.evaluation.guidance,
+            "base": self.base,
+        }
+        self._identity = reference_identity(self._items, **belonging)
         root.mkdir(parents=True, exist_ok=True)
         for _ in range(2):  # read back what may just have been computed: the file's features are rounded
             self._reference = get_reference(
-                self._pipe, self._items, guidance=guidance, batch_size=self._batch_size, base=self.base, folder=root
+                self._pipe, self._items, batch_size=self._batch_size, folder=root, **belonging
             )
 
     @property
@@ -60,7 +65,7 @@ class Scorer:
 
     @property
     def teacher_pictures(self) -> np.ndarray:
-        return self._reference.images[:SHOWN]
+        return self._reference.pictures.images[:SHOWN]
 
     @property
     def teacher_title(self) -> str:
@@ -103,7 +108,7 @@ class Scorer:
             )
         finally:
             self._pipe.unload_lora("student")
-        found = measure(images, self._reference.images, self._reference.features, row.steps, 0.0)
+        found = measure(look(images), self._reference.pictures, steps=row.steps, guidance=0.0)
         numbers = {"distance": found.distance.mean, "kid": found.kid.mean, "fid": found.fid}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tmp-{path.name}")

@@ -16,8 +16,13 @@ from hypersd_jax.config.schema import LogConfig as LogConfig
 from hypersd_jax.config.schema import LoraConfig as LoraConfig
 from hypersd_jax.config.schema import MeshConfig as MeshConfig
 from hypersd_jax.config.schema import ModelConfig as ModelConfig
+from hypersd_jax.config.score import AdversarialConfig as AdversarialConfig
+from hypersd_jax.config.score import AnchorConfig as AnchorConfig
+from hypersd_jax.config.score import RegressionConfig as RegressionConfig
+from hypersd_jax.config.score import ScoreStage as ScoreStage
+from hypersd_jax.config.stage import StageConfig as StageConfig
+from hypersd_jax.config.stages import AdapterStage as AdapterStage
 from hypersd_jax.config.stages import AnyStage as AnyStage
 from hypersd_jax.config.stages import AutoencoderStage as AutoencoderStage
 from hypersd_jax.config.stages import ConsistencyStage as ConsistencyStage
-from hypersd_jax.config.stages import StageConfig as StageConfig
 from hypersd_jax.config.stages import TeacherStage as TeacherStage

@@ -6,7 +6,8 @@ import dataclasses
 from typing import Literal
 
 from hypersd_jax.config.data import DataConfig
-from hypersd_jax.config.stages import AnyStage, ConsistencyStage
+from hypersd_jax.config.score import ScoreStage
+from hypersd_jax.config.stages import AdapterStage, AnyStage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,21 +104,31 @@ class Config:
         if self.evaluation.samples and self.data.source != "emoji":
             raise ValueError(f"evaluation.samples: the comparison needs data.source=emoji, not {self.data.source}")
 
-        if self.adapter_stages and len(self.adapter_stages) != len(self.stages):
+        kinds = {isinstance(stage, AdapterStage) for stage in self.stages}
+        if len(kinds) > 1:
             raise ValueError("stages: those that train an adapter and those that train a model cannot share a run")
-
+        if not self.active_stages:
+            raise ValueError("stages: all of them are skipped")
         if self.adapter_stages and self.model.fresh:
             raise ValueError("model.fresh: stages that train an adapter need a whole model")
+        for stage in self.adapter_stages[:-1]:
+            if isinstance(stage, ScoreStage) and stage.student == "unet":
+                raise ValueError(f"stages.{stage.name}: a stage with student=unet must be the last")
 
     @property
-    def adapter_stages(self) -> tuple[ConsistencyStage, ...]:
-        """The stages that train an adapter on the frozen model: all of them, or none."""
-        return tuple(stage for stage in self.stages if isinstance(stage, ConsistencyStage))
+    def active_stages(self) -> tuple[AnyStage, ...]:
+        """The stages that are not skipped."""
+        return tuple(stage for stage in self.stages if not stage.skip)
+
+    @property
+    def adapter_stages(self) -> tuple[AdapterStage, ...]:
+        """The stages that start from the frozen model: all active ones, or none."""
+        return tuple(stage for stage in self.active_stages if isinstance(stage, AdapterStage))
 
     @property
     def batch_size(self) -> int | None:
         """That of all stages; None where they differ."""
-        sizes = {stage.batch_size for stage in self.stages}
+        sizes = {stage.batch_size for stage in self.active_stages}
         return sizes.pop() if len(sizes) == 1 else None
 
     @property

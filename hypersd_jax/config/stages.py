@@ -1,48 +1,12 @@
-"""What a stage of training is told: the settings that all kinds share, and one class for each kind."""
+"""One class for each kind of stage."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Literal
 
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class StageConfig:
-    """What every kind of stage has: its length, AdamW's settings, and the moving average of the weights.
-
-    ``ema`` is the average's decay mu (0: the average is the weights themselves); ``export`` chooses which of the two
-    the stage hands on. ``batch_size`` counts pictures an update, of which one part in
-    ``accumulate`` is in memory at a time.
-    """
-
-    name: str
-    updates: int
-    batch_size: int
-    accumulate: int = 1
-    learning_rate: float = 1e-6
-    warmup: int = 0
-    schedule: Literal["constant", "cosine", "linear"] = "constant"
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    ema: float = 0.95
-    export: Literal["ema", "raw"] = "ema"
-
-    def __post_init__(self) -> None:
-        for key in ("updates", "batch_size", "accumulate"):
-            if getattr(self, key) < 1:
-                raise ValueError(f"{key} must be at least 1, not {getattr(self, key)}")
-        if self.learning_rate <= 0:
-            raise ValueError(f"learning_rate must be above 0, not {self.learning_rate}")
-        if self.warmup < 0 or self.weight_decay < 0:
-            raise ValueError("warmup and weight_decay must not be negative")
-        if self.clip_norm <= 0:
-            raise ValueError(f"clip_norm must be above 0, not {self.clip_norm}")
-        if not (0.0 <= self.ema < 1.0 and 0.0 <= self.beta1 < 1.0 and 0.0 <= self.beta2 < 1.0):
-            raise ValueError("ema, beta1 and beta2 must lie in [0, 1)")
-        if self.name in ("", ".", "..") or set(self.name) & set("/\\ "):
-            raise ValueError(f"name {self.name!r} must be a plain file name")
+from hypersd_jax.config.score import AdversarialConfig, ScoreStage
+from hypersd_jax.config.stage import StageConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,12 +15,18 @@ class ConsistencyStage(StageConfig):
 
     ``kind`` is ``tscd``, or for comparison ``tcd`` (arXiv 2402.19159: TSCD's one-segment loss, trained from the start),
     ``lcm`` (arXiv 2310.04378: the loss between two estimates of x_0) or ``pcm`` (arXiv 2405.18407: t_end is always the
-    edge of its phase; without the paper's adversarial term). ``k`` is the number of segments, 1 for ``tcd`` and
+    edge of its phase; its adversarial term is ``adversarial``). ``k`` is the number of segments, 1 for ``tcd`` and
     ``lcm``, and ``solver_steps`` the size N of the teacher's DDIM grid; ``guidance`` is the range, in diffusers'
     ``guidance_scale``, that the teacher's guidance is drawn from; the target network is the moving average;
     ``teacher`` chooses between the two readings of the paper: the guided base model in every stage, or the previous
-    stage's student. ``sampler`` (``auto``: that of the method, ddim for ``tscd`` and ``pcm``), ``eta`` and
-    ``guidance`` 0 go into the header of the exported file, so that it samples itself as it was trained.
+    stage's student. ``distance_weight`` and ``adversarial.weight`` weigh the two terms of the distance (section 3.1).
+
+    A guidance of [1, 1] leaves the teacher unguided and spares half its calls; with ``prompt_dropout``, the share of
+    empty prompts, the student then follows the conditional and the unconditional field apart, and guidance and negative
+    prompts keep working on it (PCM's ``not_apply_cfg_solver``; Hyper-SD's later CFG LoRAs).
+
+    ``sampler`` (``auto``: that of the method, ddim for ``tscd`` and ``pcm``), ``eta`` and ``sample_guidance`` go into
+    the header of the exported file, so that it samples itself as it was trained.
     """
 
     kind: Literal["tscd", "tcd", "lcm", "pcm"] = "tscd"
@@ -66,9 +36,13 @@ class ConsistencyStage(StageConfig):
     teacher: Literal["base", "previous"] = "base"
     distance: Literal["mse", "pseudo_huber"] = "mse"
     huber_c: float = 0.001
+    distance_weight: float = 1.0
+    adversarial: AdversarialConfig | None = None
     offset_noise: float = 0.0
+    prompt_dropout: float = 0.0
     sampler: Literal["auto", "ddim", "tcd", "lcm"] = "auto"
     eta: float = 0.0
+    sample_guidance: float = 0.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -81,6 +55,14 @@ class ConsistencyStage(StageConfig):
             raise ValueError(f"solver_steps ({self.solver_steps}) must be a multiple of k ({self.k})")
         if self.offset_noise < 0:
             raise ValueError(f"offset_noise must not be negative, not {self.offset_noise}")
+        if self.distance_weight < 0 or (self.distance_weight == 0 and not self.adversarial):
+            raise ValueError("distance_weight must be above 0, or 0 beside an adversarial term")
+        if self.adversarial and self.kind == "lcm":
+            raise ValueError("adversarial: kind=lcm compares clean estimates and has no segment to judge in")
+        if not 0.0 <= self.prompt_dropout < 1.0:
+            raise ValueError(f"prompt_dropout must lie in [0, 1), not {self.prompt_dropout}")
+        if self.sample_guidance < 0:
+            raise ValueError(f"sample_guidance must not be negative, not {self.sample_guidance}")
         if self.huber_c <= 0:
             raise ValueError(f"huber_c must be above 0, not {self.huber_c}")
         if not 0.0 <= self.eta <= 1.0:
@@ -130,5 +112,8 @@ class TeacherStage(StageConfig):
             raise ValueError(f"prompt_dropout must lie in [0, 1), not {self.prompt_dropout}")
 
 
-AnyStage = ConsistencyStage | AutoencoderStage | TeacherStage
+AdapterStage = ConsistencyStage | ScoreStage
+"""Those that start from a frozen base."""
+
+AnyStage = ConsistencyStage | ScoreStage | AutoencoderStage | TeacherStage
 """Told apart by ``kind``; without one it is the first."""

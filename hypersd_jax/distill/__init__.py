@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from hypersd_jax.distill.adversarial import ADVERSARIAL_LOSSES as ADVERSARIAL_LOSSES
+from hypersd_jax.distill.adversarial import accuracy as accuracy
+from hypersd_jax.distill.adversarial import discriminator_loss as discriminator_loss
+from hypersd_jax.distill.adversarial import finite_difference_r1 as finite_difference_r1
+from hypersd_jax.distill.adversarial import generator_loss as generator_loss
+from hypersd_jax.distill.adversarial import renoise as renoise
 from hypersd_jax.distill.consistency import METHODS as METHODS
 from hypersd_jax.distill.consistency import consistency_loss as consistency_loss
 from hypersd_jax.distill.denoising import Corruption as Corruption
@@ -11,16 +17,25 @@ from hypersd_jax.distill.distances import Distance as Distance
 from hypersd_jax.distill.distances import batch_mean as batch_mean
 from hypersd_jax.distill.distances import mse as mse
 from hypersd_jax.distill.distances import pseudo_huber as pseudo_huber
+from hypersd_jax.distill.ends import below as below
 from hypersd_jax.distill.ends import edge_end as edge_end
 from hypersd_jax.distill.ends import uniform_end as uniform_end
 from hypersd_jax.distill.lcm import boundary_scalings as boundary_scalings
 from hypersd_jax.distill.lcm import lcm_pair as lcm_pair
+from hypersd_jax.distill.matching import fake_loss as fake_loss
+from hypersd_jax.distill.matching import matching_loss as matching_loss
 from hypersd_jax.distill.reconstruction import psnr as psnr
 from hypersd_jax.distill.reconstruction import reconstruction_loss as reconstruction_loss
 from hypersd_jax.distill.score import dmd_gradient as dmd_gradient
 from hypersd_jax.distill.score import surrogate_loss as surrogate_loss
 from hypersd_jax.distill.segments import pad_segments as pad_segments
 from hypersd_jax.distill.segments import segment_bounds as segment_bounds
+from hypersd_jax.distill.trajectory import Drawn as Drawn
+from hypersd_jax.distill.trajectory import Sample as Sample
+from hypersd_jax.distill.trajectory import draw_trajectory as draw_trajectory
+from hypersd_jax.distill.trajectory import endpoint as endpoint
+from hypersd_jax.distill.trajectory import noised as noised
+from hypersd_jax.distill.trajectory import student_sample as student_sample
 from hypersd_jax.distill.tscd import Draw as Draw
 from hypersd_jax.distill.tscd import Pair as Pair
 from hypersd_jax.distill.tscd import draw as draw

@@ -37,6 +37,7 @@ def consistency_loss(
     distance: Distance = mse,
     weights: ArrayLike | None = None,
     indices: ArrayLike | None = None,
+    extra: Callable[[Pair], tuple[jax.Array, dict[str, jax.Array]]] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The loss of one of METHODS, such as Hyper-SD's Eq. 12, and its metrics.
 
@@ -51,22 +52,29 @@ def consistency_loss(
         key: the step's key; sample i's randomness depends on (key, i) alone, whatever the batch size or sharding.
         segments: what `pad_segments` returns; arrays, so that all stages share one compiled step.
         controls: float32 scalars {"guidance_min", "guidance_max", "offset_noise"}: the teacher's guidance_scale is
-            uniform over the range; offset noise is the strength of a per-channel normal shift added to eps.
+            uniform over the range; offset noise is the strength of a per-channel normal shift added to eps. With
+            ``extra`` also "distance_weight".
         schedule: the base model's; static.
         distance: (prediction, target) -> (B,).
         weights: (B,), 0 for the padded samples of a ragged batch.
         indices: see `draw`.
+        extra: (pair) -> (a term of the loss, weighted already, and its metrics), such as the adversarial one.
 
     Returns:
-        (loss, metrics): float32 scalar, and scalars "mse" (mean |prediction - target|^2) and "target_variance" (mean
-        over the samples of the variance within each target).
+        (loss, metrics): float32 scalar, and scalars "mse" (mean |prediction - target|^2), "target_variance" (mean
+        over the samples of the variance within each target) and "target_calls" (network calls of the target).
     """
     end, make_pair = METHODS[method]
     drawn = draw(key, jnp.shape(batch["latents"]), segments, controls, indices, end)
     pair = make_pair(student_fn, target_fn, teacher_fn, batch, drawn, schedule=schedule)
     loss = batch_mean(distance(pair.prediction, pair.target), weights)
     metrics = {
+        "target_calls": pair.target_calls,
         "mse": batch_mean(mse(pair.prediction, pair.target), weights),
         "target_variance": batch_mean(jnp.var(pair.target, axis=tuple(range(1, pair.target.ndim))), weights),
     }
+    if extra is not None:
+        term, more = extra(pair)
+        loss = jnp.asarray(controls["distance_weight"], jnp.float32) * loss + term
+        metrics |= more
     return loss, jax.lax.stop_gradient(metrics)

@@ -49,4 +49,4 @@ def lcm_pair(
         return move(x, x0, c_skip, c_out)
 
     target = jax.lax.stop_gradient(consistency(target_fn, x_prev, drawn.t_prev))
-    return Pair(consistency(student_fn, x_t, drawn.t_n), target, x_t, drawn)
+    return Pair(consistency(student_fn, x_t, drawn.t_n), target, x_t, drawn, jnp.float32(1.0))

@@ -40,13 +40,16 @@ def pad_segments(N: int, k: int, length: int, T: int = 1000) -> dict[str, np.nda
     """`segment_bounds` as arrays of a fixed length, so that stages with other N and k share one compiled step.
 
     Returns:
-        {"t_n", "t_prev", "t_b"}: int32 (length,), of which the first "count" (int32 scalar, = N) are drawn from.
+        {"t_n", "t_prev", "t_b", "t_top"}: int32 (length,), of which the first "count" (int32 scalar, = N) are drawn
+        from; t_top is the last start of each start's segment.
 
     Raises:
         UserError: as `segment_bounds`, or N > length.
     """
     if length < N:
         raise UserError(f"solver_steps: N = {N} exceeds the padded length {length}")
-    bounds = zip(("t_n", "t_prev", "t_b"), segment_bounds(N, k, T), strict=True)
-    padded = {name: np.pad(values, (0, length - N), mode="edge").astype(np.int32) for name, values in bounds}
+    t_n, t_prev, t_b = segment_bounds(N, k, T)
+    t_top = t_n.reshape(k, N // k)[:, -1:].repeat(N // k, axis=1).reshape(-1)
+    bounds = {"t_n": t_n, "t_prev": t_prev, "t_b": t_b, "t_top": t_top}
+    padded = {name: np.pad(values, (0, length - N), mode="edge").astype(np.int32) for name, values in bounds.items()}
     return {**padded, "count": np.asarray(N, np.int32)}

@@ -27,6 +27,7 @@ class Draw(NamedTuple):
     t_end: jax.Array  # (B,) int32 in t_b..t_prev
     guidance: jax.Array  # (B,) float32
     eps: jax.Array  # (B, h, w, C) float32, offset noise included
+    t_top: jax.Array  # (B,) int32, the last start of the segment
 
 
 class Pair(NamedTuple):
@@ -36,6 +37,7 @@ class Pair(NamedTuple):
     target: jax.Array  # (B, h, w, C) float32, the EMA's from the teacher's step; no gradient
     x_t: jax.Array  # (B, h, w, C) float32, the noised latents at draw.t_n
     draw: Draw
+    target_calls: jax.Array  # () float32, network calls a sample that the target took
 
 
 def draw(
@@ -76,6 +78,7 @@ def draw(
             t_end=end(place, t_b, t_prev),
             guidance=low + (high - low) * scale,
             eps=(noise[:-1] + offset * noise[-1:]).reshape(shape[1:]),
+            t_top=bounds["t_top"][n],
         )
 
     places = jnp.arange(shape[0]) if indices is None else jnp.asarray(indices)
@@ -122,7 +125,7 @@ def tscd_pair(
     x_n = alpha_n z_0 + sigma_n eps;  xhat = Psi(x_n, teacher, t_prev)  (Eq. 1)
     prediction = Psi(x_n, student, t_end);  target = sg(Psi(xhat, EMA, t_end))
     """
-    t_n, t_prev, t_end, _, _ = drawn
+    t_n, t_prev, t_end = drawn.t_n, drawn.t_prev, drawn.t_end
     x_t, x_prev = teacher_step(teacher_fn, batch, drawn, schedule)
     prediction = psi(schedule, x_t, student_fn(x_t, t_n, batch["cond"]), t_n, t_end)
 
@@ -130,5 +133,6 @@ def tscd_pair(
         return psi(schedule, x_prev, target_fn(x_prev, t_prev, batch["cond"]), t_prev, t_end)
 
     # With N = k every segment is one solver step: the target is the teacher's, and the EMA's forward pass is spared.
-    target = jax.lax.stop_gradient(jax.lax.cond(jnp.all(t_end == t_prev), lambda: x_prev, target_at_end))
-    return Pair(prediction, target, x_t, drawn)
+    spared = jnp.all(t_end == t_prev)
+    target = jax.lax.stop_gradient(jax.lax.cond(spared, lambda: x_prev, target_at_end))
+    return Pair(prediction, target, x_t, drawn, jnp.where(spared, 0.0, 1.0))

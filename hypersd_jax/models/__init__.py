@@ -15,6 +15,11 @@ from hypersd_jax.models.functional import Network as Network
 from hypersd_jax.models.functional import Params as Params
 from hypersd_jax.models.functional import Shapes as Shapes
 from hypersd_jax.models.functional import build as build
+from hypersd_jax.models.heads import all_taps as all_taps
+from hypersd_jax.models.heads import encoder_taps as encoder_taps
+from hypersd_jax.models.heads import patch_heads as patch_heads
+from hypersd_jax.models.heads import pooled_heads as pooled_heads
+from hypersd_jax.models.heads import tap_channels as tap_channels
 from hypersd_jax.models.tiling import decode_tiled as decode_tiled
 from hypersd_jax.models.tiling import encode_tiled as encode_tiled
 from hypersd_jax.models.unet import unet as unet

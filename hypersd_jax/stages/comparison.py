@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,28 +12,29 @@ import numpy as np
 from PIL import Image
 from tqdm import tqdm
 
-from hypersd_jax.config import Config, ConsistencyStage
-from hypersd_jax.data import evaluation_list
-from hypersd_jax.evaluation import (
-    Report,
-    Scorer,
-    features,
-    load_scorer,
-    paired_margin,
-    picture_grid,
-    read_metrics,
-    seen_by,
-    write_report,
-)
+from hypersd_jax.config import AdapterStage, Config
+from hypersd_jax.data import EvalItem, evaluation_list
+from hypersd_jax.evaluation import Report, paired_margin, picture_grid, read_metrics, write_report
 from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.stages.evaluate_drawing import Drawn, Prompted
-from hypersd_jax.stages.evaluate_rows import Yardsticks, picture_row
-from hypersd_jax.stages.evaluate_sources import training_pictures
+from hypersd_jax.stages.appraisal import Appraiser, look, make_appraiser
+from hypersd_jax.stages.evaluate_rows import Row
+from hypersd_jax.stages.export import is_whole, student_path
 from hypersd_jax.stages.output import Output
-from hypersd_jax.stages.reference import MANY_STEPS, Measured, Reference, draw, get_reference, measure
+from hypersd_jax.stages.reference import (
+    MANY_STEPS,
+    Measured,
+    Reference,
+    draw,
+    further_features,
+    get_reference,
+    measure,
+)
 from hypersd_jax.stages.result_files import write_picture, write_rows
+from hypersd_jax.stages.student import Sampling, compared_samplings
 
 GRID_ROWS = 12
+# What the page says of a stage, where the stage has it.
+TOLD = ("k", "solver_steps", "times", "student", "updates", "batch_size", "learning_rate", "teacher", "ema")
 NOTES = (
     "Distance: root mean squared pixel difference (0..1) to the teacher's 25-step picture of the same prompt from the "
     "same latents. KID and FID: EfficientNet-Lite0 features, against the teacher's 25-step pictures; comparable with "
@@ -44,8 +45,10 @@ NOTES = (
     "Text match: 100 times the cosine between picture and prompt, by a scorer trained on the embedded pictures. "
     "Shuffled: the same pictures with one another's prompts. Gain: the difference, zero for a picture that says "
     "nothing of its prompt. FID and KID to training pictures: against as many real ones.",
+    "Diversity: mean distance in features between the pictures of one prompt from 4 seeds, over the first 32 prompts; "
+    "zero where every seed draws one picture. What is to be kept is that of the teacher at 25 steps, whose two rows "
+    "share it.",
 )
-Row = dict[str, Any]
 
 
 def compare(config: Config, output: Output, pipe: Pipeline, base: str) -> list[Row]:
@@ -58,51 +61,59 @@ def compare(config: Config, output: Output, pipe: Pipeline, base: str) -> list[R
         base: fingerprint of the base's UNet.
     """
     settings = config.evaluation
-    items = evaluation_list(config.compared_samples, groups=config.data.groups)
+    groups, size = config.data.groups, settings.batch_size
+    items = evaluation_list(config.compared_samples, groups=groups)
     reference = get_reference(
-        pipe, items, guidance=settings.guidance, batch_size=settings.batch_size, base=base, folder=output.root
+        pipe, items, groups=groups, guidance=settings.guidance, batch_size=size, base=base, folder=output.root
     )
     shown = min(GRID_ROWS, len(items))
-    columns: dict[str, np.ndarray] = {f"teacher {MANY_STEPS} steps": reference.images[:shown]}
-    size = settings.batch_size
+    columns: dict[str, np.ndarray] = {f"teacher {MANY_STEPS} steps": reference.pictures.images[:shown]}
     rows = _teacher_rows(reference, _teacher_seconds(pipe, items[:size], reference))
-    against_real = _appraiser([Prompted(item.prompt, item.seed) for item in items], config.data.groups, pipe)
-    rows[0] |= against_real(reference.images)
+    appraiser = make_appraiser(items, groups, pipe.native_size[0])
     few = items[: max(shown, min(size, len(items)))]
-    with tqdm(total=len(config.adapter_stages), desc="comparing", unit="student") as bar:
-        for stage in config.adapter_stages:
-            teacher_options: dict[str, Any] = {
-                "steps": stage.k,
-                "guidance": settings.guidance,
-                "sampler": "ddim",
-                "batch_size": size,
-            }
-            columns[f"teacher {_steps(stage.k)}"] = draw(pipe, few, **teacher_options)[0][:shown]
-            pipe.load_lora(output.loras / f"{stage.name}.safetensors", name=stage.name)
-            options: dict[str, Any] = {"steps": stage.k, "guidance": 0.0, "sampler": stage.sampler, "eta": stage.eta}
-            draw(pipe, items[:size], batch_size=size, **options)  # compiles
-            images, seconds = draw(pipe, items, batch_size=size, **options)
+    for stage in tqdm(config.adapter_stages, desc="comparing", unit="student"):
+        student = _with_student(pipe, output, stage)
+        for sampling in compared_samplings(stage):
+            steps = _steps(sampling["steps"])
+            if f"teacher {steps}" not in columns:
+                options: dict[str, Any] = {"guidance": settings.guidance, "sampler": "ddim", "batch_size": size}
+                columns[f"teacher {steps}"] = draw(pipe, few, steps=sampling["steps"], **options)[0][:shown]
+            row, images = _student(student, stage.name, sampling, items, reference, appraiser, size)
+            label = f"student {steps}"
+            columns[f"{stage.name}, {steps}" if label in columns else label] = images[:shown]
+            rows.append(row)
+        if student is pipe:
             pipe.unload_lora(stage.name)
-            label = f"student {_steps(stage.k)}"
-            columns[stage.name if label in columns else label] = images[:shown]
-            found = measure(images, reference.images, reference.features, stage.k, 0.0)
-            rows.append({**_student_row(stage, found, reference, seconds), **against_real(images)})
-            bar.update()
     _write_all(config, output, rows, columns, [item.prompt for item in items[:shown]])
     return rows
 
 
-def _appraiser(items: Sequence[Prompted], groups: Sequence[str] | None, pipe: Pipeline) -> Callable[[np.ndarray], Row]:
-    """What pictures of these prompts are measured by beside the teacher's: training pictures, and their own texts."""
-    scorer: Scorer = load_scorer("report")
-    real = features(training_pictures(len(items), groups, pipe.native_size[0])[0])
-    yardsticks = Yardsticks(real=real, scorer=scorer)
+def _with_student(pipe: Pipeline, output: Output, stage: AdapterStage) -> Pipeline:
+    """The base under the stage's LoRA, which is loaded into it, or the model that the stage has written."""
+    path = student_path(output, stage)
+    if is_whole(stage):
+        return Pipeline.from_pretrained(path, dtype=pipe.dtype, mesh=pipe.mesh)
+    pipe.load_lora(path, name=stage.name)
+    return pipe
 
-    def appraise(images: np.ndarray) -> Row:
-        seen = seen_by(scorer.spec, images)
-        return picture_row(yardsticks, items, Drawn(images, features(images), seen, seconds=0.0, chunks=()))
 
-    return appraise
+def _student(
+    pipe: Pipeline,
+    name: str,
+    sampling: Sampling,
+    items: Sequence[EvalItem],
+    reference: Reference,
+    appraiser: Appraiser,
+    batch_size: int,
+) -> tuple[Row, np.ndarray]:
+    """The row and the pictures (N, H, W, 3) of the student that is loaded."""
+    draw(pipe, items[:batch_size], batch_size=batch_size, **sampling)  # compiles
+    images, seconds = draw(pipe, items, batch_size=batch_size, **sampling)
+    mine = look(images)
+    values = appraiser.values(mine, further_features(pipe, items, batch_size=batch_size, **sampling))
+    found = measure(mine, reference.pictures, steps=sampling["steps"], guidance=sampling["guidance"], values=values)
+    row = {**_row(name, sampling["sampler"], found), "seconds_per_image": seconds}
+    return row | _margin(found, reference), images
 
 
 def _teacher_seconds(pipe: Pipeline, items: Sequence[Any], reference: Reference) -> dict[tuple[int, float], float]:
@@ -123,29 +134,28 @@ def _teacher_rows(reference: Reference, seconds: Mapping[tuple[int, float], floa
         "steps": floor.steps,
         "guidance": floor.guidance,
         "calls": floor.calls,
-        "n": len(reference.images),
         "distance": 0.0,
         "fid_teacher": 0.0,
+        **reference.values,
     }
-    rows = [first, {**_row("teacher, other latents", "ddim", floor)}]
+    rows = [first, _row("teacher, other latents", "ddim", floor)]
     rows += [_row("teacher", "ddim", teacher) for teacher in reference.teachers]
     return [{**row, "seconds_per_image": seconds[row["steps"], row["guidance"]]} for row in rows]
 
 
-def _student_row(stage: ConsistencyStage, found: Measured, reference: Reference, seconds: float) -> Row:
-    """The student's row, with its margin over the nearest teacher at as many network calls."""
-    row = {**_row(stage.name, stage.sampler, found), "seconds_per_image": seconds}
+def _margin(found: Measured, reference: Reference) -> Row:
+    """A student's margin over the nearest teacher at as many network calls, where there is one."""
     rivals = [teacher for teacher in reference.teachers if teacher.calls == found.calls]
-    if rivals:
-        nearest = min(rivals, key=lambda rival: rival.distance.mean)
-        margin = paired_margin(found.distances, nearest.distances)
-        row |= {
-            "margin": margin.mean,
-            "margin_se": margin.standard_error,
-            "rival": f"{_steps(nearest.steps)}, guidance {nearest.guidance:g}",
-            "kid_margin": min(rival.kid.mean for rival in rivals) - found.kid.mean,
-        }
-    return row
+    if not rivals:
+        return {}
+    nearest = min(rivals, key=lambda rival: rival.distance.mean)
+    margin = paired_margin(found.distances, nearest.distances)
+    return {
+        "margin": margin.mean,
+        "margin_se": margin.standard_error,
+        "rival": f"{_steps(nearest.steps)}, guidance {nearest.guidance:g}",
+        "kid_margin": min(rival.kid.mean for rival in rivals) - found.kid.mean,
+    }
 
 
 def _row(model: str, sampler: str, found: Measured) -> Row:
@@ -155,12 +165,12 @@ def _row(model: str, sampler: str, found: Measured) -> Row:
         "steps": found.steps,
         "guidance": found.guidance,
         "calls": found.calls,
-        "n": len(found.distances),
         "fid_teacher": found.fid,
         "kid": found.kid.mean,
         "kid_se": found.kid.standard_error,
         "distance": found.distance.mean,
         "distance_se": found.distance.standard_error,
+        **found.values,
     }
 
 
@@ -210,8 +220,8 @@ def _facts(config: Config) -> dict[str, Any]:
     }
     for index, stage in enumerate(config.adapter_stages):
         settings = dataclasses.asdict(stage)
-        keys = ["k", "solver_steps", "updates", "batch_size", "learning_rate", "teacher", "ema"]
-        if stage.teacher == "base" or index == 0:
+        keys = [key for key in TOLD if key in settings]
+        if settings.get("teacher") != "previous" or index == 0:
             keys.append("guidance")
         facts[stage.name] = ", ".join(f"{key} {settings[key]}" for key in keys)
     return facts

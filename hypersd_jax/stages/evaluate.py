@@ -54,7 +54,7 @@ class Evaluated:
             "guidance": settings.guidance,
             "calls": self.model.calls,
             **picture_row(yardsticks, items, self.drawn),
-            **diversity_values(self.drawn, self.others),
+            **diversity_values(self.drawn.features, [other.features for other in self.others]),
             "seconds_per_image": self.drawn.seconds,
         }
 

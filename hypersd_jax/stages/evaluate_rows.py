@@ -64,10 +64,9 @@ def picture_row(yardsticks: Yardsticks, items: Sequence[Prompted], drawn: Drawn)
     return row
 
 
-def diversity_values(first: Drawn, others: Sequence[Drawn]) -> Row:
-    """Of the same M prompts from several seeds: the first M pictures of ``first``, and each of ``others``."""
-    count = len(others[0].features)
-    stacked = np.stack([first.features[:count], *(drawn.features for drawn in others)], axis=1)
+def diversity_values(first: np.ndarray, others: Sequence[np.ndarray]) -> Row:
+    """Of the same M prompts from several seeds, by features: the first M rows of ``first``, and each of ``others``."""
+    stacked = np.stack([first[: len(others[0])], *others], axis=1)
     return _estimate("diversity", mean_estimate(diversity(stacked)))
 
 

@@ -1,49 +1,102 @@
-"""The student as a LoRA file that says in its header how to sample with it."""
+"""The student as a file: a LoRA that says in its header how to sample with it, or a whole model."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from hypersd_jax.adapters import Adapter
-from hypersd_jax.config import ConsistencyStage
+from hypersd_jax.config import AdapterStage, ConsistencyStage, ScoreStage
 from hypersd_jax.diffusion import solver_table
+from hypersd_jax.stages.output import Output
+from hypersd_jax.stages.student import student_sampling
 from hypersd_jax.weights.components import Components
+from hypersd_jax.weights.folder import host
 from hypersd_jax.weights.lora import write_lora
+from hypersd_jax.weights.model_folder import save_model
+
+# The grid of the TCD and LCM samplers, on which a unified LoRA without an anchor is drawn.
+UNIFIED_GRID = 50
 
 
-def sampling_header(stage: ConsistencyStage, scheduler_config: dict[str, Any]) -> dict[str, str]:
-    """How the stage's student samples: k steps of its sampler on the grid it was trained on, without guidance."""
-    config = {**scheduler_config, "original_inference_steps": stage.solver_steps}
-    table = solver_table(stage.sampler, stage.k, eta=stage.eta, scheduler_config=config)
+def is_whole(stage: AdapterStage) -> bool:
+    """Whether the stage hands on a whole UNet, not a LoRA."""
+    return isinstance(stage, ScoreStage) and stage.student == "unet"
+
+
+def student_path(output: Output, stage: AdapterStage) -> Path:
+    """Where the stage's student is: a LoRA file, or a model folder."""
+    return output.models / stage.name if is_whole(stage) else output.loras / f"{stage.name}.safetensors"
+
+
+def sampling_header(stage: AdapterStage, scheduler_config: dict[str, Any]) -> dict[str, str]:
+    """How the stage's student samples: by its own sampler, on the grid it was trained on.
+
+    Raises:
+        UserError: the sampler has no such steps on this model's schedule.
+    """
+    grid = _grid(stage)
+    sampling = student_sampling(stage)
+    table = solver_table(
+        sampling["sampler"],
+        sampling["steps"],
+        eta=sampling["eta"],
+        scheduler_config={**scheduler_config, "original_inference_steps": grid},
+        timesteps=sampling["timesteps"],
+    )
     return {
-        "steps": str(stage.k),
-        "sampler": stage.sampler,
+        "steps": str(sampling["steps"]),
+        "sampler": sampling["sampler"],
         "timesteps": json.dumps([int(t) for t in table["timesteps"]]),
-        "eta": str(stage.eta),
-        "guidance": "0.0",
-        "original_inference_steps": str(stage.solver_steps),
+        "eta": str(sampling["eta"]),
+        "guidance": str(sampling["guidance"]),
+        "original_inference_steps": str(grid),
     }
+
+
+def _grid(stage: AdapterStage) -> int:
+    if isinstance(stage, ConsistencyStage):
+        return stage.solver_steps
+    return stage.anchor.solver_steps if stage.anchor else UNIFIED_GRID
 
 
 def export_student(
-    path: Path, adapter: Adapter, stage: ConsistencyStage, components: Components, *, base_fingerprint: str
-) -> dict[str, str]:
-    """Write the student in kohya layout, atomically; returns the header's sampling settings."""
+    path: Path, adapter: Adapter, stage: AdapterStage, components: Components, *, base_fingerprint: str
+) -> None:
+    """Write the student in kohya layout, atomically."""
     for unfinished in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it wrote
         unfinished.unlink()
-    header = sampling_header(stage, dict(components.scheduler_config))
+    told = f"k={stage.k}" if isinstance(stage, ConsistencyStage) else f"times={list(stage.times)}"
     metadata = {
-        **header,
+        **sampling_header(stage, dict(components.scheduler_config)),
         "base_fingerprint": base_fingerprint,
         "ss_base_model_version": _kohya_family(components),
-        "ss_training_comment": f"hypersd_jax {stage.kind} k={stage.k}",
+        "ss_training_comment": f"hypersd_jax {stage.kind} {told}",
     }
     write_lora(path, {"unet": adapter}, layout="kohya", metadata=metadata, dtype=np.float32)
-    return header
+
+
+def export_model(folder: Path, unet: Mapping[str, Any], components: Components) -> None:
+    """Write the model around a whole UNet, in diffusers' layout; it appears at once, in place of an earlier one."""
+    new = folder.with_name(f"{folder.name}-new")
+    for left in (*folder.parent.glob(f".{new.name}.*.tmp"), new):
+        shutil.rmtree(left, ignore_errors=True)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    params = {name: {path: host(value) for path, value in part.items()} for name, part in components.params.items()}
+    save_model(components, new, params={**params, "unet": {path: host(value) for path, value in unet.items()}})
+    shutil.rmtree(folder, ignore_errors=True)
+    new.replace(folder)
+
+
+def with_unet(components: Components, unet: Mapping[str, Any]) -> Components:
+    """The model with these weights for its UNet's."""
+    return dataclasses.replace(components, params={**components.params, "unet": dict(unet)})
 
 
 def _kohya_family(components: Components) -> str:

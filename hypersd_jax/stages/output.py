@@ -26,6 +26,11 @@ class Output:
         return self.root / "loras"
 
     @property
+    def models(self) -> Path:
+        """One model folder for each stage that trains a whole UNet."""
+        return self.root / "models"
+
+    @property
     def samples(self) -> Path:
         """Grids drawn while training."""
         return self.root / "samples"

@@ -1,5 +1,7 @@
 """What students are measured against: the teacher's many-step pictures of a fixed list, and the teacher at few steps.
 
+Of the pictures only the many-step ones are kept; of the others, numbers.
+
 For the embedded teacher this ships with the package; for any other it is computed once and kept beside the run.
 """
 
@@ -11,7 +13,7 @@ import json
 import time
 import zipfile
 import zlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,15 +30,20 @@ from hypersd_jax.evaluation import (
     frechet_distance,
     image_distance,
     kernel_distance,
+    load_scorer,
     mean_estimate,
 )
 from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.stages.appraisal import Pictures, look, make_appraiser
 from hypersd_jax.weights.components import assets
+from hypersd_jax.weights.folder import fingerprint
 
 MANY_STEPS = 25
 FEW_STEPS = (8, 4, 2, 1)
-# Seeds of the floor's second set of teacher pictures lie beyond those of any list.
-FLOOR_SEED = 1_000_000
+# Further seeds of the list's prompts, beyond those of any list, lie this much above their own. The floor is drawn from
+# the first; the beginning of the list is drawn from all, for diversity.
+FURTHER_SEEDS = (1_000_000, 2_000_000, 3_000_000)
+DIVERSE_PROMPTS = 32
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -44,6 +51,7 @@ class Measured:
     """One model's pictures of the list, measured against the reference.
 
     ``distances`` (N,) are root mean squared pixel differences to the reference's picture from the same latents.
+    ``values`` need no reference: `Appraiser.values` under their keys of results.json, or nothing.
     """
 
     steps: int
@@ -51,11 +59,12 @@ class Measured:
     fid: float
     kid: Estimate
     distances: np.ndarray
+    values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
     def calls(self) -> int:
         """Network calls a picture: guidance doubles them."""
-        return self.steps * (2 if self.guidance > 1.0 else 1)
+        return _calls(self.steps, self.guidance)
 
     @property
     def distance(self) -> Estimate:
@@ -65,61 +74,103 @@ class Measured:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
-    """``images`` uint8 (N, H, W, 3) and ``features`` (N, 1280) of the teacher at 25 steps; the teacher at fewer steps;
+    """The teacher's ``pictures`` at 25 steps, with their own ``values`` (see `Measured`); the teacher at fewer steps;
     ``floor``: the teacher at 25 steps from other latents, what a perfect student could not be told from."""
 
-    images: np.ndarray
-    features: np.ndarray
+    pictures: Pictures
+    values: Mapping[str, Any]
     floor: Measured
     teachers: tuple[Measured, ...]
 
 
 def get_reference(
-    pipe: Pipeline, items: Sequence[EvalItem], *, guidance: float, batch_size: int, base: str, folder: Path
+    pipe: Pipeline,
+    items: Sequence[EvalItem],
+    *,
+    groups: Sequence[str] | None,
+    guidance: float,
+    batch_size: int,
+    base: str,
+    folder: Path,
 ) -> Reference:
-    """The reference of this base, list and guidance: shipped, kept in ``folder``, or computed with a progress bar."""
-    identity = reference_identity(items, guidance, base)
+    """The reference of this base, list and guidance: shipped, kept in ``folder``, or computed with a progress bar.
+
+    Args:
+        pipe: the base, without LoRAs.
+        items: the list.
+        groups: those of the list and of the training pictures.
+        guidance: the teacher's.
+        batch_size: of the pictures drawn.
+        base: fingerprint of the base's UNet.
+        folder: where a reference that is computed is kept.
+    """
+    identity = reference_identity(items, groups=groups, guidance=guidance, base=base)
     for path in (assets() / "reference" / "teacher.npz", folder / "reference.npz"):
         if path.exists():
             found = load_reference(path, identity)
             if found is not None:
                 return found
-    reference = compute_reference(pipe, items, guidance=guidance, batch_size=batch_size)
+    reference = compute_reference(pipe, items, groups=groups, guidance=guidance, batch_size=batch_size)
     save_reference(folder / "reference.npz", reference, identity)
     return reference
 
 
-def compute_reference(pipe: Pipeline, items: Sequence[EvalItem], *, guidance: float, batch_size: int) -> Reference:
-    """Draw and measure the teacher: 25 steps twice, and few steps with and without guidance."""
-    calls = len(items) * (4 * MANY_STEPS + 3 * sum(FEW_STEPS))
-    with tqdm(total=calls, unit="call", desc="reference") as bar:
+def compute_reference(
+    pipe: Pipeline, items: Sequence[EvalItem], *, groups: Sequence[str] | None, guidance: float, batch_size: int
+) -> Reference:
+    """Draw and measure the teacher: 25 steps twice, few steps with and without guidance, and again for diversity."""
+    appraiser = make_appraiser(items, groups, pipe.native_size[0])
+    few = [(steps, scale) for scale in (guidance, 0.0) for steps in FEW_STEPS]
+    with tqdm(total=_total_calls(len(items), guidance, few), unit="call", desc="reference") as bar:
 
-        def drawn(steps: int, scale: float, offset: int = 0) -> np.ndarray:
+        def drawn(steps: int, scale: float, offset: int = 0) -> Pictures:
             images, _ = draw(
                 pipe, items, steps=steps, guidance=scale, sampler="ddim", batch_size=batch_size, seed_offset=offset
             )
-            bar.update(len(items) * steps * (2 if scale > 1 else 1))
-            return images
+            bar.update(len(items) * _calls(steps, scale))
+            return look(images)
 
-        images = drawn(MANY_STEPS, guidance)
-        mine = features(images)
-        floor = measure(drawn(MANY_STEPS, guidance, FLOOR_SEED), images, mine, MANY_STEPS, guidance)
-        teachers = tuple(
-            measure(drawn(steps, scale), images, mine, steps, scale) for scale in (guidance, 0.0) for steps in FEW_STEPS
-        )
-    return Reference(images=images, features=mine, floor=floor, teachers=teachers)
+        def further(steps: int, scale: float, offsets: Sequence[int]) -> list[np.ndarray]:
+            settings: dict[str, Any] = {"steps": steps, "guidance": scale, "sampler": "ddim", "batch_size": batch_size}
+            found = further_features(pipe, items, offsets, **settings)
+            bar.update(sum(len(part) for part in found) * _calls(steps, scale))
+            return found
+
+        pictures, other = drawn(MANY_STEPS, guidance), drawn(MANY_STEPS, guidance, FURTHER_SEEDS[0])
+        # Both are one model, whose diversity is that of the four seeds together.
+        rest = further(MANY_STEPS, guidance, FURTHER_SEEDS[1:])
+        values = appraiser.values(pictures, [other.features[:DIVERSE_PROMPTS], *rest])
+        floor_values = appraiser.values(other, [pictures.features[:DIVERSE_PROMPTS], *rest])
+        teachers = []
+        for steps, scale in few:
+            mine = drawn(steps, scale)
+            own = appraiser.values(mine, further(steps, scale, FURTHER_SEEDS))
+            teachers.append(measure(mine, pictures, steps=steps, guidance=scale, values=own))
+    floor = measure(other, pictures, steps=MANY_STEPS, guidance=guidance, values=floor_values)
+    return Reference(pictures=pictures, values=values, floor=floor, teachers=tuple(teachers))
 
 
-def measure(images: np.ndarray, reference: np.ndarray, mine: np.ndarray, steps: int, guidance: float) -> Measured:
-    """Pictures against the reference's pictures and their features ``mine``."""
-    theirs = features(images)
+def measure(
+    mine: Pictures, reference: Pictures, *, steps: int, guidance: float, values: Mapping[str, Any] | None = None
+) -> Measured:
+    """Pictures against the reference's, with what is known of them already."""
     return Measured(
         steps=steps,
         guidance=guidance,
-        fid=frechet_distance(theirs, mine),
-        kid=kernel_distance(theirs, mine),
-        distances=image_distance(images, reference),
+        fid=frechet_distance(mine.features, reference.features),
+        kid=kernel_distance(mine.features, reference.features),
+        distances=image_distance(mine.images, reference.images),
+        values=values or {},
     )
+
+
+def further_features(
+    pipe: Pipeline, items: Sequence[EvalItem], seed_offsets: Sequence[int] = FURTHER_SEEDS, **settings: Any
+) -> list[np.ndarray]:
+    """Features (M, 1280) of the list's first 32 prompts from each further seed; ``settings`` are those of `draw`."""
+    first = items[:DIVERSE_PROMPTS]
+    images = [draw(pipe, first, seed_offset=offset, **settings)[0] for offset in seed_offsets]
+    return np.split(features(np.concatenate(images)), len(images))
 
 
 def draw(
@@ -131,16 +182,23 @@ def draw(
     sampler: str,
     batch_size: int,
     eta: float = 0.0,
+    timesteps: Sequence[int] | None = None,
     seed_offset: int = 0,
 ) -> tuple[np.ndarray, float]:
-    """Pictures of the list, uint8 (N, H, W, 3), each from the latents of its own seed; and seconds a picture."""
+    """Pictures of the list, uint8 (N, H, W, 3), each from the latents of its own seed; and seconds a picture.
+
+    ``seed_offset`` moves those seeds, and gives a stochastic sampler other noise.
+    """
     shape = (*(side // pipe.components.vae_config.downscale for side in pipe.native_size),)
     latents = _latents([item.seed + seed_offset for item in items], (*shape, pipe.components.unet_config.in_channels))
     settings: dict[str, Any] = {"steps": steps, "guidance": guidance, "sampler": sampler, "eta": eta}
+    if timesteps is not None:
+        settings["timesteps"] = timesteps
     begin = time.perf_counter()
     images = pipe(
         [item.prompt for item in items],
         latents=latents,
+        seed=seed_offset,
         output="np",
         batch_size=batch_size,
         stepwise=True,
@@ -153,14 +211,18 @@ def draw(
 def save_reference(path: Path, reference: Reference, identity: str) -> None:
     """Write the reference as one .npz file, atomically; features in float16."""
     rows = [reference.floor, *reference.teachers]
-    table = [{"steps": r.steps, "guidance": r.guidance, "fid": r.fid, "kid": list(r.kid)} for r in rows]
+    table = [
+        {"steps": r.steps, "guidance": r.guidance, "fid": r.fid, "kid": list(r.kid), "values": dict(r.values)}
+        for r in rows
+    ]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(".tmp-" + path.name)
     np.savez_compressed(
         temporary,
         identity=np.asarray(identity),
-        images=reference.images,
-        features=reference.features.astype(np.float16),
+        images=reference.pictures.images,
+        features=reference.pictures.features.astype(np.float16),
+        values=np.asarray(json.dumps(dict(reference.values))),
         rows=np.asarray(json.dumps(table)),
         distances=np.stack([row.distances for row in rows]).astype(np.float32),
     )
@@ -168,7 +230,7 @@ def save_reference(path: Path, reference: Reference, identity: str) -> None:
 
 
 def load_reference(path: Path, identity: str) -> Reference | None:
-    """Read a reference back; None when it is of another base, list or guidance."""
+    """Read a reference back; None when it is not of this identity."""
     try:
         with np.load(path, allow_pickle=False) as file:
             if str(file["identity"]) != identity:
@@ -180,23 +242,43 @@ def load_reference(path: Path, identity: str) -> Reference | None:
                     fid=row["fid"],
                     kid=Estimate(*row["kid"]),
                     distances=distances,
+                    values=row["values"],
                 )
                 for row, distances in zip(json.loads(str(file["rows"])), file["distances"], strict=True)
             ]
             return Reference(
-                images=file["images"],
-                features=file["features"].astype(np.float32),
+                pictures=Pictures(file["images"], file["features"].astype(np.float32)),
+                values=json.loads(str(file["values"])),
                 floor=rows[0],
                 teachers=tuple(rows[1:]),
             )
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: the reference is damaged ({error}); delete the file") from None
 
 
-def reference_identity(items: Sequence[EvalItem], guidance: float, base: str) -> str:
-    """What a reference belongs to: list, guidance, and the base's fingerprint."""
-    text = json.dumps([[item.prompt, item.seed] for item in items]) + f"|{guidance}|{base}|{MANY_STEPS}|{FEW_STEPS}"
-    return hashlib.sha256(text.encode()).hexdigest()
+def reference_identity(items: Sequence[EvalItem], *, groups: Sequence[str] | None, guidance: float, base: str) -> str:
+    """What a reference belongs to: list, training pictures, guidance, the base's fingerprint, and the scorer's."""
+    parts = {
+        "items": [[item.prompt, item.seed] for item in items],
+        "groups": None if groups is None else list(groups),
+        "guidance": guidance,
+        "base": base,
+        "scorer": fingerprint(jax.tree.map(jnp.asarray, dict(load_scorer("report").params))),
+        "steps": [MANY_STEPS, *FEW_STEPS],
+        "diversity": [DIVERSE_PROMPTS, *FURTHER_SEEDS],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _calls(steps: int, guidance: float) -> int:
+    return steps * (2 if guidance > 1.0 else 1)
+
+
+def _total_calls(count: int, guidance: float, few: Sequence[tuple[int, float]]) -> int:
+    """Network calls of the whole reference of ``count`` prompts."""
+    diverse = min(DIVERSE_PROMPTS, count)
+    many = _calls(MANY_STEPS, guidance) * (2 * count + (len(FURTHER_SEEDS) - 1) * diverse)
+    return many + sum(_calls(*settings) for settings in few) * (count + len(FURTHER_SEEDS) * diverse)
 
 
 def _latents(seeds: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:

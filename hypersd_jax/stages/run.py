@@ -2,71 +2,39 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
 from hypersd_jax import adapters
 from hypersd_jax.compilation import use_compilation_cache
-from hypersd_jax.conditioning import Conditioning
-from hypersd_jax.config import Config, ConsistencyStage, to_dict
-from hypersd_jax.data import Source, open_source
+from hypersd_jax.config import AdapterStage, Config, ScoreStage, to_dict
+from hypersd_jax.data import open_prompts, open_source
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline, parse_dtype
-from hypersd_jax.stages import tscd
 from hypersd_jax.stages.comparison import compare
-from hypersd_jax.stages.export import export_student, sampling_header
+from hypersd_jax.stages.export import sampling_header, student_path
 from hypersd_jax.stages.feeding import Fed, Inputs
 from hypersd_jax.stages.inputs import unconditional
+from hypersd_jax.stages.jobs import Factors, Run, check_stage, make_job
 from hypersd_jax.stages.loop import (
     ADAPTER_STREAM,
     ENCODER_STREAM,
     NOISE_STREAM,
-    chosen,
-    optimizer_config,
     require_even,
     run_updates,
     stream,
 )
 from hypersd_jax.stages.output import Output, create_output, open_output
-from hypersd_jax.stages.preview import draw_preview
+from hypersd_jax.stages.preview import finish, preview
+from hypersd_jax.stages.prompt_feeding import PromptInputs
 from hypersd_jax.stages.whole import open_whole, train_whole
-from hypersd_jax.training import (
-    Step,
-    init_state,
-    make_mesh,
-    make_optimizer,
-    make_step,
-)
+from hypersd_jax.training import make_mesh
 from hypersd_jax.weights.components import load_components
 from hypersd_jax.weights.folder import fingerprint
-
-Factors = dict[str, dict[str, jax.Array]]
-
-
-@dataclasses.dataclass(kw_only=True)
-class Run:
-    """What the stages of one run share."""
-
-    config: Config
-    output: Output
-    mesh: Mesh
-    pipe: Pipeline
-    source: Source
-    base_fingerprint: str
-    uncond: Conditioning
-    scales: dict[str, jax.Array]
-    inputs: Inputs
-    steps: dict[tscd.StepKind, Step]
-
-    @property
-    def grid_length(self) -> int:
-        """The longest solver grid of the run; shorter ones are padded to it."""
-        return max(stage.solver_steps for stage in self.config.adapter_stages)
 
 
 def train(config: Config) -> Path:
@@ -89,10 +57,8 @@ def train(config: Config) -> Path:
     check_stages(run)
     create_output(output, config)
     factors = _initial_factors(run)
-    teacher: Factors | None = None
     for index, stage in enumerate(config.adapter_stages):
-        student = run_stage(run, index, stage, factors, teacher)
-        factors = teacher = student
+        factors = run_stage(run, index, stage, factors)
     if config.compared_samples:
         compare(config, output, run.pipe, run.base_fingerprint)
     return output.root
@@ -105,17 +71,33 @@ def open_run(config: Config, output: Output) -> Run:
     components = load_components(config.model.source, dtype=dtype, remat=config.model.remat, mesh=mesh)
     pipe = Pipeline(components, dtype=dtype, mesh=mesh)
     resolution = config.data.resolution or pipe.native_size[0]
-    source = open_source(config.data, resolution=resolution, seed=config.seed, batch_size=config.batch_size)
+    free = [isinstance(stage, ScoreStage) and stage.data_free for stage in config.adapter_stages]
+    pairs = prompts = None
+    if not all(free):
+        pairs = open_source(config.data, resolution=resolution, seed=config.seed, batch_size=config.batch_size)
+    elif config.data.cache is not None:
+        raise UserError("data.cache: no stage of this run reads pictures (data_free)")
+    if any(free):
+        prompts = open_prompts(config.data, seed=config.seed)
+    texts = pairs or prompts
+    assert texts is not None
+    factor = components.vae_config.downscale
+    if resolution % factor:
+        raise UserError(f"data.resolution={resolution} must be a multiple of the autoencoder's {factor}")
     return Run(
         config=config,
         output=output,
         mesh=mesh,
         pipe=pipe,
-        source=source,
+        preview_prompts=tuple(texts.preview_prompts),
         base_fingerprint=fingerprint(components.params["unet"]),
         uncond=unconditional(components, pipe.prompts, dtype),
         scales={},
-        inputs=Inputs(config, source, components, pipe.prompts, mesh, dtype),
+        inputs=Inputs(config, pairs, components, pipe.prompts, mesh, dtype) if pairs else None,
+        prompt_inputs=PromptInputs(prompts, components, pipe.prompts, mesh, dtype, resolution=resolution)
+        if prompts
+        else None,
+        latent_shape=(resolution // factor, resolution // factor, components.unet_config.in_channels),
         steps={},
     )
 
@@ -130,85 +112,56 @@ def check_stages(run: Run) -> None:
         raise UserError("model: its UNet embeds the guidance scale (time_cond_proj_dim), which no stage trains yet")
     if run.pipe.components.is_inpainting:
         raise UserError("model: an inpainting model (unet in_channels=9), which no stage trains")
-    for stage in run.config.adapter_stages:
-        where = f"stages.{stage.name}."
+    for index, stage in enumerate(run.config.adapter_stages):
         require_even(stage, run.mesh)
         try:
-            tscd.stage_controls(stage, run.pipe.schedule, run.grid_length)
+            check_stage(run, stage, first=index == 0)
             sampling_header(stage, dict(run.pipe.components.scheduler_config))
         except UserError as error:
-            raise UserError(f"{where}{error}") from None
+            raise UserError(f"stages.{stage.name}.{error}") from None
 
 
-def run_stage(run: Run, index: int, stage: ConsistencyStage, start: Factors, teacher: Factors | None) -> Factors:
-    """Train one stage from ``start`` and export it; returns the exported factors, where the next stage starts.
+def run_stage(run: Run, index: int, stage: AdapterStage, start: Factors) -> Any:
+    """Train one stage and export it; returns the exported factors, where the next stage starts, or the whole UNet.
 
     Args:
         run: what the stages share.
         index: the stage's place, for its randomness and its data.
         stage: its settings.
-        start: the previous student's factors, or fresh ones.
-        teacher: the previous student's factors; None in the first stage.
+        start: the previous student's factors, or in the first stage fresh ones.
     """
-    components, schedule = run.pipe.components, run.pipe.schedule
-    kind = tscd.step_kind(stage, first=teacher is None)
-    state = init_state(start, make_optimizer(optimizer_config(stage)), run.mesh)
-    frozen_teacher = adapters.join(teacher, run.scales) if teacher is not None and kind.from_previous else None
-    frozen = tscd.frozen_tree(components, run.uncond, run.scales, frozen_teacher)
-    controls = tscd.stage_controls(stage, schedule, run.grid_length)
+    job = make_job(run, index, stage, start)
     facts = {"stage": stage.name, "base": run.base_fingerprint, "settings": to_dict(stage), "seed": run.config.seed}
-
-    def make() -> Step:
-        if kind not in run.steps:
-            loss = tscd.make_loss(components, schedule, kind)
-            tx = make_optimizer(optimizer_config(stage))
-            run.steps[kind] = make_step(loss, tx, state, frozen, mesh=run.mesh, accumulate=stage.accumulate)
-        return run.steps[kind]
-
     state, done = run_updates(
         stage,
-        state,
+        job.state,
         root=run.output.root,
         folder=run.output.checkpoints(stage.name),
         facts=facts,
         log=run.config.log,
-        make=make,
-        frozen=frozen,
+        make=job.make,
+        frozen=job.frozen,
         batches=lambda done: _batches(run, index, stage, done),
         key=stream(run.config.seed, NOISE_STREAM, index),
-        controls=controls,
-        preview=lambda state, number: _preview(run, stage, chosen(stage, state), f"{stage.name}-{number:06d}"),
+        controls=job.controls,
+        preview=lambda state, number: preview(run, stage, job.student(state), f"{stage.name}-{number:06d}"),
         mesh=run.mesh,
     )
-    exported: Factors = chosen(stage, state)
-    file = run.output.loras / f"{stage.name}.safetensors"
-    if done < stage.updates or not file.exists():
-        _finish(run, stage, exported, file)
-    return exported
+    student = job.student(state)
+    if done < stage.updates or not student_path(run.output, stage).exists():
+        finish(run, stage, student)
+    return student
 
 
-def _batches(run: Run, index: int, stage: ConsistencyStage, done: int) -> Iterator[Fed]:
+def _batches(run: Run, index: int, stage: AdapterStage, done: int) -> Iterator[Fed]:
     """The stage's batches from update ``done + 1`` on."""
     before = sum(s.updates * s.batch_size for s in run.config.adapter_stages[:index])
     key = stream(run.config.seed, ENCODER_STREAM, index)
+    if isinstance(stage, ScoreStage) and stage.data_free:
+        assert run.prompt_inputs is not None
+        return run.prompt_inputs.prompted(stage, before=before, done=done)
+    assert run.inputs is not None
     return run.inputs.conditioned(stage, before=before, done=done, key=key)
-
-
-def _finish(run: Run, stage: ConsistencyStage, factors: Factors, file: Path) -> None:
-    """Export the student, and draw with it, which also proves that the adapter is on."""
-    adapter = jax.device_get(adapters.join(factors, run.scales))
-    if jax.process_index() == 0:
-        export_student(file, adapter, stage, run.pipe.components, base_fingerprint=run.base_fingerprint)
-    _preview(run, stage, factors, stage.name)
-
-
-def _preview(run: Run, stage: ConsistencyStage, factors: Factors, name: str) -> None:
-    adapter = adapters.join(factors, run.scales)
-    path = run.output.samples / f"{name}.png"
-    # The comparison's batch size, so that both share their compiled programs.
-    draw_preview(
-        run.pipe, adapter, stage, run.source.preview_prompts, path, batch_size=run.config.evaluation.batch_size
-    )
 
 
 def _initial_factors(run: Run) -> Factors:

@@ -1,30 +1,42 @@
 """The consistency stage: a loss of `hypersd_jax.distill` tied to one frozen UNet and its adapters.
 
-Teacher, student and target are the same base weights under different LoRA trees (arXiv 2404.13686, section 3.1), so a
-step holds one UNet. What differs between the four stages (k, N, guidance range, EMA decay, learning rate) enters as
-arrays: all stages of one method share one compiled step.
+Teacher, student, target and discriminator are the same base weights under different LoRA trees (arXiv 2404.13686,
+section 3.1), so a step holds one UNet. What differs between the four stages (k, N, guidance range, EMA decay, learning
+rate, the two terms' weights) enters as arrays: all stages of one method share one compiled step.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from hypersd_jax.adapters import Adapter, join
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import ConsistencyStage
-from hypersd_jax.diffusion import Schedule, guided
+from hypersd_jax.diffusion import Schedule
 from hypersd_jax.distill import consistency_loss, mse, pad_segments, pseudo_huber
+from hypersd_jax.stages.judging import (
+    Judge,
+    JudgeKind,
+    consistency_judgement,
+    judge_controls,
+    judge_kind,
+    make_judge,
+)
 from hypersd_jax.stages.loop import optimizer_config
-from hypersd_jax.training import Controls, LossFunction, optimizer_controls
+from hypersd_jax.stages.networks import Networks, broadcast, with_dropped
+from hypersd_jax.training import Controls, LossFunction, Turn, optimizer_controls
 from hypersd_jax.weights.components import Components
 
-Predict = Callable[[jax.Array, jax.Array, Conditioning], jax.Array]
+STUDENT, HEADS = "student", "heads"
+SEGMENTS = ("t_n", "t_prev", "t_b", "t_top", "count")
+# What the step's key is folded with for dropped prompts: no sample's index comes near it.
+DROPOUT_STREAM = 2**32 - 2
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,8 +45,11 @@ class StepKind:
 
     method: str
     from_previous: bool
+    guided: bool
+    drops: bool
     distance: str
     huber_c: float
+    adversarial: JudgeKind | None
     accumulate: int
     beta1: float
     beta2: float
@@ -43,12 +58,15 @@ class StepKind:
 
 
 def step_kind(stage: ConsistencyStage, *, first: bool) -> StepKind:
-    """The compiled part of a stage. The first stage's teacher is the guided base under both readings (`method`)."""
+    """The compiled part of a stage. The first stage's teacher is the base under both readings (`method`)."""
     return StepKind(
         method="tscd" if stage.kind == "tcd" else stage.kind,  # TCD is TSCD with one segment
         from_previous=stage.teacher == "previous" and not first,
+        guided=stage.guidance != (1.0, 1.0),
+        drops=stage.prompt_dropout > 0,
         distance=stage.distance,
         huber_c=stage.huber_c,
+        adversarial=judge_kind(stage.adversarial),
         accumulate=stage.accumulate,
         beta1=stage.beta1,
         beta2=stage.beta2,
@@ -59,15 +77,31 @@ def step_kind(stage: ConsistencyStage, *, first: bool) -> StepKind:
 
 def stage_controls(stage: ConsistencyStage, schedule: Schedule, grid_length: int) -> Controls:
     """The arrays that steer a stage; ``grid_length`` is the longest N of the run, so that all have one shape."""
-    segments = pad_segments(stage.solver_steps, stage.k, grid_length, schedule.num_train_timesteps)
-    low, high = stage.guidance
-    return {
-        **optimizer_controls(optimizer_config(stage), stage.updates),
+    own = optimizer_controls(optimizer_config(stage), stage.updates)
+    controls: Controls = {
+        **own,
         "ema_decay": np.asarray(stage.ema, np.float32),
+        **teacher_controls(stage.guidance, stage.solver_steps, stage.k, schedule, grid_length),
+        "offset_noise": np.asarray(stage.offset_noise, np.float32),
+        "prompt_dropout": np.asarray(stage.prompt_dropout, np.float32),
+    }
+    if stage.adversarial:
+        theirs = dataclasses.replace(optimizer_config(stage), learning_rate=stage.adversarial.learning_rate)
+        controls |= judge_controls(stage.adversarial)
+        controls["distance_weight"] = np.asarray(stage.distance_weight, np.float32)
+        controls["players"] = {STUDENT: own, HEADS: optimizer_controls(theirs, stage.updates)}
+    return controls
+
+
+def teacher_controls(
+    guidance: tuple[float, float], solver_steps: int, k: int, schedule: Schedule, grid_length: int
+) -> Controls:
+    """The arrays of the teacher's step: its guidance's range, and the segments."""
+    low, high = guidance
+    return {
         "guidance_min": np.asarray(low, np.float32),
         "guidance_max": np.asarray(high, np.float32),
-        "offset_noise": np.asarray(stage.offset_noise, np.float32),
-        **segments,
+        **pad_segments(solver_steps, k, grid_length, schedule.num_train_timesteps),
     }
 
 
@@ -76,58 +110,100 @@ def frozen_tree(components: Components, uncond: Conditioning, scales: Any, teach
     return {"unet": dict(components.params["unet"]), "uncond": uncond, "scales": scales, "teacher": teacher or {}}
 
 
-def make_loss(components: Components, schedule: Schedule, kind: StepKind) -> LossFunction:
-    """The stage's loss for `make_step`; the trainable tree is the student's LoRA factors, ``ema`` their average."""
+def make_turns(components: Components, schedule: Schedule, kind: StepKind, judge: Judge) -> list[Turn]:
+    """The turns of a round with discriminators: the heads' extra updates, then student and heads on one pair."""
+    both = Turn(players=(STUDENT, HEADS), loss=make_loss(components, schedule, kind, judge))
+    if judge.kind.updates == 1:
+        return [both]
+    extra = make_loss(components, schedule, kind, judge, heads_alone=True)
+    return [Turn(players=(HEADS,), loss=extra, repeat=judge.kind.updates - 1), both]
+
+
+def stage_judge(components: Components, kind: StepKind, mesh: Mesh) -> Judge | None:
+    """The stage's discriminator, if it has one."""
+    return make_judge(components, kind.adversarial, mesh) if kind.adversarial else None
+
+
+def make_loss(
+    components: Components,
+    schedule: Schedule,
+    kind: StepKind,
+    judge: Judge | None = None,
+    *,
+    heads_alone: bool = False,
+) -> LossFunction:
+    """The stage's loss for `make_step`; the trainable tree is the student's LoRA factors, ``ema`` their average.
+
+    With a judge the loss is for `make_round`: the trainable tree is by player, {"student", "heads"}. ``heads_alone``:
+    of a turn in which the student stands still.
+    """
     distance = mse if kind.distance == "mse" else pseudo_huber(kind.huber_c)
 
     def loss(
         trainable: Any, ema: Any, frozen: Any, batch: Any, key: jax.Array, controls: Controls
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        base, scales = frozen["unet"], frozen["scales"]
-
-        def predictor(adapter: Adapter | None) -> Predict:
-            def predict(x: jax.Array, t: jax.Array, cond: Conditioning) -> jax.Array:
-                return components.unet(base, x, t, cond.context, adapter=adapter, **cond.unet_kwargs())
-
-            return predict
-
-        def guided_base(
-            x: jax.Array, t: jax.Array, cond: Conditioning, uncond: Conditioning, guidance: jax.Array
-        ) -> jax.Array:
-            """Both halves of classifier-free guidance in one UNet call on a doubled batch."""
-            both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
-            output = predictor(None)(jnp.concatenate([x, x]), jnp.concatenate([t, t]), both).astype(jnp.float32)
-            unguided, prompted = jnp.split(output, 2)
-            return guided(unguided, prompted, guidance.reshape(-1, 1, 1, 1))
-
-        def previous_student(
-            x: jax.Array, t: jax.Array, cond: Conditioning, _uncond: Conditioning, _guidance: jax.Array
-        ) -> jax.Array:
-            return predictor(frozen["teacher"])(x, t, cond)
-
-        rows = {**batch, "uncond": _broadcast(frozen["uncond"], batch["cond"])}
-        return consistency_loss(
+        nets = Networks(components=components, base=frozen["unet"])
+        student, average = (trainable, ema) if judge is None else (trainable[STUDENT], ema[STUDENT])
+        rows = {**batch, "uncond": broadcast(frozen["uncond"], batch["cond"])}
+        if kind.drops:
+            dropped = _dropped(key, batch["places"], controls["prompt_dropout"])
+            rows["cond"] = with_dropped(batch["cond"], rows["uncond"], dropped)
+        extra = None
+        if judge is not None:
+            extra = consistency_judgement(
+                judge,
+                nets,
+                trainable[HEADS],
+                rows["cond"],
+                key,
+                batch["places"],
+                controls,
+                schedule,
+                heads_alone=heads_alone,
+            )
+        value, metrics = consistency_loss(
             kind.method,
-            predictor(join(trainable, scales)),
-            predictor(join(ema, scales)),
-            previous_student if kind.from_previous else guided_base,
+            nets.predictor(join(student, frozen["scales"])),
+            nets.predictor(join(average, frozen["scales"]), counted=False),
+            teacher_of(nets, kind.from_previous, kind.guided, frozen["teacher"], judge),
             rows,
             key,
-            {name: controls[name] for name in ("t_n", "t_prev", "t_b", "count")},
-            controls,
+            segments_of(controls),
+            controls if not heads_alone else {**controls, "distance_weight": np.float32(0.0)},
             schedule=schedule,
             distance=distance,
             indices=batch["places"],
+            extra=extra,
         )
+        if heads_alone:
+            return value, {"heads_unet_calls": metrics["target_calls"] + nets.calls}
+        metrics["unet_calls"] = metrics.pop("target_calls") + nets.calls
+        if judge is not None:
+            metrics["unet_half_calls"] = jax.numpy.float32(nets.half_calls)
+        return value, metrics
 
     return loss
 
 
-def _broadcast(row: Conditioning, cond: Conditioning) -> Conditioning:
-    """The unconditional row for a whole batch, with the batch's own time ids (recipes: only text is zeroed)."""
+def segments_of(controls: Controls) -> Mapping[str, Any]:
+    """The part of the controls that `pad_segments` made."""
+    return {name: controls[name] for name in SEGMENTS}
 
-    def repeat(one: jax.Array, like: jax.Array) -> jax.Array:
-        return jnp.broadcast_to(one, like.shape)
 
-    pooled = None if row.pooled is None or cond.pooled is None else repeat(row.pooled, cond.pooled)
-    return Conditioning(repeat(row.context, cond.context), pooled, cond.time_ids)
+def teacher_of(nets: Networks, from_previous: bool, guided: bool, previous: Adapter, judge: Judge | None = None) -> Any:
+    """The teacher of a consistency loss: the previous student, or the base, with guidance or without."""
+
+    def unguided(x: jax.Array, t: jax.Array, cond: Conditioning, _uncond: Any, _guidance: Any) -> jax.Array:
+        return nets.predictor(previous if from_previous else None)(x, t, cond)
+
+    def with_guidance(x: jax.Array, t: jax.Array, cond: Conditioning, uncond: Any, guidance: Any) -> jax.Array:
+        taps = judge.taps if judge is not None and judge.kind.features == "pair" else ()
+        return nets.guided(x, t, cond, uncond, guidance, taps=taps)
+
+    return with_guidance if guided and not from_previous else unguided
+
+
+def _dropped(key: jax.Array, places: jax.Array, share: Any) -> jax.Array:
+    """Which rows (B,) lose their caption; by (key, place) alone."""
+    mine = jax.random.fold_in(key, DROPOUT_STREAM)
+    return jax.vmap(lambda place: jax.random.uniform(jax.random.fold_in(mine, place)))(places) < share

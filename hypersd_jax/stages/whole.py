@@ -83,7 +83,7 @@ def open_whole(config: Config, output: Output) -> WholeRun:
         fresh=config.model.fresh,
         seed=config.seed,
     )
-    for stage in config.stages:
+    for stage in config.active_stages:
         require_even(stage, mesh)
     pipe = Pipeline(components, dtype=dtype, mesh=mesh)
     resolution = config.data.resolution or pipe.native_size[0]
@@ -108,7 +108,7 @@ def _require_fit(config: Config, components: Components, resolution: int) -> Non
     factor = components.vae_config.downscale
     if resolution % factor:
         raise UserError(f"data.resolution={resolution} must be a multiple of the autoencoder's {factor}")
-    for stage in config.stages:
+    for stage in config.active_stages:
         where = f"stages.{stage.name}"
         if isinstance(stage, AutoencoderStage):
             for key in ("bucket_step", "cache"):
@@ -120,7 +120,7 @@ def _require_fit(config: Config, components: Components, resolution: int) -> Non
 
 def train_whole(run: WholeRun) -> None:
     """Train every stage in order and write the model; what is there already is not done again."""
-    for index, stage in enumerate(run.config.stages):
+    for index, stage in enumerate(run.config.active_stages):
         trained = _run_stage(run, index, stage)
         run.components = dataclasses.replace(run.components, params={**run.components.params, **trained})
         if isinstance(stage, AutoencoderStage):
@@ -182,7 +182,7 @@ def _run_stage(run: WholeRun, index: int, stage: StageConfig) -> Params:
 
 def _batches(run: WholeRun, index: int, stage: StageConfig, done: int) -> Iterator[Fed]:
     """The stage's batches from update ``done + 1`` on."""
-    before = sum(each.updates * each.batch_size for each in run.config.stages[:index])
+    before = sum(each.updates * each.batch_size for each in run.config.active_stages[:index])
     if isinstance(stage, AutoencoderStage):
         load = pictures(run.source)
         return feed(stage, before=before, done=done, mesh=run.mesh, load=load, finish=lambda _number, loaded: loaded)

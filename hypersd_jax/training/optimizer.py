@@ -7,7 +7,7 @@ only in them share one compiled program; the moments' constants are part of the 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,8 +16,9 @@ import optax
 
 from hypersd_jax.errors import UserError
 
-Controls = dict[str, np.ndarray | jax.Array]
-"""Small arrays that steer the step: those of `optimizer_controls`, `ema_decay`, and whatever the loss reads."""
+Controls = dict[str, Any]
+"""Small arrays that steer the step: those of `optimizer_controls`, `ema_decay`, and whatever the loss reads; of several
+players, "players": those of each one's optimizer."""
 
 SCHEDULES = ("constant", "cosine", "linear")
 

@@ -70,6 +70,7 @@ def drawn(t_n, t_prev, t_end):
         *(jnp.asarray(t, jnp.int32) for t in (t_n, t_prev, t_end)),
         jnp.full(size, 5.0),
         jax.random.normal(KEY, (size, 3, 3, 4)),
+        jnp.asarray(t_n, jnp.int32),
     )
 
 

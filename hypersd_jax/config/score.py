@@ -1,0 +1,138 @@
+"""What the stage of score distillation is told, and what any stage with discriminators is."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from hypersd_jax.config.stage import StageConfig
+
+LATEST = 999  # of 1000 training times
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AdversarialConfig:
+    """Discriminator heads on the features of a frozen UNet, of which the heads alone are trained.
+
+    ``weight`` is that of the student's adversarial term. ``features``: ``encoder`` (blocks down and middle, a head
+    each: PCM for SDXL), ``all`` (blocks up too: PCM for SD 1.5), ``mid`` (one head on the middle block: DMD2) or
+    ``pair`` (one on the middle blocks of the judged latents and of those that the step started from, side by side:
+    SDXL-Lightning, arXiv 2402.13929). ``updates`` counts the heads' updates to one of the student. ``r1_weight`` is
+    of the penalty on the discriminator's slope at the real side, taken over a step of ``r1_sigma``.
+    """
+
+    weight: float = 0.1
+    loss: Literal["hinge", "non_saturating", "least_squares"] = "hinge"
+    features: Literal["encoder", "all", "mid", "pair"] = "encoder"
+    learning_rate: float = 1e-5
+    updates: int = 1
+    r1_weight: float = 0.0
+    r1_sigma: float = 0.01
+
+    def __post_init__(self) -> None:
+        if self.weight < 0 or self.r1_weight < 0:
+            raise ValueError("weight and r1_weight must not be negative")
+        if self.learning_rate <= 0 or self.r1_sigma <= 0:
+            raise ValueError("learning_rate and r1_sigma must be above 0")
+        if self.updates < 1:
+            raise ValueError(f"updates must be at least 1, not {self.updates}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RegressionConfig:
+    """The MSE between a one-step student and where a many-step model leads from the same noise (Hyper-SD, 3.3).
+
+    ``teacher``: ``previous`` (the stage's own start, whose guidance is absorbed already) or ``base`` (with the stage's
+    guidance); ``steps`` of its DDIM trajectory.
+    """
+
+    weight: float = 0.25
+    teacher: Literal["previous", "base"] = "previous"
+    steps: int = 8
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ValueError(f"weight must be above 0, not {self.weight}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnchorConfig:
+    """TSCD's loss of one segment, kept on beside score distillation so that the student stays good at more steps.
+
+    ``solver_steps`` is its grid; ``teacher`` as in `ConsistencyStage`: the guided base model (with the stage's
+    guidance), or the stage's own start.
+    """
+
+    weight: float = 1.0
+    solver_steps: int = 50
+    teacher: Literal["base", "previous"] = "base"
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ValueError(f"weight must be above 0, not {self.weight}")
+        if self.solver_steps < 1:
+            raise ValueError(f"solver_steps must be at least 1, not {self.solver_steps}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreStage(StageConfig):
+    """Score distillation (Hyper-SD, arXiv 2404.13686, section 3.3) of the student that the stages before have made.
+
+    ``kind``: ``dmd`` (one of ``times``: arXiv 2311.18828; several: DMD2's few steps, arXiv 2405.14867) or ``tdm``
+    (arXiv 2503.06674: the points of the student's deterministic trajectory are matched, each over its own times).
+    ``times`` are the student's input times, 999 for a unified LoRA, 800 for Hyper-SD's one-step UNet. ``student``:
+    ``lora``, or ``unet`` for the whole UNet with float32 master weights, with what came before merged into it; such a
+    stage must be the last. ``guidance`` is the real score's. One update of the student follows ``fake_updates`` of the
+    fake-score model, a LoRA of its own that starts at zero. ``time_range`` is what samples are noised to, as shares of
+    the training times. ``data_free`` reads prompts alone: the anchor
+    then stands on the student's own samples. ``steps`` are the step counts that the student is drawn and compared at,
+    with ``sampler`` and ``eta``; ``auto`` is tcd for a LoRA and lcm for a UNet.
+    """
+
+    kind: Literal["dmd", "tdm"]
+    student: Literal["lora", "unet"] = "lora"
+    times: tuple[int, ...] = (LATEST,)
+    guidance: float = 3.0
+    weight: float = 1.0
+    time_range: tuple[float, float] = (0.02, 0.98)
+    fake_updates: int = 5
+    fake_learning_rate: float = 1e-4
+    regression: RegressionConfig | None = None
+    anchor: AnchorConfig | None = None
+    adversarial: AdversarialConfig | None = None
+    data_free: bool = False
+    steps: tuple[int, ...] = (1,)
+    sampler: Literal["auto", "ddim", "tcd", "lcm"] = "auto"
+    eta: float = 0.0
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        low, high = self.time_range
+        if not 0.0 <= low < high <= 1.0:
+            raise ValueError(f"time_range must be [low, high] with 0 <= low < high <= 1, not [{low}, {high}]")
+        if not self.times or any(later >= earlier for earlier, later in zip(self.times, self.times[1:], strict=False)):
+            raise ValueError(f"times must fall, not {list(self.times)}")
+        if self.times[-1] < 1:
+            raise ValueError(f"times must be at least 1, not {self.times[-1]}")
+        if not self.steps or min(self.steps) < 1:
+            raise ValueError(f"steps must be counts of at least 1, not {list(self.steps)}")
+        if self.weight < 0 or self.guidance < 0:
+            raise ValueError("weight and guidance must not be negative")
+        if self.fake_updates < 1 or self.fake_learning_rate <= 0:
+            raise ValueError("fake_updates must be at least 1 and fake_learning_rate above 0")
+        if not 0.0 <= self.eta <= 1.0:
+            raise ValueError(f"eta must lie in 0..1, not {self.eta}")
+        if self.regression and len(self.times) > 1:
+            raise ValueError("regression is of a one-step student; times must be one")
+        if self.adversarial and self.adversarial.features == "pair":
+            raise ValueError("adversarial.features=pair is of consistency stages; here: mid, encoder or all")
+        if self.adversarial and self.adversarial.updates != 1:
+            raise ValueError("adversarial.updates: here the heads are trained with the fake model (fake_updates)")
+        if self.data_free and self.adversarial:
+            raise ValueError("data_free: an adversarial term needs pictures")
+        if self.sampler == "auto":  # settled here, so that the run's record says which
+            object.__setattr__(self, "sampler", "lcm" if self.student == "unet" else "tcd")
+        if self.student == "unet" and (self.sampler != "lcm" or self.steps != (len(self.times),)):
+            raise ValueError("student=unet is drawn with lcm at its own times: steps must be their number")

@@ -1,0 +1,80 @@
+"""Matching the student's distribution to the teacher's by the difference of two scores (Hyper-SD, section 3.3, Eq. 8).
+
+The real score is the guided base model's, the fake one's that of a model which is trained on the student's samples
+beside it (`fake_loss`).
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax.typing import ArrayLike
+
+from hypersd_jax.diffusion.prediction import to_x0_eps
+from hypersd_jax.diffusion.schedule import Schedule
+from hypersd_jax.distill.distances import batch_mean, mse
+from hypersd_jax.distill.score import dmd_gradient, surrogate_loss
+from hypersd_jax.distill.trajectory import Sample
+from hypersd_jax.distill.tscd import columns
+
+
+def matching_loss(
+    sample: Sample,
+    x_t: jax.Array,
+    t: jax.Array,
+    real: ArrayLike,
+    fake: ArrayLike,
+    *,
+    schedule: Schedule,
+    weights: ArrayLike | None = None,
+) -> tuple[jax.Array, dict[str, jax.Array]]:
+    """The surrogate whose gradient in the student's estimate of x_0 is `dmd_gradient`, and its metrics.
+
+    Args:
+        sample: from `student_sample`.
+        x_t: the sample noised to t (`noised`).
+        t: (B,) int32.
+        real: raw prediction of the real-score model at (x_t, t), guidance applied.
+        fake: that of the fake-score model, without guidance.
+        schedule: the base model's.
+        weights: (B,), 0 for padded samples.
+
+    Returns:
+        (loss, metrics): scalar, and "score_gap", the mean absolute gradient, which falls as the two scores agree.
+    """
+    x_t = jax.lax.stop_gradient(x_t)
+    at = columns(schedule, t, x_t)
+    mu_real, _ = to_x0_eps(real, x_t, *at, schedule.prediction_type)
+    mu_fake, _ = to_x0_eps(fake, x_t, *at, schedule.prediction_type)
+    gradient = dmd_gradient(sample.x0, mu_real, mu_fake)
+    gap = batch_mean(jnp.mean(jnp.abs(gradient), axis=tuple(range(1, gradient.ndim))), weights)
+    return surrogate_loss(sample.x0, gradient, weights), {"score_gap": gap}
+
+
+def fake_loss(
+    output: ArrayLike,
+    x_t: jax.Array,
+    t: jax.Array,
+    b: jax.Array,
+    eps: jax.Array,
+    *,
+    schedule: Schedule,
+    weights: ArrayLike | None = None,
+) -> jax.Array:
+    """Denoising score matching of the fake-score model on the student's samples, scalar.
+
+    With x_t = a x + b eps the score to be learnt is -eps / b, and the model's is -eps_hat / sigma_t; weighted by b^2
+    the loss is |(b / sigma_t) eps_hat - eps|^2, ordinary denoising where x is clean (b = sigma_t).
+
+    Args:
+        output: the model's raw prediction at (x_t, t).
+        x_t: noised samples (B, h, w, C).
+        t: (B,) int32.
+        b: from `noised`.
+        eps: the noise that was added.
+        schedule: the base model's.
+        weights: (B,), 0 for padded samples.
+    """
+    alpha, sigma = columns(schedule, t, x_t)
+    _, estimate = to_x0_eps(output, x_t, alpha, sigma, schedule.prediction_type)
+    return batch_mean(mse(b / sigma * estimate, eps), weights)

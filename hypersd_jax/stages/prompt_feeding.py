@@ -1,0 +1,58 @@
+"""From prompts alone to batches on the devices, for stages that need no pictures."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from hypersd_jax.conditioning import PromptEncoder, size_ids
+from hypersd_jax.config import StageConfig
+from hypersd_jax.data import Prompts
+from hypersd_jax.stages.feeding import Fed, feed
+from hypersd_jax.training import batch_sharding
+from hypersd_jax.weights.components import Components
+
+
+class PromptInputs:
+    """How a run's data-free stages get conditioning; SDXL is told of uncropped pictures of the run's resolution."""
+
+    def __init__(
+        self,
+        source: Prompts,
+        components: Components,
+        prompts: PromptEncoder,
+        mesh: Mesh,
+        dtype: Any,
+        *,
+        resolution: int,
+    ) -> None:
+        """Compile nothing yet."""
+        self._source, self._prompts, self._mesh = source, prompts, mesh
+        self._resolution = resolution if components.is_xl else None
+        self._texts = {name: components.params[name] for name in components.text_encoders}
+
+        def encode(params: Any, ids: Any, sizes: Any) -> Any:
+            cond = jax.lax.map(lambda tokens: prompts.encode(params, tokens, dtype=dtype), ids)
+            return cond._replace(time_ids=sizes)
+
+        self._encode = jax.jit(encode, out_shardings=batch_sharding(mesh, axis=1))
+
+    def prompted(self, stage: StageConfig, *, before: int, done: int) -> Iterator[Fed]:
+        """Batches {"cond", "places"} of a stage; see `feed`."""
+
+        def load(positions: np.ndarray) -> Any:
+            tokens = self._prompts.tokenize(self._source.prompts(positions.reshape(-1)))
+            sizes = None
+            if self._resolution:
+                sizes = size_ids(self._resolution, self._resolution, positions.size).reshape(*positions.shape, -1)
+            return tuple(rows.reshape(*positions.shape, *rows.shape[1:]) for rows in tokens), sizes
+
+        def finish(_number: int, loaded: Any) -> dict[str, Any]:
+            ids, sizes = loaded
+            return {"cond": self._encode(self._texts, ids, sizes)}
+
+        return feed(stage, before=before, done=done, mesh=self._mesh, load=load, finish=finish)

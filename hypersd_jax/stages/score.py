@@ -1,0 +1,289 @@
+"""The stage of score distillation: student, fake-score model and heads around one frozen UNet (`method` 3 and 7).
+
+Real score: the guided base. Fake score: the base under a LoRA of its own. Student: the base under its LoRA, or a whole
+UNet of its own. A round is ``fake_updates`` updates of the fake model (and the heads on its features), then one of the
+student.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from hypersd_jax.adapters import join
+from hypersd_jax.config import ScoreStage
+from hypersd_jax.diffusion import Schedule, solver_table
+from hypersd_jax.distill import (
+    batch_mean,
+    consistency_loss,
+    draw_trajectory,
+    endpoint,
+    fake_loss,
+    generator_loss,
+    matching_loss,
+    mse,
+    noised,
+    student_sample,
+)
+from hypersd_jax.stages.judging import Judge, JudgeKind, heads_loss, judge_controls, judge_kind, make_judge
+from hypersd_jax.stages.loop import optimizer_config
+from hypersd_jax.stages.networks import Networks, Predict, broadcast
+from hypersd_jax.stages.tscd import HEADS, STUDENT, segments_of, teacher_controls, teacher_of
+from hypersd_jax.training import Controls, Turn, optimizer_controls
+from hypersd_jax.weights.components import Components
+
+FAKE = "fake"
+# What the step's key is folded with for the anchor's draws and for the noise of the real side.
+ANCHOR_STREAM, REAL_STREAM = 2**32 - 3, 2**32 - 4
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreKind:
+    """What is compiled into a round; stages of the same kind share it."""
+
+    deterministic: bool
+    whole: bool
+    steps: int
+    guided: bool
+    fake_updates: int
+    regression: tuple[str, int] | None
+    anchor: str | None
+    adversarial: JudgeKind | None
+    data_free: bool
+    accumulate: int
+    beta1: float
+    beta2: float
+    weight_decay: float
+    clip_norm: float
+
+
+def score_kind(stage: ScoreStage) -> ScoreKind:
+    """The compiled part of a stage."""
+    return ScoreKind(
+        deterministic=stage.kind == "tdm",
+        whole=stage.student == "unet",
+        steps=len(stage.times),
+        guided=stage.guidance > 1.0,
+        fake_updates=stage.fake_updates,
+        regression=(stage.regression.teacher, stage.regression.steps) if stage.regression else None,
+        anchor=stage.anchor.teacher if stage.anchor else None,
+        adversarial=judge_kind(stage.adversarial),
+        data_free=stage.data_free,
+        accumulate=stage.accumulate,
+        beta1=stage.beta1,
+        beta2=stage.beta2,
+        weight_decay=stage.weight_decay,
+        clip_norm=stage.clip_norm,
+    )
+
+
+def score_controls(stage: ScoreStage, schedule: Schedule, scheduler_config: dict[str, Any], grid: int) -> Controls:
+    """The arrays that steer a stage; ``grid`` is the longest solver grid of the run."""
+    last = schedule.num_train_timesteps - 1
+    low, high = stage.time_range
+    bounds = np.asarray([round(low * last), round(high * last)], np.int32)
+    config = optimizer_config(stage)
+    own = optimizer_controls(config, stage.updates)
+    fake = dataclasses.replace(config, learning_rate=stage.fake_learning_rate)
+    controls: Controls = {
+        "ema_decay": np.asarray(stage.ema, np.float32),
+        "times": np.asarray(stage.times, np.int32),
+        "bounds": bounds,
+        "fake_bounds": bounds if stage.kind == "tdm" else np.asarray([0, last], np.int32),
+        "guidance": np.asarray(stage.guidance, np.float32),
+        "weight": np.asarray(stage.weight, np.float32),
+        "players": {STUDENT: own, FAKE: optimizer_controls(fake, stage.updates)},
+    }
+    if stage.regression:
+        table = solver_table("ddim", stage.regression.steps, eta=0.0, scheduler_config=scheduler_config)
+        controls["regression_weight"] = np.asarray(stage.regression.weight, np.float32)
+        controls["regression_times"] = np.asarray(table["timesteps"], np.int32)
+    if stage.anchor:
+        controls["anchor_weight"] = np.asarray(stage.anchor.weight, np.float32)
+        guidance = (stage.guidance, stage.guidance)
+        controls |= teacher_controls(guidance, stage.anchor.solver_steps, 1, schedule, grid)
+        controls["offset_noise"] = np.asarray(0.0, np.float32)
+    if stage.adversarial:
+        controls |= judge_controls(stage.adversarial)
+        heads = dataclasses.replace(config, learning_rate=stage.adversarial.learning_rate)
+        controls["players"][HEADS] = optimizer_controls(heads, stage.updates)
+    return controls
+
+
+def score_judge(components: Components, kind: ScoreKind, mesh: Mesh) -> Judge | None:
+    """The stage's discriminator on the fake model's features, if it has one (DMD2)."""
+    return make_judge(components, kind.adversarial, mesh) if kind.adversarial else None
+
+
+def make_score_turns(
+    components: Components, schedule: Schedule, kind: ScoreKind, judge: Judge | None, latent_shape: tuple[int, ...]
+) -> list[Turn]:
+    """The turns of a round; ``latent_shape`` (h, w, C) is of the student's samples where no pictures give it."""
+    stage = _Losses(components, schedule, kind, judge, latent_shape)
+    beside = (FAKE, HEADS) if judge is not None else (FAKE,)
+    return [
+        Turn(players=beside, loss=stage.beside, repeat=kind.fake_updates),
+        Turn(players=(STUDENT,), loss=stage.student),
+    ]
+
+
+@dataclasses.dataclass(frozen=True)
+class _Losses:
+    """Both turns' losses."""
+
+    components: Components
+    schedule: Schedule
+    kind: ScoreKind
+    judge: Judge | None
+    latent_shape: tuple[int, ...]
+
+    def beside(
+        self, trainable: Any, ema: Any, frozen: Any, batch: Any, key: jax.Array, controls: Controls
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Of the fake-score model, and of the heads on its features."""
+        nets = Networks(components=self.components, base=frozen["unet"])
+        still = self._predictor(nets, jax.lax.stop_gradient(trainable[STUDENT]), frozen, counted=False)
+        drawn, sample = self._sample(still, still, batch, key, controls, controls["fake_bounds"])
+        x_t, t, b = noised(sample, drawn, self.schedule)
+        x_t, cond = jax.lax.stop_gradient(x_t), batch["cond"]
+        fake = join(trainable[FAKE], frozen["scales"])
+        taps = self.judge.taps if self.judge else ()
+        output, features = nets.tapped(x_t, t, cond, taps, fake)
+        loss = fake_loss(output, x_t, t, b, drawn.eps, schedule=self.schedule)
+        metrics = {"fake_mse": loss}
+        if self.judge is not None:
+            real_t = self._real(batch, key, t)
+            seen = nets.features(real_t, t, cond, taps, fake)
+            bumped = None
+            if self.judge.kind.r1:
+                noise = _normal(jax.random.fold_in(key, REAL_STREAM - 1), batch["places"], real_t.shape[1:])
+                bumped = nets.features(real_t + controls["r1_sigma"] * noise, t, cond, taps, fake)
+            own, more = heads_loss(self.judge, trainable[HEADS], seen, features, bumped, controls)
+            loss, metrics = loss + own, metrics | more
+        calls = nets.calls + drawn.step + 1.0 + 0.5 * nets.half_calls
+        return loss, {**metrics, "fake_unet_calls": calls * self.kind.fake_updates}
+
+    def student(
+        self, trainable: Any, ema: Any, frozen: Any, batch: Any, key: jax.Array, controls: Controls
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Of the student."""
+        nets = Networks(components=self.components, base=frozen["unet"])
+        cond, kind = batch["cond"], self.kind
+        student = self._predictor(nets, trainable[STUDENT], frozen)
+        still = self._predictor(nets, jax.lax.stop_gradient(trainable[STUDENT]), frozen, counted=False)
+        drawn, sample = self._sample(student, still, batch, key, controls, controls["bounds"])
+        x_t, t, _ = noised(sample, drawn, self.schedule)
+        seen_t = jax.lax.stop_gradient(x_t)
+        real = self._real_score(nets, frozen, controls)(seen_t, t, cond)
+        fake = join(trainable[FAKE], frozen["scales"])
+        taps = self.judge.taps if self.judge else ()
+        # The features carry the student's gradient; the score does not, and is stopped in the loss.
+        output, features = nets.tapped(x_t if taps else seen_t, t, cond, taps, fake)
+        matching, metrics = matching_loss(sample, x_t, t, real, output, schedule=self.schedule)
+        loss = controls["weight"] * matching
+        if self.judge is not None:
+            logits = self.judge.logits(trainable[HEADS], features)
+            metrics["generator"] = generator_loss(self.judge.kind.loss, logits)
+            loss = loss + controls["adversarial_weight"] * metrics["generator"]
+        calls = drawn.step.astype(jnp.float32)
+        if kind.regression is not None:
+            source, steps = kind.regression
+            model = self._previous(nets, frozen) if source == "previous" else self._real_score(nets, frozen, controls)
+            before = nets.calls
+            end = endpoint(model, drawn.noise, cond, controls["regression_times"], schedule=self.schedule)
+            # The trace saw two of the trajectory's steps at most: one in the loop, and the last.
+            calls += steps * (2.0 if source == "base" and kind.guided else 1.0) - (nets.calls - before)
+            metrics["regression"] = batch_mean(mse(sample.x0, end))
+            loss = loss + controls["regression_weight"] * metrics["regression"]
+        if kind.anchor is not None:
+            anchor, more = self._anchor(nets, student, ema, frozen, batch, sample.x0, key, controls)
+            metrics["anchor"] = anchor
+            calls += more["target_calls"]
+            loss = loss + controls["anchor_weight"] * anchor
+        return loss, {**metrics, "unet_calls": calls + nets.calls + 0.5 * nets.half_calls}
+
+    def _anchor(
+        self,
+        nets: Networks,
+        student: Predict,
+        ema: Any,
+        frozen: Any,
+        batch: Any,
+        x0: jax.Array,
+        key: jax.Array,
+        controls: Controls,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """TSCD's loss of one segment on the pictures' latents, or on the student's own samples."""
+        latents = jax.lax.stop_gradient(x0) if self.kind.data_free else batch["latents"]
+        rows = {**batch, "latents": latents, "uncond": broadcast(frozen["uncond"], batch["cond"])}
+        return consistency_loss(
+            "tscd",
+            student,
+            self._predictor(nets, ema[STUDENT], frozen, counted=False),
+            teacher_of(nets, self.kind.anchor == "previous", self.kind.guided, frozen["teacher"]),
+            rows,
+            jax.random.fold_in(key, ANCHOR_STREAM),
+            segments_of(controls),
+            controls,
+            schedule=self.schedule,
+            indices=batch["places"],
+        )
+
+    def _sample(
+        self, student: Predict, still: Predict, batch: Any, key: jax.Array, controls: Controls, bounds: Any
+    ) -> Any:
+        shape = (batch["places"].shape[0], *self._latents(batch))
+        drawn = draw_trajectory(key, shape, self.kind.steps, batch["places"])
+        times = jnp.asarray(controls["times"])
+        sample = student_sample(
+            student,
+            still,
+            batch["cond"],
+            drawn,
+            times,
+            jnp.asarray(bounds),
+            schedule=self.schedule,
+            deterministic=self.kind.deterministic,
+        )
+        return drawn, sample
+
+    def _latents(self, batch: Any) -> tuple[int, ...]:
+        return self.latent_shape if self.kind.data_free else batch["latents"].shape[1:]
+
+    def _predictor(self, nets: Networks, weights: Any, frozen: Any, *, counted: bool = True) -> Predict:
+        """The student: whole weights, or factors of its LoRA."""
+        if self.kind.whole:
+            return nets.predictor(params=weights, counted=counted)
+        return nets.predictor(join(weights, frozen["scales"]), counted=counted)
+
+    def _previous(self, nets: Networks, frozen: Any) -> Predict:
+        return nets.predictor(frozen["teacher"])
+
+    def _real_score(self, nets: Networks, frozen: Any, controls: Controls) -> Predict:
+        if not self.kind.guided:
+            return nets.predictor()
+
+        def predict(x: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
+            guidance = jnp.broadcast_to(controls["guidance"], t.shape)
+            return nets.guided(x, t, cond, broadcast(frozen["uncond"], cond), guidance)
+
+        return predict
+
+    def _real(self, batch: Any, key: jax.Array, t: jax.Array) -> jax.Array:
+        """The pictures' latents noised to t (B,)."""
+        latents = batch["latents"]
+        noise = _normal(jax.random.fold_in(key, REAL_STREAM), batch["places"], latents.shape[1:])
+        alpha, sigma = (
+            jnp.asarray(each)[t].reshape(-1, 1, 1, 1) for each in (self.schedule.alpha, self.schedule.sigma)
+        )
+        return alpha * latents + sigma * noise
+
+
+def _normal(key: jax.Array, places: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Noise (B, ...) by (key, place) alone."""
+    return jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(key, place), shape))(places)
