@@ -25,6 +25,7 @@ import jax
 from benchmarks.matrix.output import write_results
 from benchmarks.matrix.recipes import Matrix, Recipe, drawn_of, read_matrix, recipe_config
 from benchmarks.matrix.scoring import Scorer
+from benchmarks.matrix.tables import METRICS
 from benchmarks.matrix.training import missing_updates, run_folder, train_recipe
 from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.config import Config
@@ -73,7 +74,7 @@ def run(options: argparse.Namespace) -> None:
             found = scorer.score(loras[row.stage], row)
             names = {"method": recipe.method, "recipe": recipe.name, "stage": row.stage, "seed": seed}
             settings = {"steps": row.steps, "sampler": row.sampler, "eta": row.eta}
-            numbers = {"distance": found.distance, "kid": found.kid, "fid": found.fid}
+            numbers = {name: getattr(found, name) for name in (*METRICS, "fid")}
             results.append(
                 {**names, **settings, "updates": _updates(config, row.stage), **numbers, "pictures": found.pictures}
             )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import pytest
@@ -15,8 +15,9 @@ from benchmarks.matrix import training
 from benchmarks.matrix.output import plot, write_results
 from benchmarks.matrix.recipes import drawn_of, read_matrix, recipe_config
 from benchmarks.matrix.tables import judge, summarise, verdict
-from benchmarks.matrix.training import history, missing_updates, run_folder, train_recipe
+from benchmarks.matrix.training import missing_updates, run_folder, train_recipe
 from hypersd_jax.errors import UserError
+from hypersd_jax.stages.reuse import history
 from hypersd_jax.weights.tensors import save_tensors
 
 ROOT = Path(__file__).parents[1]
@@ -176,7 +177,7 @@ def test_a_shared_stage_is_trained_once(tmp_path: Path, fake: FakeTraining) -> N
 
 def results(method: str, distances: list[float], kids: list[float], steps: int = 4) -> list[dict[str, Any]]:
     common = {"method": method, "recipe": f"{method}-{steps}", "stage": "s", "steps": steps, "sampler": "ddim"}
-    common |= {"eta": 0.0, "updates": 10, "fid": 1.0}
+    common |= {"eta": 0.0, "updates": 10, "fid": 1.0, "kid_train": 2.0, "clip_gain": 30.0}
     pairs = zip(distances, kids, strict=True)
     return [{**common, "seed": seed, "distance": d, "kid": k} for seed, (d, k) in enumerate(pairs)]
 
@@ -201,6 +202,14 @@ def test_means_spreads_and_margins() -> None:
     assert found["pcm (ddim)", "distance"]["verdict"] == "worse"
 
 
+def test_of_the_text_match_more_is_better() -> None:
+    more, less = results("tscd", [0.1] * 2, [0.1] * 2), results("tcd", [0.1] * 2, [0.1] * 2)
+    gains = [{**run, "clip_gain": gain} for run, gain in zip([*more, *less], (50.0, 51.0, 40.0, 41.0), strict=True)]
+    (found,) = (row for row in judge(summarise(gains), "tscd") if row["metric"] == "clip_gain")
+    assert found["margin"] == pytest.approx(10.0)
+    assert found["verdict"] == "better"
+
+
 def test_a_margin_counts_over_two_pooled_deviations() -> None:
     assert verdict(0.2, 0.1) == "not shown"
     assert verdict(0.2001, 0.1) == "better"
@@ -214,9 +223,11 @@ class FakeScorer:
     prompts = ("red apple", "blue car")
     teacher_title = "teacher"
     teacher_pictures = np.zeros((2, 8, 8, 3), np.uint8)
+    many_steps: ClassVar = {"steps": 25, "kid_train": 0.2, "clip_gain": 53.0}
 
     def teachers(self) -> list[dict[str, Any]]:
-        return [{"method": "teacher", "steps": 4, "guidance": 4.0, "distance": 0.2, "kid": 0.1, "fid": 9.0}]
+        own = {"method": "teacher", "steps": 4, "guidance": 4.0, "distance": 0.2, "kid": 0.1, "fid": 9.0}
+        return [{**own, "kid_train": 0.3, "clip_gain": 20.0}]
 
 
 def test_what_is_written(tmp_path: Path) -> None:
@@ -232,8 +243,12 @@ def test_what_is_written(tmp_path: Path) -> None:
         "results.json",
     ]
     assert (tmp_path / "results" / "README.md").read_text() == page
-    assert "| 4 | tscd | tscd-4 / s | ddim | 10 | 0.1500 ± 0.0707 | 0.150 ± 0.071 | 1 ± 0 | 2 |" in page
-    assert "| 4 | teacher, guidance 4 | | ddim | | 0.2000 | 0.100 | 9 | |" in page
+    assert (
+        "| 4 | tscd | tscd-4 / s | ddim | 10 | 0.1500 ± 0.0707 | 0.150 ± 0.071 | 1 ± 0 | 2.000 ± 0.000 "
+        "| 30.0 ± 0.0 | 2 |"
+    ) in page
+    assert "| 25 | teacher | | ddim | | 0 | | | 0.200 | 53.0 | |" in page
+    assert "| 4 | teacher, guidance 4 | | ddim | | 0.2000 | 0.100 | 9 | 0.300 | 20.0 | |" in page
     assert "| 4 | tcd (ddim) | distance | +0.3000 | 0.0707 | better |" in page
 
 

@@ -24,7 +24,7 @@ def write_results(
     rows = summarise(results)
     judged = judge(rows, matrix.against)
     teachers = scorer.teachers()
-    page = markdown(title, facts, rows, judged, teachers)
+    page = markdown(title, facts, rows, judged, teachers, scorer.many_steps)
     runs = [{key: value for key, value in result.items() if key != "pictures"} for result in results]
     content = {"facts": list(facts), "rows": rows, "margins": judged, "teachers": teachers, "runs": runs}
     _replace(folder / "results.json", lambda path: _write(path, json.dumps(content, indent=1) + "\n"))

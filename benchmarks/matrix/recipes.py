@@ -11,6 +11,7 @@ import yaml
 from hypersd_jax.config import Config, build, load_config
 from hypersd_jax.errors import UserError
 from hypersd_jax.recipes import find_recipe
+from hypersd_jax.stages.student import compared_samplings
 
 # What no recipe of a matrix decides: the comparison is made here, and TensorBoard would have nobody to look at it.
 FIXED = ("evaluation.samples=0", "log.tensorboard=false", "log.sample_every=0")
@@ -18,12 +19,16 @@ FIXED = ("evaluation.samples=0", "log.tensorboard=false", "log.sample_every=0")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Drawn:
-    """A stage's student at a number of steps; ``sampler`` and ``eta``: null takes the stage's own."""
+    """A stage's student at a number of steps; ``sampler`` and ``eta``: null takes the stage's own.
+
+    ``timesteps`` are filled in where the stage has its own for this number of steps and its own sampler.
+    """
 
     stage: str
     steps: int
     sampler: str | None = None
     eta: float | None = None
+    timesteps: tuple[int, ...] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,12 +125,18 @@ def recipe_config(matrix: Matrix, recipe: Recipe, seed: int, output: Path) -> Co
 def drawn_of(recipe: Recipe, config: Config) -> list[Drawn]:
     """What is measured of a run, with nothing left open."""
     stages = {stage.name: stage for stage in config.adapter_stages}
-    rows = recipe.draw or tuple(Drawn(stage=stage.name, steps=stage.k) for stage in config.adapter_stages)
+    rows = recipe.draw or tuple(
+        Drawn(stage=stage.name, steps=sampling["steps"])
+        for stage in config.adapter_stages
+        for sampling in compared_samplings(stage)
+    )
     settled = []
     for row in rows:
         if row.stage not in stages:
             raise UserError(f"recipes.{recipe.name}.draw: no stage {row.stage!r}, only {', '.join(stages)}")
         stage = stages[row.stage]
         eta = stage.eta if row.eta is None else row.eta
-        settled.append(dataclasses.replace(row, sampler=row.sampler or stage.sampler, eta=eta))
+        own = {sampling["steps"]: sampling["timesteps"] for sampling in compared_samplings(stage)}
+        times = own.get(row.steps) if row.sampler in (None, stage.sampler) else None
+        settled.append(dataclasses.replace(row, sampler=row.sampler or stage.sampler, eta=eta, timesteps=times))
     return settled

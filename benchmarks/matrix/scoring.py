@@ -15,7 +15,7 @@ from benchmarks.matrix.recipes import Drawn
 from hypersd_jax.config import Config
 from hypersd_jax.data import evaluation_list
 from hypersd_jax.pipeline import Pipeline, parse_dtype
-from hypersd_jax.stages.appraisal import look
+from hypersd_jax.stages.appraisal import look, make_appraiser
 from hypersd_jax.stages.reference import MANY_STEPS, draw, get_reference, measure, reference_identity
 from hypersd_jax.weights.components import load_components
 from hypersd_jax.weights.folder import fingerprint
@@ -23,14 +23,23 @@ from hypersd_jax.weights.folder import fingerprint
 SHOWN = 8
 """Prompts in the grid of pictures."""
 
+VALUES = ("kid_train", "clip_gain")
+"""What is told beside the distances to the teacher."""
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Score:
-    """Of one student at one number of steps: distance and KID to the teacher's pictures, and its first pictures."""
+    """Of one student at one number of steps, and its first pictures.
+
+    Distance, KID and FID are to the teacher's pictures, ``kid_train`` to training pictures; ``clip_gain`` is the text
+    match over that of shuffled prompts.
+    """
 
     distance: float
     kid: float
     fid: float
+    kid_train: float
+    clip_gain: float
     pictures: np.ndarray
 
 
@@ -44,6 +53,7 @@ class Scorer:
         self.base = fingerprint(components.params["unet"])
         self._pipe = Pipeline(components, dtype=dtype)
         self._items = evaluation_list(samples, groups=config.data.groups)
+        self._appraiser = make_appraiser(self._items, config.data.groups, self._pipe.native_size[0])
         self._batch_size = config.evaluation.batch_size
         self._root = root
         belonging: dict[str, Any] = {
@@ -71,25 +81,31 @@ class Scorer:
     def teacher_title(self) -> str:
         return f"teacher {MANY_STEPS} steps"
 
+    @property
+    def many_steps(self) -> dict[str, Any]:
+        """The teacher at many steps: what a student is to reach."""
+        return {"steps": MANY_STEPS, **self._reference.values}
+
     def teachers(self) -> list[dict[str, Any]]:
         """The teacher at few steps, and from other latents: rows without seeds."""
         rows = [("teacher, other latents", self._reference.floor), *(("teacher", t) for t in self._reference.teachers)]
         return [
             {
-                "method": name,
+                "method": title,
                 "steps": found.steps,
                 "guidance": found.guidance,
                 "distance": found.distance.mean,
                 "kid": found.kid.mean,
                 "fid": found.fid,
+                **{name: found.values[name] for name in VALUES},
             }
-            for name, found in rows
+            for title, found in rows
         ]
 
     def score(self, lora: Path, row: Drawn) -> Score:
         """Draw and measure, unless the same file has been drawn in the same way before."""
         content = hashlib.sha256(lora.read_bytes()).hexdigest()
-        asked = json.dumps([content, row.steps, row.sampler, row.eta, self._identity])
+        asked = json.dumps([content, row.steps, row.sampler, row.eta, row.timesteps, self._identity])
         path = self._root / "scores" / f"{hashlib.sha256(asked.encode()).hexdigest()[:20]}.npz"
         found = _read(path)
         return found if found is not None else self._measure(lora, row, path)
@@ -104,12 +120,16 @@ class Scorer:
                 guidance=0.0,
                 sampler=row.sampler or "ddim",
                 eta=row.eta or 0.0,
+                timesteps=row.timesteps,
                 batch_size=self._batch_size,
             )
         finally:
             self._pipe.unload_lora("student")
-        found = measure(look(images), self._reference.pictures, steps=row.steps, guidance=0.0)
+        mine = look(images)
+        found = measure(mine, self._reference.pictures, steps=row.steps, guidance=0.0)
+        values = self._appraiser.values(mine, None)
         numbers = {"distance": found.distance.mean, "kid": found.kid.mean, "fid": found.fid}
+        numbers |= {name: values[name] for name in VALUES}
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".tmp-{path.name}")
         np.savez_compressed(temporary, pictures=images[:SHOWN], numbers=np.asarray(json.dumps(numbers)))

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 Row = dict[str, Any]
-METRICS = ("distance", "kid")
-"""What is judged; less is better in both."""
+METRICS = {"distance": 1, "kid": 1, "kid_train": 1, "clip_gain": -1}
+"""What is judged: 1 where less is better, -1 where more is."""
 
 COUNTS = 2.0
 """A margin counts from this many pooled standard deviations on."""
@@ -19,7 +19,7 @@ def summarise(results: Iterable[Mapping[str, Any]]) -> list[Row]:
     """One row for each method and number of steps: mean and standard deviation over the seeds of each metric.
 
     Args:
-        results: {"method", "recipe", "stage", "steps", "seed", "updates", "distance", "kid", "fid"} of each run.
+        results: {"method", "recipe", "stage", "steps", "seed", "updates", and the metrics} of each run.
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for result in results:
@@ -49,8 +49,9 @@ def judge(rows: Sequence[Row], against: str) -> list[Row]:
         if other["method"] == against or not own:
             continue
         for metric in METRICS:
-            mine = min(own, key=lambda row: row[metric])
-            margin, pooled = other[metric] - mine[metric], pooled_deviation(mine, other, metric)
+            sign = METRICS[metric]
+            mine = min(own, key=lambda row: sign * row[metric])
+            margin, pooled = sign * (other[metric] - mine[metric]), pooled_deviation(mine, other, metric)
             names = {"against": against, "other": _title(other), "steps": other["steps"], "metric": metric}
             judged.append({**names, "margin": margin, "pooled_sd": pooled, "verdict": verdict(margin, pooled)})
     return judged
@@ -73,27 +74,35 @@ def verdict(margin: float, pooled: float | None) -> str:
     return "better" if margin > 0 else "worse"
 
 
-def markdown(title: str, facts: Sequence[str], rows: Sequence[Row], judged: Sequence[Row], teachers: list[Row]) -> str:
-    """The page: rows by steps, the teacher for scale, and the margins."""
+def markdown(
+    title: str, facts: Sequence[str], rows: Sequence[Row], judged: Sequence[Row], teachers: list[Row], goal: Row
+) -> str:
+    """The page: rows by steps, the teacher for scale (``goal``: at many steps), and the margins."""
     lines = [f"# {title}", "", *facts, ""]
     lines += [
-        "| steps | method | student | sampler | updates | distance | KID | FID | seeds |",
-        "|---|---|---|---|---|---|---|---|---|",
+        "| steps | method | student | sampler | updates | distance | KID | FID | KID to training pictures "
+        "| text-match gain | seeds |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         sampler = sampler_title(row)
         lines.append(
             f"| {row['steps']} | {row['method']} | {row['recipe']} / {row['stage']} | {sampler} | {row['updates']} "
-            f"| {_spread(row, 'distance', 4)} | {_spread(row, 'kid', 3)} | {_spread(row, 'fid', 0)} | {row['seeds']} |"
+            f"| {_spread(row, 'distance', 4)} | {_spread(row, 'kid', 3)} | {_spread(row, 'fid', 0)} "
+            f"| {_spread(row, 'kid_train', 3)} | {_spread(row, 'clip_gain', 1)} | {row['seeds']} |"
         )
+    lines.append(
+        f"| {goal['steps']} | teacher | | ddim | | 0 | | | {goal['kid_train']:.3f} | {goal['clip_gain']:.1f} | |"
+    )
     for row in teachers:
         guidance = f"guidance {row['guidance']:g}" if row["guidance"] > 1 else "no guidance"
         lines.append(
             f"| {row['steps']} | {row['method']}, {guidance} | | ddim | | {row['distance']:.4f} | {row['kid']:.3f} "
-            f"| {row['fid']:.0f} | |"
+            f"| {row['fid']:.0f} | {row['kid_train']:.3f} | {row['clip_gain']:.1f} | |"
         )
     lines += ["", "Mean ± standard deviation over seeds. Distance: root mean squared pixel difference (0..1) to the"]
-    lines += ["teacher's 25-step picture from the same latents. KID, FID: against the teacher's 25-step pictures."]
+    lines += ["teacher's 25-step picture from the same latents. KID, FID: against the teacher's 25-step pictures,"]
+    lines += ["and KID against as many training pictures. Text-match gain: over that of shuffled prompts."]
     if judged:
         lines += ["", f"Margins of {judged[0]['against']} (positive: nearer to the teacher). One counts if it is over"]
         lines += ["two pooled standard deviations; else it is not shown.", ""]

@@ -7,25 +7,16 @@ on after a kill; what it has finished moves over at its end, and appears under i
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import shutil
 from pathlib import Path
 
-from hypersd_jax.config import Config, to_dict
+from hypersd_jax.config import Config
 from hypersd_jax.stages import train
+from hypersd_jax.stages.reuse import history, link_tree
 from hypersd_jax.weights.tensors import open_tensors
 
 STUDENT = "student.safetensors"
-
-
-def history(config: Config, count: int, base: str) -> str:
-    """The key of the ``count``-th stage's student; ``base`` is the fingerprint of the base's UNet."""
-    tree = to_dict(config)
-    parts = {name: tree[name] for name in ("model", "data", "lora", "seed")}
-    text = json.dumps([base, parts, tree["stages"][:count]], sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
 def student_file(root: Path, key: str) -> Path:
@@ -71,7 +62,7 @@ def _take(stored: Path, run: Path, name: str) -> None:
     """Put a finished stage into a run's folder, as if the run had trained it."""
     checkpoints, lora = run / "checkpoints" / name, run / "loras" / f"{name}.safetensors"
     if not checkpoints.exists():
-        _link_tree(stored / "checkpoints", checkpoints)
+        link_tree(stored / "checkpoints", checkpoints)
     if not lora.exists():
         lora.parent.mkdir(parents=True, exist_ok=True)
         os.link(stored / STUDENT, lora)
@@ -83,18 +74,9 @@ def _publish(run: Path, name: str, stored: Path) -> None:
     newest = max(steps, key=lambda path: int(path.name))
     temporary = stored.with_name(f".tmp-{stored.name}")
     shutil.rmtree(temporary, ignore_errors=True)
-    _link_tree(newest, temporary / "checkpoints" / newest.name)
+    link_tree(newest, temporary / "checkpoints" / newest.name)
     lora = run / "loras" / f"{name}.safetensors"
     with open_tensors(lora) as file:  # a file that cannot be read is not kept
         file.keys()
     os.link(lora, temporary / STUDENT)
     temporary.replace(stored)
-
-
-def _link_tree(source: Path, target: Path) -> None:
-    """The same files under another name, which costs no space: nothing rewrites them in place."""
-    temporary = target.with_name(f".tmp-{target.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, temporary, copy_function=os.link)
-    temporary.replace(target)

@@ -82,9 +82,14 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run: ``stages`` are trained in order, each from the last one's student."""
+    """A whole run: ``stages`` are trained in order, each from the last one's student.
+
+    ``reuse`` names the folder of another run: its first stages, as far as all that made them is the same, are taken
+    over and not trained again.
+    """
 
     output_dir: str
+    reuse: str | None = None
     seed: int = 0
     model: ModelConfig = ModelConfig()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)

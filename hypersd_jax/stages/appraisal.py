@@ -34,18 +34,16 @@ class Appraiser:
     items: tuple[Prompted, ...]
     yardsticks: Yardsticks
 
-    def values(self, pictures: Pictures, further: Sequence[np.ndarray]) -> Row:
+    def values(self, pictures: Pictures, further: Sequence[np.ndarray] | None) -> Row:
         """Text match, FID and KID to training pictures, and diversity, under their keys of results.json.
 
         Args:
             pictures: one for each item.
-            further: features (M, 1280) of the first M items from each of several other seeds.
+            further: features (M, 1280) of the first M items from each of several other seeds; None: no diversity.
         """
         drawn = Drawn(*pictures, seen=seen_by(SPECS["report"], pictures.images), seconds=0.0, chunks=())
-        return {
-            **picture_row(self.yardsticks, self.items, drawn),
-            **diversity_values(pictures.features, further),
-        }
+        row = picture_row(self.yardsticks, self.items, drawn)
+        return row if further is None else {**row, **diversity_values(pictures.features, further)}
 
 
 def make_appraiser(items: Sequence[EvalItem], groups: Sequence[str] | None, side: int) -> Appraiser:

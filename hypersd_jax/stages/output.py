@@ -11,7 +11,7 @@ from hypersd_jax.config import Config, first_difference, save_config, to_dict
 from hypersd_jax.errors import UserError
 
 # May change between a stopped run and its continuation: they do not reach the student.
-FREE_KEYS = ("output_dir", "mesh", "log", "evaluation")
+FREE_KEYS = ("output_dir", "reuse", "mesh", "log", "evaluation")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,7 @@ from hypersd_jax.stages.loop import (
 from hypersd_jax.stages.output import Output, create_output, open_output
 from hypersd_jax.stages.preview import finish, preview
 from hypersd_jax.stages.prompt_feeding import PromptInputs
+from hypersd_jax.stages.reuse import history, take_over
 from hypersd_jax.stages.whole import open_whole, train_whole
 from hypersd_jax.training import make_mesh
 from hypersd_jax.weights.components import load_components
@@ -56,6 +58,9 @@ def train(config: Config) -> Path:
     run = open_run(config, output)
     check_stages(run)
     create_output(output, config)
+    taken = take_over(config, output, run.base_fingerprint) if jax.process_index() == 0 else []
+    if taken:
+        print(f"taken over from {config.reuse}: {', '.join(taken)}", file=sys.stderr)
     factors = _initial_factors(run)
     for index, stage in enumerate(config.adapter_stages):
         factors = run_stage(run, index, stage, factors)
@@ -131,7 +136,13 @@ def run_stage(run: Run, index: int, stage: AdapterStage, start: Factors) -> Any:
         start: the previous student's factors, or in the first stage fresh ones.
     """
     job = make_job(run, index, stage, start)
-    facts = {"stage": stage.name, "base": run.base_fingerprint, "settings": to_dict(stage), "seed": run.config.seed}
+    facts = {
+        "stage": stage.name,
+        "base": run.base_fingerprint,
+        "settings": to_dict(stage),
+        "seed": run.config.seed,
+        "history": history(run.config, index + 1, run.base_fingerprint),
+    }
     state, done = run_updates(
         stage,
         job.state,

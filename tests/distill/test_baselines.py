@@ -158,7 +158,8 @@ def test_lcms_consistency_function_is_the_samplers():
 
 
 def test_at_the_trajectorys_end_lcms_target_is_the_teachers_step():
-    drawn = Draw(*(jnp.asarray([t], jnp.int32) for t in (19, 0, 0)), jnp.ones(1), jnp.ones((1, 3, 3, 4)), jnp.asarray([19]))
+    times = (jnp.asarray([t], jnp.int32) for t in (19, 0, 0))
+    drawn = Draw(*times, jnp.ones(1), jnp.ones((1, 3, 3, 4)), jnp.asarray([19]))
     batch = {"latents": latents()[:1], "cond": jnp.ones(1)}
 
     def silent(x, t, cond):
