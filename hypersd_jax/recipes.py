@@ -13,9 +13,9 @@ FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 
 def recipe_files() -> dict[str, Path]:
-    """The shipped recipes by name."""
+    """The shipped recipes by name: NAME of NAME.yaml, FOLDER/NAME of one in a folder."""
     folder = next((f for f in FOLDERS if f.is_dir()), FOLDERS[0])
-    return {path.stem: path for path in sorted(folder.glob("*.yaml"))}
+    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
 
 
 def find_recipe(name: str) -> Path:
@@ -24,6 +24,7 @@ def find_recipe(name: str) -> Path:
     if path.is_file():
         return path
     known = recipe_files()
-    if path.stem in known and path.parent.name in ("", "configs"):
-        return known[path.stem]
-    raise UserError(f"--config {name}: no such file{nearest(path.stem, known)}")
+    asked = path.with_suffix("").as_posix().removeprefix("configs/")
+    if asked in known:
+        return known[asked]
+    raise UserError(f"--config {name}: no such file{nearest(asked, known)}")

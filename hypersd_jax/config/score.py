@@ -42,12 +42,12 @@ class AdversarialConfig:
 class RegressionConfig:
     """The MSE between a one-step student and where a many-step model leads from the same noise (Hyper-SD, 3.3).
 
-    ``teacher``: ``previous`` (the stage's own start, whose guidance is absorbed already) or ``base`` (with the stage's
-    guidance); ``steps`` of its DDIM trajectory.
+    ``teacher``: the name of an earlier stage, whose student has absorbed its guidance already; ``previous``, the
+    stage's own start; or ``base``, with the stage's guidance. ``steps`` of its DDIM trajectory.
     """
 
     weight: float = 0.25
-    teacher: Literal["previous", "base"] = "previous"
+    teacher: str = "previous"
     steps: int = 8
 
     def __post_init__(self) -> None:
@@ -61,13 +61,12 @@ class RegressionConfig:
 class AnchorConfig:
     """TSCD's loss of one segment, kept on beside score distillation so that the student stays good at more steps.
 
-    ``solver_steps`` is its grid; ``teacher`` as in `ConsistencyStage`: the guided base model (with the stage's
-    guidance), or the stage's own start.
+    ``solver_steps`` is its grid; ``teacher``, of its solver steps, as in `RegressionConfig`.
     """
 
     weight: float = 1.0
     solver_steps: int = 50
-    teacher: Literal["base", "previous"] = "base"
+    teacher: str = "base"
 
     def __post_init__(self) -> None:
         if self.weight <= 0:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hypersd_jax import adapters
+from hypersd_jax.adapters import Adapter
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import AdapterStage, Config, ConsistencyStage, ScoreStage
 from hypersd_jax.errors import UserError
@@ -76,8 +77,8 @@ class Job:
     student: Callable[[TrainState], Any]
 
 
-def check_stage(run: Run, stage: AdapterStage, *, first: bool) -> None:
-    """Refuse what does not fit this model; raises UserError beginning with the key within the stage."""
+def check_stage(run: Run, stage: AdapterStage, before: Sequence[str]) -> None:
+    """Refuse what does not fit this model or the stages ``before``; raises UserError beginning with the stage's key."""
     schedule = run.pipe.schedule
     if isinstance(stage, ConsistencyStage):
         tscd.stage_controls(stage, schedule, run.grid_length)
@@ -87,15 +88,26 @@ def check_stage(run: Run, stage: AdapterStage, *, first: bool) -> None:
         raise UserError(f"times: {stage.times[0]} is not below the {schedule.num_train_timesteps} training times")
     for key in ("regression", "anchor"):
         settings = getattr(stage, key)
-        if first and settings and settings.teacher == "previous":
-            raise UserError(f"{key}.teacher=previous: no stage comes before")
+        if settings is None or settings.teacher == score.BASE or (settings.teacher == score.PREVIOUS and before):
+            continue
+        if settings.teacher not in before:
+            named = ", ".join((score.BASE, score.PREVIOUS, *before)) if before else score.BASE
+            raise UserError(f"{key}.teacher={settings.teacher!r}: only {named} can be it here")
 
 
-def make_job(run: Run, index: int, stage: AdapterStage, start: Factors) -> Job:
-    """Prepare a stage that starts from ``start``, the previous student's factors; index 0 has none before it."""
+def make_job(run: Run, index: int, stage: AdapterStage, start: Factors, students: Mapping[str, Factors]) -> Job:
+    """Prepare a stage.
+
+    Args:
+        run: what the stages share.
+        index: its place; 0 has no stage before it.
+        stage: its settings.
+        start: the previous student's factors, or fresh ones.
+        students: those of every stage before, by name.
+    """
     if isinstance(stage, ConsistencyStage):
         return _consistency_job(run, index, stage, start)
-    return _score_job(run, index, stage, start)
+    return _score_job(run, index, stage, start, students)
 
 
 def _consistency_job(run: Run, index: int, stage: ConsistencyStage, start: Factors) -> Job:
@@ -125,15 +137,21 @@ def _consistency_job(run: Run, index: int, stage: ConsistencyStage, start: Facto
     return _round_job(run, stage, kind, turns, trainable, frozen, controls)
 
 
-def _score_job(run: Run, index: int, stage: ScoreStage, start: Factors) -> Job:
+def _score_job(run: Run, index: int, stage: ScoreStage, start: Factors, students: Mapping[str, Factors]) -> Job:
     components, schedule = run.pipe.components, run.pipe.schedule
     kind = score.score_kind(stage)
     before = adapters.join(start, run.scales)
-    frozen = tscd.frozen_tree(components, run.uncond, run.scales, before)
+    teachers: dict[str, Adapter | None] = {}
+    for key in ("regression", "anchor"):
+        settings = getattr(stage, key)
+        if settings is not None and settings.teacher != score.BASE:
+            earlier = start if settings.teacher == score.PREVIOUS else students[settings.teacher]
+            teachers[key] = adapters.join(earlier, run.scales)
+    frozen = score.score_frozen(components, run.uncond, run.scales, teachers)
     controls = score.score_controls(stage, schedule, dict(components.scheduler_config), run.grid_length)
     lora = run.config.lora
-    key = stream(run.config.seed, FAKE_STREAM, index)
-    fake, _ = adapters.split(adapters.init(key, components.unet.shapes, rank=lora.rank, alpha=lora.alpha))
+    drawn = stream(run.config.seed, FAKE_STREAM, index)
+    fake, _ = adapters.split(adapters.init(drawn, components.unet.shapes, rank=lora.rank, alpha=lora.alpha))
     student: Any = start
     if kind.whole:
         masters = {path: leaf.astype(jnp.float32) for path, leaf in components.params["unet"].items()}

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -62,8 +62,9 @@ def train(config: Config) -> Path:
     if taken:
         print(f"taken over from {config.reuse}: {', '.join(taken)}", file=sys.stderr)
     factors = _initial_factors(run)
+    students: dict[str, Factors] = {}
     for index, stage in enumerate(config.adapter_stages):
-        factors = run_stage(run, index, stage, factors)
+        factors = students[stage.name] = run_stage(run, index, stage, factors, students)
     if config.compared_samples:
         compare(config, output, run.pipe, run.base_fingerprint)
     return output.root
@@ -120,13 +121,13 @@ def check_stages(run: Run) -> None:
     for index, stage in enumerate(run.config.adapter_stages):
         require_even(stage, run.mesh)
         try:
-            check_stage(run, stage, first=index == 0)
+            check_stage(run, stage, [each.name for each in run.config.adapter_stages[:index]])
             sampling_header(stage, dict(run.pipe.components.scheduler_config))
         except UserError as error:
             raise UserError(f"stages.{stage.name}.{error}") from None
 
 
-def run_stage(run: Run, index: int, stage: AdapterStage, start: Factors) -> Any:
+def run_stage(run: Run, index: int, stage: AdapterStage, start: Factors, students: Mapping[str, Factors]) -> Any:
     """Train one stage and export it; returns the exported factors, where the next stage starts, or the whole UNet.
 
     Args:
@@ -134,8 +135,9 @@ def run_stage(run: Run, index: int, stage: AdapterStage, start: Factors) -> Any:
         index: the stage's place, for its randomness and its data.
         stage: its settings.
         start: the previous student's factors, or in the first stage fresh ones.
+        students: those of every stage before, by name.
     """
-    job = make_job(run, index, stage, start)
+    job = make_job(run, index, stage, start, students)
     facts = {
         "stage": stage.name,
         "base": run.base_fingerprint,

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from hypersd_jax.adapters import join
+from hypersd_jax.adapters import Adapter, join
+from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import ScoreStage
 from hypersd_jax.diffusion import Schedule, solver_table
 from hypersd_jax.distill import (
@@ -38,21 +39,26 @@ from hypersd_jax.training import Controls, Turn, optimizer_controls
 from hypersd_jax.weights.components import Components
 
 FAKE = "fake"
+# Teachers that are no stage's name.
+BASE, PREVIOUS = "base", "previous"
 # What the step's key is folded with for the anchor's draws and for the noise of the real side.
 ANCHOR_STREAM, REAL_STREAM = 2**32 - 3, 2**32 - 4
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreKind:
-    """What is compiled into a round; stages of the same kind share it."""
+    """What is compiled into a round; stages of the same kind share it.
+
+    ``regression`` and ``anchor`` say whether their teacher is the base, not a student.
+    """
 
     deterministic: bool
     whole: bool
     steps: int
     guided: bool
     fake_updates: int
-    regression: tuple[str, int] | None
-    anchor: str | None
+    regression: tuple[bool, int] | None
+    anchor: bool | None
     adversarial: JudgeKind | None
     data_free: bool
     accumulate: int
@@ -70,8 +76,8 @@ def score_kind(stage: ScoreStage) -> ScoreKind:
         steps=len(stage.times),
         guided=stage.guidance > 1.0,
         fake_updates=stage.fake_updates,
-        regression=(stage.regression.teacher, stage.regression.steps) if stage.regression else None,
-        anchor=stage.anchor.teacher if stage.anchor else None,
+        regression=(stage.regression.teacher == BASE, stage.regression.steps) if stage.regression else None,
+        anchor=stage.anchor.teacher == BASE if stage.anchor else None,
         adversarial=judge_kind(stage.adversarial),
         data_free=stage.data_free,
         accumulate=stage.accumulate,
@@ -113,6 +119,14 @@ def score_controls(stage: ScoreStage, schedule: Schedule, scheduler_config: dict
         heads = dataclasses.replace(config, learning_rate=stage.adversarial.learning_rate)
         controls["players"][HEADS] = optimizer_controls(heads, stage.updates)
     return controls
+
+
+def score_frozen(
+    components: Components, uncond: Conditioning, scales: Any, teachers: dict[str, Adapter | None]
+) -> dict[str, Any]:
+    """What a round reads and never changes; ``teachers``: LoRAs of "regression" and "anchor", where they have one."""
+    shared = {"unet": dict(components.params["unet"]), "uncond": uncond, "scales": scales}
+    return {**shared, **{name: teachers.get(name) or {} for name in ("regression", "anchor")}}
 
 
 def score_judge(components: Components, kind: ScoreKind, mesh: Mesh) -> Judge | None:
@@ -192,12 +206,13 @@ class _Losses:
             loss = loss + controls["adversarial_weight"] * metrics["generator"]
         calls = drawn.step.astype(jnp.float32)
         if kind.regression is not None:
-            source, steps = kind.regression
-            model = self._previous(nets, frozen) if source == "previous" else self._real_score(nets, frozen, controls)
+            from_base, steps = kind.regression
+            many_steps = nets.predictor(frozen["regression"])
+            model = self._real_score(nets, frozen, controls) if from_base else many_steps
             before = nets.calls
             end = endpoint(model, drawn.noise, cond, controls["regression_times"], schedule=self.schedule)
             # The trace saw two of the trajectory's steps at most: one in the loop, and the last.
-            calls += steps * (2.0 if source == "base" and kind.guided else 1.0) - (nets.calls - before)
+            calls += steps * (2.0 if from_base and kind.guided else 1.0) - (nets.calls - before)
             metrics["regression"] = batch_mean(mse(sample.x0, end))
             loss = loss + controls["regression_weight"] * metrics["regression"]
         if kind.anchor is not None:
@@ -225,7 +240,7 @@ class _Losses:
             "tscd",
             student,
             self._predictor(nets, ema[STUDENT], frozen, counted=False),
-            teacher_of(nets, self.kind.anchor == "previous", self.kind.guided, frozen["teacher"]),
+            teacher_of(nets, not self.kind.anchor, self.kind.guided, frozen["anchor"]),
             rows,
             jax.random.fold_in(key, ANCHOR_STREAM),
             segments_of(controls),
@@ -260,9 +275,6 @@ class _Losses:
         if self.kind.whole:
             return nets.predictor(params=weights, counted=counted)
         return nets.predictor(join(weights, frozen["scales"]), counted=counted)
-
-    def _previous(self, nets: Networks, frozen: Any) -> Predict:
-        return nets.predictor(frozen["teacher"])
 
     def _real_score(self, nets: Networks, frozen: Any, controls: Controls) -> Predict:
         if not self.kind.guided:
