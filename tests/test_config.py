@@ -4,12 +4,24 @@ from __future__ import annotations
 
 from pathlib import Path
 
+import jax
+import numpy as np
 import pytest
 
 from hypersd_jax import recipes
-from hypersd_jax.config import Config, build, first_difference, load_config, save_config, to_dict
+from hypersd_jax.config import (
+    Config,
+    ConsistencyStage,
+    ScoreStage,
+    build,
+    first_difference,
+    load_config,
+    save_config,
+    to_dict,
+)
 from hypersd_jax.diffusion import Schedule
 from hypersd_jax.errors import UserError
+from hypersd_jax.stages.score import score_controls, score_kind
 from hypersd_jax.stages.tscd import stage_controls, step_kind
 from hypersd_jax.weights.components import assets
 from hypersd_jax.weights.folder import read_json
@@ -38,18 +50,30 @@ def test_every_shipped_recipe_is_instantiated_and_written_back(name: str, tmp_pa
     schedule = Schedule.from_config(read_json(assets() / "teacher" / "scheduler" / "scheduler_config.json"))
     if not config.adapter_stages:
         return
-    longest = max(stage.solver_steps for stage in config.adapter_stages)
-    shapes = set()
-    for index, stage in enumerate(config.adapter_stages):
+    consistency = [stage for stage in config.adapter_stages if isinstance(stage, ConsistencyStage)]
+    longest = max(stage.solver_steps for stage in consistency)
+    shapes: dict[bool, set[tuple[tuple[str, tuple[int, ...]], ...]]] = {}
+    for index, stage in enumerate(consistency):
         step_kind(stage, first=index == 0)
-        controls = stage_controls(stage, schedule, longest)
-        shapes.add(tuple(sorted((key, value.shape) for key, value in controls.items())))
-    assert len(shapes) == 1  # all stages share one compiled step
-    assert [stage.k for stage in config.adapter_stages] == [8, 4, 2, 1]
+        controls = jax.tree_util.tree_leaves_with_path(stage_controls(stage, schedule, longest))
+        named = tuple((jax.tree_util.keystr(path), np.shape(value)) for path, value in controls)
+        shapes.setdefault(stage.adversarial is not None, set()).add(named)
+    assert all(len(found) == 1 for found in shapes.values())  # those of one kind share one compiled step
+    assert [stage.k for stage in consistency] == [8, 4, 2, 1]
+    for stage in config.adapter_stages[4:]:
+        assert isinstance(stage, ScoreStage)
+        score_kind(stage)
+        score_controls(stage, schedule, {}, longest)
 
 
 def test_the_three_recipes_are_there() -> None:
-    assert {"emoji", "sd15", "sdxl"} <= set(RECIPES)
+    assert {f"{name}{part}" for name in ("emoji", "sd15", "sdxl") for part in ("", "/hyper")} <= set(RECIPES)
+
+
+@pytest.mark.parametrize("name", ["emoji/hyper", "configs/emoji/hyper", "configs/emoji/hyper.yaml"])
+def test_a_recipe_in_a_folder(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)  # as where the package is installed, and no folder of recipes is at hand
+    assert recipes.find_recipe(name) == RECIPES["emoji/hyper"]
 
 
 def test_overrides(base: Path) -> None:
