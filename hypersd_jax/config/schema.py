@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from hypersd_jax.config.data import DataConfig
-from hypersd_jax.config.score import ScoreStage
+from hypersd_jax.config.score import TEACHERS, ScoreStage
 from hypersd_jax.config.stages import AdapterStage, AnyStage
 
 
@@ -106,6 +106,8 @@ class Config:
         for name in names:
             if names.count(name) > 1:
                 raise ValueError(f"stages: the name {name!r} is used twice")
+            if name in TEACHERS:
+                raise ValueError(f"stages: the name {name!r} is a teacher's already")
         if self.evaluation.samples and self.data.source != "emoji":
             raise ValueError(f"evaluation.samples: the comparison needs data.source=emoji, not {self.data.source}")
 

@@ -8,6 +8,8 @@ from typing import Literal
 from hypersd_jax.config.stage import StageConfig
 
 LATEST = 999  # of 1000 training times
+BASE, PREVIOUS = TEACHERS = ("base", "previous")
+"""Teachers that are no stage's name."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,10 +117,14 @@ class ScoreStage(StageConfig):
             raise ValueError(f"times must fall, not {list(self.times)}")
         if self.times[-1] < 1:
             raise ValueError(f"times must be at least 1, not {self.times[-1]}")
+        if self.kind == "tdm" and len(self.times) > 1 and self.times[1] > round(high * LATEST):
+            raise ValueError("times: only the first may lie above time_range, to whose times samples are noised on")
         if not self.steps or min(self.steps) < 1:
             raise ValueError(f"steps must be counts of at least 1, not {list(self.steps)}")
         if self.weight < 0 or self.guidance < 0:
             raise ValueError("weight and guidance must not be negative")
+        if self.weight == 0 and not (self.regression or self.anchor or self.adversarial):
+            raise ValueError("weight=0 leaves nothing to train on")
         if self.fake_updates < 1 or self.fake_learning_rate <= 0:
             raise ValueError("fake_updates must be at least 1 and fake_learning_rate above 0")
         if not 0.0 <= self.eta <= 1.0:
@@ -133,5 +139,7 @@ class ScoreStage(StageConfig):
             raise ValueError("data_free: an adversarial term needs pictures")
         if self.sampler == "auto":  # settled here, so that the run's record says which
             object.__setattr__(self, "sampler", "lcm" if self.student == "unet" else "tcd")
+        if self.kind == "tdm" and self.student == "unet":
+            raise ValueError("kind=tdm: its steps are deterministic, and a UNet's are drawn with lcm")
         if self.student == "unet" and (self.sampler != "lcm" or self.steps != (len(self.times),)):
             raise ValueError("student=unet is drawn with lcm at its own times: steps must be their number")

@@ -55,8 +55,8 @@ class ConsistencyStage(StageConfig):
             raise ValueError(f"solver_steps ({self.solver_steps}) must be a multiple of k ({self.k})")
         if self.offset_noise < 0:
             raise ValueError(f"offset_noise must not be negative, not {self.offset_noise}")
-        if self.distance_weight < 0 or (self.distance_weight == 0 and not self.adversarial):
-            raise ValueError("distance_weight must be above 0, or 0 beside an adversarial term")
+        if self.distance_weight < 0 or (self.distance_weight != 1.0 and not self.adversarial):
+            raise ValueError("distance_weight must not be negative, and is 1 where no adversarial term is beside it")
         if self.adversarial and self.kind == "lcm":
             raise ValueError("adversarial: kind=lcm compares clean estimates and has no segment to judge in")
         if not 0.0 <= self.prompt_dropout < 1.0:

@@ -42,7 +42,6 @@ def matching_loss(
     Returns:
         (loss, metrics): scalar, and "score_gap", the mean absolute gradient, which falls as the two scores agree.
     """
-    x_t = jax.lax.stop_gradient(x_t)
     at = columns(schedule, t, x_t)
     mu_real, _ = to_x0_eps(real, x_t, *at, schedule.prediction_type)
     mu_fake, _ = to_x0_eps(fake, x_t, *at, schedule.prediction_type)

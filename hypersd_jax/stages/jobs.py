@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from hypersd_jax import adapters
 from hypersd_jax.adapters import Adapter
 from hypersd_jax.conditioning import Conditioning
-from hypersd_jax.config import AdapterStage, Config, ConsistencyStage, ScoreStage
+from hypersd_jax.config import BASE, PREVIOUS, AdapterStage, Config, ConsistencyStage, ScoreStage
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import score, tscd
@@ -88,10 +88,10 @@ def check_stage(run: Run, stage: AdapterStage, before: Sequence[str]) -> None:
         raise UserError(f"times: {stage.times[0]} is not below the {schedule.num_train_timesteps} training times")
     for key in ("regression", "anchor"):
         settings = getattr(stage, key)
-        if settings is None or settings.teacher == score.BASE or (settings.teacher == score.PREVIOUS and before):
+        if settings is None or settings.teacher == BASE or (settings.teacher == PREVIOUS and before):
             continue
         if settings.teacher not in before:
-            named = ", ".join((score.BASE, score.PREVIOUS, *before)) if before else score.BASE
+            named = ", ".join((BASE, PREVIOUS, *before)) if before else BASE
             raise UserError(f"{key}.teacher={settings.teacher!r}: only {named} can be it here")
 
 
@@ -144,8 +144,8 @@ def _score_job(run: Run, index: int, stage: ScoreStage, start: Factors, students
     teachers: dict[str, Adapter | None] = {}
     for key in ("regression", "anchor"):
         settings = getattr(stage, key)
-        if settings is not None and settings.teacher != score.BASE:
-            earlier = start if settings.teacher == score.PREVIOUS else students[settings.teacher]
+        if settings is not None and settings.teacher != BASE:
+            earlier = start if settings.teacher == PREVIOUS else students[settings.teacher]
             teachers[key] = adapters.join(earlier, run.scales)
     frozen = score.score_frozen(components, run.uncond, run.scales, teachers)
     controls = score.score_controls(stage, schedule, dict(components.scheduler_config), run.grid_length)

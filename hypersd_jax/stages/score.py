@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from hypersd_jax.adapters import Adapter, join
 from hypersd_jax.conditioning import Conditioning
-from hypersd_jax.config import ScoreStage
+from hypersd_jax.config import BASE, ScoreStage
 from hypersd_jax.diffusion import Schedule, solver_table
 from hypersd_jax.distill import (
     batch_mean,
@@ -39,8 +39,6 @@ from hypersd_jax.training import Controls, Turn, optimizer_controls
 from hypersd_jax.weights.components import Components
 
 FAKE = "fake"
-# Teachers that are no stage's name.
-BASE, PREVIOUS = "base", "previous"
 # What the step's key is folded with for the anchor's draws and for the noise of the real side.
 ANCHOR_STREAM, REAL_STREAM = 2**32 - 3, 2**32 - 4
 

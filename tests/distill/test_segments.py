@@ -63,6 +63,25 @@ def test_bad_input(N, k, key):
         segment_bounds(N, k)
 
 
+@pytest.mark.parametrize(("N", "k"), VALID)
+def test_the_top_is_the_last_start_of_the_segment(N, k):
+    """Which is the edge that the next segment ends on."""
+    padded = pad_segments(N, k, N)
+    t_n, t_b, t_top = (padded[name] for name in ("t_n", "t_b", "t_top"))
+    assert t_top.dtype == np.int32
+    assert t_top.shape == (N,)
+    assert np.all(t_n <= t_top)
+    assert np.unique(t_top).tolist() == [*np.unique(t_b)[1:].tolist(), 999]
+    same = t_b[:, None] == t_b[None]
+    assert all(np.unique(t_top[row]).tolist() == [t_n[row].max()] for row in same[:: N // k])
+
+
+def test_the_tops_of_40_points_in_8_segments():
+    padded = pad_segments(40, 8, 50)
+    assert padded["t_top"][:11].tolist() == [124] * 5 + [249] * 5 + [374]
+    assert padded["t_top"][35:].tolist() == [999] * 15  # the padding repeats the last
+
+
 def test_padding():
     padded = pad_segments(8, 4, 50)
     assert padded["count"] == 8

@@ -42,12 +42,12 @@ def noisy(batch, key, controls):
 
 
 def beside(trainable, ema, frozen, batch, key, controls):
-    """Critic and head follow the student; infinite, with finite gradients, where the age leaves ``controls["ages"]``."""
+    """Critic and head follow the student; infinite, its gradient finite, while the age is out of controls["ages"]."""
     x, critic, head = noisy(batch, key, controls), trainable["critic"], trainable["head"]
     error = x @ critic["kernel"] - jax.lax.stop_gradient(toy.predict(trainable["student"], frozen, x))
     judged = head["gain"] * error + head["bias"] - batch["y"]
     age = jax.lax.stop_gradient(critic["age"][0])
-    (low, high) = controls["ages"]
+    low, high = controls["ages"]
     value = jnp.mean(jnp.square(error)) + jnp.mean(jnp.square(judged)) + critic["age"][0]
     return jnp.where((low <= age) & (age <= high), value, value + jnp.inf), {"gap": jnp.mean(jnp.abs(error))}
 
@@ -91,6 +91,10 @@ def go(state, rounds, step=None, accumulate=1, **settings):
     return state, history
 
 
+def each_leaf(first, second):
+    return zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
+
+
 def test_two_rounds_equal_the_same_written_by_hand():
     state, history = go(fresh(), 2)
     steering = controls()
@@ -103,6 +107,7 @@ def test_two_rounds_equal_the_same_written_by_hand():
         "head": optax.chain(optax.scale_by_adam(), optax.add_decayed_weights(0.1)),
     }
     moments = {name: tx.init(weights[name]) for name, tx in reference.items()}
+    turns = [(("critic", "head"), beside, REPEAT), (("student",), student, 1)]
 
     @functools.partial(jax.jit, static_argnums=(0, 1))
     def differentiate(loss, names, weights, ema, rows, key):
@@ -115,7 +120,7 @@ def test_two_rounds_equal_the_same_written_by_hand():
         rows = jax.tree.map(lambda leaf: leaf[0], toy.batch(step))
         key = jax.random.fold_in(jax.random.key(7), step)
         logged = {}
-        for turn, (names, loss, repeat) in enumerate([(("critic", "head"), beside, REPEAT), (("student",), student, 1)]):
+        for turn, (names, loss, repeat) in enumerate(turns):
             for time in range(repeat):
                 here = jax.random.fold_in(jax.random.fold_in(key, turn), time)
                 (value, metrics), grads = differentiate(loss, names, weights, ema, rows, here)
@@ -131,7 +136,7 @@ def test_two_rounds_equal_the_same_written_by_hand():
         logged |= {"param_norm": optax.tree.norm(weights["student"]), "skipped": 0}
         assert history[step] == pytest.approx({name: float(value) for name, value in logged.items()}, rel=2e-5)
     for ours, theirs in ((state.trainable, weights), (state.ema, ema), (state.opt_state, moments)):
-        for a, b in zip(jax.tree.leaves(ours), jax.tree.leaves(theirs), strict=True):
+        for a, b in each_leaf(ours, theirs):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=3e-6)
     assert int(state.step) == 2
     assert history[0]["critic_grad_norm"] > 0.05  # clipped
@@ -148,10 +153,6 @@ def test_a_player_that_has_no_turn_stands_still_to_the_bit():
             old, new = getattr(before, part), getattr(state, part)
             toy.assert_same({name: old[name] for name in still}, {name: new[name] for name in still})
             assert all(np.any(a != b) for name in moved for a, b in each_leaf(old[name], new[name]))
-
-
-def each_leaf(first, second):
-    return zip(jax.tree.leaves(first), jax.tree.leaves(second), strict=True)
 
 
 def test_accumulated_gradients_equal_the_big_batch():

@@ -1,0 +1,309 @@
+"""This package's side: ``python -m benchmarks.sides.training_ours MODEL SHAPE CASE LATENT REMAT UPDATES EXCHANGE``.
+
+The stage's own job (`stages.jobs.make_job`) on random latents and conditioning; of the model only the UNet is read.
+The step is compiled from shapes alone, and nothing is read where XLA's plan says that it would not fit in memory.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+import time
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from benchmarks.sides import training
+from hypersd_jax import adapters
+from hypersd_jax.conditioning import Conditioning, size_ids
+from hypersd_jax.config import Config, build
+from hypersd_jax.diffusion import Schedule
+from hypersd_jax.distill import draw, draw_trajectory
+from hypersd_jax.models.functional import Network, Shapes
+from hypersd_jax.models.unet import UNetConfig
+from hypersd_jax.stages.jobs import Factors, Job, Run, make_job
+from hypersd_jax.stages.loop import ADAPTER_STREAM, NOISE_STREAM, stream
+from hypersd_jax.stages.tscd import segments_of
+from hypersd_jax.training import abstract, batch_sharding, make_mesh, put_batch
+from hypersd_jax.weights import write_lora
+from hypersd_jax.weights.assembly import Components, StoredModel, Structure, networks, parse
+from hypersd_jax.weights.components import default_dtype, open_model
+from hypersd_jax.weights.placement import leaf_sharding
+
+PIXELS_PER_LATENT = 8
+# The step before which the run stands; 0 would be a stage without a student before it.
+INDEX = 1
+MOST_OF_MEMORY = 0.9
+"""What XLA's plan may take of the memory that is free; the kernels' own buffers are not in it."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Model:
+    """A stored model of which only the UNet is ever read."""
+
+    stored: StoredModel
+    structure: Structure
+    unet: Network
+    mesh: Mesh
+
+    @classmethod
+    def open(cls, folder: Path, *, remat: bool, mesh: Mesh) -> Model:
+        """Describe it."""
+        stored = open_model(folder)
+        structure = parse(stored.description)
+        dtypes = dict.fromkeys(structure.components, default_dtype())
+        unet = networks(structure, dtypes, remat=remat, mesh=mesh)["unet"]
+        return cls(stored=stored, structure=structure, unet=unet, mesh=mesh)
+
+    def read(self) -> dict[str, jax.Array]:
+        """The UNet's parameters, placed."""
+        shapes = self.unet.shapes
+        read = self.stored.read({"unet": shapes}, {"unet": default_dtype()})["unet"]
+        placed = {
+            name: jax.device_put(array, leaf_sharding(self.mesh, array.shape, array.dtype)) for name, array in read
+        }
+        return {name: placed[name] for name in shapes}
+
+    def components(self, params: Mapping[str, Any]) -> Components:
+        """The model around these parameters of its UNet."""
+        return Components(
+            description=self.stored.description,
+            unet_config=self.structure.unet,
+            vae_config=self.structure.vae,
+            unet=self.unet,
+            vae=None,
+            text_encoders={},
+            text_lengths={},
+            params={"unet": params},
+            is_xl=self.stored.description.is_xl,
+            zero_unconditional=False,
+        )
+
+
+def given(config: UNetConfig, latent: int) -> dict[str, np.ndarray]:
+    """Latents and conditioning of one sample, and the unconditional; standard normal."""
+    random = np.random.default_rng(0)
+
+    def normal(*shape: int) -> np.ndarray:
+        return random.standard_normal(shape, np.float32)
+
+    found = {
+        "latents": normal(1, latent, latent, config.in_channels),
+        "context": normal(1, training.TOKENS, config.cross_attention_dim),
+        "uncond_context": normal(1, training.TOKENS, config.cross_attention_dim),
+    }
+    if config.text_time:
+        pixels = latent * PIXELS_PER_LATENT
+        found |= {"pooled": normal(1, config.pooled_dim), "uncond_pooled": normal(1, config.pooled_dim)}
+        found["time_ids"] = size_ids(pixels, pixels, 1)
+    return found
+
+
+def part_trained(key: jax.Array, shapes: Shapes, rank: int) -> tuple[Factors, dict[str, jax.Array]]:
+    """(factors, scales) of a LoRA that is nowhere zero, so that all of its gradient is there."""
+    factors, scales = adapters.split(adapters.init(key, shapes, rank=rank))
+    random = np.random.default_rng(1)
+    bound = 0.1 * rank**-0.5
+    for pair in factors.values():
+        pair["up"] = jnp.asarray(random.uniform(-bound, bound, pair["up"].shape), jnp.float32)
+    return factors, scales
+
+
+def make_run(
+    shape: training.Shape, case: str, model: Model, params: Mapping[str, Any], values: Any, scales: Any
+) -> Run:
+    """What a stage is told of its run, without data or output."""
+    components = model.components(params)
+    stage = {"name": case, **training.CASES[case].stage}
+    config = build(Config, {"output_dir": "nowhere", "lora": {"rank": shape.rank}, "stages": [stage]})
+    schedule = Schedule.from_config(dict(components.scheduler_config))
+    dtype = default_dtype()
+    uncond = (jnp.asarray(values[name], dtype) for name in ("uncond_context", "uncond_pooled") if name in values)
+    return Run(
+        config=config,
+        output=None,
+        mesh=model.mesh,
+        pipe=SimpleNamespace(components=components, schedule=schedule),
+        preview_prompts=(),
+        base_fingerprint="",
+        uncond=Conditioning(*uncond),
+        scales=scales,
+        inputs=None,
+        prompt_inputs=None,
+        latent_shape=values["latents"].shape[1:],
+        steps={},
+    )
+
+
+def make_batch(run: Run, values: dict[str, np.ndarray]) -> dict[str, Any]:
+    """The step's batch, one micro-batch of one sample."""
+    dtype = default_dtype()
+    cond = Conditioning(
+        jnp.asarray(values["context"], dtype),
+        jnp.asarray(values["pooled"], dtype) if "pooled" in values else None,
+        values.get("time_ids"),
+    )
+    rows = {"cond": cond, "places": np.zeros(1, np.int32), "latents": values["latents"]}
+    if getattr(run.config.stages[0], "data_free", False):
+        del rows["latents"]
+    return put_batch(jax.tree.map(lambda leaf: leaf[None], rows), batch_sharding(run.mesh, axis=1))
+
+
+def leave_for_theirs(
+    folder: Path, run: Run, job: Job, start: Factors, values: dict[str, np.ndarray], key: jax.Array, updates: int
+) -> None:
+    """Write the inputs, what every update draws, and the student's first LoRA."""
+    one = jax.jit(
+        lambda step: draw(
+            jax.random.fold_in(key, step), values["latents"].shape, segments_of(job.controls), job.controls
+        )
+    )
+    drawn = [one(step)._asdict() for step in range(updates)]
+    draws = {name: np.stack([each[name] for each in drawn]) for name in drawn[0]}
+    np.savez(folder / training.GIVEN, **values, **draws)
+    write_lora(folder / training.ADAPTER, {"unet": adapters.join(start, run.scales)}, layout="peft")
+
+
+def least_calls(case: training.Case, key: jax.Array, step: int) -> float:
+    """The fewest calls of this update, given how many earlier steps of the student its turns have drawn.
+
+    As the metrics do, the last repetition stands for all of a turn's.
+    """
+    count = len(case.stage.get("times", [0]))
+    found = 0.0
+    for index, turn in enumerate(reversed(case.turns)):
+        here = jax.random.fold_in(jax.random.fold_in(key, step), index)
+        drawn = draw_trajectory(jax.random.fold_in(here, turn.times - 1), (1, 1, 1, 1), count)
+        found += turn.least(int(drawn.step))
+    return found
+
+
+def counted_calls(metrics: dict[str, float]) -> float:
+    """What the step itself has counted."""
+    return metrics["unet_calls"] + metrics.get("fake_unet_calls", 0.0) + 0.5 * metrics.get("unet_half_calls", 0.0)
+
+
+def device_peak(device: jax.Device) -> float:
+    """Of an accelerator's memory, GiB."""
+    stats = device.memory_stats() or {}
+    return stats["peak_bytes_in_use"] / training.GIB
+
+
+def tree_bytes(tree: Any) -> int:
+    """Of all its arrays, or of what they will be."""
+    return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
+
+
+def available(device: jax.Device) -> float:
+    """The memory that a step may take, bytes."""
+    if device.platform != "cpu":
+        return (device.memory_stats() or {})["bytes_limit"]
+    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A step that was compiled from shapes, and what it will need."""
+
+    step: Any
+    seconds: float
+    sizes: dict[str, int]
+
+    @classmethod
+    def compile(cls, run: Run, start: Factors, batch: Any, key: jax.Array) -> Planned:
+        """``run``: its UNet's parameters are shapes."""
+        jobs: list[Job] = []
+
+        def trees(params: Mapping[str, jax.Array], start: Factors) -> Any:
+            components = dataclasses.replace(run.pipe.components, params={"unet": params})
+            within = dataclasses.replace(run, pipe=SimpleNamespace(components=components, schedule=run.pipe.schedule))
+            jobs.append(make_job(within, INDEX, run.config.adapter_stages[0], start, {}))
+            return jobs[0].state, jobs[0].frozen
+
+        found = jax.eval_shape(trees, dict(run.pipe.components.params["unet"]), start)
+        state, frozen = (abstract(run.mesh, tree) for tree in found)
+        begin = time.perf_counter()
+        step = jobs[0].make().lower(state, frozen, batch, key, jobs[0].controls).compile()
+        seconds = time.perf_counter() - begin
+        sizes = {
+            "trainable": tree_bytes(state.trainable),
+            "optimizer": tree_bytes(state.opt_state),
+            "average": tree_bytes(state.ema),
+            "frozen": tree_bytes(frozen),
+        }
+        return cls(step=step, seconds=seconds, sizes=sizes)
+
+    @property
+    def memory(self) -> dict[str, int]:
+        """XLA's plan, bytes; outputs that take an argument's place are not counted again."""
+        plan = self.step.memory_analysis()
+        return {
+            "arguments": plan.argument_size_in_bytes,
+            "temporary": plan.temp_size_in_bytes,
+            "new outputs": plan.output_size_in_bytes - plan.alias_size_in_bytes,
+        }
+
+
+def load() -> training.Loaded:
+    folder, shape_name, name, latent, remat, updates, exchange = sys.argv[1:]
+    shape, case = training.SHAPES[shape_name], training.CASES[name]
+    mesh = make_mesh(1, 1)
+    device = mesh.devices.flat[0]
+    on_cpu = device.platform == "cpu"
+    baseline = training.resident() if on_cpu else 0.0
+
+    model = Model.open(Path(folder), remat=remat == "remat", mesh=mesh)
+    shapes = model.unet.shapes
+    values = given(model.structure.unet, int(latent))
+    start, scales = part_trained(stream(0, ADAPTER_STREAM, 0), shapes, shape.rank)
+    run = make_run(shape, name, model, shapes, values, scales)
+    key, batch = stream(run.config.seed, NOISE_STREAM, INDEX), make_batch(run, values)
+    planned = Planned.compile(run, start, batch, key)
+    about = {
+        "device": str(device.device_kind),
+        "platform": device.platform,
+        "dtype": str(jnp.dtype(default_dtype())),
+        "compile seconds": planned.seconds,
+        "bytes": planned.sizes,
+        "XLA GiB": {name: size / training.GIB for name, size in planned.memory.items()},
+    }
+    if sum(planned.memory.values()) > MOST_OF_MEMORY * available(device):
+        return training.Loaded(update=None, baseline=baseline, about=about)
+
+    run = make_run(shape, name, model, model.read(), values, scales)
+    job = make_job(run, INDEX, run.config.adapter_stages[0], start, {})
+    if name == training.COMPARED:
+        leave_for_theirs(Path(exchange), run, job, start, values, key, int(updates))
+    held, least = [job.state], iter([least_calls(case, key, number) for number in range(int(updates))])
+    gc.collect()
+
+    def update() -> dict[str, float]:
+        state, found = planned.step(held.pop(), job.frozen, batch, key, job.controls)
+        held.append(jax.block_until_ready(state))
+        metrics = {name: float(value) for name, value in jax.device_get(found).items()}
+        return {
+            "loss": metrics["loss"],
+            "grad_norm": metrics["grad_norm"],
+            "calls": counted_calls(metrics),
+            "minimum": next(least),
+        }
+
+    return training.Loaded(
+        update=update,
+        baseline=baseline,
+        about=about,
+        peak=training.resident_peak if on_cpu else partial(device_peak, device),
+    )
+
+
+if __name__ == "__main__":
+    training.serve(load)
