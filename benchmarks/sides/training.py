@@ -41,11 +41,11 @@ SHAPES = {
 COMMON: dict[str, Any] = {
     "updates": 1000,
     "batch_size": 1,
-    "learning_rate": 1e-4,
+    "learning_rate": 3e-4,
     "beta1": 0.9,
     "beta2": 0.999,
     "weight_decay": 1e-3,
-    "clip_norm": 1.0,
+    "clip_norm": 1e-4,  # less than any gradient has, so that clipping is compared too
     "ema": 0.95,
 }
 TSCD = {**COMMON, "kind": "tscd", "k": 4, "solver_steps": 40, "guidance": [5.0, 6.0]}

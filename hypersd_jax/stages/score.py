@@ -208,7 +208,7 @@ class _Losses:
             many_steps = nets.predictor(frozen["regression"])
             model = self._real_score(nets, frozen, controls) if from_base else many_steps
             before = nets.calls
-            end = endpoint(model, drawn.noise, cond, controls["regression_times"], schedule=self.schedule)
+            end = endpoint(model, drawn.noise, cond, jnp.asarray(controls["regression_times"]), schedule=self.schedule)
             # The trace saw two of the trajectory's steps at most: one in the loop, and the last.
             calls += steps * (2.0 if from_base and kind.guided else 1.0) - (nets.calls - before)
             metrics["regression"] = batch_mean(mse(sample.x0, end))

@@ -1,4 +1,4 @@
-"""Stages of several players on a tiny model: opened, stepped by hand, and their parts by NumPy and direct UNet calls."""
+"""Stages of several players on a tiny model: opened, stepped by hand, their parts by NumPy and direct UNet calls."""
 
 from __future__ import annotations
 
@@ -48,7 +48,10 @@ MIDDLE = "mid_block"
 
 
 def smaller(folder: Path) -> Path:
-    """A tiny model with a UNet of one level: a round holds a dozen of them, which compile in half the time."""
+    """A tiny model with a UNet of one level: a round holds a dozen of them, which compile in half the time.
+
+    Its weights are larger, so that prompts matter more.
+    """
     name = folder / "unet" / "config.json"
     config = {
         **json.loads(name.read_text()),
@@ -59,7 +62,7 @@ def smaller(folder: Path) -> Path:
     network = unet(UNetConfig.from_dict(config), dtype=jnp.float32)
     for old in name.parent.glob("*"):
         old.unlink()
-    save_params(name.parent, network.init(0), config=config, component_kind="unet")
+    save_params(name.parent, network.init(0, gain=2.0), config=config, component_kind="unet")
     return folder
 
 

@@ -1,4 +1,4 @@
-"""Stages of score distillation on a tiny model: their first round by hand, what moves, resuming, prompts alone, SDXL."""
+"""Stages of score distillation on a tiny model: first rounds by hand, what moves, resuming, prompts alone, SDXL."""
 
 from __future__ import annotations
 
@@ -243,9 +243,7 @@ def test_only_the_players_are_in_the_state(dmd: Opened, first: Round) -> None:
     assert size(state) == 3 * (student + fake + heads) + student + 5 * 4
     assert heads < student < size(dmd.run.pipe.components.params["unet"])
     for name in (STUDENT, FAKE, HEADS):
-        moved = jax.tree.map(
-            lambda a, b: bool(np.any(a != b)), first.before.trainable[name], state.trainable[name]
-        )
+        moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), first.before.trainable[name], state.trainable[name])
         assert all(jax.tree.leaves(moved)) or name != STUDENT, name
         assert any(jax.tree.leaves(moved)), name
 
@@ -340,7 +338,7 @@ def test_a_round_of_sdxls_shape_by_hand(tmp_path: Path) -> None:
     fake = hand.adapter(first.after.trainable[FAKE])
     gap = np.abs(hand.gap(opened.key(1), student, fake)[0]).mean()
     assert gap == pytest.approx(first.metrics["score_gap"], rel=TOLERANCE)
-    # Zeros are the unconditional, beside the pictures' own time ids; encoded text gives another number, as other ids do.
+    # Zeros are the unconditional, beside the pictures' own time ids; text gives another number, as other ids do.
     assert not np.any(hand.uncond.context)
     assert not np.any(hand.uncond.pooled)
     np.testing.assert_array_equal(hand.uncond.time_ids, hand.cond.time_ids)

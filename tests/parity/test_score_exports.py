@@ -1,0 +1,111 @@
+"""What score distillation leaves, drawn by diffusers: a one-step UNet's folder, and a LoRA of any number of steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+torch = pytest.importorskip("torch")
+diffusers = pytest.importorskip("diffusers")
+pytest.importorskip("peft")
+
+from hypersd_jax import adapters
+from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.stages import run as stage_run
+from hypersd_jax.stages.export import export_student
+from tests.helpers.score_runs import open_stage, recipe, smaller
+from tests.helpers.tiny_model import tiny_model
+from tests.helpers.torch_weights import relative_error
+
+PROMPTS = ["red apple, fluent flat style", "a cat face, noto style, blue background"]
+TOLERANCE = 1e-4
+"""Relative L2 error of float32 pictures in 0..1."""
+ANOTHER = 1e-2
+"""The least relative L2 difference of pictures that must not be the same."""
+# As in the torch-free tests, whose compiled program this session then has already.
+UNET = """
+  - {name: unet, kind: dmd, student: unet, times: [800], updates: 2, batch_size: 4, learning_rate: 1.0e-3,
+     fake_updates: 1, guidance: 1.0}
+"""
+UNIFIED = "  - {name: unified, kind: dmd, updates: 1, batch_size: 4, steps: [1, 2, 4]}"
+INDEX: dict[str, Any] = {
+    "_class_name": "StableDiffusionPipeline",
+    "_diffusers_version": "0.42.1",
+    "feature_extractor": [None, None],
+    "requires_safety_checker": False,
+    "safety_checker": [None, None],
+    "scheduler": ["diffusers", "DDIMScheduler"],
+    "text_encoder": ["transformers", "CLIPTextModel"],
+    "tokenizer": ["transformers", "CLIPTokenizer"],
+    "unet": ["diffusers", "UNet2DConditionModel"],
+    "vae": ["diffusers", "AutoencoderKL"],
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The tiny model with the index that diffusers asks for."""
+    folder = smaller(tiny_model(tmp_path_factory.mktemp("model")))
+    (folder / "model_index.json").write_text(json.dumps(INDEX))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def latents() -> np.ndarray:
+    return np.random.default_rng(0).standard_normal((2, 8, 8, 4)).astype(np.float32)
+
+
+def theirs(folder: Path, scheduler: str, **settings: Any) -> Any:
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(folder)
+    pipe.set_progress_bar_config(disable=True)
+    pipe.scheduler = getattr(diffusers, scheduler).from_config(pipe.scheduler.config, **settings)
+    return pipe
+
+
+def draw_theirs(pipe: Any, latents: np.ndarray, **call: Any) -> np.ndarray:
+    given = torch.from_numpy(latents).permute(0, 3, 1, 2)
+    return pipe(prompt=PROMPTS, latents=given, guidance_scale=0.0, output_type="np", **call).images
+
+
+def test_the_one_step_unet(tmp_path: Path, model: Path, latents: np.ndarray) -> None:
+    """LCMScheduler at t = 800 alone, as Hyper-SD's one-step UNet is drawn."""
+    opened = open_stage(recipe(tmp_path, model, UNET), "before")
+    stage_run.run_stage(opened.run, 0, opened.stage, opened.start, {})
+    folder = opened.run.output.models / "unet"
+    expected = draw_theirs(theirs(folder, "LCMScheduler"), latents, num_inference_steps=1, timesteps=[800])
+    call: dict[str, Any] = {"sampler": "lcm", "timesteps": [800], "guidance": 0.0, "output": "np", "stepwise": True}
+    found, base = (Pipeline.from_pretrained(each)(PROMPTS, latents=latents, **call) for each in (folder, model))
+    assert relative_error(found, expected) < TOLERANCE
+    assert relative_error(base, expected) > ANOTHER
+
+
+@pytest.fixture(scope="module")
+def unified(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[Pipeline, Any, Path]:
+    """Both pipelines, and a student's factors as a stage writes them."""
+    opened = open_stage(recipe(tmp_path_factory.mktemp("unified"), model, UNIFIED), "unified")
+    run = opened.run
+    adapter = adapters.join(opened.start, run.scales)
+    path = run.output.loras / "unified.safetensors"
+    export_student(path, adapter, opened.stage, run.pipe.components, base_fingerprint=run.base_fingerprint)
+    return Pipeline(run.pipe.components, dtype=np.float32), theirs(model, "TCDScheduler"), path
+
+
+@pytest.mark.parametrize("steps", [1, 2, 4])
+def test_the_unified_lora(unified: tuple[Pipeline, Any, Path], latents: np.ndarray, steps: int) -> None:
+    """TCDScheduler at eta 0; our pipeline reads sampler, eta and guidance from the file."""
+    ours, pipe, file = unified
+    ours.unload_lora()
+    pipe.unload_lora_weights()
+    call: dict[str, Any] = {"steps": steps, "latents": latents, "output": "np", "stepwise": True}
+    base = ours(PROMPTS, sampler="tcd", eta=0.0, guidance=0.0, **call)
+    ours.load_lora(file)
+    pipe.load_lora_weights(file.parent, weight_name=file.name)
+    plan = ours.settings(steps=steps)
+    assert (plan.sampler, plan.eta, plan.guidance, plan.original_inference_steps) == ("tcd", 0.0, 0.0, 50)
+    expected = draw_theirs(pipe, latents, num_inference_steps=steps, eta=0.0)
+    assert relative_error(ours(PROMPTS, **call), expected) < TOLERANCE
+    assert relative_error(base, expected) > ANOTHER
