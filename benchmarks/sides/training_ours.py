@@ -188,7 +188,7 @@ def least_calls(case: training.Case, key: jax.Array, step: int) -> float:
 
 def counted_calls(metrics: dict[str, float]) -> float:
     """What the step itself has counted."""
-    return metrics["unet_calls"] + metrics.get("fake_unet_calls", 0.0) + 0.5 * metrics.get("unet_half_calls", 0.0)
+    return metrics["unet_calls"] + metrics.get("fake_unet_calls", 0.0) + metrics.get("heads_unet_calls", 0.0)
 
 
 def device_peak(device: jax.Device) -> float:

@@ -177,7 +177,7 @@ class _Losses:
                 bumped = nets.features(real_t + controls["r1_sigma"] * noise, t, cond, taps, fake)
             own, more = heads_loss(self.judge, trainable[HEADS], seen, features, bumped, controls)
             loss, metrics = loss + own, metrics | more
-        calls = nets.calls + drawn.step + 1.0 + 0.5 * nets.half_calls
+        calls = nets.calls + drawn.step + 1.0
         return loss, {**metrics, "fake_unet_calls": calls * self.kind.fake_updates}
 
     def student(
@@ -218,7 +218,7 @@ class _Losses:
             metrics["anchor"] = anchor
             calls += more["target_calls"]
             loss = loss + controls["anchor_weight"] * anchor
-        return loss, {**metrics, "unet_calls": calls + nets.calls + 0.5 * nets.half_calls}
+        return loss, {**metrics, "unet_calls": calls + nets.calls}
 
     def _anchor(
         self,

@@ -176,10 +176,9 @@ def make_loss(
             extra=extra,
         )
         if heads_alone:
-            return value, {"heads_unet_calls": metrics["target_calls"] + nets.calls}
+            assert judge is not None
+            return value, {"heads_unet_calls": (metrics["target_calls"] + nets.calls) * (judge.kind.updates - 1)}
         metrics["unet_calls"] = metrics.pop("target_calls") + nets.calls
-        if judge is not None:
-            metrics["unet_half_calls"] = jax.numpy.float32(nets.half_calls)
         return value, metrics
 
     return loss

@@ -68,6 +68,7 @@ def make_round(
     skipped as a whole.
     """
     state_shardings = tree_shardings(mesh, state)
+    latest = {name: turn for turn in turns for name in turn.players}  # whose gradient norm is logged
     # XLA's CPU backend takes five times as long for a convolution's gradient within a loop as outside it.
     on_cpu = mesh.devices.flat[0].platform == "cpu"
 
@@ -92,7 +93,7 @@ def make_round(
             moments = {**moments, name: moments_of}
             if turn is turns[-1] and place == 0:
                 own |= {"loss": loss, "grad_norm": norm, "update_norm": optax.tree.norm(updates), "lr": rate}
-            else:
+            elif turn is latest[name]:
                 own[f"{name}_grad_norm"] = norm
         return weights, moments, joined(own, metrics), finite
 

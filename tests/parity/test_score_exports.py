@@ -22,7 +22,7 @@ from tests.helpers.tiny_model import tiny_model
 from tests.helpers.torch_weights import relative_error
 
 PROMPTS = ["red apple, fluent flat style", "a cat face, noto style, blue background"]
-TOLERANCE = 1e-4
+TOLERANCE = 1e-5
 """Relative L2 error of float32 pictures in 0..1."""
 ANOTHER = 1e-2
 """The least relative L2 difference of pictures that must not be the same."""

@@ -175,7 +175,7 @@ def test_without_a_distance_the_student_learns_through_the_frozen_features(
 
 def test_the_logged_calls_are_those_that_are_made(pair: Opened) -> None:
     """Student, teacher twice, target; and the blocks down of both sides and of R1's."""
-    logged = ({"heads_unet_calls": 4}, {"unet_calls": 4, "unet_half_calls": 3})
+    logged = ({"heads_unet_calls": 5.5}, {"unet_calls": 5.5})
     for (calls, whole, half), wanted in zip(_calls(pair), logged, strict=True):
         assert (whole, half) == (4, 3)
         assert calls == wanted
@@ -240,7 +240,7 @@ def test_the_first_round_with_dropped_prompts_by_hand(keeping: Opened) -> None:
 def test_the_teacher_is_asked_once(keeping: Opened) -> None:
     ((calls, whole, half),) = _calls(keeping)
     assert (whole, half) == (3, 2)
-    assert calls == {"unet_calls": 3, "unet_half_calls": 2}
+    assert calls == {"unet_calls": 4}
 
 
 def test_its_file_says_guidance_and_negative_prompts_work(keeping: Opened, model: Path) -> None:

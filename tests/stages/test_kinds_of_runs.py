@@ -18,6 +18,7 @@ import pytest
 
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import load_config
+from hypersd_jax.data import open_source
 from hypersd_jax.distill import draw
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import run as stage_run
@@ -95,12 +96,12 @@ class FirstUpdate:
         self.uncond = run.uncond
         _, batch, _ = next(stage_run._batches(run, 0, stage, 0))
         self.batch = jax.tree.map(lambda leaf: np.asarray(leaf[0]), batch)
-        captions = run.source.batch(np.arange(stage.batch_size)).captions
+        source = open_source(found.config.data, resolution=16, seed=found.config.seed)
+        captions = source.batch(np.arange(stage.batch_size)).captions
         self.ids, self.empty_ids = run.pipe.prompts.tokenize(captions), run.pipe.prompts.tokenize([""])
         controls = tscd.stage_controls(stage, run.pipe.schedule, run.grid_length)
-        bounds = {name: controls[name] for name in ("t_n", "t_prev", "t_b", "count")}
         key = jax.random.fold_in(stream(found.config.seed, NOISE_STREAM, 0), 0)
-        drawn = draw(key, self.batch["latents"].shape, bounds, controls, self.batch["places"])
+        drawn = draw(key, self.batch["latents"].shape, tscd.segments_of(controls), controls, self.batch["places"])
         self.drawn = jax.tree.map(np.asarray, drawn)
         betas = np.linspace(tiny.SCHEDULER["beta_start"] ** 0.5, tiny.SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
         self.abar = np.cumprod(1 - betas)
