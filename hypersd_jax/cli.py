@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 from hypersd_jax.errors import UserError
 
 DEFAULT_PROMPT = "red apple, fluent flat style"
-DEFAULT_CONFIG = "emoji"
+DEFAULT_CONFIG = "emoji/hyper"
 DTYPES = ("float32", "bfloat16", "float16")
 LORA_LAYOUTS = ("kohya", "kohya-sgm", "peft")
 
@@ -50,7 +50,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     train = commands.add_parser("train", help="distil a model into few-step LoRAs")
-    train.add_argument("--config", default=None, help="a recipe (default: the embedded model's, configs/emoji.yaml)")
+    train.add_argument("--config", default=None, help="a recipe (default: the embedded model's, configs/emoji/hyper.yaml)")
     train.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings in place of the recipe's")
     train.set_defaults(run=_train)
 
