@@ -73,7 +73,7 @@ def run(options: argparse.Namespace) -> None:
         for row in drawn_of(recipe, config):
             found = scorer.score(loras[row.stage], row)
             names = {"method": recipe.method, "recipe": recipe.name, "stage": row.stage, "seed": seed}
-            settings = {"steps": row.steps, "sampler": row.sampler, "eta": row.eta}
+            settings = {"steps": row.steps, "sampler": row.sampler, "eta": row.eta, "timesteps": row.timesteps}
             numbers = {name: getattr(found, name) for name in (*METRICS, "fid")}
             results.append(
                 {**names, **settings, "updates": _updates(config, row.stage), **numbers, "pictures": found.pictures}

@@ -90,6 +90,10 @@ def test_what_is_drawn(tmp_path: Path) -> None:
         ({"samples": 2}, "samples must be at least 3"),
         ({"recipes": [{"name": "tscd", "overrides": ["sed=1"]}]}, "recipes.tscd: unknown key sed"),
         ({"recipes": [{"name": "tscd", "draw": [{"stage": "x", "steps": 1}]}]}, "recipes.tscd.draw: no stage 'x'"),
+        (
+            {"recipes": [{"name": "tscd", "draw": [{"stage": "one", "steps": 2, "timesteps": [800]}]}]},
+            "recipes.tscd.draw: 1 timesteps for 2 steps",
+        ),
         ({"panels": [{"title": "a", "points": [{"recipe": "x", "at": "1"}]}]}, "panels: no recipe 'x'"),
     ],
 )
@@ -177,7 +181,7 @@ def test_a_shared_stage_is_trained_once(tmp_path: Path, fake: FakeTraining) -> N
 
 def results(method: str, distances: list[float], kids: list[float], steps: int = 4) -> list[dict[str, Any]]:
     common = {"method": method, "recipe": f"{method}-{steps}", "stage": "s", "steps": steps, "sampler": "ddim"}
-    common |= {"eta": 0.0, "updates": 10, "fid": 1.0, "kid_train": 2.0, "clip_gain": 30.0}
+    common |= {"eta": 0.0, "timesteps": None, "updates": 10, "fid": 1.0, "kid_train": 2.0, "clip_gain": 30.0}
     pairs = zip(distances, kids, strict=True)
     return [{**common, "seed": seed, "distance": d, "kid": k} for seed, (d, k) in enumerate(pairs)]
 

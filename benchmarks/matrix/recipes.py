@@ -21,7 +21,7 @@ FIXED = ("evaluation.samples=0", "log.tensorboard=false", "log.sample_every=0")
 class Drawn:
     """A stage's student at a number of steps; ``sampler`` and ``eta``: null takes the stage's own.
 
-    ``timesteps`` are filled in where the stage has its own for this number of steps and its own sampler.
+    ``timesteps``: null takes those that the stage has for this number of steps, if it has and the sampler is its own.
     """
 
     stage: str
@@ -137,6 +137,10 @@ def drawn_of(recipe: Recipe, config: Config) -> list[Drawn]:
         stage = stages[row.stage]
         eta = stage.eta if row.eta is None else row.eta
         own = {sampling["steps"]: sampling["timesteps"] for sampling in compared_samplings(stage)}
-        times = own.get(row.steps) if row.sampler in (None, stage.sampler) else None
+        times = row.timesteps
+        if times is None and row.sampler in (None, stage.sampler):
+            times = own.get(row.steps)
+        if times is not None and len(times) != row.steps:
+            raise UserError(f"recipes.{recipe.name}.draw: {len(times)} timesteps for {row.steps} steps")
         settled.append(dataclasses.replace(row, sampler=row.sampler or stage.sampler, eta=eta, timesteps=times))
     return settled

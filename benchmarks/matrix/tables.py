@@ -11,6 +11,9 @@ Row = dict[str, Any]
 METRICS = {"distance": 1, "kid": 1, "kid_train": 1, "clip_gain": -1}
 """What is judged: 1 where less is better, -1 where more is."""
 
+KEYS = ("method", "recipe", "stage", "steps", "sampler", "eta", "timesteps", "updates")
+"""What a row is of."""
+
 COUNTS = 2.0
 """A margin counts from this many pooled standard deviations on."""
 
@@ -23,12 +26,11 @@ def summarise(results: Iterable[Mapping[str, Any]]) -> list[Row]:
     """
     groups: dict[tuple[Any, ...], list[Mapping[str, Any]]] = {}
     for result in results:
-        key = tuple(result[name] for name in ("method", "recipe", "stage", "steps", "sampler", "eta", "updates"))
+        key = tuple(result[name] for name in KEYS)
         groups.setdefault(key, []).append(result)
     rows = []
-    for (method, recipe, stage, steps, sampler, eta, updates), found in groups.items():
-        row: Row = {"method": method, "recipe": recipe, "stage": stage, "steps": steps, "sampler": sampler, "eta": eta}
-        row |= {"updates": updates, "seeds": len(found)}
+    for key, found in groups.items():
+        row: Row = {**dict(zip(KEYS, key, strict=True)), "seeds": len(found)}
         for metric in (*METRICS, "fid"):
             values = [float(result[metric]) for result in found]
             row[metric] = statistics.fmean(values)
@@ -115,8 +117,9 @@ def markdown(
 
 
 def sampler_title(row: Mapping[str, Any]) -> str:
-    """A row's sampler, with its eta where it has one."""
-    return row["sampler"] + (f", eta {row['eta']:g}" if row["eta"] else "")
+    """A row's sampler, with its eta and its own timesteps where it has them."""
+    eta = f", eta {row['eta']:g}" if row["eta"] else ""
+    return row["sampler"] + eta + (f" from {row['timesteps'][0]}" if row["timesteps"] else "")
 
 
 def _title(row: Row) -> str:
