@@ -50,7 +50,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     train = commands.add_parser("train", help="distil a model into few-step LoRAs")
-    train.add_argument("--config", default=None, help="a recipe (default: the embedded model's, configs/emoji/hyper.yaml)")
+    train.add_argument(
+        "--config", default=None, help="a recipe (default: the embedded model's, configs/emoji/hyper.yaml)"
+    )
     train.add_argument("overrides", nargs="*", metavar="key.path=value", help="settings in place of the recipe's")
     train.set_defaults(run=_train)
 

@@ -16,11 +16,14 @@ from typing import Any
 import jax
 import yaml
 
-HEAD = "| model | steps | guidance | calls | distance | KID | FID | text match gain | margin in distance | s/picture |"
+HEAD = (
+    "| model | steps | guidance | calls | distance | KID | FID | KID to training pictures | text match gain | diversity "
+    "| margin in distance | s/picture |"
+)
 NOTE = """Distance: root mean squared pixel difference (0..1) to the teacher's 25-step picture from the same latents.
 KID and FID: EfficientNet-Lite0 features, against the teacher's 25-step pictures; the row from other latents is their
-floor. Text match gain: how much better the pictures fit their own prompts than one another's, by the reporting scorer
-(docs/evaluation.md), 100 times a cosine. Calls: UNet calls a picture. Margin: how much nearer than the nearest teacher
+floor; KID to training pictures: against as many real ones. Text match gain: how much better the pictures fit their own prompts than one another's, by the reporting scorer
+(docs/evaluation.md), 100 times a cosine. Diversity: between four seeds of a prompt. Calls: UNet calls a picture. Margin: how much nearer than the nearest teacher
 at as many calls, with its standard error."""
 
 
@@ -32,8 +35,8 @@ def main(folder: Path) -> None:
         shutil.copyfile(folder / name, target / name)
     rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
-    stages = ", ".join(f"{s['name']} {s['updates']} x {s['batch_size']}" for s in config["stages"])
-    table = "\n".join([HEAD, "|" + "---|" * 10, *(line(row) for row in rows)])
+    stages = ", ".join(f"{s['name']} {s['updates']} x {s['batch_size']}" for s in config["stages"] if not s["skip"])
+    table = "\n".join([HEAD, "|" + "---|" * 12, *(line(row) for row in rows)])
     text = f"""# {folder.name}
 
 Updates x pictures: {stages}. {rows[0]["n"]} (prompt, seed, ground) of held-out concepts.
@@ -54,7 +57,9 @@ def line(row: dict[str, Any]) -> str:
     gain = f"{row['clip_gain']:.1f} ± {row['clip_gain_se']:.1f}" if "clip_gain" in row else ""
     seconds = f"{row['seconds_per_image']:.3f}" if "seconds_per_image" in row else ""
     cells = (row["model"], row["steps"], f"{row['guidance']:g}", row["calls"], f"{row['distance']:.4f}", kid)
-    return "| " + " | ".join(str(cell) for cell in (*cells, f"{row['fid_teacher']:.0f}", gain, margin, seconds)) + " |"
+    real, spread = f"{row['kid_train']:.3f} ± {row['kid_train_se']:.3f}", f"{row['diversity']:.1f}"
+    cells = (*cells, f"{row['fid_teacher']:.0f}", real, gain, spread, margin, seconds)
+    return "| " + " | ".join(str(cell) for cell in cells) + " |"
 
 
 def processor() -> str:

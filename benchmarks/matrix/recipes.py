@@ -11,6 +11,7 @@ import yaml
 from hypersd_jax.config import Config, build, load_config
 from hypersd_jax.errors import UserError
 from hypersd_jax.recipes import find_recipe
+from hypersd_jax.stages.export import is_whole
 from hypersd_jax.stages.student import compared_samplings
 
 # What no recipe of a matrix decides: the comparison is made here, and TensorBoard would have nobody to look at it.
@@ -21,7 +22,8 @@ FIXED = ("evaluation.samples=0", "log.tensorboard=false", "log.sample_every=0")
 class Drawn:
     """A stage's student at a number of steps; ``sampler`` and ``eta``: null takes the stage's own.
 
-    ``timesteps``: null takes those that the stage has for this number of steps, if it has and the sampler is its own.
+    ``timesteps``: null takes those that the stage has for this number of steps, if it has and the sampler is its own;
+    ``guidance`` is always the stage's.
     """
 
     stage: str
@@ -29,14 +31,15 @@ class Drawn:
     sampler: str | None = None
     eta: float | None = None
     timesteps: tuple[int, ...] | None = None
+    guidance: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Recipe:
     """Changes to the base recipe: whole ``stages``, if given, then ``overrides``; and which students are measured.
 
-    ``draw: []`` measures each stage's student at its own k. Recipes of one ``label`` (default: the name) are one method
-    in the table, each measured at other numbers of steps.
+    ``draw: []`` measures each stage's student at its own numbers of steps. Recipes of one ``label`` (default: the name)
+    are one method in the table, each measured at other numbers of steps.
     """
 
     name: str
@@ -136,11 +139,18 @@ def drawn_of(recipe: Recipe, config: Config) -> list[Drawn]:
             raise UserError(f"recipes.{recipe.name}.draw: no stage {row.stage!r}, only {', '.join(stages)}")
         stage = stages[row.stage]
         eta = stage.eta if row.eta is None else row.eta
+        if is_whole(stage):
+            raise UserError(
+                f"recipes.{recipe.name}: stage {row.stage!r} makes a whole UNet, which is not measured here"
+            )
         own = {sampling["steps"]: sampling["timesteps"] for sampling in compared_samplings(stage)}
+        guidance = compared_samplings(stage)[0]["guidance"]
         times = row.timesteps
         if times is None and row.sampler in (None, stage.sampler):
             times = own.get(row.steps)
         if times is not None and len(times) != row.steps:
             raise UserError(f"recipes.{recipe.name}.draw: {len(times)} timesteps for {row.steps} steps")
-        settled.append(dataclasses.replace(row, sampler=row.sampler or stage.sampler, eta=eta, timesteps=times))
+        settled.append(
+            dataclasses.replace(row, sampler=row.sampler or stage.sampler, eta=eta, timesteps=times, guidance=guidance)
+        )
     return settled

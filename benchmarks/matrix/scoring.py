@@ -105,7 +105,7 @@ class Scorer:
     def score(self, lora: Path, row: Drawn) -> Score:
         """Draw and measure, unless the same file has been drawn in the same way before."""
         content = hashlib.sha256(lora.read_bytes()).hexdigest()
-        asked = json.dumps([content, row.steps, row.sampler, row.eta, row.timesteps, self._identity])
+        asked = json.dumps([content, row.steps, row.sampler, row.eta, row.timesteps, row.guidance, self._identity])
         path = self._root / "scores" / f"{hashlib.sha256(asked.encode()).hexdigest()[:20]}.npz"
         found = _read(path)
         return found if found is not None else self._measure(lora, row, path)
@@ -117,7 +117,7 @@ class Scorer:
                 self._pipe,
                 self._items,
                 steps=row.steps,
-                guidance=0.0,
+                guidance=row.guidance,
                 sampler=row.sampler or "ddim",
                 eta=row.eta or 0.0,
                 timesteps=row.timesteps,
@@ -126,7 +126,7 @@ class Scorer:
         finally:
             self._pipe.unload_lora("student")
         mine = look(images)
-        found = measure(mine, self._reference.pictures, steps=row.steps, guidance=0.0)
+        found = measure(mine, self._reference.pictures, steps=row.steps, guidance=row.guidance)
         values = self._appraiser.values(mine, None)
         numbers = {"distance": found.distance.mean, "kid": found.kid.mean, "fid": found.fid}
         numbers |= {name: values[name] for name in VALUES}

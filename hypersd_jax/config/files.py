@@ -84,7 +84,8 @@ def _read_yaml(path: Path) -> dict[str, Any]:
         raise UserError(f"{path}{line}: not valid YAML") from None
     if not isinstance(tree, dict):
         raise UserError(f"{path}: must hold a mapping of keys")
-    return tree
+    # Anchors make several keys one object, which an override of one would change for all.
+    return typing.cast(dict[str, Any], _plain(tree))
 
 
 def _apply_override(tree: dict[str, Any], override: str) -> None:
@@ -108,6 +109,9 @@ def _set(node: Any, parts: list[str], value: Any, key: str) -> None:
                 node[index] = value
     elif isinstance(node, dict):
         if not rest:
+            old = node.get(head)
+            if isinstance(value, str) and isinstance(old, dict) and "source" in old:  # `model=PATH`: the rest stays
+                value = {**old, "source": value}
             node[head] = value
         else:
             child = node.get(head)

@@ -118,6 +118,8 @@ class Config:
             raise ValueError("stages: all of them are skipped")
         if self.adapter_stages and self.model.fresh:
             raise ValueError("model.fresh: stages that train an adapter need a whole model")
+        if self.reuse is not None and not self.adapter_stages:
+            raise ValueError("reuse: only stages that start from a whole model are taken over")
         for stage in self.adapter_stages[:-1]:
             if isinstance(stage, ScoreStage) and stage.student == "unet":
                 raise ValueError(f"stages.{stage.name}: a stage with student=unet must be the last")

@@ -14,7 +14,7 @@ BASE, PREVIOUS = TEACHERS = ("base", "previous")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdversarialConfig:
-    """Discriminator heads on the features of a frozen UNet, of which the heads alone are trained.
+    """Discriminator heads on the features of a frozen UNet (in score distillation: the fake model's), trained alone.
 
     ``weight`` is that of the student's adversarial term. ``features``: ``encoder`` (blocks down and middle, a head
     each: PCM for SDXL), ``all`` (blocks up too: PCM for SD 1.5), ``mid`` (one head on the middle block: DMD2) or
@@ -36,6 +36,8 @@ class AdversarialConfig:
             raise ValueError("weight and r1_weight must not be negative")
         if self.learning_rate <= 0 or self.r1_sigma <= 0:
             raise ValueError("learning_rate and r1_sigma must be above 0")
+        if self.r1_sigma != type(self).r1_sigma and not self.r1_weight:
+            raise ValueError("r1_sigma is read only beside an r1_weight above 0")
         if self.updates < 1:
             raise ValueError(f"updates must be at least 1, not {self.updates}")
 
@@ -89,7 +91,8 @@ class ScoreStage(StageConfig):
     fake-score model, a LoRA of its own that starts at zero. ``time_range`` is what samples are noised to, as shares of
     the training times. ``data_free`` reads prompts alone: the anchor
     then stands on the student's own samples. ``steps`` are the step counts that the student is drawn and compared at,
-    with ``sampler`` and ``eta``; ``auto`` is tcd for a LoRA and lcm for a UNet.
+    with ``sampler`` and ``eta``; empty is the number of ``times``. ``auto`` is lcm for a UNet and for DMD2's few steps,
+    which are trained with fresh noise between them, and else tcd.
     """
 
     kind: Literal["dmd", "tdm"]
@@ -104,7 +107,7 @@ class ScoreStage(StageConfig):
     anchor: AnchorConfig | None = None
     adversarial: AdversarialConfig | None = None
     data_free: bool = False
-    steps: tuple[int, ...] = (1,)
+    steps: tuple[int, ...] = ()
     sampler: Literal["auto", "ddim", "tcd", "lcm"] = "auto"
     eta: float = 0.0
 
@@ -117,12 +120,16 @@ class ScoreStage(StageConfig):
             raise ValueError(f"times must fall, not {list(self.times)}")
         if self.times[-1] < 1:
             raise ValueError(f"times must be at least 1, not {self.times[-1]}")
+        if not self.steps:
+            object.__setattr__(self, "steps", (len(self.times),))
         if self.kind == "tdm" and len(self.times) > 1 and self.times[1] > round(high * LATEST):
             raise ValueError("times: only the first may lie above time_range, to whose times samples are noised on")
-        if not self.steps or min(self.steps) < 1:
+        if min(self.steps) < 1:
             raise ValueError(f"steps must be counts of at least 1, not {list(self.steps)}")
-        if self.weight < 0 or self.guidance < 0:
-            raise ValueError("weight and guidance must not be negative")
+        if self.weight < 0:
+            raise ValueError(f"weight must not be negative, not {self.weight}")
+        if self.guidance < 1:
+            raise ValueError(f"guidance must be at least 1, which is off, not {self.guidance}")
         if self.weight == 0 and not (self.regression or self.anchor or self.adversarial):
             raise ValueError("weight=0 leaves nothing to train on")
         if self.fake_updates < 1 or self.fake_learning_rate <= 0:
@@ -138,7 +145,8 @@ class ScoreStage(StageConfig):
         if self.data_free and self.adversarial:
             raise ValueError("data_free: an adversarial term needs pictures")
         if self.sampler == "auto":  # settled here, so that the run's record says which
-            object.__setattr__(self, "sampler", "lcm" if self.student == "unet" else "tcd")
+            fresh = self.kind == "dmd" and len(self.times) > 1
+            object.__setattr__(self, "sampler", "lcm" if self.student == "unet" or fresh else "tcd")
         if self.kind == "tdm" and self.student == "unet":
             raise ValueError("kind=tdm: its steps are deterministic, and a UNet's are drawn with lcm")
         if self.student == "unet" and (self.sampler != "lcm" or self.steps != (len(self.times),)):

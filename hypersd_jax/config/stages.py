@@ -68,8 +68,8 @@ class ConsistencyStage(StageConfig):
         if not 0.0 <= self.eta <= 1.0:
             raise ValueError(f"eta must lie in 0..1, not {self.eta}")
         low, high = self.guidance
-        if low > high or low < 0:
-            raise ValueError(f"guidance must be a range [low, high] with 0 <= low <= high, not [{low}, {high}]")
+        if low > high or low < 1:
+            raise ValueError(f"guidance must be a range [low, high] with 1 <= low <= high, not [{low}, {high}]")
         if self.sampler == "auto":  # settled here, so that the run's record says which
             object.__setattr__(self, "sampler", {"tcd": "tcd", "lcm": "lcm"}.get(self.kind, "ddim"))
 

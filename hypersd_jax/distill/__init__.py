@@ -38,5 +38,6 @@ from hypersd_jax.distill.trajectory import noised as noised
 from hypersd_jax.distill.trajectory import student_sample as student_sample
 from hypersd_jax.distill.tscd import Draw as Draw
 from hypersd_jax.distill.tscd import Pair as Pair
+from hypersd_jax.distill.tscd import columns as columns
 from hypersd_jax.distill.tscd import draw as draw
 from hypersd_jax.distill.tscd import tscd_pair as tscd_pair

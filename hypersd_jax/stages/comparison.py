@@ -135,6 +135,7 @@ def _teacher_rows(reference: Reference, seconds: Mapping[tuple[int, float], floa
         "guidance": floor.guidance,
         "calls": floor.calls,
         "distance": 0.0,
+        "distance_se": 0.0,
         "fid_teacher": 0.0,
         **reference.values,
     }

@@ -9,13 +9,14 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 
 from hypersd_jax.adapters import Adapter
 from hypersd_jax.config import AdapterStage, ConsistencyStage, ScoreStage
 from hypersd_jax.diffusion import solver_table
 from hypersd_jax.stages.output import Output
-from hypersd_jax.stages.student import student_sampling
+from hypersd_jax.stages.student import Sampling, student_sampling
 from hypersd_jax.weights.components import Components
 from hypersd_jax.weights.folder import host
 from hypersd_jax.weights.lora import write_lora
@@ -41,23 +42,27 @@ def sampling_header(stage: AdapterStage, scheduler_config: dict[str, Any]) -> di
     Raises:
         UserError: the sampler has no such steps on this model's schedule.
     """
-    grid = _grid(stage)
     sampling = student_sampling(stage)
-    table = solver_table(
-        sampling["sampler"],
-        sampling["steps"],
-        eta=sampling["eta"],
-        scheduler_config={**scheduler_config, "original_inference_steps": grid},
-        timesteps=sampling["timesteps"],
-    )
+    table = sampling_table(stage, sampling, scheduler_config)
     return {
         "steps": str(sampling["steps"]),
         "sampler": sampling["sampler"],
         "timesteps": json.dumps([int(t) for t in table["timesteps"]]),
         "eta": str(sampling["eta"]),
         "guidance": str(sampling["guidance"]),
-        "original_inference_steps": str(grid),
+        "original_inference_steps": str(_grid(stage)),
     }
+
+
+def sampling_table(stage: AdapterStage, sampling: Sampling, scheduler_config: dict[str, Any]) -> Mapping[str, Any]:
+    """The solver's table for one way of sampling the stage's student; raises UserError where it has none."""
+    return solver_table(
+        sampling["sampler"],
+        sampling["steps"],
+        eta=sampling["eta"],
+        scheduler_config={**scheduler_config, "original_inference_steps": _grid(stage)},
+        timesteps=sampling["timesteps"],
+    )
 
 
 def _grid(stage: AdapterStage) -> int:
@@ -83,13 +88,19 @@ def export_student(
 
 
 def export_model(folder: Path, unet: Mapping[str, Any], components: Components) -> None:
-    """Write the model around a whole UNet, in diffusers' layout; it appears at once, in place of an earlier one."""
+    """Write the model around a whole UNet, in diffusers' layout; it appears at once, in place of an earlier one.
+
+    Every process calls this: what is spread over several is gathered from all.
+    """
+    params = {name: {path: host(value) for path, value in part.items()} for name, part in components.params.items()}
+    params["unet"] = {path: host(value) for path, value in unet.items()}
+    if jax.process_index() != 0:
+        return
     new = folder.with_name(f"{folder.name}-new")
     for left in (*folder.parent.glob(f".{new.name}.*.tmp"), new):
         shutil.rmtree(left, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    params = {name: {path: host(value) for path, value in part.items()} for name, part in components.params.items()}
-    save_model(components, new, params={**params, "unet": {path: host(value) for path, value in unet.items()}})
+    save_model(components, new, params=params)
     shutil.rmtree(folder, ignore_errors=True)
     new.replace(folder)
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from hypersd_jax.conditioning import Conditioning, PromptEncoder
+from hypersd_jax.training import replicated
 from hypersd_jax.weights.components import Components
 
 
@@ -70,13 +72,13 @@ def _row_keys(key: jax.Array, rows: jax.Array) -> jax.Array:
     return jax.random.split(key, rows.shape[0] * rows.shape[1]).reshape(rows.shape[:2])
 
 
-def unconditional(components: Components, prompts: PromptEncoder, dtype: Any) -> Conditioning:
+def unconditional(components: Components, prompts: PromptEncoder, dtype: Any, mesh: Mesh) -> Conditioning:
     """The unconditional of guidance as one row (1, ...): zeros where the model says so (SDXL), else the encoded ``""``.
 
     Its time ids are the conditional's own and are filled in beside it.
     """
     params = {name: components.params[name] for name in components.text_encoders}
-    encode = jax.jit(lambda weights, ids: prompts.encode(weights, ids, dtype=dtype))
+    encode = jax.jit(lambda weights, ids: prompts.encode(weights, ids, dtype=dtype), out_shardings=replicated(mesh))
     found: Conditioning = encode(params, prompts.tokenize([""]))
     if not components.zero_unconditional:
         return found

@@ -18,6 +18,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import score, tscd
 from hypersd_jax.stages.feeding import Inputs
+from hypersd_jax.stages.judging import judge_kind, make_judge
 from hypersd_jax.stages.loop import FAKE_STREAM, chosen, optimizer_config, stream
 from hypersd_jax.stages.output import Output
 from hypersd_jax.stages.prompt_feeding import PromptInputs
@@ -66,6 +67,13 @@ def solver_steps(stage: AdapterStage) -> int:
     return stage.anchor.solver_steps if stage.anchor else 1
 
 
+def teachers(stage: AdapterStage) -> set[str]:
+    """What a stage of score distillation names as teachers: stages, or BASE and PREVIOUS."""
+    if isinstance(stage, ConsistencyStage):
+        return set()
+    return {settings.teacher for settings in (stage.regression, stage.anchor) if settings}
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
     """One stage, ready to be trained; ``student`` takes what the stage hands on out of a state."""
@@ -80,6 +88,11 @@ class Job:
 def check_stage(run: Run, stage: AdapterStage, before: Sequence[str]) -> None:
     """Refuse what does not fit this model or the stages ``before``; raises UserError beginning with the stage's key."""
     schedule = run.pipe.schedule
+    kind = judge_kind(stage.adversarial)
+    if kind is not None:
+        make_judge(
+            run.pipe.components, kind, run.latent_shape, run.mesh, dtype=run.pipe.dtype, remat=run.config.model.remat
+        )
     if isinstance(stage, ConsistencyStage):
         tscd.stage_controls(stage, schedule, run.grid_length)
         return
@@ -103,7 +116,7 @@ def make_job(run: Run, index: int, stage: AdapterStage, start: Factors, students
         index: its place; 0 has no stage before it.
         stage: its settings.
         start: the previous student's factors, or fresh ones.
-        students: those of every stage before, by name.
+        students: those of earlier stages that a stage names as its teacher.
     """
     if isinstance(stage, ConsistencyStage):
         return _consistency_job(run, index, stage, start)
@@ -117,7 +130,9 @@ def _consistency_job(run: Run, index: int, stage: ConsistencyStage, start: Facto
     frozen = tscd.frozen_tree(components, run.uncond, run.scales, frozen_teacher)
     controls = tscd.stage_controls(stage, schedule, run.grid_length)
     tx = make_optimizer(optimizer_config(stage))
-    judge = tscd.stage_judge(components, kind, run.mesh)
+    judge = tscd.stage_judge(
+        components, kind, run.latent_shape, run.mesh, dtype=run.pipe.dtype, remat=run.config.model.remat
+    )
     if judge is None:
         state = init_state(start, tx, run.mesh)
 
@@ -132,7 +147,7 @@ def _consistency_job(run: Run, index: int, stage: ConsistencyStage, start: Facto
             controls=controls,
             student=lambda state: chosen(stage, state),
         )
-    trainable = {tscd.STUDENT: start, tscd.HEADS: judge.heads.init(run.config.seed)}
+    trainable = {tscd.STUDENT: start, tscd.HEADS: judge.heads.init(run.config.seed + index)}
     turns = tscd.make_turns(components, schedule, kind, judge)
     return _round_job(run, stage, kind, turns, trainable, frozen, controls)
 
@@ -141,13 +156,13 @@ def _score_job(run: Run, index: int, stage: ScoreStage, start: Factors, students
     components, schedule = run.pipe.components, run.pipe.schedule
     kind = score.score_kind(stage)
     before = adapters.join(start, run.scales)
-    teachers: dict[str, Adapter | None] = {}
+    adapter_of: dict[str, Adapter | None] = {}
     for key in ("regression", "anchor"):
         settings = getattr(stage, key)
         if settings is not None and settings.teacher != BASE:
             earlier = start if settings.teacher == PREVIOUS else students[settings.teacher]
-            teachers[key] = adapters.join(earlier, run.scales)
-    frozen = score.score_frozen(components, run.uncond, run.scales, teachers)
+            adapter_of[key] = adapters.join(earlier, run.scales)
+    frozen = score.score_frozen(components, run.uncond, run.scales, adapter_of)
     controls = score.score_controls(stage, schedule, dict(components.scheduler_config), run.grid_length)
     lora = run.config.lora
     drawn = stream(run.config.seed, FAKE_STREAM, index)
@@ -157,9 +172,11 @@ def _score_job(run: Run, index: int, stage: ScoreStage, start: Factors, students
         masters = {path: leaf.astype(jnp.float32) for path, leaf in components.params["unet"].items()}
         student = adapters.merge(masters, before)
     trainable = {tscd.STUDENT: student, score.FAKE: jax.tree.map(jnp.asarray, fake)}
-    judge = score.score_judge(components, kind, run.mesh)
+    judge = score.score_judge(
+        components, kind, run.latent_shape, run.mesh, dtype=run.pipe.dtype, remat=run.config.model.remat
+    )
     if judge is not None:
-        trainable[tscd.HEADS] = judge.heads.init(run.config.seed)
+        trainable[tscd.HEADS] = judge.heads.init(run.config.seed + index)
     turns = score.make_score_turns(components, schedule, kind, judge, run.latent_shape)
     return _round_job(run, stage, kind, turns, trainable, frozen, controls)
 

@@ -27,6 +27,7 @@ from hypersd_jax.distill import (
     generator_loss,
     renoise,
 )
+from hypersd_jax.errors import UserError
 from hypersd_jax.models.functional import Network
 from hypersd_jax.models.heads import all_taps, encoder_taps, patch_heads, pooled_heads, tap_channels
 from hypersd_jax.stages.networks import Features, Networks
@@ -60,9 +61,9 @@ def judge_kind(config: AdversarialConfig | None) -> JudgeKind | None:
 def judge_controls(config: AdversarialConfig) -> Controls:
     """The arrays that steer it."""
     return {
-        "adversarial_weight": jnp.float32(config.weight),
-        "r1_weight": jnp.float32(config.r1_weight),
-        "r1_sigma": jnp.float32(config.r1_sigma),
+        "adversarial_weight": np.asarray(config.weight, np.float32),
+        "r1_weight": np.asarray(config.r1_weight, np.float32),
+        "r1_sigma": np.asarray(config.r1_sigma, np.float32),
     }
 
 
@@ -80,19 +81,27 @@ class Judge:
         return found
 
 
-def make_judge(components: Components, kind: JudgeKind, mesh: Mesh) -> Judge:
-    """Heads for the features of this UNet."""
+def make_judge(
+    components: Components, kind: JudgeKind, latent_shape: tuple[int, ...], mesh: Mesh, *, dtype: Any, remat: bool
+) -> Judge:
+    """Heads for the features of this UNet on latents of this shape (h, w, C).
+
+    Raises:
+        UserError: the UNet has no middle block, and the features are its.
+    """
     config = components.unet_config
     sharding = batch_sharding(mesh)
     if kind.features in ("encoder", "all"):
         taps = encoder_taps(config) if kind.features == "encoder" else all_taps(config)
         size = 1 if kind.features == "encoder" else 3
-        heads = patch_heads(tap_channels(config, taps), size=size, batch_sharding=sharding)
+        heads = patch_heads(tap_channels(config, taps), size=size, dtype=dtype, remat=remat, batch_sharding=sharding)
         return Judge(kind=kind, taps=taps, heads=heads)
+    if not config.mid_block_type:
+        raise UserError(f"adversarial.features={kind.features}: this model's UNet has no middle block")
     width = tap_channels(config, [MIDDLE])[MIDDLE] * (2 if kind.features == "pair" else 1)
-    side = np.min(config.sample_size) >> (len(config.channels) - 1)
-    halvings = max(0, int(side // POOLED_SIDE).bit_length() - 1)
-    heads = pooled_heads({MIDDLE: width}, downsamples=halvings, batch_sharding=sharding)
+    side = min(latent_shape[:2]) >> (len(config.channels) - 1)
+    halvings = max(0, (side // POOLED_SIDE).bit_length() - 1)
+    heads = pooled_heads({MIDDLE: width}, downsamples=halvings, dtype=dtype, remat=remat, batch_sharding=sharding)
     return Judge(kind=kind, taps=(MIDDLE,), heads=heads)
 
 

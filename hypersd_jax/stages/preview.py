@@ -15,6 +15,7 @@ from hypersd_jax.stages.export import export_model, export_student, is_whole, sa
 from hypersd_jax.stages.jobs import Run
 from hypersd_jax.stages.result_files import write_strips
 from hypersd_jax.stages.student import student_sampling
+from hypersd_jax.weights.folder import host
 
 NAME = "preview"
 
@@ -23,10 +24,9 @@ def finish(run: Run, stage: AdapterStage, student: Any) -> None:
     """Export the student, and draw with it, which also proves that it is not the base."""
     path = student_path(run.output, stage)
     if is_whole(stage):
-        if jax.process_index() == 0:
-            export_model(path, student, run.pipe.components)
+        export_model(path, student, run.pipe.components)
     else:
-        adapter = jax.device_get(adapters.join(student, run.scales))
+        adapter = jax.tree.map(host, adapters.join(student, run.scales))
         if jax.process_index() == 0:
             export_student(path, adapter, stage, run.pipe.components, base_fingerprint=run.base_fingerprint)
     preview(run, stage, student, stage.name)

@@ -8,11 +8,15 @@ import os
 import shutil
 from pathlib import Path
 
-from hypersd_jax.config import Config, load_config, to_dict
+import jax
+from jax.experimental import multihost_utils
+
+from hypersd_jax.config import AdapterStage, Config, to_dict
 from hypersd_jax.errors import UserError
 from hypersd_jax.stages.export import student_path
 from hypersd_jax.stages.output import Output
 from hypersd_jax.training import Checkpointer
+from hypersd_jax.weights.tensors import replacing
 
 
 def history(config: Config, count: int, base: str) -> str:
@@ -31,43 +35,63 @@ def take_over(config: Config, output: Output, base: str) -> list[str]:
     """Put the first stages of ``config.reuse`` that have the same history into this run's folder.
 
     They are links to the same files, which nothing rewrites in place, so that they cost no space. What is in the
-    folder already stays.
+    folder already stays, and ends it if it is unfinished. A stage taken over has no lines in metrics.jsonl and no
+    samples here. Every process calls this; the first one links.
 
     Returns:
         The names of the stages that were taken.
-
-    Raises:
-        UserError: ``reuse`` is no run's folder.
     """
     if config.reuse is None:
         return []
     other = Output(Path(config.reuse))
-    record = other.root / "config.yaml"
-    if not record.is_file():
-        raise UserError(f"reuse: {config.reuse} is not a run's folder (config.yaml is missing)")
-    theirs = load_config(record)
     taken = []
     for count, stage in enumerate(config.adapter_stages, start=1):
-        if count > len(theirs.adapter_stages) or history(config, count, base) != history(theirs, count, base):
+        digest = history(config, count, base)
+        student, folder = student_path(other, stage), output.checkpoints(stage.name)
+        if not student.exists() or not _is_finished(other.checkpoints(stage.name), stage, digest):
             break
-        student = student_path(other, stage)
-        if not student.exists() or not _is_finished(other.checkpoints(stage.name), stage.updates):
+        if folder.exists() and not _is_finished(folder, stage, digest):
             break
-        if not output.checkpoints(stage.name).exists():
-            link_tree(other.checkpoints(stage.name), output.checkpoints(stage.name))
-        mine = student_path(output, stage)
-        mine.parent.mkdir(parents=True, exist_ok=True)
-        if not mine.exists():
-            link_tree(student, mine) if student.is_dir() else os.link(student, mine)
+        if jax.process_index() == 0:
+            if not folder.exists():
+                link_tree(other.checkpoints(stage.name), folder)
+            _link_student(student, student_path(output, stage))
         taken.append(stage.name)
+    multihost_utils.sync_global_devices("reuse")
     return taken
 
 
-def _is_finished(folder: Path, updates: int) -> bool:
+def require_run(config: Config) -> None:
+    """UserError unless ``reuse`` names a run's folder, or nothing."""
+    if config.reuse is not None and not (Path(config.reuse) / "config.yaml").is_file():
+        raise UserError(f"reuse: {config.reuse} is not a run's folder (config.yaml is missing)")
+
+
+def _is_finished(folder: Path, stage: AdapterStage, digest: str) -> bool:
     if not folder.is_dir():
         return False
     with Checkpointer(folder) as checkpoints:
-        return checkpoints.latest() == updates
+        return checkpoints.latest() == stage.updates and checkpoints.facts().get("history") == digest
+
+
+def _link_student(theirs: Path, mine: Path) -> None:
+    mine.parent.mkdir(parents=True, exist_ok=True)
+    if mine.exists():
+        return
+    if theirs.is_dir():
+        link_tree(theirs, mine)
+        return
+    with replacing(mine) as temporary:
+        Path(temporary).unlink(missing_ok=True)
+        _link(theirs, temporary)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    """The same file under another name; a copy where the file system cannot."""
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copy2(source, target)
 
 
 def link_tree(source: Path, target: Path) -> None:
@@ -75,5 +99,5 @@ def link_tree(source: Path, target: Path) -> None:
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, temporary, copy_function=os.link)
+    shutil.copytree(source, temporary, copy_function=_link)
     temporary.replace(target)

@@ -17,10 +17,10 @@ from hypersd_jax.data import open_prompts, open_source
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline, parse_dtype
 from hypersd_jax.stages.comparison import compare
-from hypersd_jax.stages.export import sampling_header, student_path
+from hypersd_jax.stages.export import sampling_table, student_path
 from hypersd_jax.stages.feeding import Fed, Inputs
 from hypersd_jax.stages.inputs import unconditional
-from hypersd_jax.stages.jobs import Factors, Run, check_stage, make_job
+from hypersd_jax.stages.jobs import Factors, Run, check_stage, make_job, teachers
 from hypersd_jax.stages.loop import (
     ADAPTER_STREAM,
     ENCODER_STREAM,
@@ -32,7 +32,8 @@ from hypersd_jax.stages.loop import (
 from hypersd_jax.stages.output import Output, create_output, open_output
 from hypersd_jax.stages.preview import finish, preview
 from hypersd_jax.stages.prompt_feeding import PromptInputs
-from hypersd_jax.stages.reuse import history, take_over
+from hypersd_jax.stages.reuse import history, require_run, take_over
+from hypersd_jax.stages.student import compared_samplings
 from hypersd_jax.stages.whole import open_whole, train_whole
 from hypersd_jax.training import make_mesh
 from hypersd_jax.weights.components import load_components
@@ -57,14 +58,18 @@ def train(config: Config) -> Path:
         return output.root
     run = open_run(config, output)
     check_stages(run)
+    require_run(config)
     create_output(output, config)
-    taken = take_over(config, output, run.base_fingerprint) if jax.process_index() == 0 else []
-    if taken:
+    taken = take_over(config, output, run.base_fingerprint)
+    if taken and jax.process_index() == 0:
         print(f"taken over from {config.reuse}: {', '.join(taken)}", file=sys.stderr)
     factors = _initial_factors(run)
     students: dict[str, Factors] = {}
     for index, stage in enumerate(config.adapter_stages):
-        factors = students[stage.name] = run_stage(run, index, stage, factors, students)
+        factors = run_stage(run, index, stage, factors, students)
+        if any(stage.name in teachers(later) for later in config.adapter_stages[index + 1 :]):
+            students[stage.name] = factors
+    del factors, students
     if config.compared_samples:
         compare(config, output, run.pipe, run.base_fingerprint)
     return output.root
@@ -97,7 +102,7 @@ def open_run(config: Config, output: Output) -> Run:
         pipe=pipe,
         preview_prompts=tuple(texts.preview_prompts),
         base_fingerprint=fingerprint(components.params["unet"]),
-        uncond=unconditional(components, pipe.prompts, dtype),
+        uncond=unconditional(components, pipe.prompts, dtype, mesh),
         scales={},
         inputs=Inputs(config, pairs, components, pipe.prompts, mesh, dtype) if pairs else None,
         prompt_inputs=PromptInputs(prompts, components, pipe.prompts, mesh, dtype, resolution=resolution)
@@ -122,7 +127,8 @@ def check_stages(run: Run) -> None:
         require_even(stage, run.mesh)
         try:
             check_stage(run, stage, [each.name for each in run.config.adapter_stages[:index]])
-            sampling_header(stage, dict(run.pipe.components.scheduler_config))
+            for sampling in compared_samplings(stage):
+                sampling_table(stage, sampling, dict(run.pipe.components.scheduler_config))
         except UserError as error:
             raise UserError(f"stages.{stage.name}.{error}") from None
 
@@ -135,9 +141,10 @@ def run_stage(run: Run, index: int, stage: AdapterStage, start: Factors, student
         index: the stage's place, for its randomness and its data.
         stage: its settings.
         start: the previous student's factors, or in the first stage fresh ones.
-        students: those of every stage before, by name.
+        students: those of earlier stages that a stage names as its teacher.
     """
     job = make_job(run, index, stage, start, students)
+    take = job.student
     facts = {
         "stage": stage.name,
         "base": run.base_fingerprint,
@@ -157,10 +164,11 @@ def run_stage(run: Run, index: int, stage: AdapterStage, start: Factors, student
         batches=lambda done: _batches(run, index, stage, done),
         key=stream(run.config.seed, NOISE_STREAM, index),
         controls=job.controls,
-        preview=lambda state, number: preview(run, stage, job.student(state), f"{stage.name}-{number:06d}"),
+        preview=lambda state, number: preview(run, stage, take(state), f"{stage.name}-{number:06d}"),
         mesh=run.mesh,
     )
-    student = job.student(state)
+    student = take(state)
+    del state, job  # the optimizer's part, before anything is drawn
     if done < stage.updates or not student_path(run.output, stage).exists():
         finish(run, stage, student)
     return student

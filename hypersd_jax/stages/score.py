@@ -7,7 +7,9 @@ student.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -18,9 +20,10 @@ from jax.sharding import Mesh
 from hypersd_jax.adapters import Adapter, join
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import BASE, ScoreStage
-from hypersd_jax.diffusion import Schedule, solver_table
+from hypersd_jax.diffusion import Schedule, move, solver_table
 from hypersd_jax.distill import (
     batch_mean,
+    columns,
     consistency_loss,
     draw_trajectory,
     endpoint,
@@ -31,6 +34,7 @@ from hypersd_jax.distill import (
     noised,
     student_sample,
 )
+from hypersd_jax.errors import UserError
 from hypersd_jax.stages.judging import Judge, JudgeKind, heads_loss, judge_controls, judge_kind, make_judge
 from hypersd_jax.stages.loop import optimizer_config
 from hypersd_jax.stages.networks import Networks, Predict, broadcast
@@ -104,19 +108,30 @@ def score_controls(stage: ScoreStage, schedule: Schedule, scheduler_config: dict
         "players": {STUDENT: own, FAKE: optimizer_controls(fake, stage.updates)},
     }
     if stage.regression:
-        table = solver_table("ddim", stage.regression.steps, eta=0.0, scheduler_config=scheduler_config)
+        with _naming("regression"):
+            table = solver_table("ddim", stage.regression.steps, eta=0.0, scheduler_config=scheduler_config)
         controls["regression_weight"] = np.asarray(stage.regression.weight, np.float32)
         controls["regression_times"] = np.asarray(table["timesteps"], np.int32)
     if stage.anchor:
         controls["anchor_weight"] = np.asarray(stage.anchor.weight, np.float32)
         guidance = (stage.guidance, stage.guidance)
-        controls |= teacher_controls(guidance, stage.anchor.solver_steps, 1, schedule, grid)
+        with _naming("anchor"):
+            controls |= teacher_controls(guidance, stage.anchor.solver_steps, 1, schedule, grid)
         controls["offset_noise"] = np.asarray(0.0, np.float32)
     if stage.adversarial:
         controls |= judge_controls(stage.adversarial)
         heads = dataclasses.replace(config, learning_rate=stage.adversarial.learning_rate)
         controls["players"][HEADS] = optimizer_controls(heads, stage.updates)
     return controls
+
+
+@contextlib.contextmanager
+def _naming(key: str) -> Iterator[None]:
+    """A `UserError` from within begins with the key."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{key}.{error}") from None
 
 
 def score_frozen(
@@ -127,9 +142,15 @@ def score_frozen(
     return {**shared, **{name: teachers.get(name) or {} for name in ("regression", "anchor")}}
 
 
-def score_judge(components: Components, kind: ScoreKind, mesh: Mesh) -> Judge | None:
+def score_judge(
+    components: Components, kind: ScoreKind, latent_shape: tuple[int, ...], mesh: Mesh, *, dtype: Any, remat: bool
+) -> Judge | None:
     """The stage's discriminator on the fake model's features, if it has one (DMD2)."""
-    return make_judge(components, kind.adversarial, mesh) if kind.adversarial else None
+    return (
+        make_judge(components, kind.adversarial, latent_shape, mesh, dtype=dtype, remat=remat)
+        if kind.adversarial
+        else None
+    )
 
 
 def make_score_turns(
@@ -288,10 +309,7 @@ class _Losses:
         """The pictures' latents noised to t (B,)."""
         latents = batch["latents"]
         noise = _normal(jax.random.fold_in(key, REAL_STREAM), batch["places"], latents.shape[1:])
-        alpha, sigma = (
-            jnp.asarray(each)[t].reshape(-1, 1, 1, 1) for each in (self.schedule.alpha, self.schedule.sigma)
-        )
-        return alpha * latents + sigma * noise
+        return move(latents, noise, *columns(self.schedule, t, latents))
 
 
 def _normal(key: jax.Array, places: jax.Array, shape: tuple[int, ...]) -> jax.Array:

@@ -119,9 +119,15 @@ def make_turns(components: Components, schedule: Schedule, kind: StepKind, judge
     return [Turn(players=(HEADS,), loss=extra, repeat=judge.kind.updates - 1), both]
 
 
-def stage_judge(components: Components, kind: StepKind, mesh: Mesh) -> Judge | None:
+def stage_judge(
+    components: Components, kind: StepKind, latent_shape: tuple[int, ...], mesh: Mesh, *, dtype: Any, remat: bool
+) -> Judge | None:
     """The stage's discriminator, if it has one."""
-    return make_judge(components, kind.adversarial, mesh) if kind.adversarial else None
+    return (
+        make_judge(components, kind.adversarial, latent_shape, mesh, dtype=dtype, remat=remat)
+        if kind.adversarial
+        else None
+    )
 
 
 def make_loss(

@@ -106,7 +106,9 @@ def by_hand(pair: Opened) -> ConsistencyByHand:
 
 def _judge(opened: Opened) -> Any:
     kind = tscd.step_kind(opened.stage, first=True)
-    return tscd.stage_judge(opened.run.pipe.components, kind, opened.run.mesh)
+    return tscd.stage_judge(
+        opened.run.pipe.components, kind, opened.run.latent_shape, opened.run.mesh, dtype=jnp.float32, remat=False
+    )
 
 
 def test_the_first_round_by_hand(pair: Opened, first: Round, by_hand: ConsistencyByHand) -> None:

@@ -11,7 +11,7 @@ from hypersd_jax import training
 from hypersd_jax.config import Config, load_config
 from hypersd_jax.errors import UserError
 from hypersd_jax.stages.output import create_output, open_output
-from hypersd_jax.stages.reuse import history, take_over
+from hypersd_jax.stages.reuse import history, require_run, take_over
 from hypersd_jax.weights.tensors import save_tensors
 from tests.helpers import toy_training as toy
 
@@ -40,7 +40,7 @@ def pretend(config: Config, updates: dict[str, int] | None = None) -> None:
         if not done:
             continue
         with training.Checkpointer(output.checkpoints(stage.name)) as checkpoints:
-            checkpoints.save(done, state, {"stage": stage.name})
+            checkpoints.save(done, state, {"history": history(config, number + 1, "base")})
         if done == stage.updates and stage.name == "whole":
             (output.models / "whole").mkdir(parents=True)
             (output.models / "whole" / "model_index.json").write_text("{}")
@@ -89,7 +89,7 @@ def test_stages_are_taken_as_far_as_their_histories_agree(
         if stage in expected:
             assert (root / student).read_bytes() == (finished / student).read_bytes()
             with training.Checkpointer(root / "checkpoints" / stage) as checkpoints:
-                assert checkpoints.facts() == {"stage": stage}
+                assert checkpoints.facts().keys() == {"history"}
     assert not list(root.rglob(".tmp-*"))
 
 
@@ -108,6 +108,29 @@ def test_what_is_there_already_stays(tmp_path: Path, finished: Path) -> None:
     assert Path(mine).read_bytes() == before
 
 
+def test_another_base_takes_nothing(tmp_path: Path, finished: Path) -> None:
+    config = recipe(tmp_path, "new", f"reuse={finished}")
+    create_output(open_output(config), config)
+    assert take_over(config, open_output(config), "another") == []
+
+
+def test_an_own_unfinished_stage_goes_on(tmp_path: Path, finished: Path) -> None:
+    pretend(recipe(tmp_path, "new", f"reuse={finished}"), {"two": 1})
+    assert take(tmp_path, finished)[0] == []
+
+
+def test_where_links_cannot_be_made_files_are_copied(
+    tmp_path: Path, finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(18, "Invalid cross-device link")
+
+    monkeypatch.setattr("os.link", refuse)
+    taken, root = take(tmp_path, finished)
+    assert taken == ["two", "one", "whole"]
+    assert (root / "loras/two.safetensors").stat().st_nlink == 1
+
+
 def test_the_base_is_part_of_the_history(tmp_path: Path) -> None:
     config = recipe(tmp_path, "out")
     assert history(config, 1, "base") != history(config, 1, "another")
@@ -116,4 +139,5 @@ def test_the_base_is_part_of_the_history(tmp_path: Path) -> None:
 
 def test_a_folder_without_a_run_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"reuse: .*nowhere is not a run's folder \(config.yaml is missing\)"):
-        take(tmp_path, tmp_path / "nowhere")
+        require_run(recipe(tmp_path, "new", f"reuse={tmp_path / 'nowhere'}"))
+    require_run(recipe(tmp_path, "new"))

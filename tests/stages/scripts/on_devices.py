@@ -22,16 +22,16 @@ def main() -> None:
     """Print how the base and the state are laid out, after a whole run."""
     config = load_config(sys.argv[1], [f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"output_dir={sys.argv[5]}"])
     seen = {}
-    original = stages._finish
+    original = stages.finish
 
-    def spy(run, stage, factors, file):
+    def spy(run, stage, student):
         kernel = run.pipe.components.params["unet"]["mid_block.resnets.0.conv1.kernel"]
         seen["base"] = str(kernel.sharding.spec)
-        seen["split"] = sum("fsdp" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(factors))
+        seen["split"] = sum("fsdp" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(student))
         seen["devices"] = len(kernel.sharding.device_set)
-        original(run, stage, factors, file)
+        original(run, stage, student)
 
-    stages._finish = spy
+    stages.finish = spy
     stages.train(config)
     print(json.dumps(seen))
 
