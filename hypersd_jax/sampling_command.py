@@ -181,7 +181,9 @@ def _embedded_lora(options: argparse.Namespace) -> list[tuple[Path, float]]:
     steps = options.steps or EMBEDDED_STEPS
     if options.timesteps:
         steps = len(options.timesteps.split(","))
-    path = assets() / "loras" / f"tscd-{steps}.safetensors"
+    # In one step the unified LoRA is better than the one of TSCD alone; it begins at a time of its own.
+    name = "unified" if steps == 1 and not options.timesteps else f"tscd-{steps}"
+    path = assets() / "loras" / f"{name}.safetensors"
     return [(path, 1.0)] if path.exists() else []
 
 

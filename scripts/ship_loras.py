@@ -1,6 +1,7 @@
 """Take a finished run's LoRAs into the package, in float16.
 
 python train.py --config configs/emoji-long.yaml && python scripts/ship_loras.py outputs/emoji-long
+python train.py && python scripts/ship_loras.py outputs/emoji unified
 """
 
 from __future__ import annotations
@@ -15,10 +16,12 @@ from hypersd_jax.weights.components import assets, load_components
 from hypersd_jax.weights.lora import read_lora, write_lora
 
 
-def main(folder: Path) -> None:
-    """Rewrite every LoRA of ``folder`` under assets/loras, header and all."""
+def main(folder: Path, names: list[str]) -> None:
+    """Rewrite these LoRAs of ``folder``, or all of them, under assets/loras, header and all."""
     shapes = load_components("embedded", dtype=jnp.float32).shapes
     for path in sorted((folder / "loras").glob("*.safetensors")):
+        if names and path.stem not in names:
+            continue
         file = read_lora(path, shapes)
         target = assets() / "loras" / path.name
         write_lora(target, file.adapters, layout="kohya", metadata=file.metadata, dtype=np.float16)
@@ -26,4 +29,4 @@ def main(folder: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2:])

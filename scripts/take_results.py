@@ -17,14 +17,15 @@ import jax
 import yaml
 
 HEAD = (
-    "| model | steps | guidance | calls | distance | KID | FID | KID to training pictures | text match gain | diversity "
-    "| margin in distance | s/picture |"
+    "| model | steps | guidance | calls | distance | KID | FID | KID to training pictures | text match gain "
+    "| diversity | margin in distance | s/picture |"
 )
 NOTE = """Distance: root mean squared pixel difference (0..1) to the teacher's 25-step picture from the same latents.
 KID and FID: EfficientNet-Lite0 features, against the teacher's 25-step pictures; the row from other latents is their
-floor; KID to training pictures: against as many real ones. Text match gain: how much better the pictures fit their own prompts than one another's, by the reporting scorer
-(docs/evaluation.md), 100 times a cosine. Diversity: between four seeds of a prompt. Calls: UNet calls a picture. Margin: how much nearer than the nearest teacher
-at as many calls, with its standard error."""
+floor. KID to training pictures: against as many real ones. Text match gain: how much better the pictures fit their
+own prompts than one another's, by the reporting scorer (docs/evaluation.md), 100 times a cosine. Diversity: between
+four seeds of a prompt. Calls: UNet calls a picture. Margin: how much nearer than the nearest teacher at as many calls,
+with its standard error."""
 
 
 def main(folder: Path) -> None:

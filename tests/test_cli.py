@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from hypersd_jax import compilation
-from hypersd_jax.cli import main
+from hypersd_jax.cli import _parser, main
+from hypersd_jax.sampling_command import _embedded_lora
 from hypersd_jax.weights.components import assets
 from hypersd_jax.weights.tensors import open_tensors
 
@@ -46,6 +47,15 @@ def test_several_pictures_with_their_prompts_inside(tmp_path: Path, capsys: pyte
     ]
     assert np.abs(np.asarray(pictures[0], int) - np.asarray(pictures[1], int)).max() > 30
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [path.name for path in paths]
+
+
+def test_the_unified_student_ships_and_is_the_one_step_default() -> None:
+    with open_tensors(assets() / "loras" / "unified.safetensors") as file:
+        assert (file.metadata["steps"], file.metadata["timesteps"], file.metadata["sampler"]) == ("1", "[800]", "tcd")
+    options = _parser().parse_args(["sample", "--steps", "1", "--prompt", "x"])
+    assert [path.stem for path, _ in _embedded_lora(options)] == ["unified"]
+    options = _parser().parse_args(["sample", "--timesteps", "999", "--prompt", "x"])
+    assert [path.stem for path, _ in _embedded_lora(options)] == ["tscd-1"]
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])
