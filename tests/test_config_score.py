@@ -65,7 +65,6 @@ def base(tmp_path: Path) -> Path:
         (["stages.b.data_free=true", "stages.b.adversarial={}"], "stages.1.data_free: an adversarial term needs pict"),
         (["stages.b.student=unet", "stages.b.sampler=tcd"], "stages.1.student=unet is drawn with lcm at its own times"),
         (["stages.b.student=unet", "stages.b.steps=[1, 2]"], "stages.1.student=unet is drawn with lcm at its own time"),
-        (["stages.b.student=unet", "stages.b.times=[999, 499]"], "stages.1.student=unet is drawn with lcm at its own"),
         (["stages.b.student=unet", "stages.b.kind=tdm"], "stages.1.kind=tdm: its steps are deterministic"),
         (["stages.b.kind=tdm", "stages.b.times=[999, 990]"], "stages.1.times: only the first may lie above time_range"),
         (["stages.b.weight=0"], "stages.1.weight=0 leaves nothing to train on"),
