@@ -131,7 +131,7 @@ def make_run(
         config=config,
         output=None,
         mesh=model.mesh,
-        pipe=SimpleNamespace(components=components, schedule=schedule),
+        pipe=SimpleNamespace(components=components, schedule=schedule, dtype=dtype),
         preview_prompts=(),
         base_fingerprint="",
         uncond=Conditioning(*uncond),
@@ -225,7 +225,9 @@ class Planned:
 
         def trees(params: Mapping[str, jax.Array], start: Factors) -> Any:
             components = dataclasses.replace(run.pipe.components, params={"unet": params})
-            within = dataclasses.replace(run, pipe=SimpleNamespace(components=components, schedule=run.pipe.schedule))
+            within = dataclasses.replace(
+                run, pipe=SimpleNamespace(components=components, schedule=run.pipe.schedule, dtype=run.pipe.dtype)
+            )
             jobs.append(make_job(within, INDEX, run.config.adapter_stages[0], start, {}))
             return jobs[0].state, jobs[0].frozen
 

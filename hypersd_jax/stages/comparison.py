@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -72,29 +73,32 @@ def compare(config: Config, output: Output, pipe: Pipeline, base: str) -> list[R
     appraiser = make_appraiser(items, groups, pipe.native_size[0])
     few = items[: max(shown, min(size, len(items)))]
     for stage in tqdm(config.adapter_stages, desc="comparing", unit="student"):
-        student = _with_student(pipe, output, stage)
         for sampling in compared_samplings(stage):
             steps = _steps(sampling["steps"])
             if f"teacher {steps}" not in columns:
                 options: dict[str, Any] = {"guidance": settings.guidance, "sampler": "ddim", "batch_size": size}
                 columns[f"teacher {steps}"] = draw(pipe, few, steps=sampling["steps"], **options)[0][:shown]
-            row, images = _student(student, stage.name, sampling, items, reference, appraiser, size)
+            with _with_student(pipe, output, stage) as student:
+                row, images = _student(student, stage.name, sampling, items, reference, appraiser, size)
             label = f"student {steps}"
             columns[f"{stage.name}, {steps}" if label in columns else label] = images[:shown]
             rows.append(row)
-        if student is pipe:
-            pipe.unload_lora(stage.name)
     _write_all(config, output, rows, columns, [item.prompt for item in items[:shown]])
     return rows
 
 
-def _with_student(pipe: Pipeline, output: Output, stage: AdapterStage) -> Pipeline:
-    """The base under the stage's LoRA, which is loaded into it, or the model that the stage has written."""
+@contextlib.contextmanager
+def _with_student(pipe: Pipeline, output: Output, stage: AdapterStage) -> Iterator[Pipeline]:
+    """The base under the stage's LoRA, as long as this lasts, or the model that the stage has written."""
     path = student_path(output, stage)
     if is_whole(stage):
-        return Pipeline.from_pretrained(path, dtype=pipe.dtype, mesh=pipe.mesh)
+        yield Pipeline.from_pretrained(path, dtype=pipe.dtype, mesh=pipe.mesh)
+        return
     pipe.load_lora(path, name=stage.name)
-    return pipe
+    try:
+        yield pipe
+    finally:
+        pipe.unload_lora(stage.name)
 
 
 def _student(
