@@ -83,19 +83,15 @@ def student_sample(
     """
     count, rows = times.shape[0], drawn.noise.shape[0]
 
-    def estimate(model: Model, x: jax.Array, t: jax.Array) -> tuple[jax.Array, jax.Array]:
-        at = jnp.broadcast_to(t, (rows,))
-        return to_x0_eps(model(x, at, cond), x, *columns(schedule, at, x), schedule.prediction_type)
-
     def earlier(index: jax.Array, x: jax.Array) -> jax.Array:
-        x0, eps = estimate(still_fn, x, times[index])
+        x0, eps = _estimate(still_fn, x, times[index], cond, schedule)
         if not deterministic:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(drawn.keys, index)
             eps = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
         return move(x0, eps, *columns(schedule, jnp.broadcast_to(times[index + 1], (rows,)), x))
 
     x = drawn.noise if count == 1 else jax.lax.fori_loop(0, drawn.step, earlier, drawn.noise)
-    x0, eps = estimate(student_fn, jax.lax.stop_gradient(x), times[drawn.step])
+    x0, eps = _estimate(student_fn, jax.lax.stop_gradient(x), times[drawn.step], cond, schedule)
     if not deterministic:
         return Sample(x0, x0, jnp.float32(1.0), jnp.float32(0.0), bounds[0], bounds[1])
     last = drawn.step == count - 1
@@ -125,12 +121,17 @@ def endpoint(model_fn: Model, noise: jax.Array, cond: Any, times: jax.Array, *, 
     """
     rows, count = noise.shape[0], times.shape[0]
 
-    def estimate(x: jax.Array, index: jax.Array | int) -> tuple[jax.Array, jax.Array]:
-        at = jnp.broadcast_to(times[index], (rows,))
-        return to_x0_eps(model_fn(x, at, cond), x, *columns(schedule, at, x), schedule.prediction_type)
-
     def one_step(index: jax.Array, x: jax.Array) -> jax.Array:
-        return move(*estimate(x, index), *columns(schedule, jnp.broadcast_to(times[index + 1], (rows,)), x))
+        return move(
+            *_estimate(model_fn, x, times[index], cond, schedule),
+            *columns(schedule, jnp.broadcast_to(times[index + 1], (rows,)), x),
+        )
 
     x = jax.lax.fori_loop(0, count - 1, one_step, noise)
-    return jax.lax.stop_gradient(estimate(x, count - 1)[0])
+    return jax.lax.stop_gradient(_estimate(model_fn, x, times[count - 1], cond, schedule)[0])
+
+
+def _estimate(model: Model, x: jax.Array, t: jax.Array, cond: Any, schedule: Schedule) -> tuple[jax.Array, jax.Array]:
+    """The clean-latent and noise estimates of a model at x (B, h, w, C), all rows at one time t ()."""
+    at = jnp.broadcast_to(t, (x.shape[0],))
+    return to_x0_eps(model(x, at, cond), x, *columns(schedule, at, x), schedule.prediction_type)

@@ -18,7 +18,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import score, tscd
 from hypersd_jax.stages.feeding import Inputs
-from hypersd_jax.stages.judging import judge_kind, make_judge
+from hypersd_jax.stages.judging import Judge, judge_kind, make_judge
 from hypersd_jax.stages.loop import FAKE_STREAM, chosen, optimizer_config, stream
 from hypersd_jax.stages.output import Output
 from hypersd_jax.stages.prompt_feeding import PromptInputs
@@ -88,11 +88,7 @@ class Job:
 def check_stage(run: Run, stage: AdapterStage, before: Sequence[str]) -> None:
     """Refuse what does not fit this model or the stages ``before``; raises UserError beginning with the stage's key."""
     schedule = run.pipe.schedule
-    kind = judge_kind(stage.adversarial)
-    if kind is not None:
-        make_judge(
-            run.pipe.components, kind, run.latent_shape, run.mesh, dtype=run.pipe.dtype, remat=run.config.model.remat
-        )
+    stage_judge(run, stage)
     if isinstance(stage, ConsistencyStage):
         tscd.stage_controls(stage, schedule, run.grid_length)
         return
@@ -106,6 +102,15 @@ def check_stage(run: Run, stage: AdapterStage, before: Sequence[str]) -> None:
         if settings.teacher not in before:
             named = ", ".join((BASE, PREVIOUS, *before)) if before else BASE
             raise UserError(f"{key}.teacher={settings.teacher!r}: only {named} can be it here")
+
+
+def stage_judge(run: Run, stage: AdapterStage) -> Judge | None:
+    """The stage's discriminator, if it has one: on the base's features, in score distillation on the fake model's."""
+    kind = judge_kind(stage.adversarial)
+    if kind is None:
+        return None
+    settings: dict[str, Any] = {"dtype": run.pipe.dtype, "remat": run.config.model.remat}
+    return make_judge(run.pipe.components, kind, run.latent_shape, run.mesh, **settings)
 
 
 def make_job(run: Run, index: int, stage: AdapterStage, start: Factors, students: Mapping[str, Factors]) -> Job:
@@ -130,9 +135,7 @@ def _consistency_job(run: Run, index: int, stage: ConsistencyStage, start: Facto
     frozen = tscd.frozen_tree(components, run.uncond, run.scales, frozen_teacher)
     controls = tscd.stage_controls(stage, schedule, run.grid_length)
     tx = make_optimizer(optimizer_config(stage))
-    judge = tscd.stage_judge(
-        components, kind, run.latent_shape, run.mesh, dtype=run.pipe.dtype, remat=run.config.model.remat
-    )
+    judge = stage_judge(run, stage)
     if judge is None:
         state = init_state(start, tx, run.mesh)
 
@@ -172,9 +175,7 @@ def _score_job(run: Run, index: int, stage: ScoreStage, start: Factors, students
         masters = {path: leaf.astype(jnp.float32) for path, leaf in components.params["unet"].items()}
         student = adapters.merge(masters, before)
     trainable = {tscd.STUDENT: student, score.FAKE: jax.tree.map(jnp.asarray, fake)}
-    judge = score.score_judge(
-        components, kind, run.latent_shape, run.mesh, dtype=run.pipe.dtype, remat=run.config.model.remat
-    )
+    judge = stage_judge(run, stage)
     if judge is not None:
         trainable[tscd.HEADS] = judge.heads.init(run.config.seed + index)
     turns = score.make_score_turns(components, schedule, kind, judge, run.latent_shape)

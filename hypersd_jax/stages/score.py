@@ -15,7 +15,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from hypersd_jax.adapters import Adapter, join
 from hypersd_jax.conditioning import Conditioning
@@ -35,7 +34,7 @@ from hypersd_jax.distill import (
     student_sample,
 )
 from hypersd_jax.errors import UserError
-from hypersd_jax.stages.judging import Judge, JudgeKind, heads_loss, judge_controls, judge_kind, make_judge
+from hypersd_jax.stages.judging import Judge, JudgeKind, heads_loss, judge_controls, judge_kind
 from hypersd_jax.stages.loop import optimizer_config
 from hypersd_jax.stages.networks import Networks, Predict, broadcast
 from hypersd_jax.stages.tscd import HEADS, STUDENT, segments_of, teacher_controls, teacher_of
@@ -140,17 +139,6 @@ def score_frozen(
     """What a round reads and never changes; ``teachers``: LoRAs of "regression" and "anchor", where they have one."""
     shared = {"unet": dict(components.params["unet"]), "uncond": uncond, "scales": scales}
     return {**shared, **{name: teachers.get(name) or {} for name in ("regression", "anchor")}}
-
-
-def score_judge(
-    components: Components, kind: ScoreKind, latent_shape: tuple[int, ...], mesh: Mesh, *, dtype: Any, remat: bool
-) -> Judge | None:
-    """The stage's discriminator on the fake model's features, if it has one (DMD2)."""
-    return (
-        make_judge(components, kind.adversarial, latent_shape, mesh, dtype=dtype, remat=remat)
-        if kind.adversarial
-        else None
-    )
 
 
 def make_score_turns(

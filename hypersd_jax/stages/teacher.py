@@ -11,6 +11,7 @@ from hypersd_jax.conditioning import Conditioning, PromptEncoder
 from hypersd_jax.config import TeacherStage
 from hypersd_jax.diffusion import Schedule
 from hypersd_jax.distill import corruption, denoising_loss
+from hypersd_jax.stages.networks import with_dropped
 from hypersd_jax.training import Controls, LossFunction
 from hypersd_jax.weights.components import Components
 
@@ -41,7 +42,7 @@ def make_loss(
             ids = jax.tree.map(lambda rows, empty: jnp.where(drawn.dropped[:, None], empty, rows), ids, frozen["empty"])
         cond = prompts.encode(trainable, ids, dtype=dtype)
         if components.zero_unconditional:
-            cond = _zeroed(cond, drawn.dropped)
+            cond = with_dropped(cond, jax.tree.map(jnp.zeros_like, cond), drawn.dropped)
         cond = cond._replace(time_ids=batch["time_ids"])
 
         def predict(x: jax.Array, t: jax.Array, given: Conditioning) -> jax.Array:
@@ -50,11 +51,3 @@ def make_loss(
         return denoising_loss(predict, latents, cond, drawn, schedule=schedule, snr_gamma=stage.snr_gamma)
 
     return loss
-
-
-def _zeroed(cond: Conditioning, dropped: jax.Array) -> Conditioning:
-    """The conditioning with zeros for text in the dropped rows."""
-    pooled = cond.pooled
-    if pooled is not None:
-        pooled = jnp.where(dropped[:, None], jnp.zeros_like(pooled), pooled)
-    return Conditioning(jnp.where(dropped[:, None, None], jnp.zeros_like(cond.context), cond.context), pooled)

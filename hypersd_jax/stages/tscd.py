@@ -13,7 +13,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from hypersd_jax.adapters import Adapter, join
 from hypersd_jax.conditioning import Conditioning
@@ -26,7 +25,6 @@ from hypersd_jax.stages.judging import (
     consistency_judgement,
     judge_controls,
     judge_kind,
-    make_judge,
 )
 from hypersd_jax.stages.loop import optimizer_config
 from hypersd_jax.stages.networks import Networks, broadcast, with_dropped
@@ -117,17 +115,6 @@ def make_turns(components: Components, schedule: Schedule, kind: StepKind, judge
         return [both]
     extra = make_loss(components, schedule, kind, judge, heads_alone=True)
     return [Turn(players=(HEADS,), loss=extra, repeat=judge.kind.updates - 1), both]
-
-
-def stage_judge(
-    components: Components, kind: StepKind, latent_shape: tuple[int, ...], mesh: Mesh, *, dtype: Any, remat: bool
-) -> Judge | None:
-    """The stage's discriminator, if it has one."""
-    return (
-        make_judge(components, kind.adversarial, latent_shape, mesh, dtype=dtype, remat=remat)
-        if kind.adversarial
-        else None
-    )
 
 
 def make_loss(

@@ -14,6 +14,7 @@ import pytest
 from hypersd_jax.distill import Draw
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import train, tscd
+from hypersd_jax.stages.jobs import stage_judge
 from hypersd_jax.stages.networks import broadcast
 from hypersd_jax.stages.tscd import HEADS, STUDENT
 from hypersd_jax.weights.tensors import open_tensors
@@ -105,10 +106,7 @@ def by_hand(pair: Opened) -> ConsistencyByHand:
 
 
 def _judge(opened: Opened) -> Any:
-    kind = tscd.step_kind(opened.stage, first=True)
-    return tscd.stage_judge(
-        opened.run.pipe.components, kind, opened.run.latent_shape, opened.run.mesh, dtype=jnp.float32, remat=False
-    )
+    return stage_judge(opened.run, opened.stage)
 
 
 def test_the_first_round_by_hand(pair: Opened, first: Round, by_hand: ConsistencyByHand) -> None:

@@ -19,6 +19,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import run as stage_run
 from hypersd_jax.stages import score, train
+from hypersd_jax.stages.jobs import stage_judge
 from hypersd_jax.stages.output import Output, create_output
 from hypersd_jax.stages.tscd import HEADS, STUDENT
 from hypersd_jax.training import Checkpointer, abstract
@@ -141,14 +142,7 @@ def by_hand(dmd: Opened) -> ScoreByHand:
 def test_the_first_losses_of_the_models_beside_by_hand(dmd: Opened, first: Round, by_hand: ScoreByHand) -> None:
     key, judge = (
         dmd.key(0),
-        score.score_judge(
-            dmd.run.pipe.components,
-            score.score_kind(dmd.stage),
-            dmd.run.latent_shape,
-            dmd.run.mesh,
-            dtype=jnp.float32,
-            remat=False,
-        ),
+        stage_judge(dmd.run, dmd.stage),
     )
     fake = by_hand.adapter(first.before.trainable[FAKE])
     loss, x_t, t = by_hand.beside(key, by_hand.adapter(dmd.start), fake)
@@ -173,14 +167,7 @@ def test_the_students_first_losses_by_hand(dmd: Opened, first: Round, by_hand: S
     student, fake = by_hand.adapter(dmd.start), by_hand.adapter(first.after.trainable[FAKE])
     gradient, drawn, x0, x_t, t = by_hand.gap(key, student, fake)
     assert np.abs(gradient).mean() == pytest.approx(first.metrics["score_gap"], rel=TOLERANCE)
-    judge = score.score_judge(
-        dmd.run.pipe.components,
-        score.score_kind(stage),
-        dmd.run.latent_shape,
-        dmd.run.mesh,
-        dtype=jnp.float32,
-        remat=False,
-    )
+    judge = stage_judge(dmd.run, stage)
     of_fake = logits(judge, first.after.trainable[HEADS], by_hand.unet(x_t, t, fake)[1])
     generator = np.maximum(1 - of_fake, 0).mean()
     assert generator == pytest.approx(first.metrics["generator"], rel=TOLERANCE)
@@ -205,9 +192,7 @@ def test_the_adversarial_gradient_runs_through_the_frozen_features(
     """Of the student's whole loss only the adversarial term is left; its gradient by differentiating that directly."""
     alone = dmd.round(weight=0.0, regression_weight=0.0, anchor_weight=0.0, adversarial_weight=1.0)
     run, stage, key = dmd.run, dmd.stage, dmd.key(1)
-    judge = score.score_judge(
-        run.pipe.components, score.score_kind(stage), run.latent_shape, run.mesh, dtype=jnp.float32, remat=False
-    )
+    judge = stage_judge(run, stage)
     drawn = draw_trajectory(key, by_hand.shape, 1, by_hand.rows["places"])
     t = 20 + below(drawn.uniform, 960)
     a, s, last, deviation = (jnp.asarray(v, jnp.float32) for v in (*by_hand.at(t), *by_hand.at(999)))
@@ -248,9 +233,7 @@ def test_the_logged_calls_are_those_that_are_made(dmd: Opened) -> None:
 
 def _turns(opened: Opened, components: Any) -> Any:
     kind = score.score_kind(opened.stage)
-    judge = score.score_judge(
-        opened.run.pipe.components, kind, opened.run.latent_shape, opened.run.mesh, dtype=jnp.float32, remat=False
-    )
+    judge = stage_judge(opened.run, opened.stage)
     return score.make_score_turns(components, opened.run.pipe.schedule, kind, judge, opened.run.latent_shape)
 
 
