@@ -23,7 +23,7 @@ sys.path.insert(0, str(ROOT))
 import jax
 
 from benchmarks.matrix.output import write_results
-from benchmarks.matrix.recipes import Matrix, Recipe, drawn_of, read_matrix, recipe_config
+from benchmarks.matrix.recipes import Matrix, Recipe, drawn_of, planned, read_matrix, recipe_config
 from benchmarks.matrix.scoring import Scorer
 from benchmarks.matrix.tables import METRICS
 from benchmarks.matrix.training import missing_updates, run_folder, train_recipe
@@ -58,7 +58,9 @@ def run(options: argparse.Namespace) -> None:
     use_compilation_cache()
     first = recipe_config(matrix, recipes[0], seeds[0], root)
     scorer = Scorer(first, matrix.samples, root)
-    jobs = [(seed, recipe, _settled(matrix, recipe, seed, root, scorer.base)) for seed in seeds for recipe in recipes]
+    jobs = [
+        (seed, recipe, _settled(matrix, recipe, seed, root, scorer.base)) for seed, recipe in planned(recipes, seeds)
+    ]
     for _, recipe, config in jobs:
         if (config.model, config.data.groups, config.evaluation) != (first.model, first.data.groups, first.evaluation):
             raise UserError(f"recipes.{recipe.name}: model, data.groups and evaluation must be those of all recipes")

@@ -13,7 +13,7 @@ import yaml
 
 from benchmarks.matrix import training
 from benchmarks.matrix.output import plot, write_results
-from benchmarks.matrix.recipes import drawn_of, read_matrix, recipe_config
+from benchmarks.matrix.recipes import drawn_of, planned, read_matrix, recipe_config
 from benchmarks.matrix.tables import judge, summarise, verdict
 from benchmarks.matrix.training import missing_updates, run_folder, train_recipe
 from hypersd_jax.errors import UserError
@@ -73,6 +73,13 @@ def test_the_rivals_have_the_sum_of_the_updates() -> None:
     assert len(matrix.seeds) == 3
 
 
+def test_a_recipe_may_have_some_of_the_seeds(tmp_path: Path) -> None:
+    recipes = [{"name": "tscd"}, {"name": "longer", "seeds": [1], "overrides": ["stages.one.updates=9"]}]
+    matrix = read_matrix(matrix_file(tmp_path, recipes=recipes))
+    found = [(seed, recipe.name) for seed, recipe in planned(matrix.recipes, matrix.seeds)]
+    assert found == [(0, "tscd"), (1, "tscd"), (1, "longer")]
+
+
 def test_what_is_drawn(tmp_path: Path) -> None:
     matrix = read_matrix(matrix_file(tmp_path))
     settled = [drawn_of(recipe, recipe_config(matrix, recipe, 0, tmp_path)) for recipe in matrix.recipes]
@@ -88,6 +95,7 @@ def test_what_is_drawn(tmp_path: Path) -> None:
         ({"against": "other"}, "against='other' is no recipe's label"),
         ({"seeds": []}, "recipes and seeds must be there"),
         ({"samples": 2}, "samples must be at least 3"),
+        ({"recipes": [{"name": "tscd", "seeds": [2]}]}, "recipes.tscd: seeds must be among the matrix's, not [2]"),
         ({"recipes": [{"name": "tscd", "overrides": ["sed=1"]}]}, "recipes.tscd: unknown key sed"),
         ({"recipes": [{"name": "tscd", "draw": [{"stage": "x", "steps": 1}]}]}, "recipes.tscd.draw: no stage 'x'"),
         (

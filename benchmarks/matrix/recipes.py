@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
@@ -39,11 +40,12 @@ class Recipe:
     """Changes to the base recipe: whole ``stages``, if given, then ``overrides``; and which students are measured.
 
     ``draw: []`` measures each stage's student at its own numbers of steps. Recipes of one ``label`` (default: the name)
-    are one method in the table, each measured at other numbers of steps.
+    are one method in the table, each measured at other numbers of steps. ``seeds``: of the matrix's, only these.
     """
 
     name: str
     label: str | None = None
+    seeds: tuple[int, ...] = ()
     stages: tuple[dict, ...] = ()
     overrides: tuple[str, ...] = ()
     draw: tuple[Drawn, ...] = ()
@@ -91,6 +93,9 @@ class Matrix:
             raise ValueError(f"samples must be at least 3, which KID needs, not {self.samples}")
         if self.against not in {recipe.method for recipe in self.recipes}:
             raise ValueError(f"against={self.against!r} is no recipe's label")
+        for recipe in self.recipes:
+            if not {*recipe.seeds} <= {*self.seeds}:
+                raise ValueError(f"recipes.{recipe.name}: seeds must be among the matrix's, not {list(recipe.seeds)}")
         for point in (point for panel in self.panels for point in panel.points):
             if point.recipe not in names:
                 raise ValueError(f"panels: no recipe {point.recipe!r}")
@@ -123,6 +128,12 @@ def recipe_config(matrix: Matrix, recipe: Recipe, seed: int, output: Path) -> Co
         return load_config(find_recipe(matrix.base), [*stages, *matrix.overrides, *recipe.overrides, *fixed])
     except UserError as error:
         raise UserError(f"recipes.{recipe.name}: {error}") from None
+
+
+def planned(recipes: Iterable[Recipe], seeds: Iterable[int]) -> list[tuple[int, Recipe]]:
+    """Every run: all recipes of a seed before the next seed, so that a look on the way compares like with like."""
+    every = tuple(recipes)
+    return [(seed, recipe) for seed in seeds for recipe in every if not recipe.seeds or seed in recipe.seeds]
 
 
 def drawn_of(recipe: Recipe, config: Config) -> list[Drawn]:
