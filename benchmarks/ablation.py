@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import datetime
 import os
+import shlex
 import sys
 import time
 from pathlib import Path
@@ -66,7 +67,7 @@ def run(options: argparse.Namespace) -> None:
             raise UserError(f"recipes.{recipe.name}: model, data.groups and evaluation must be those of all recipes")
     clock = Clock([config for _, _, config in jobs], root, scorer.base)
     title = options.matrix.stem
-    facts = _facts(options.matrix, matrix, seeds)
+    facts = _facts(options.matrix, matrix, seeds, options.recipes)
     results: list[dict[str, Any]] = []
     page = ""
     for number, (seed, recipe, config) in enumerate(jobs):
@@ -125,10 +126,11 @@ def _updates(config: Config, stage: str) -> int:
     return sum(each.updates for each in config.adapter_stages[: names.index(stage) + 1])
 
 
-def _facts(path: Path, matrix: Matrix, seeds: list[int] | tuple[int, ...]) -> list[str]:
+def _facts(path: Path, matrix: Matrix, seeds: list[int] | tuple[int, ...], recipes: list[str] | None) -> list[str]:
     device = jax.devices()[0].device_kind
     return [
-        f"`python benchmarks/ablation.py benchmarks/ablation/{path.name}`; base recipe {matrix.base}, seeds "
+        f"`python benchmarks/ablation.py benchmarks/ablation/{path.name}"
+        f"{'' if recipes is None else f' --recipes {shlex.join(recipes)}'}`; base recipe {matrix.base}, seeds "
         f"{', '.join(map(str, seeds))}, {matrix.samples} held-out (prompt, seed) pairs.",
         f"{datetime.date.today()}, jax {jax.__version__}, {jax.device_count()} x {device}, {os.cpu_count()} CPU cores.",
     ]

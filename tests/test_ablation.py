@@ -251,9 +251,8 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         "README.md",
         "grid.png",
-        "plot.png",
         "results.json",
-    ]
+    ]  # and no plot, for no axis of it has been measured
     assert (tmp_path / "results" / "README.md").read_text() == page
     assert (
         "| 4 | tscd | tscd-4 / s | ddim | 10 | 0.1500 ± 0.0707 | 0.150 ± 0.071 | 1 ± 0 | 2.000 ± 0.000 "
@@ -262,6 +261,9 @@ def test_what_is_written(tmp_path: Path) -> None:
     assert "| 25 | teacher | | ddim | | 0 | | | 0.200 | 53.0 | |" in page
     assert "| 4 | teacher, guidance 4 | | ddim | | 0.2000 | 0.100 | 9 | 0.300 | 20.0 | |" in page
     assert "| 4 | tcd (ddim) | distance | +0.3000 | 0.0707 | better |" in page
+    measured = [{**run, "recipe": name} for run in runs for name in ("tscd", "longer")]
+    write_results(tmp_path / "results", "title", ["facts"], matrix, measured, FakeScorer())  # type: ignore[arg-type]
+    assert (tmp_path / "results" / "plot.png").exists()
 
 
 def test_the_plot_has_a_line_for_each_number_of_steps(tmp_path: Path) -> None:
@@ -273,3 +275,10 @@ def test_the_plot_has_a_line_for_each_number_of_steps(tmp_path: Path) -> None:
     lines = [container[0] for container in axes.containers]
     assert [list(line.get_ydata()) for line in lines] == [pytest.approx([0.2, 0.2]), pytest.approx([0.55, 0.55])]
     assert [label.get_text() for label in axes.get_xticklabels()] == ["a", "b"]
+
+
+def test_the_plot_leaves_out_what_is_not_there_yet(tmp_path: Path) -> None:
+    points = [{"recipe": "tscd", "at": "a"}, {"recipe": "longer", "at": "b"}]
+    matrix = read_matrix(matrix_file(tmp_path, panels=[{"title": "kind", "points": points}]))
+    rows = summarise({**run, "recipe": "tscd"} for run in results("tscd", [0.1, 0.3], [0, 0], 4))
+    assert plot(matrix.panels, rows).axes == []

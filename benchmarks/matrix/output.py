@@ -33,7 +33,8 @@ def write_results(
     _replace(folder / "grid.png", lambda path: grid.save(path, format="png"))
     if matrix.panels:
         figure = plot(matrix.panels, rows)
-        _replace(folder / "plot.png", lambda path: figure.savefig(path, format="png", dpi=150))
+        if figure.axes:
+            _replace(folder / "plot.png", lambda path: figure.savefig(path, format="png", dpi=150))
     return page
 
 
@@ -49,9 +50,14 @@ def _columns(matrix: Matrix, results: Sequence[Mapping[str, Any]], scorer: Score
 
 
 def plot(panels: Sequence[Panel], rows: Sequence[Row]) -> Figure:
-    """Distance over each axis of a sweep, one line for each number of steps; bars are the spread over seeds."""
-    across = min(3, len(panels))
-    down = -(-len(panels) // across)
+    """Distance over each axis of a sweep, one line for each number of steps; bars are the spread over seeds.
+
+    An axis of which only one point has been measured is left out.
+    """
+    measured = {row["recipe"] for row in rows}
+    panels = [panel for panel in panels if sum(point.recipe in measured for point in panel.points) > 1]
+    across = min(3, len(panels)) or 1
+    down = -(-len(panels) // across) or 1
     figure = Figure(figsize=(4.2 * across, 3.2 * down), layout="constrained")
     every = sorted({row["steps"] for row in rows}, reverse=True)
     for number, panel in enumerate(panels):
