@@ -102,7 +102,8 @@ def page(rows: list[dict[str, Any]], n: int) -> str:
     lines = [
         "# Guidance and negative prompts on few-step LoRAs",
         "",
-        f"`python benchmarks/guidance.py`; {n} held-out prompts that name a coloured ground; jax {jax.__version__}, "
+        f"`python benchmarks/guidance.py --n {n} --lora FILE`; held-out prompts that name a coloured ground; "
+        f"jax {jax.__version__}, "
         f'{jax.devices()[0].device_kind}. Negative: the named ground, as in "blue background".',
         "",
         "| model | guidance | text-match gain | ground as asked | the same, ground as the negative prompt | clipped |",
@@ -127,6 +128,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--n", type=int, default=64, help="prompts")
     parser.add_argument("--output", type=Path, default=RESULTS)
     options = parser.parse_args(arguments)
+    if options.n < SHOWN or options.steps < 1:
+        parser.error(f"--n must be at least {SHOWN} and --steps at least 1")
+    if not options.lora.is_file():  # before the teacher is drawn, which takes minutes
+        parser.error(f"--lora {options.lora}: no such file")
     use_compilation_cache()
     items = named_grounds(options.n)
     drawers = [
