@@ -96,11 +96,14 @@ class AutoencoderStage(StageConfig):
 class TeacherStage(StageConfig):
     """Ordinary training of UNet and text encoder to predict noise, or what the scheduler's prediction type says.
 
-    ``snr_gamma`` is min-SNR weighting's gamma (arXiv 2303.09556; null weighs all times alike); ``prompt_dropout`` is
-    the share of pictures that are shown without their caption, for classifier-free guidance.
+    ``prediction_type`` makes it another from this stage on, which the model that comes out says of itself: weights that
+    predict epsilon are fine-tuned to predict v, which needs no division by alpha at the noisy end (arXiv 2202.00512,
+    section 4). ``snr_gamma`` is min-SNR weighting's gamma (arXiv 2303.09556; null weighs all times alike);
+    ``prompt_dropout`` is the share of pictures that are shown without their caption, for classifier-free guidance.
     """
 
     kind: Literal["teacher"]
+    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
     snr_gamma: float | None = 5.0
     prompt_dropout: float = 0.1
 

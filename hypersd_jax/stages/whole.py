@@ -121,6 +121,8 @@ def _require_fit(config: Config, components: Components, resolution: int) -> Non
 def train_whole(run: WholeRun) -> None:
     """Train every stage in order and write the model; what is there already is not done again."""
     for index, stage in enumerate(run.config.active_stages):
+        if isinstance(stage, TeacherStage) and stage.prediction_type is not None:
+            run = _predicting(run, stage.prediction_type)
         trained = _run_stage(run, index, stage)
         run.components = dataclasses.replace(run.components, params={**run.components.params, **trained})
         if isinstance(stage, AutoencoderStage):
@@ -190,6 +192,18 @@ def _batches(run: WholeRun, index: int, stage: StageConfig, done: int) -> Iterat
     inputs = Inputs(run.config, run.source, run.components, run.prompts, run.mesh, run.dtype, trained=trained)
     key = stream(run.config.seed, ENCODER_STREAM, index)
     return inputs.captioned(stage, before=before, done=done, key=key)
+
+
+def _predicting(run: WholeRun, kind: str) -> WholeRun:
+    """The run with a UNet that is said to predict ``kind``; its weights are as they were."""
+    description = run.components.description
+    config = {**description.scheduler_config, "prediction_type": kind}
+    description = dataclasses.replace(description, scheduler_config=config)
+    return dataclasses.replace(
+        run,
+        components=dataclasses.replace(run.components, description=description),
+        schedule=dataclasses.replace(run.schedule, prediction_type=kind),
+    )
 
 
 def _with_scaling(run: WholeRun) -> Components:

@@ -104,6 +104,29 @@ def test_fresh_parts_need_no_weights_and_learn(model, tmp_path):
     assert before.shape == after.shape == (64, 16, 16, 3)
 
 
+def test_a_stage_changes_what_the_unet_predicts_and_the_model_says_so(model, tmp_path):
+    """The same run as that of a model whose scheduler says so itself, weights bit for bit."""
+    said = tmp_path / "said"
+    shutil.copytree(model, said)
+    file = said / "scheduler" / "scheduler_config.json"
+    given = json.loads(file.read_text())
+    assert given["prediction_type"] == "epsilon"
+    file.write_text(json.dumps({**given, "prediction_type": "v_prediction"}))
+    folders = []
+    for source, overrides in ((model, ["stages.s.prediction_type=v_prediction"]), (said, [])):
+        place = tmp_path / f"from-{source.name}"
+        place.mkdir()
+        folders.append(train(load_config(save(recipe(place, source, "teacher", updates=2), place), overrides)))
+    for folder in folders:
+        written = json.loads((folder / "model" / "scheduler" / "scheduler_config.json").read_text())
+        assert written == {**given, "prediction_type": "v_prediction"}
+        assert Pipeline.from_pretrained(folder / "model").schedule.prediction_type == "v_prediction"
+    for part in ("unet", "text_encoder"):
+        assert not changed(folders[0] / "model", folders[1] / "model", part)
+    drawn = [(folder / "samples" / "s.png").read_bytes() for folder in folders]
+    assert drawn[0] == drawn[1]
+
+
 def test_what_is_refused(model, tmp_path):
     with pytest.raises(UserError, match=r"model.fresh: 'vea' is not a part of the model; did you mean vae"):
         train(recipe(tmp_path, model, "autoencoder", fresh="[vea]"))
