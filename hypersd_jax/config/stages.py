@@ -76,13 +76,16 @@ class ConsistencyStage(StageConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderStage(StageConfig):
-    """Training of the whole autoencoder: L1 between picture and reconstruction, plus weighted terms.
+    """Training of the autoencoder: L1 between picture and reconstruction, plus weighted terms.
 
+    ``part`` is ``all`` of it, or ``decoder``: the latents stay what they were, and with them every UNet that was
+    trained on them (the released "ft-mse" autoencoders of SD 1.x were made so).
     ``gradient_weight`` is of the L1 between their horizontal and vertical differences, which keeps edges sharp;
     ``kl_weight`` of the Kullback-Leibler divergence of the latents from N(0, I), a number of a picture's latents.
     """
 
     kind: Literal["autoencoder"]
+    part: Literal["all", "decoder"] = "all"
     gradient_weight: float = 1.0
     kl_weight: float = 1e-6
 

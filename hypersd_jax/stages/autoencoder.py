@@ -1,7 +1,8 @@
-"""The stage `autoencoder`: both halves of a KL autoencoder are trained to give pictures back."""
+"""The stage `autoencoder`: a KL autoencoder, or its decoder alone, is trained to give pictures back."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -12,21 +13,31 @@ from hypersd_jax.distill import reconstruction_loss
 from hypersd_jax.training import Controls, LossFunction
 from hypersd_jax.weights.components import Components
 
+DECODER = ("decoder.", "post_quant_conv.")
+"""Parameter paths of the half that reads latents begin so."""
+
+
+def trained_part(stage: AutoencoderStage, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+    """Those of the autoencoder's parameters that the stage trains."""
+    return {path: value for path, value in params.items() if stage.part == "all" or path.startswith(DECODER)}
+
 
 def make_loss(components: Components, stage: AutoencoderStage, dtype: Any) -> LossFunction:
     """The stage's loss for `make_step`: trainable {"vae": parameters}, batch {"images", "places"}.
 
-    The posterior is sampled, each picture with the noise of its place in the batch.
+    Frozen is {"vae": those of its parameters that are not trained}. The posterior is sampled, each picture with the
+    noise of its place in the batch.
     """
 
     def loss(
         trainable: Any, ema: Any, frozen: Any, batch: Any, key: jax.Array, controls: Controls
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         images = batch["images"]
-        mean, logvar = components.vae(trainable["vae"], images.astype(dtype), method="encode")
+        params = {**frozen["vae"], **trainable["vae"]}
+        mean, logvar = components.vae(params, images.astype(dtype), method="encode")
         mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
         latents = mean + jnp.exp(0.5 * logvar) * posterior_noise(key, batch["places"], mean.shape[1:])
-        output = components.vae(trainable["vae"], latents.astype(dtype), method="decode")
+        output = components.vae(params, latents.astype(dtype), method="decode")
         return reconstruction_loss(
             output,
             images,

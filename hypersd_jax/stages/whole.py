@@ -124,8 +124,8 @@ def train_whole(run: WholeRun) -> None:
         if isinstance(stage, TeacherStage) and stage.prediction_type is not None:
             run = _predicting(run, stage.prediction_type)
         trained = _run_stage(run, index, stage)
-        run.components = dataclasses.replace(run.components, params={**run.components.params, **trained})
-        if isinstance(stage, AutoencoderStage):
+        run.components = _with_weights(run.components, trained)
+        if isinstance(stage, AutoencoderStage) and stage.part == "all":
             run.components = _with_scaling(run)
         _preview(run, stage, stage.name)
     params = {name: {path: host(value) for path, value in part.items()} for name, part in run.components.params.items()}
@@ -140,11 +140,16 @@ def train_whole(run: WholeRun) -> None:
 
 def _run_stage(run: WholeRun, index: int, stage: StageConfig) -> Params:
     """Train one stage; returns the new weights by component."""
-    parts = ("vae",) if isinstance(stage, AutoencoderStage) else ("unet", *run.components.text_encoders)
-    start = {name: dict(run.components.params[name]) for name in parts}
+    params = run.components.params
+    frozen: dict[str, Any]
+    if isinstance(stage, AutoencoderStage):
+        start = {"vae": autoencoder.trained_part(stage, params["vae"])}
+        frozen = {"vae": {path: value for path, value in params["vae"].items() if path not in start["vae"]}}
+    else:
+        start = {name: dict(params[name]) for name in ("unet", *run.components.text_encoders)}
+        frozen = {"empty": tuple(jnp.asarray(ids) for ids in run.prompts.tokenize([""]))}
     tx = make_optimizer(optimizer_config(stage))
-    frozen: dict[str, Any] = {"empty": tuple(jnp.asarray(ids) for ids in run.prompts.tokenize([""]))}
-    given = {name: fingerprint(part) for name, part in run.components.params.items()}
+    given = {name: fingerprint(part) for name, part in params.items()}
     state = init_state(start, tx, run.mesh)
 
     def make() -> Any:
@@ -156,8 +161,7 @@ def _run_stage(run: WholeRun, index: int, stage: StageConfig) -> Params:
         return make_step(loss, tx, state, frozen, mesh=run.mesh, accumulate=stage.accumulate)
 
     def preview(now: TrainState, number: int) -> None:
-        weights = {**run.components.params, **chosen(stage, now)}
-        shown = dataclasses.replace(run, components=dataclasses.replace(run.components, params=weights))
+        shown = dataclasses.replace(run, components=_with_weights(run.components, chosen(stage, now)))
         _preview(shown, stage, f"{stage.name}-{number:06d}")
 
     state, _ = run_updates(
@@ -192,6 +196,12 @@ def _batches(run: WholeRun, index: int, stage: StageConfig, done: int) -> Iterat
     inputs = Inputs(run.config, run.source, run.components, run.prompts, run.mesh, run.dtype, trained=trained)
     key = stream(run.config.seed, ENCODER_STREAM, index)
     return inputs.captioned(stage, before=before, done=done, key=key)
+
+
+def _with_weights(components: Components, trained: Params) -> Components:
+    """The components with these of their weights in place of their own."""
+    params = {name: {**part, **trained.get(name, {})} for name, part in components.params.items()}
+    return dataclasses.replace(components, params=params)
 
 
 def _predicting(run: WholeRun, kind: str) -> WholeRun:

@@ -104,6 +104,24 @@ def test_fresh_parts_need_no_weights_and_learn(model, tmp_path):
     assert before.shape == after.shape == (64, 16, 16, 3)
 
 
+def test_the_decoder_alone(model, tmp_path):
+    """Decoding changes; the latents, and the scale at which the UNet sees them, do not."""
+    config = load_config(save(recipe(tmp_path, model, "autoencoder"), tmp_path), ["stages.s.part=decoder"])
+    folder = train(config)
+    before, after = weights(model, "vae"), weights(folder / "model", "vae")
+    moved = {key for key in before if not np.array_equal(before[key], after[key])}
+    assert moved
+    assert {key.split(".")[0] for key in moved} == {"decoder", "post_quant_conv"}
+    still = {key.split(".")[0] for key in before.keys() - moved}
+    assert still >= {"encoder", "quant_conv"}
+    scales = [
+        json.loads((place / "vae" / "config.json").read_text())["scaling_factor"] for place in (model, folder / "model")
+    ]
+    assert scales[0] == scales[1]
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert all(line["update_norm"] > 0 for line in lines)
+
+
 def test_a_stage_changes_what_the_unet_predicts_and_the_model_says_so(model, tmp_path):
     """The same run as that of a model whose scheduler says so itself, weights bit for bit."""
     said = tmp_path / "said"
