@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.sampling import Side
-from benchmarks.sides.training import CASES, COMPARED, SHAPES, UPDATE
+from benchmarks.sides.training import CASES, COMPARED, FAKE_UPDATES, SHAPES, UPDATE, find_case
 
 RESULTS = ROOT / "benchmarks" / "results" / "training_step"
 PACKAGES = ("jax", "flax", "optax", "torch", "diffusers", "peft")
@@ -56,7 +56,8 @@ def run_case(name: str, model: Path, options: argparse.Namespace, folder: str) -
     """One stage, and beside TSCD the same on PyTorch."""
     latent = str(options.latent or SHAPES[options.shape].latent)
     remat, updates = "remat" if options.remat else "-", options.repeats + 1
-    ours = Side("training_ours", sys.executable, [str(model), options.shape, name, latent, remat, str(updates), folder])
+    settings = [options.shape, name, str(options.fake_updates), latent, remat, str(updates)]
+    ours = Side("training_ours", sys.executable, [str(model), *settings, folder])
     theirs = [str(model), options.shape, remat, folder]
     if not ours.load["fits"]:
         ours.close()
@@ -108,7 +109,7 @@ def compare(ours: dict[str, Any], theirs: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def table(cases: dict[str, Any]) -> str:
+def table(cases: dict[str, Any], fake_updates: int) -> str:
     """One row a stage, how the fewest calls come about, and the comparison."""
     lines = [
         "| stage | s an update | peak, GiB | XLA's plan, GiB | trainable, MB | optimizer, MB | frozen, MB"
@@ -124,7 +125,7 @@ def table(cases: dict[str, Any]) -> str:
             calls = [f"{mean(update[part] for update in case['updates']):.2f}" for part in ("calls", "minimum")]
         lines.append(f"| {' | '.join([name, seconds, peak, plan, *sizes, *calls, compiling])} |")
     lines += ["", "The fewest calls, earlier steps at their mean:", ""]
-    lines += [f"- {name}: {CASES[name].derivation()}" for name in cases]
+    lines += [f"- {name}: {find_case(name, fake_updates).derivation()}" for name in cases]
     if COMPARED in cases and cases[COMPARED]["fits"]:
         lines += ["", *compared_table(cases[COMPARED])]
     return "\n".join(lines)
@@ -145,6 +146,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
         "shape": options.shape,
         "latent": options.latent or SHAPES[options.shape].latent,
         "remat": options.remat,
+        "fake_updates": options.fake_updates,
         "repeats": options.repeats,
         "alone": options.alone,
         "cores": os.cpu_count(),
@@ -164,7 +166,8 @@ def write(result: dict[str, Any], output: Path) -> None:
         f"on {some['device']}, {about['cores']} cores, activations {remat}"
     )
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    text = f"{title}\n\n{versions}; {about['date']}; medians of {about['repeats']}\n\n{table(result['cases'])}\n"
+    rows = table(result["cases"], about["fake_updates"])
+    text = f"{title}\n\n{versions}; {about['date']}; medians of {about['repeats']}\n\n{rows}\n"
     output.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
@@ -174,13 +177,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--latent", type=int, help="side of the latents; default: the shape's own")
     parser.add_argument("--repeats", type=int, default=3, help="timed updates, after one that warms up")
     parser.add_argument("--cases", nargs="+", choices=tuple(CASES), default=list(CASES), metavar="STAGE")
+    parser.add_argument(
+        "--fake-updates", type=int, default=FAKE_UPDATES, help="of DMD's fake model to one of the student"
+    )
     parser.add_argument("--remat", action="store_true", help="recompute activations, on both sides")
     parser.add_argument("--alone", action="store_true", help="one side at a time, where both do not fit in memory")
     parser.add_argument("--models", type=Path, default=ROOT / "outputs/benchmark-models", help="where they are kept")
     parser.add_argument("--output", type=Path, help="a JSON file; a Markdown table is written beside it")
     options = parser.parse_args(arguments)
-    if options.repeats < 1:
-        parser.error("--repeats must be at least 1")
+    if options.repeats < 1 or options.fake_updates < 1:
+        parser.error("--repeats and --fake-updates must be at least 1")
 
     output = options.output or RESULTS / f"{options.shape}{'-remat' if options.remat else ''}.json"
     result: dict[str, Any] = {"settings": settings(options), "cases": {}}
@@ -190,7 +196,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result["cases"][name] = run_case(name, model, options, folder)
             write(result, output)  # after each, since a later one may not fit in memory
             print(f"{name}: done", file=sys.stderr)
-    print(table(result["cases"]))
+    print(table(result["cases"], options.fake_updates))
 
 
 if __name__ == "__main__":

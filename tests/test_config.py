@@ -189,3 +189,13 @@ def test_a_kind_that_is_no_name(tmp_path: Path) -> None:
     path.write_text("output_dir: out\nstages:\n- {name: a, kind: [tscd], updates: 1, batch_size: 1}\n")
     with pytest.raises(UserError, match=r"stages.0.kind=\['tscd'\] is not valid"):
         load_config(path)
+
+
+def test_a_first_stage_that_is_there_already_is_refused(base: Path) -> None:
+    """A later stage has another student to teach, and a solver finer than k or guidance something to be learnt."""
+    bare = ["stages.a.solver_steps=4", "stages.a.guidance=[1, 1]"]
+    with pytest.raises(UserError, match=r"stages.a: with guidance \[1, 1\] and solver_steps = k .* must be above 4"):
+        load_config(base, bare)
+    for overrides in (["stages.a.solver_steps=8"], ["stages.a.guidance=[1, 2]"], ["stages.a.skip=true"]):
+        load_config(base, [*bare, *overrides])
+    load_config(base, ["stages.b.solver_steps=1", "stages.b.guidance=[1, 1]"])

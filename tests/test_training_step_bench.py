@@ -17,7 +17,7 @@ for name in ("torch", "diffusers", "peft"):
     pytest.importorskip(name)
 
 from benchmarks import training_step
-from benchmarks.sides.training import CASES, COMPARED, EARLIER
+from benchmarks.sides.training import CASES, COMPARED, EARLIER, find_case
 
 TOLERANCE = 1e-4
 """Relative, of float32 losses and gradient norms that two frameworks compute. Measured: 2e-5; with another EMA decay,
@@ -85,4 +85,8 @@ def test_the_fewest_calls() -> None:
     assert few.student.least(3) == 7
     assert few.beside.least(2) == few.beside.times * 4.5
     assert few.derivation().endswith(f"= {5.5 + few.beside.times * 4:g}")
+    once = find_case("dmd2", 1)
+    assert once.stage["fake_updates"] == 1
+    assert once.derivation().endswith("= 9.5")
+    assert find_case(COMPARED, 1) == CASES[COMPARED]
     assert [name for name, case in CASES.items() if EARLIER in case.student.calls] == ["dmd2", "tdm"]

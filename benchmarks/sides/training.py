@@ -10,7 +10,7 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -141,6 +141,15 @@ CASES = {
         beside=Turn(calls=_FAKE, times=FAKE_UPDATES),
     ),
 }
+
+
+def find_case(name: str, fake_updates: int) -> Case:
+    """A stage, with so many updates of what is trained beside the student, where there is such."""
+    case = CASES[name]
+    if case.beside is None:
+        return case
+    stage = {**case.stage, "fake_updates": fake_updates}
+    return replace(case, stage=stage, beside=replace(case.beside, times=fake_updates))
 
 
 def resident_peak() -> float:

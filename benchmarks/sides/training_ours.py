@@ -118,11 +118,16 @@ def part_trained(key: jax.Array, shapes: Shapes, rank: int) -> tuple[Factors, di
 
 
 def make_run(
-    shape: training.Shape, case: str, model: Model, params: Mapping[str, Any], values: Any, scales: Any
+    shape: training.Shape,
+    case: training.Case,
+    model: Model,
+    params: Mapping[str, Any],
+    values: Any,
+    scales: Any,
 ) -> Run:
     """What a stage is told of its run, without data or output."""
     components = model.components(params)
-    stage = {"name": case, **training.CASES[case].stage}
+    stage = {"name": "timed", **case.stage}
     config = build(Config, {"output_dir": "nowhere", "lora": {"rank": shape.rank}, "stages": [stage]})
     schedule = Schedule.from_config(dict(components.scheduler_config))
     dtype = default_dtype()
@@ -256,8 +261,8 @@ class Planned:
 
 
 def load() -> training.Loaded:
-    folder, shape_name, name, latent, remat, updates, exchange = sys.argv[1:]
-    shape, case = training.SHAPES[shape_name], training.CASES[name]
+    folder, shape_name, name, fake_updates, latent, remat, updates, exchange = sys.argv[1:]
+    shape, case = training.SHAPES[shape_name], training.find_case(name, int(fake_updates))
     mesh = make_mesh(1, 1)
     device = mesh.devices.flat[0]
     on_cpu = device.platform == "cpu"
@@ -267,7 +272,7 @@ def load() -> training.Loaded:
     shapes = model.unet.shapes
     values = given(model.structure.unet, int(latent))
     start, scales = part_trained(stream(0, ADAPTER_STREAM, 0), shapes, shape.rank)
-    run = make_run(shape, name, model, shapes, values, scales)
+    run = make_run(shape, case, model, shapes, values, scales)
     key, batch = stream(run.config.seed, NOISE_STREAM, INDEX), make_batch(run, values)
     planned = Planned.compile(run, start, batch, key)
     about = {
@@ -281,7 +286,7 @@ def load() -> training.Loaded:
     if sum(planned.memory.values()) > MOST_OF_MEMORY * available(device):
         return training.Loaded(update=None, baseline=baseline, about=about)
 
-    run = make_run(shape, name, model, model.read(), values, scales)
+    run = make_run(shape, case, model, model.read(), values, scales)
     job = make_job(run, INDEX, run.config.adapter_stages[0], start, {})
     if name == training.COMPARED:
         leave_for_theirs(Path(exchange), run, job, start, values, key, int(updates))

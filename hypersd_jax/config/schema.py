@@ -7,7 +7,7 @@ from typing import Literal
 
 from hypersd_jax.config.data import DataConfig
 from hypersd_jax.config.score import TEACHERS, ScoreStage
-from hypersd_jax.config.stages import AdapterStage, AnyStage
+from hypersd_jax.config.stages import AdapterStage, AnyStage, ConsistencyStage
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -120,6 +120,12 @@ class Config:
             raise ValueError("model.fresh: stages that train an adapter need a whole model")
         if self.reuse is not None and not self.adapter_stages:
             raise ValueError("reuse: only stages that start from a whole model are taken over")
+        first = self.adapter_stages[0] if self.adapter_stages else None
+        if isinstance(first, ConsistencyStage) and first.learns_nothing:
+            raise ValueError(
+                f"stages.{first.name}: with guidance [1, 1] and solver_steps = k the base takes the teacher's step already, "
+                f"and there is nothing to learn; solver_steps must be above {first.k}"
+            )
         for stage in self.adapter_stages[:-1]:
             if isinstance(stage, ScoreStage) and stage.student == "unet":
                 raise ValueError(f"stages.{stage.name}: a stage with student=unet must be the last")

@@ -73,6 +73,11 @@ class ConsistencyStage(StageConfig):
         if self.sampler == "auto":  # settled here, so that the run's record says which
             object.__setattr__(self, "sampler", {"tcd": "tcd", "lcm": "lcm"}.get(self.kind, "ddim"))
 
+    @property
+    def learns_nothing(self) -> bool:
+        """Whether a student that starts at the base is there already: t_end is t_{n-1}, which its own step reaches."""
+        return self.kind != "lcm" and self.solver_steps == self.k and self.guidance == (1.0, 1.0)
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AutoencoderStage(StageConfig):
