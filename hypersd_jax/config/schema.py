@@ -123,8 +123,8 @@ class Config:
         first = self.adapter_stages[0] if self.adapter_stages else None
         if isinstance(first, ConsistencyStage) and first.learns_nothing:
             raise ValueError(
-                f"stages.{first.name}: with guidance [1, 1] and solver_steps = k the base takes the teacher's step already, "
-                f"and there is nothing to learn; solver_steps must be above {first.k}"
+                f"stages.{first.name}: with guidance [1, 1] and solver_steps = k the base takes the teacher's step "
+                f"already, and there is nothing to learn; solver_steps must be above {first.k}"
             )
         for stage in self.adapter_stages[:-1]:
             if isinstance(stage, ScoreStage) and stage.student == "unet":
