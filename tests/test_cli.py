@@ -51,7 +51,7 @@ def test_several_pictures_with_their_prompts_inside(tmp_path: Path, capsys: pyte
 
 def test_the_unified_student_ships_and_is_the_one_step_default() -> None:
     with open_tensors(assets() / "loras" / "unified.safetensors") as file:
-        assert (file.metadata["steps"], file.metadata["timesteps"], file.metadata["sampler"]) == ("1", "[600]", "tcd")
+        assert (file.metadata["steps"], file.metadata["timesteps"], file.metadata["sampler"]) == ("1", "[999]", "tcd")
     options = _parser().parse_args(["sample", "--steps", "1", "--prompt", "x"])
     assert [path.stem for path, _ in _embedded_lora(options)] == ["unified"]
     options = _parser().parse_args(["sample", "--timesteps", "999", "--prompt", "x"])
