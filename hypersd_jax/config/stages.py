@@ -86,7 +86,8 @@ class AutoencoderStage(StageConfig):
     ``part`` is ``all`` of it, or ``decoder``: the latents stay what they were, and with them every UNet that was
     trained on them (the released "ft-mse" autoencoders of SD 1.x were made so).
     ``gradient_weight`` is of the L1 between their horizontal and vertical differences, which keeps edges sharp;
-    ``kl_weight`` of the Kullback-Leibler divergence of the latents from N(0, I), a number of a picture's latents.
+    ``kl_weight`` of the Kullback-Leibler divergence of the latents from N(0, I), a number of a picture's latents, which
+    the decoder alone does not change.
     """
 
     kind: Literal["autoencoder"]
