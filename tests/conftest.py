@@ -5,13 +5,10 @@ from __future__ import annotations
 import os
 import tempfile
 
-from tests.helpers.quick import QUICK
-
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-# Tiny networks spend their time in the compiler, so it optimises less; the arithmetic stays float32.
-os.environ.setdefault("XLA_FLAGS", " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items()))
 # Many tests compile the same programs: this process, its workers and what they start share them until the session ends.
+# JAX reads these variables when it is first imported, which is below.
 _PROGRAMS = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _PROGRAMS = tempfile.TemporaryDirectory(prefix="hypersd_jax-tests-")
@@ -20,11 +17,10 @@ if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
 
 import jax
 
-# This process has read those variables already, on the way to `tests.helpers.quick`.
-jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
-if "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS" in os.environ:
-    minimum = float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"])
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", minimum)
+from tests.helpers.quick import QUICK
+
+# Tiny networks spend their time in the compiler, so it optimises less; the arithmetic stays float32.
+os.environ.setdefault("XLA_FLAGS", " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items()))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", "cpu")
 
