@@ -71,6 +71,18 @@ def base(tmp_path: Path) -> Path:
         (["stages.a.name=previous"], "stages: the name 'previous' is a teacher's already"),
         # the nested mappings
         (["stages.b.regression.weight=0"], "stages.1.regression.weight must be above 0, not 0.0"),
+        (
+            ["stages.b.regression.feature_weight=-1"],
+            "stages.1.regression.feature_weight must not be",
+        ),
+        (
+            ["stages.b.regression.feature_range=[0.5, 0.1]"],
+            "stages.1.regression.feature_range must be [",
+        ),
+        (
+            ["stages.b.regression.feature_range=[0.1, 0.5]"],
+            "stages.1.regression.feature_range is read only",
+        ),
         (["stages.b.regression.steps=0"], "stages.1.regression.steps must be at least 1, not 0"),
         (["stages.b.regression.teacher=8"], "stages.1.regression.teacher must be text, not 8"),
         (["stages.b.regression=0.25"], "stages.1.regression must be a mapping of keys, not 0.25"),

@@ -47,16 +47,33 @@ class RegressionConfig:
     """The MSE between a one-step student and where a many-step model leads from the same noise (Hyper-SD, 3.3).
 
     ``teacher``: the name of an earlier stage, whose student has absorbed its guidance already; ``previous``, the
-    stage's own start; or ``base``, with the stage's guidance. ``steps`` of its DDIM trajectory.
+    stage's own start; or ``base``, with the stage's guidance. ``steps`` of its DDIM trajectory. ``feature_weight`` is
+    of the distance between the features that the frozen base's blocks down and middle have of the two, both noised
+    alike to a time of ``feature_range`` (shares of the training times): what LPIPS is in DMD's regression
+    (arXiv 2311.18828, Eq. 9) and the base itself in arXiv 2401.00110. ``path_weight`` is of the MSE at a second point:
+    the student's own deterministic step has led to a time of ``path_range``, and from there it is to find the same end,
+    so that more steps correct the first.
     """
 
     weight: float = 0.25
+    feature_weight: float = 0.0
+    feature_range: tuple[float, float] = (0.02, 0.4)
+    path_weight: float = 0.0
+    path_range: tuple[float, float] = (0.1, 0.9)
     teacher: str = "previous"
     steps: int = 8
 
     def __post_init__(self) -> None:
         if self.weight <= 0:
             raise ValueError(f"weight must be above 0, not {self.weight}")
+        for term in ("feature", "path"):
+            weight, (low, high) = getattr(self, f"{term}_weight"), getattr(self, f"{term}_range")
+            if weight < 0:
+                raise ValueError(f"{term}_weight must not be negative, not {weight}")
+            if not 0.0 <= low < high <= 1.0:
+                raise ValueError(f"{term}_range must be [low, high] with 0 <= low < high <= 1, not [{low}, {high}]")
+            if (low, high) != getattr(type(self), f"{term}_range") and not weight:
+                raise ValueError(f"{term}_range is read only beside a {term}_weight above 0")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
 
@@ -88,8 +105,9 @@ class ScoreStage(StageConfig):
     ``times`` are the student's input times, 999 for a unified LoRA, 800 for Hyper-SD's one-step UNet. ``student``:
     ``lora``, or ``unet`` for the whole UNet with float32 master weights, with what came before merged into it; such a
     stage must be the last. ``guidance`` is the real score's. One update of the student follows ``fake_updates`` of the
-    fake-score model, a LoRA of its own that starts at zero. ``time_range`` is what samples are noised to, as shares of
-    the training times. ``data_free`` reads prompts alone: the anchor
+    fake-score model, a LoRA of its own that starts at zero; with a ``weight`` of 0 and no adversarial term there is
+    none, and the student learns from its regression and its anchor alone. ``time_range`` is what samples are noised to,
+    as shares of the training times. ``data_free`` reads prompts alone: the anchor
     then stands on the student's own samples. ``steps`` are the step counts that the student is drawn and compared at,
     with ``sampler`` and ``eta``; empty is the number of ``times``. ``auto`` is lcm for a UNet and for DMD2's few steps,
     which are trained with fresh noise between them, and else tcd.
@@ -110,6 +128,11 @@ class ScoreStage(StageConfig):
     steps: tuple[int, ...] = ()
     sampler: Literal["auto", "ddim", "tcd", "lcm"] = "auto"
     eta: float = 0.0
+
+    @property
+    def has_fake(self) -> bool:
+        """Whether a fake-score model is trained beside the student."""
+        return self.weight > 0 or self.adversarial is not None
 
     def __post_init__(self) -> None:
         super().__post_init__()

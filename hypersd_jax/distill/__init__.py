@@ -15,6 +15,7 @@ from hypersd_jax.distill.denoising import corruption as corruption
 from hypersd_jax.distill.denoising import denoising_loss as denoising_loss
 from hypersd_jax.distill.distances import Distance as Distance
 from hypersd_jax.distill.distances import batch_mean as batch_mean
+from hypersd_jax.distill.distances import feature_distance as feature_distance
 from hypersd_jax.distill.distances import mse as mse
 from hypersd_jax.distill.distances import pseudo_huber as pseudo_huber
 from hypersd_jax.distill.ends import below as below
@@ -32,6 +33,7 @@ from hypersd_jax.distill.segments import pad_segments as pad_segments
 from hypersd_jax.distill.segments import segment_bounds as segment_bounds
 from hypersd_jax.distill.trajectory import Drawn as Drawn
 from hypersd_jax.distill.trajectory import Sample as Sample
+from hypersd_jax.distill.trajectory import again as again
 from hypersd_jax.distill.trajectory import draw_trajectory as draw_trajectory
 from hypersd_jax.distill.trajectory import endpoint as endpoint
 from hypersd_jax.distill.trajectory import noised as noised

@@ -114,6 +114,33 @@ def noised(sample: Sample, drawn: Drawn, schedule: Schedule) -> tuple[jax.Array,
     return a * sample.x + b * drawn.eps, t, b
 
 
+def again(
+    student_fn: Model,
+    sample: Sample,
+    noise: jax.Array,
+    cond: Any,
+    start: jax.Array,
+    t: jax.Array,
+    *,
+    schedule: Schedule,
+) -> jax.Array:
+    """The student's second estimate of x_0 (B, h, w, C): from where its own first step leads, which has no gradient.
+
+    Args:
+        student_fn: (x, t (B,), cond) -> raw prediction.
+        sample: of one step, from ``start``.
+        noise: where that step began (B, h, w, C).
+        cond: conditioning.
+        start: () int32, the time of its input.
+        t: (B,) int32, the times that the DDIM move leads to.
+        schedule: the base model's.
+    """
+    x0 = jax.lax.stop_gradient(sample.x0)
+    alpha, sigma = columns(schedule, jnp.broadcast_to(start, t.shape), x0)
+    x_t = move(x0, (noise - alpha * x0) / sigma, *columns(schedule, t, x0))
+    return _estimate(student_fn, x_t, t, cond, schedule)[0]
+
+
 def endpoint(model_fn: Model, noise: jax.Array, cond: Any, times: jax.Array, *, schedule: Schedule) -> jax.Array:
     """Where a model's own DDIM trajectory through ``times`` (K,) leads from ``noise``: x_0 (B, h, w, C), no gradient.
 
@@ -132,6 +159,6 @@ def endpoint(model_fn: Model, noise: jax.Array, cond: Any, times: jax.Array, *, 
 
 
 def _estimate(model: Model, x: jax.Array, t: jax.Array, cond: Any, schedule: Schedule) -> tuple[jax.Array, jax.Array]:
-    """The clean-latent and noise estimates of a model at x (B, h, w, C), all rows at one time t ()."""
+    """The clean-latent and noise estimates of a model at x (B, h, w, C), at times t (B,), or all rows at one t ()."""
     at = jnp.broadcast_to(t, (x.shape[0],))
     return to_x0_eps(model(x, at, cond), x, *columns(schedule, at, x), schedule.prediction_type)

@@ -167,19 +167,27 @@ def _score_job(run: Run, index: int, stage: ScoreStage, start: Factors, students
             adapter_of[key] = adapters.join(earlier, run.scales)
     frozen = score.score_frozen(components, run.uncond, run.scales, adapter_of)
     controls = score.score_controls(stage, schedule, dict(components.scheduler_config), run.grid_length)
-    lora = run.config.lora
-    drawn = stream(run.config.seed, FAKE_STREAM, index)
-    fake, _ = adapters.split(adapters.init(drawn, components.unet.shapes, rank=lora.rank, alpha=lora.alpha))
     student: Any = start
     if kind.whole:
         masters = {path: leaf.astype(jnp.float32) for path, leaf in components.params["unet"].items()}
         student = adapters.merge(masters, before)
-    trainable = {tscd.STUDENT: student, score.FAKE: jax.tree.map(jnp.asarray, fake)}
+    trainable = {tscd.STUDENT: student}
+    if kind.has_fake:
+        trainable[score.FAKE], _ = fresh_factors(run, FAKE_STREAM, index)
     judge = stage_judge(run, stage)
     if judge is not None:
         trainable[tscd.HEADS] = judge.heads.init(run.config.seed + index)
     turns = score.make_score_turns(components, schedule, kind, judge, run.latent_shape)
     return _round_job(run, stage, kind, turns, trainable, frozen, controls)
+
+
+def fresh_factors(run: Run, name: int, index: int) -> tuple[Factors, dict[str, jax.Array]]:
+    """New LoRA factors on the 14-module list, whose output is zero, and their scales; drawn from one of the streams."""
+    lora = run.config.lora
+    drawn = stream(run.config.seed, name, index)
+    adapter = adapters.init(drawn, run.pipe.components.unet.shapes, rank=lora.rank, alpha=lora.alpha)
+    factors, scales = jax.tree.map(jnp.asarray, adapters.split(adapter))
+    return factors, scales
 
 
 def _round_job(

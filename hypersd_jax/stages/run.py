@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from hypersd_jax import adapters
 from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.config import AdapterStage, Config, ScoreStage, to_dict
 from hypersd_jax.data import open_prompts, open_source
@@ -20,7 +18,7 @@ from hypersd_jax.stages.comparison import compare
 from hypersd_jax.stages.export import sampling_table, student_path
 from hypersd_jax.stages.feeding import Fed, Inputs
 from hypersd_jax.stages.inputs import unconditional
-from hypersd_jax.stages.jobs import Factors, Run, check_stage, make_job, teachers
+from hypersd_jax.stages.jobs import Factors, Run, check_stage, fresh_factors, make_job, teachers
 from hypersd_jax.stages.loop import (
     ADAPTER_STREAM,
     ENCODER_STREAM,
@@ -63,7 +61,7 @@ def train(config: Config) -> Path:
     taken = take_over(config, output, run.base_fingerprint)
     if taken and jax.process_index() == 0:
         print(f"taken over from {config.reuse}: {', '.join(taken)}", file=sys.stderr)
-    factors = _initial_factors(run)
+    factors, run.scales = fresh_factors(run, ADAPTER_STREAM, 0)
     students: dict[str, Factors] = {}
     for index, stage in enumerate(config.adapter_stages):
         factors = run_stage(run, index, stage, factors, students)
@@ -183,17 +181,3 @@ def _batches(run: Run, index: int, stage: AdapterStage, done: int) -> Iterator[F
         return run.prompt_inputs.prompted(stage, before=before, done=done)
     assert run.inputs is not None
     return run.inputs.conditioned(stage, before=before, done=done, key=key)
-
-
-def _initial_factors(run: Run) -> Factors:
-    """Fresh LoRA factors on the 14-module list; fills ``run.scales``."""
-    lora = run.config.lora
-    adapter = adapters.init(
-        stream(run.config.seed, ADAPTER_STREAM, 0),
-        run.pipe.components.unet.shapes,
-        rank=lora.rank,
-        alpha=lora.alpha,
-    )
-    factors, scales = adapters.split(adapter)
-    run.scales = jax.tree.map(jnp.asarray, scales)
-    return jax.tree.map(jnp.asarray, factors)

@@ -21,12 +21,17 @@ from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import BASE, ScoreStage
 from hypersd_jax.diffusion import Schedule, move, solver_table
 from hypersd_jax.distill import (
+    Drawn,
+    Sample,
+    again,
     batch_mean,
+    below,
     columns,
     consistency_loss,
     draw_trajectory,
     endpoint,
     fake_loss,
+    feature_distance,
     generator_loss,
     matching_loss,
     mse,
@@ -34,9 +39,10 @@ from hypersd_jax.distill import (
     student_sample,
 )
 from hypersd_jax.errors import UserError
+from hypersd_jax.models.heads import encoder_taps
 from hypersd_jax.stages.judging import Judge, JudgeKind, heads_loss, judge_controls, judge_kind
 from hypersd_jax.stages.loop import optimizer_config
-from hypersd_jax.stages.networks import Networks, Predict, broadcast
+from hypersd_jax.stages.networks import Features, Networks, Predict, broadcast
 from hypersd_jax.stages.tscd import HEADS, STUDENT, segments_of, teacher_controls, teacher_of
 from hypersd_jax.training import Controls, Turn, optimizer_controls
 from hypersd_jax.weights.components import Components
@@ -50,15 +56,19 @@ ANCHOR_STREAM, REAL_STREAM = 2**32 - 3, 2**32 - 4
 class ScoreKind:
     """What is compiled into a round; stages of the same kind share it.
 
-    ``regression`` and ``anchor`` say whether their teacher is the base, not a student.
+    ``regression`` and ``anchor`` say whether their teacher is the base, not a student; ``features`` and ``path``
+    whether the regression has these terms.
     """
 
     deterministic: bool
     whole: bool
     steps: int
     guided: bool
+    has_fake: bool
     fake_updates: int
     regression: tuple[bool, int] | None
+    features: bool
+    path: bool
     anchor: bool | None
     adversarial: JudgeKind | None
     data_free: bool
@@ -76,8 +86,11 @@ def score_kind(stage: ScoreStage) -> ScoreKind:
         whole=stage.student == "unet",
         steps=len(stage.times),
         guided=stage.guidance > 1.0,
+        has_fake=stage.has_fake,
         fake_updates=stage.fake_updates,
         regression=(stage.regression.teacher == BASE, stage.regression.steps) if stage.regression else None,
+        features=stage.regression is not None and stage.regression.feature_weight > 0,
+        path=stage.regression is not None and stage.regression.path_weight > 0,
         anchor=stage.anchor.teacher == BASE if stage.anchor else None,
         adversarial=judge_kind(stage.adversarial),
         data_free=stage.data_free,
@@ -92,8 +105,7 @@ def score_kind(stage: ScoreStage) -> ScoreKind:
 def score_controls(stage: ScoreStage, schedule: Schedule, scheduler_config: dict[str, Any], grid: int) -> Controls:
     """The arrays that steer a stage; ``grid`` is the longest solver grid of the run."""
     last = schedule.num_train_timesteps - 1
-    low, high = stage.time_range
-    bounds = np.asarray([round(low * last), round(high * last)], np.int32)
+    bounds = _times(stage.time_range, last)
     config = optimizer_config(stage)
     own = optimizer_controls(config, stage.updates)
     fake = dataclasses.replace(config, learning_rate=stage.fake_learning_rate)
@@ -104,13 +116,18 @@ def score_controls(stage: ScoreStage, schedule: Schedule, scheduler_config: dict
         "fake_bounds": bounds if stage.kind == "tdm" else np.asarray([0, last], np.int32),
         "guidance": np.asarray(stage.guidance, np.float32),
         "weight": np.asarray(stage.weight, np.float32),
-        "players": {STUDENT: own, FAKE: optimizer_controls(fake, stage.updates)},
+        "players": {STUDENT: own},
     }
+    if stage.has_fake:
+        controls["players"][FAKE] = optimizer_controls(fake, stage.updates)
     if stage.regression:
         with _naming("regression"):
             table = solver_table("ddim", stage.regression.steps, eta=0.0, scheduler_config=scheduler_config)
         controls["regression_weight"] = np.asarray(stage.regression.weight, np.float32)
         controls["regression_times"] = np.asarray(table["timesteps"], np.int32)
+        for term in ("feature", "path"):
+            controls[f"{term}_weight"] = np.asarray(getattr(stage.regression, f"{term}_weight"), np.float32)
+            controls[f"{term}_bounds"] = _times(getattr(stage.regression, f"{term}_range"), last)
     if stage.anchor:
         controls["anchor_weight"] = np.asarray(stage.anchor.weight, np.float32)
         guidance = (stage.guidance, stage.guidance)
@@ -122,6 +139,11 @@ def score_controls(stage: ScoreStage, schedule: Schedule, scheduler_config: dict
         heads = dataclasses.replace(config, learning_rate=stage.adversarial.learning_rate)
         controls["players"][HEADS] = optimizer_controls(heads, stage.updates)
     return controls
+
+
+def _times(shares: tuple[float, float], last: int) -> np.ndarray:
+    """A range of training times (2,) int32 from shares of the last one."""
+    return np.asarray([round(share * last) for share in shares], np.int32)
 
 
 @contextlib.contextmanager
@@ -147,10 +169,10 @@ def make_score_turns(
     """The turns of a round; ``latent_shape`` (h, w, C) is of the student's samples where no pictures give it."""
     stage = _Losses(components, schedule, kind, judge, latent_shape)
     beside = (FAKE, HEADS) if judge is not None else (FAKE,)
-    return [
-        Turn(players=beside, loss=stage.beside, repeat=kind.fake_updates),
-        Turn(players=(STUDENT,), loss=stage.student),
-    ]
+    student = Turn(players=(STUDENT,), loss=stage.student)
+    if not kind.has_fake:
+        return [student]
+    return [Turn(players=beside, loss=stage.beside, repeat=kind.fake_updates), student]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -194,10 +216,34 @@ class _Losses:
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Of the student."""
         nets = Networks(components=self.components, base=frozen["unet"])
-        cond, kind = batch["cond"], self.kind
         student = self._predictor(nets, trainable[STUDENT], frozen)
         still = self._predictor(nets, jax.lax.stop_gradient(trainable[STUDENT]), frozen, counted=False)
         drawn, sample = self._sample(student, still, batch, key, controls, controls["bounds"])
+        loss, metrics = jnp.float32(0.0), dict[str, jax.Array]()
+        if self.kind.has_fake:
+            loss, metrics = self._matching(nets, trainable, frozen, batch["cond"], drawn, sample, controls)
+        calls = drawn.step.astype(jnp.float32)
+        if self.kind.regression is not None:
+            own, more, unseen = self._regression(nets, student, frozen, batch["cond"], drawn, sample, controls)
+            loss, metrics, calls = loss + own, metrics | more, calls + unseen
+        if self.kind.anchor is not None:
+            anchor, more = self._anchor(nets, student, ema, frozen, batch, sample.x0, key, controls)
+            metrics["anchor"] = anchor
+            calls += more["target_calls"]
+            loss = loss + controls["anchor_weight"] * anchor
+        return loss, {**metrics, "unet_calls": calls + nets.calls}
+
+    def _matching(
+        self,
+        nets: Networks,
+        trainable: Any,
+        frozen: Any,
+        cond: Conditioning,
+        drawn: Drawn,
+        sample: Sample,
+        controls: Controls,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The difference of the two scores, and what the heads say of the sample."""
         x_t, t, _ = noised(sample, drawn, self.schedule)
         seen_t = jax.lax.stop_gradient(x_t)
         real = self._real_score(nets, frozen, controls)(seen_t, t, cond)
@@ -211,23 +257,46 @@ class _Losses:
             logits = self.judge.logits(trainable[HEADS], features)
             metrics["generator"] = generator_loss(self.judge.kind.loss, logits)
             loss = loss + controls["adversarial_weight"] * metrics["generator"]
-        calls = drawn.step.astype(jnp.float32)
-        if kind.regression is not None:
-            from_base, steps = kind.regression
-            many_steps = nets.predictor(frozen["regression"])
-            model = self._real_score(nets, frozen, controls) if from_base else many_steps
-            before = nets.calls
-            end = endpoint(model, drawn.noise, cond, jnp.asarray(controls["regression_times"]), schedule=self.schedule)
-            # The trace saw two of the trajectory's steps at most: one in the loop, and the last.
-            calls += steps * (2.0 if from_base and kind.guided else 1.0) - (nets.calls - before)
-            metrics["regression"] = batch_mean(mse(sample.x0, end))
-            loss = loss + controls["regression_weight"] * metrics["regression"]
-        if kind.anchor is not None:
-            anchor, more = self._anchor(nets, student, ema, frozen, batch, sample.x0, key, controls)
-            metrics["anchor"] = anchor
-            calls += more["target_calls"]
-            loss = loss + controls["anchor_weight"] * anchor
-        return loss, {**metrics, "unet_calls": calls + nets.calls}
+        return loss, metrics
+
+    def _regression(
+        self,
+        nets: Networks,
+        student: Predict,
+        frozen: Any,
+        cond: Conditioning,
+        drawn: Drawn,
+        sample: Sample,
+        controls: Controls,
+    ) -> tuple[jax.Array, dict[str, jax.Array], float]:
+        """The distance to the many-step endpoint, its metrics, and the calls that the trace did not see."""
+        assert self.kind.regression is not None
+        from_base, steps = self.kind.regression
+        model = self._real_score(nets, frozen, controls) if from_base else nets.predictor(frozen["regression"])
+        before = nets.calls
+        end = endpoint(model, drawn.noise, cond, jnp.asarray(controls["regression_times"]), schedule=self.schedule)
+        # The trace saw two of the trajectory's steps at most: one in the loop, and the last.
+        unseen = steps * (2.0 if from_base and self.kind.guided else 1.0) - (nets.calls - before)
+        metrics = {"regression": batch_mean(mse(sample.x0, end))}
+        loss = controls["regression_weight"] * metrics["regression"]
+
+        def between(bounds: Any) -> jax.Array:
+            return bounds[0] + below(drawn.uniform, bounds[1] - bounds[0] + 1)
+
+        if self.kind.features:
+            t, taps = between(controls["feature_bounds"]), encoder_taps(self.components.unet_config)
+
+            def features(x0: jax.Array) -> Features:
+                return nets.features(move(x0, drawn.eps, *columns(self.schedule, t, x0)), t, cond, taps)
+
+            metrics["features"] = batch_mean(feature_distance(features(sample.x0), features(end)))
+            loss = loss + controls["feature_weight"] * metrics["features"]
+        if self.kind.path:
+            t = between(controls["path_bounds"])
+            x0 = again(student, sample, drawn.noise, cond, controls["times"][0], t, schedule=self.schedule)
+            metrics["path"] = batch_mean(mse(x0, end))
+            loss = loss + controls["path_weight"] * metrics["path"]
+        return loss, metrics, unseen
 
     def _anchor(
         self,

@@ -20,9 +20,9 @@ from hypersd_jax.config import Config, load_config
 from hypersd_jax.distill import METHODS, Draw, draw
 from hypersd_jax.models.unet import UNetConfig, unet
 from hypersd_jax.stages import run as stage_run
-from hypersd_jax.stages.jobs import Job, Run, make_job
+from hypersd_jax.stages.jobs import Job, Run, fresh_factors, make_job
 from hypersd_jax.stages.judging import Judge
-from hypersd_jax.stages.loop import NOISE_STREAM, stream
+from hypersd_jax.stages.loop import ADAPTER_STREAM, NOISE_STREAM, stream
 from hypersd_jax.stages.networks import broadcast
 from hypersd_jax.stages.output import create_output, open_output
 from hypersd_jax.stages.tscd import segments_of
@@ -131,7 +131,7 @@ def open_stage(config: Config, *before: str) -> Opened:
     output = open_output(config)
     run = stage_run.open_run(config, output)
     create_output(output, config)
-    fresh = stage_run._initial_factors(run)
+    fresh, run.scales = fresh_factors(run, ADAPTER_STREAM, 0)
     students = {name: randomised(fresh, seed) for seed, name in enumerate(before)}
     (stage,) = config.adapter_stages
     return Opened(run=run, stage=stage, start=students[before[-1]] if before else fresh, students=students)
