@@ -52,7 +52,8 @@ class RegressionConfig:
     alike to a time of ``feature_range`` (shares of the training times): what LPIPS is in DMD's regression
     (arXiv 2311.18828, Eq. 9) and the base itself in arXiv 2401.00110. ``path_weight`` is of the MSE at a second point:
     the student's own deterministic step has led to a time of ``path_range``, and from there it is to find the same end,
-    so that more steps correct the first.
+    so that more steps correct the first. ``pairs``, a multiple of the batch, is how many samples' noise and end are
+    computed once and gone over again, as DMD's are; 0 computes every update's anew.
     """
 
     weight: float = 0.25
@@ -60,6 +61,7 @@ class RegressionConfig:
     feature_range: tuple[float, float] = (0.02, 0.4)
     path_weight: float = 0.0
     path_range: tuple[float, float] = (0.1, 0.9)
+    pairs: int = 0
     teacher: str = "previous"
     steps: int = 8
 
@@ -74,6 +76,8 @@ class RegressionConfig:
                 raise ValueError(f"{term}_range must be [low, high] with 0 <= low < high <= 1, not [{low}, {high}]")
             if (low, high) != getattr(type(self), f"{term}_range") and not weight:
                 raise ValueError(f"{term}_range is read only beside a {term}_weight above 0")
+        if self.pairs < 0:
+            raise ValueError(f"pairs must not be negative, not {self.pairs}")
         if self.steps < 1:
             raise ValueError(f"steps must be at least 1, not {self.steps}")
 
@@ -161,6 +165,10 @@ class ScoreStage(StageConfig):
             raise ValueError(f"eta must lie in 0..1, not {self.eta}")
         if self.regression and len(self.times) > 1:
             raise ValueError("regression is of a one-step student; times must be one")
+        if self.regression and self.regression.pairs % self.batch_size:
+            raise ValueError(f"regression.pairs must be a multiple of batch_size={self.batch_size}")
+        if self.regression and self.regression.pairs > self.updates * self.batch_size:
+            raise ValueError("regression.pairs: more than the stage's updates come to")
         if self.adversarial and self.adversarial.features == "pair":
             raise ValueError("adversarial.features=pair is of consistency stages; here: mid, encoder or all")
         if self.adversarial and self.adversarial.updates != 1:

@@ -21,6 +21,7 @@ from hypersd_jax.stages.feeding import Inputs
 from hypersd_jax.stages.judging import Judge, judge_kind, make_judge
 from hypersd_jax.stages.loop import FAKE_STREAM, chosen, optimizer_config, stream
 from hypersd_jax.stages.output import Output
+from hypersd_jax.stages.pairs import Lead
 from hypersd_jax.stages.prompt_feeding import PromptInputs
 from hypersd_jax.training import (
     Controls,
@@ -76,13 +77,15 @@ def teachers(stage: AdapterStage) -> set[str]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Job:
-    """One stage, ready to be trained; ``student`` takes what the stage hands on out of a state."""
+    """One stage, ready to be trained; ``student`` takes what the stage hands on out of a state, ``lead`` leads to the
+    regression's targets where they are computed before the stage."""
 
     state: TrainState
     make: Callable[[], Step]
     frozen: Any
     controls: Controls
     student: Callable[[TrainState], Any]
+    lead: Lead | None = None
 
 
 def check_stage(run: Run, stage: AdapterStage, before: Sequence[str]) -> None:
@@ -178,7 +181,10 @@ def _score_job(run: Run, index: int, stage: ScoreStage, start: Factors, students
     if judge is not None:
         trainable[tscd.HEADS] = judge.heads.init(run.config.seed + index)
     turns = score.make_score_turns(components, schedule, kind, judge, run.latent_shape)
-    return _round_job(run, stage, kind, turns, trainable, frozen, controls)
+    job = _round_job(run, stage, kind, turns, trainable, frozen, controls)
+    if not kind.pairs:
+        return job
+    return dataclasses.replace(job, lead=score.make_lead(components, schedule, kind, controls, run.latent_shape))
 
 
 def fresh_factors(run: Run, name: int, index: int) -> tuple[Factors, dict[str, jax.Array]]:

@@ -22,7 +22,7 @@ from hypersd_jax.training import (
 )
 
 # The streams of randomness of a run, told apart by what is folded into the seed's key.
-ADAPTER_STREAM, NOISE_STREAM, ENCODER_STREAM, FAKE_STREAM = 0, 1, 2, 3
+ADAPTER_STREAM, NOISE_STREAM, ENCODER_STREAM, FAKE_STREAM, PAIR_STREAM = range(5)
 
 
 def optimizer_config(stage: StageConfig) -> OptimizerConfig:

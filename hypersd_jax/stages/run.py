@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,16 +19,18 @@ from hypersd_jax.stages.comparison import compare
 from hypersd_jax.stages.export import sampling_table, student_path
 from hypersd_jax.stages.feeding import Fed, Inputs
 from hypersd_jax.stages.inputs import unconditional
-from hypersd_jax.stages.jobs import Factors, Run, check_stage, fresh_factors, make_job, teachers
+from hypersd_jax.stages.jobs import Factors, Job, Run, check_stage, fresh_factors, make_job, teachers
 from hypersd_jax.stages.loop import (
     ADAPTER_STREAM,
     ENCODER_STREAM,
     NOISE_STREAM,
+    PAIR_STREAM,
     require_even,
     run_updates,
     stream,
 )
 from hypersd_jax.stages.output import Output, create_output, open_output
+from hypersd_jax.stages.pairs import again_and_again, make_pairs
 from hypersd_jax.stages.preview import finish, preview
 from hypersd_jax.stages.prompt_feeding import PromptInputs
 from hypersd_jax.stages.reuse import history, require_run, take_over
@@ -142,7 +145,7 @@ def run_stage(run: Run, index: int, stage: AdapterStage, start: Factors, student
         students: those of earlier stages that a stage names as its teacher.
     """
     job = make_job(run, index, stage, start, students)
-    take = job.student
+    take, pairs = job.student, _pairs(run, index, stage, job)
     facts = {
         "stage": stage.name,
         "base": run.base_fingerprint,
@@ -159,7 +162,7 @@ def run_stage(run: Run, index: int, stage: AdapterStage, start: Factors, student
         log=run.config.log,
         make=job.make,
         frozen=job.frozen,
-        batches=lambda done: _batches(run, index, stage, done),
+        batches=lambda done: _batches(run, index, stage, done) if pairs is None else pairs(done),
         key=stream(run.config.seed, NOISE_STREAM, index),
         controls=job.controls,
         preview=lambda state, number: preview(run, stage, take(state), f"{stage.name}-{number:06d}"),
@@ -170,6 +173,22 @@ def run_stage(run: Run, index: int, stage: AdapterStage, start: Factors, student
     if done < stage.updates or not student_path(run.output, stage).exists():
         finish(run, stage, student)
     return student
+
+
+def _pairs(run: Run, index: int, stage: AdapterStage, job: Job) -> Callable[[int], Iterator[Fed]] | None:
+    """(finished updates) -> pairs from the stage's first batches, again and again; None where a stage has none."""
+    if not isinstance(stage, ScoreStage) or stage.regression is None or job.lead is None:
+        return None
+    few = dataclasses.replace(stage, updates=stage.regression.pairs // stage.batch_size)
+    key, order = jax.random.split(stream(run.config.seed, PAIR_STREAM, index))
+    settings: dict[str, Any] = {"batches": few.updates, "latent_shape": run.latent_shape, "mesh": run.mesh}
+    lead, frozen = job.lead, job.frozen
+
+    def again(done: int) -> Iterator[Fed]:
+        pairs = make_pairs(_batches(run, index, few, 0), lead, frozen, key=key, name=stage.name, **settings)
+        return again_and_again(pairs, updates=stage.updates, done=done, key=order)
+
+    return again
 
 
 def _batches(run: Run, index: int, stage: AdapterStage, done: int) -> Iterator[Fed]:

@@ -43,6 +43,7 @@ from hypersd_jax.models.heads import encoder_taps
 from hypersd_jax.stages.judging import Judge, JudgeKind, heads_loss, judge_controls, judge_kind
 from hypersd_jax.stages.loop import optimizer_config
 from hypersd_jax.stages.networks import Features, Networks, Predict, broadcast
+from hypersd_jax.stages.pairs import Lead
 from hypersd_jax.stages.tscd import HEADS, STUDENT, segments_of, teacher_controls, teacher_of
 from hypersd_jax.training import Controls, Turn, optimizer_controls
 from hypersd_jax.weights.components import Components
@@ -57,7 +58,7 @@ class ScoreKind:
     """What is compiled into a round; stages of the same kind share it.
 
     ``regression`` and ``anchor`` say whether their teacher is the base, not a student; ``features`` and ``path``
-    whether the regression has these terms.
+    whether the regression has these terms, ``pairs`` whether the batch brings its noise and end along.
     """
 
     deterministic: bool
@@ -69,6 +70,7 @@ class ScoreKind:
     regression: tuple[bool, int] | None
     features: bool
     path: bool
+    pairs: bool
     anchor: bool | None
     adversarial: JudgeKind | None
     data_free: bool
@@ -91,6 +93,7 @@ def score_kind(stage: ScoreStage) -> ScoreKind:
         regression=(stage.regression.teacher == BASE, stage.regression.steps) if stage.regression else None,
         features=stage.regression is not None and stage.regression.feature_weight > 0,
         path=stage.regression is not None and stage.regression.path_weight > 0,
+        pairs=stage.regression is not None and stage.regression.pairs > 0,
         anchor=stage.anchor.teacher == BASE if stage.anchor else None,
         adversarial=judge_kind(stage.adversarial),
         data_free=stage.data_free,
@@ -175,6 +178,19 @@ def make_score_turns(
     return [Turn(players=beside, loss=stage.beside, repeat=kind.fake_updates), student]
 
 
+def make_lead(
+    components: Components, schedule: Schedule, kind: ScoreKind, controls: Controls, latent_shape: tuple[int, ...]
+) -> Lead:
+    """Where the regression's teacher leads, for pairs that are computed before the rounds."""
+    losses = _Losses(components, schedule, kind, None, latent_shape)
+
+    def lead(frozen: Any, noise: jax.Array, cond: Conditioning) -> jax.Array:
+        nets = Networks(components=components, base=frozen["unet"])
+        return losses.lead(nets, frozen, noise, cond, controls)[0]
+
+    return lead
+
+
 @dataclasses.dataclass(frozen=True)
 class _Losses:
     """Both turns' losses."""
@@ -218,13 +234,13 @@ class _Losses:
         nets = Networks(components=self.components, base=frozen["unet"])
         student = self._predictor(nets, trainable[STUDENT], frozen)
         still = self._predictor(nets, jax.lax.stop_gradient(trainable[STUDENT]), frozen, counted=False)
-        drawn, sample = self._sample(student, still, batch, key, controls, controls["bounds"])
+        drawn, sample = self._sample(student, still, batch, key, controls, controls["bounds"], batch.get("noise"))
         loss, metrics = jnp.float32(0.0), dict[str, jax.Array]()
         if self.kind.has_fake:
             loss, metrics = self._matching(nets, trainable, frozen, batch["cond"], drawn, sample, controls)
         calls = drawn.step.astype(jnp.float32)
         if self.kind.regression is not None:
-            own, more, unseen = self._regression(nets, student, frozen, batch["cond"], drawn, sample, controls)
+            own, more, unseen = self._regression(nets, student, frozen, batch, drawn, sample, controls)
             loss, metrics, calls = loss + own, metrics | more, calls + unseen
         if self.kind.anchor is not None:
             anchor, more = self._anchor(nets, student, ema, frozen, batch, sample.x0, key, controls)
@@ -259,24 +275,31 @@ class _Losses:
             loss = loss + controls["adversarial_weight"] * metrics["generator"]
         return loss, metrics
 
+    def lead(
+        self, nets: Networks, frozen: Any, noise: jax.Array, cond: Conditioning, controls: Controls
+    ) -> tuple[jax.Array, float]:
+        """The regression's target, without gradient, and the calls that the trace did not see."""
+        assert self.kind.regression is not None
+        from_base, steps = self.kind.regression
+        model = self._real_score(nets, frozen, controls) if from_base else nets.predictor(frozen["regression"])
+        before = nets.calls
+        end = endpoint(model, noise, cond, jnp.asarray(controls["regression_times"]), schedule=self.schedule)
+        # The trace saw two of the trajectory's steps at most: one in the loop, and the last.
+        return end, steps * (2.0 if from_base and self.kind.guided else 1.0) - (nets.calls - before)
+
     def _regression(
         self,
         nets: Networks,
         student: Predict,
         frozen: Any,
-        cond: Conditioning,
+        batch: Any,
         drawn: Drawn,
         sample: Sample,
         controls: Controls,
     ) -> tuple[jax.Array, dict[str, jax.Array], float]:
         """The distance to the many-step endpoint, its metrics, and the calls that the trace did not see."""
-        assert self.kind.regression is not None
-        from_base, steps = self.kind.regression
-        model = self._real_score(nets, frozen, controls) if from_base else nets.predictor(frozen["regression"])
-        before = nets.calls
-        end = endpoint(model, drawn.noise, cond, jnp.asarray(controls["regression_times"]), schedule=self.schedule)
-        # The trace saw two of the trajectory's steps at most: one in the loop, and the last.
-        unseen = steps * (2.0 if from_base and self.kind.guided else 1.0) - (nets.calls - before)
+        cond = batch["cond"]
+        end, unseen = (batch["end"], 0.0) if self.kind.pairs else self.lead(nets, frozen, drawn.noise, cond, controls)
         metrics = {"regression": batch_mean(mse(sample.x0, end))}
         loss = controls["regression_weight"] * metrics["regression"]
 
@@ -326,10 +349,20 @@ class _Losses:
         )
 
     def _sample(
-        self, student: Predict, still: Predict, batch: Any, key: jax.Array, controls: Controls, bounds: Any
+        self,
+        student: Predict,
+        still: Predict,
+        batch: Any,
+        key: jax.Array,
+        controls: Controls,
+        bounds: Any,
+        noise: jax.Array | None = None,
     ) -> Any:
+        """Draws and sample, which starts from ``noise`` where it is given."""
         shape = (batch["places"].shape[0], *self._latents(batch))
         drawn = draw_trajectory(key, shape, self.kind.steps, batch["places"])
+        if noise is not None:
+            drawn = drawn._replace(noise=noise)
         times = jnp.asarray(controls["times"])
         sample = student_sample(
             student,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,6 +25,7 @@ from tests.helpers.score_runs import (
     open_stage,
     recipe,
     relative_error,
+    same_bits,
     smaller,
 )
 from tests.helpers.tiny_model import tiny_model
@@ -135,3 +137,63 @@ def test_no_fake_model_is_made_or_called(opened: Opened, first: Round) -> None:
 def test_it_runs(opened: Opened) -> None:
     stage_run.run_stage(opened.run, 0, opened.stage, opened.start, opened.students)
     assert (opened.run.output.loras / "one.safetensors").is_file()
+
+
+# MARK: pairs that are computed once
+
+PAIRS = """
+  - {name: one, kind: dmd, updates: 6, batch_size: 4, accumulate: 2, learning_rate: 1.0e-2, guidance: 30.0,
+     fake_updates: 1, regression: {steps: 2, weight: 0.2, pairs: 8, teacher: base}}
+"""
+
+
+def test_pairs_are_gone_over_again(tmp_path: Path, opened: Opened) -> None:
+    """Two batches serve six updates, in orders of their own; a run that goes on sees the same ones."""
+    model = opened.run.config.model.source
+    pair = open_stage(recipe(tmp_path, Path(model), PAIRS))
+    feed = stage_run._pairs(pair.run, 0, pair.stage, pair.job)
+    assert feed is not None
+    fed = list(feed(0))
+    assert [each.number for each in fed] == [1, 2, 3, 4, 5, 6]
+    for first in (0, 2, 4):
+        assert fed[first].batch is not fed[first + 1].batch
+        assert {id(fed[first + i].batch) for i in (0, 1)} == {id(fed[i].batch) for i in (0, 1)}
+    again = list(feed(3))
+    assert [each.number for each in again] == [4, 5, 6]
+    for one, other in zip(again, fed[3:], strict=True):
+        same_bits(one.batch, other.batch)
+
+    plain = [batch for _, batch, _ in stage_run._batches(pair.run, 0, pair.stage, 0)]
+    kept = sorted((each.batch for each in fed[:2]), key=lambda batch: not np.array_equal(*_latents(batch, plain[0])))
+    noises = np.stack([np.asarray(batch["noise"]) for batch in kept]).reshape(8, -1)
+    assert len(np.unique(noises, axis=0)) == 8
+    for batch, expected in zip(kept, plain, strict=False):
+        same_bits({name: batch[name] for name in expected}, expected)
+        for micro in range(2):
+            rows = jax.tree.map(lambda leaf, micro=micro: np.asarray(leaf)[micro], batch)
+            pair.__dict__["rows"] = rows
+            hand = ByHand(pair)
+            x = rows["noise"].astype(np.float64)
+            for time, following in ((999, 499), (499, 499)):
+                eps = hand.guided(x, time, 30.0)
+                end = hand.clean(x, eps, time)
+                x = hand.noise(end, eps, following)
+            np.testing.assert_allclose(rows["end"], end, rtol=1e-3, atol=1e-3)
+
+    job = pair.job
+    before = jax.device_get(job.state)
+    _, metrics = job.make()(job.state, job.frozen, fed[0].batch, pair.key(0), job.controls)
+    alpha, sigma = (float(each[0, 0, 0, 0]) for each in hand.at(999))
+    expected = []
+    for micro in range(2):
+        hand.cond = jax.tree.map(lambda leaf, micro=micro: leaf[micro], fed[0].batch["cond"])
+        noise, end = (np.asarray(fed[0].batch[name])[micro] for name in ("noise", "end"))
+        eps = hand.unet(noise, 999, hand.adapter(before.trainable[STUDENT]))[0]
+        expected.append(np.mean(((noise - sigma * eps) / alpha - end) ** 2))
+    assert float(metrics["regression"]) == pytest.approx(np.mean(expected), rel=TOLERANCE)
+    # The student; guidance and the fake model: the target costs no call.
+    assert float(metrics["unet_calls"]) == 4.0
+
+
+def _latents(*batches: Any) -> list[np.ndarray]:
+    return [np.asarray(batch["latents"]) for batch in batches]
