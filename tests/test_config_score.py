@@ -71,17 +71,17 @@ def base(tmp_path: Path) -> Path:
         (["stages.a.name=previous"], "stages: the name 'previous' is a teacher's already"),
         # the nested mappings
         (["stages.b.regression.weight=0"], "stages.1.regression.weight must be above 0, not 0.0"),
+        (["stages.b.regression.path_weight=-1"], "stages.1.regression.path_weight must not be negative, not -1.0"),
+        (["stages.b.regression.pairs=-2"], "stages.1.regression.pairs must not be negative, not -2"),
+        (["stages.b.regression.pairs=3"], "stages.1.regression.pairs must be a multiple of batch_size=2"),
+        (["stages.b.regression.pairs=12"], "stages.1.regression.pairs: more than the stage's updates come to"),
         (
-            ["stages.b.regression.feature_weight=-1"],
-            "stages.1.regression.feature_weight must not be",
+            ["stages.b.regression.path_range=[0.5, 0.1]"],
+            "stages.1.regression.path_range must be [",
         ),
         (
-            ["stages.b.regression.feature_range=[0.5, 0.1]"],
-            "stages.1.regression.feature_range must be [",
-        ),
-        (
-            ["stages.b.regression.feature_range=[0.1, 0.5]"],
-            "stages.1.regression.feature_range is read only",
+            ["stages.b.regression.path_range=[0.1, 0.5]"],
+            "stages.1.regression.path_range is read only",
         ),
         (["stages.b.regression.steps=0"], "stages.1.regression.steps must be at least 1, not 0"),
         (["stages.b.regression.teacher=8"], "stages.1.regression.teacher must be text, not 8"),

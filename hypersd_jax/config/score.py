@@ -47,18 +47,14 @@ class RegressionConfig:
     """The MSE between a one-step student and where a many-step model leads from the same noise (Hyper-SD, 3.3).
 
     ``teacher``: the name of an earlier stage, whose student has absorbed its guidance already; ``previous``, the
-    stage's own start; or ``base``, with the stage's guidance. ``steps`` of its DDIM trajectory. ``feature_weight`` is
-    of the distance between the features that the frozen base's blocks down and middle have of the two, both noised
-    alike to a time of ``feature_range`` (shares of the training times): what LPIPS is in DMD's regression
-    (arXiv 2311.18828, Eq. 9) and the base itself in arXiv 2401.00110. ``path_weight`` is of the MSE at a second point:
-    the student's own deterministic step has led to a time of ``path_range``, and from there it is to find the same end,
-    so that more steps correct the first. ``pairs``, a multiple of the batch, is how many samples' noise and end are
-    computed once and gone over again, as DMD's are; 0 computes every update's anew.
+    stage's own start; or ``base``, with the stage's guidance. ``steps`` of its DDIM trajectory. ``path_weight`` is
+    of the MSE at a second point: the student's own deterministic step has led to a time of ``path_range`` (shares of
+    the training times), and from there it is to find the same end, so that more steps correct the first. ``pairs``, a
+    multiple of the batch, is how many samples' noise and end are computed once and gone over again, as DMD's are; 0
+    computes every update's anew.
     """
 
     weight: float = 0.25
-    feature_weight: float = 0.0
-    feature_range: tuple[float, float] = (0.02, 0.4)
     path_weight: float = 0.0
     path_range: tuple[float, float] = (0.1, 0.9)
     pairs: int = 0
@@ -68,14 +64,13 @@ class RegressionConfig:
     def __post_init__(self) -> None:
         if self.weight <= 0:
             raise ValueError(f"weight must be above 0, not {self.weight}")
-        for term in ("feature", "path"):
-            weight, (low, high) = getattr(self, f"{term}_weight"), getattr(self, f"{term}_range")
-            if weight < 0:
-                raise ValueError(f"{term}_weight must not be negative, not {weight}")
-            if not 0.0 <= low < high <= 1.0:
-                raise ValueError(f"{term}_range must be [low, high] with 0 <= low < high <= 1, not [{low}, {high}]")
-            if (low, high) != getattr(type(self), f"{term}_range") and not weight:
-                raise ValueError(f"{term}_range is read only beside a {term}_weight above 0")
+        if self.path_weight < 0:
+            raise ValueError(f"path_weight must not be negative, not {self.path_weight}")
+        low, high = self.path_range
+        if not 0.0 <= low < high <= 1.0:
+            raise ValueError(f"path_range must be [low, high] with 0 <= low < high <= 1, not [{low}, {high}]")
+        if self.path_range != type(self).path_range and not self.path_weight:
+            raise ValueError("path_range is read only beside a path_weight above 0")
         if self.pairs < 0:
             raise ValueError(f"pairs must not be negative, not {self.pairs}")
         if self.steps < 1:

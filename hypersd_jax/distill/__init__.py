@@ -15,7 +15,6 @@ from hypersd_jax.distill.denoising import corruption as corruption
 from hypersd_jax.distill.denoising import denoising_loss as denoising_loss
 from hypersd_jax.distill.distances import Distance as Distance
 from hypersd_jax.distill.distances import batch_mean as batch_mean
-from hypersd_jax.distill.distances import feature_distance as feature_distance
 from hypersd_jax.distill.distances import mse as mse
 from hypersd_jax.distill.distances import pseudo_huber as pseudo_huber
 from hypersd_jax.distill.ends import below as below

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -38,28 +38,6 @@ def pseudo_huber(c: float) -> Distance:
         return jnp.mean(square / (jnp.sqrt(square + c**2) + c), axis=1)
 
     return distance
-
-
-def feature_distance(prediction: Mapping[str, ArrayLike], target: Mapping[str, ArrayLike]) -> jax.Array:
-    """How far two samples' features lie apart: unit-length channels, squared difference, mean over places, then blocks.
-
-    The form of LPIPS (arXiv 1801.03924, Eq. 1) with weights of one, on any network's features: (B, h, w, C) by block,
-    twice -> (B,), each between 0 and 4.
-    """
-    return sum(_direction_distance(prediction[name], target[name]) for name in prediction) / jnp.float32(
-        len(prediction)
-    )
-
-
-def _direction_distance(prediction: ArrayLike, target: ArrayLike) -> jax.Array:
-    square = jnp.square(_unit(prediction) - _unit(target))
-    return jnp.mean(jnp.sum(square, axis=-1), axis=(1, 2))
-
-
-def _unit(features: ArrayLike) -> jax.Array:
-    """Each place's channels at length one; all-zero channels stay zero, with a gradient that is finite."""
-    features = jnp.asarray(features, jnp.float32)
-    return features * jax.lax.rsqrt(jnp.sum(jnp.square(features), axis=-1, keepdims=True) + 1e-12)
 
 
 def batch_mean(values: ArrayLike, weights: ArrayLike | None = None) -> jax.Array:

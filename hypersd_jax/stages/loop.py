@@ -93,9 +93,9 @@ def run_updates(
         done = int(state.step)
         if done >= stage.updates:
             return state, done
-        step = make()
+        step, fed = make(), batches(done)
         with MetricsLog(root, stage.updates, stage.name, done, tensorboard=log.tensorboard) as metrics_log:
-            for number, batch, waited in batches(done):
+            for number, batch, waited in fed:
                 state, metrics = step(state, frozen, batch, key, controls)
                 last = number == stage.updates
                 if number % log.every == 0 or last:

@@ -31,7 +31,6 @@ from hypersd_jax.distill import (
     draw_trajectory,
     endpoint,
     fake_loss,
-    feature_distance,
     generator_loss,
     matching_loss,
     mse,
@@ -39,10 +38,9 @@ from hypersd_jax.distill import (
     student_sample,
 )
 from hypersd_jax.errors import UserError
-from hypersd_jax.models.heads import encoder_taps
 from hypersd_jax.stages.judging import Judge, JudgeKind, heads_loss, judge_controls, judge_kind
 from hypersd_jax.stages.loop import optimizer_config
-from hypersd_jax.stages.networks import Features, Networks, Predict, broadcast
+from hypersd_jax.stages.networks import Networks, Predict, broadcast
 from hypersd_jax.stages.pairs import Lead
 from hypersd_jax.stages.tscd import HEADS, STUDENT, segments_of, teacher_controls, teacher_of
 from hypersd_jax.training import Controls, Turn, optimizer_controls
@@ -68,7 +66,6 @@ class ScoreKind:
     has_fake: bool
     fake_updates: int
     regression: tuple[bool, int] | None
-    features: bool
     path: bool
     pairs: bool
     anchor: bool | None
@@ -91,7 +88,6 @@ def score_kind(stage: ScoreStage) -> ScoreKind:
         has_fake=stage.has_fake,
         fake_updates=stage.fake_updates,
         regression=(stage.regression.teacher == BASE, stage.regression.steps) if stage.regression else None,
-        features=stage.regression is not None and stage.regression.feature_weight > 0,
         path=stage.regression is not None and stage.regression.path_weight > 0,
         pairs=stage.regression is not None and stage.regression.pairs > 0,
         anchor=stage.anchor.teacher == BASE if stage.anchor else None,
@@ -128,9 +124,8 @@ def score_controls(stage: ScoreStage, schedule: Schedule, scheduler_config: dict
             table = solver_table("ddim", stage.regression.steps, eta=0.0, scheduler_config=scheduler_config)
         controls["regression_weight"] = np.asarray(stage.regression.weight, np.float32)
         controls["regression_times"] = np.asarray(table["timesteps"], np.int32)
-        for term in ("feature", "path"):
-            controls[f"{term}_weight"] = np.asarray(getattr(stage.regression, f"{term}_weight"), np.float32)
-            controls[f"{term}_bounds"] = _times(getattr(stage.regression, f"{term}_range"), last)
+        controls["path_weight"] = np.asarray(stage.regression.path_weight, np.float32)
+        controls["path_bounds"] = _times(stage.regression.path_range, last)
     if stage.anchor:
         controls["anchor_weight"] = np.asarray(stage.anchor.weight, np.float32)
         guidance = (stage.guidance, stage.guidance)
@@ -303,19 +298,9 @@ class _Losses:
         metrics = {"regression": batch_mean(mse(sample.x0, end))}
         loss = controls["regression_weight"] * metrics["regression"]
 
-        def between(bounds: Any) -> jax.Array:
-            return bounds[0] + below(drawn.uniform, bounds[1] - bounds[0] + 1)
-
-        if self.kind.features:
-            t, taps = between(controls["feature_bounds"]), encoder_taps(self.components.unet_config)
-
-            def features(x0: jax.Array) -> Features:
-                return nets.features(move(x0, drawn.eps, *columns(self.schedule, t, x0)), t, cond, taps)
-
-            metrics["features"] = batch_mean(feature_distance(features(sample.x0), features(end)))
-            loss = loss + controls["feature_weight"] * metrics["features"]
         if self.kind.path:
-            t = between(controls["path_bounds"])
+            low, high = controls["path_bounds"]
+            t = low + below(drawn.uniform, high - low + 1)
             x0 = again(student, sample, drawn.noise, cond, controls["times"][0], t, schedule=self.schedule)
             metrics["path"] = batch_mean(mse(x0, end))
             loss = loss + controls["path_weight"] * metrics["path"]

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypersd_jax.distill import batch_mean, dmd_gradient, feature_distance, mse, pseudo_huber, surrogate_loss
+from hypersd_jax.distill import batch_mean, dmd_gradient, mse, pseudo_huber, surrogate_loss
 from hypersd_jax.errors import UserError
 
 A, B, C = jax.random.normal(jax.random.key(0), (3, 4, 3, 3, 2))
@@ -28,24 +28,6 @@ def test_pseudo_huber():
     assert jnp.isfinite(jax.grad(lambda a: pseudo_huber(1e-3)(a, A).sum())(A)).all()
     with pytest.raises(UserError, match="huber_c"):
         pseudo_huber(0.0)
-
-
-def test_feature_distance():
-    """Of the cosine between channels, block by block, whatever the blocks' sizes and the features' lengths."""
-    sides = ({"fine": A, "coarse": A[:, :1, :1]}, {"fine": B, "coarse": C[:, 1:2, 1:2]})
-    expected = []
-    for name in ("fine", "coarse"):
-        one, other = (np.asarray(side[name], np.float64) for side in sides)
-        cosine = (one * other).sum(-1) / np.linalg.norm(one, axis=-1) / np.linalg.norm(other, axis=-1)
-        expected.append((2 - 2 * cosine).mean((1, 2)))
-    np.testing.assert_allclose(feature_distance(*sides), np.mean(expected, axis=0), rtol=1e-5)
-    longer = {name: 7.0 * value for name, value in sides[0].items()}
-    np.testing.assert_allclose(feature_distance(longer, sides[0]), np.zeros(4), atol=1e-6)
-    np.testing.assert_allclose(feature_distance(longer, {k: -v for k, v in longer.items()}), np.full(4, 4), rtol=1e-5)
-    # Dead channels say nothing, and do not spoil the gradient.
-    nothing = {"fine": jnp.zeros_like(A)}
-    np.testing.assert_allclose(feature_distance(nothing, {"fine": B}), np.ones(4), rtol=1e-5)
-    assert np.isfinite(jax.grad(lambda a: feature_distance({"fine": a}, nothing).sum())(nothing["fine"])).all()
 
 
 def test_batch_mean():

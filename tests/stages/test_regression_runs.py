@@ -1,7 +1,8 @@
-"""The regression without a fake-score model, on latents and on the frozen base's features: a first round by hand."""
+"""The regression of score distillation, without a fake-score model and from pairs: first rounds by hand."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,6 @@ from hypersd_jax.stages import run as stage_run
 from hypersd_jax.stages import score
 from hypersd_jax.stages.tscd import STUDENT
 from tests.helpers.score_runs import (
-    MIDDLE,
     TOLERANCE,
     ByHand,
     Opened,
@@ -30,11 +30,9 @@ from tests.helpers.score_runs import (
 )
 from tests.helpers.tiny_model import tiny_model
 
-TAPS = ("down_blocks.0", MIDDLE)
 STAGE = """
   - {name: one, kind: dmd, updates: 1, batch_size: 4, learning_rate: 1.0e-2, weight: 0.0,
-     regression: {steps: 2, weight: 0.2, feature_weight: 0.7, feature_range: [0.1, 0.6], path_weight: 0.3,
-                  path_range: [0.2, 0.8], teacher: early}}
+     regression: {steps: 2, weight: 0.2, path_weight: 0.3, path_range: [0.2, 0.8], teacher: early}}
 """
 
 
@@ -51,68 +49,50 @@ def first(opened: Opened) -> Round:
 
 @pytest.fixture(scope="module")
 def hand(opened: Opened) -> ByHand:
-    return ByHand(opened, TAPS)
+    return ByHand(opened)
 
 
 def _draws(opened: Opened, hand: ByHand) -> tuple[Any, np.ndarray, np.ndarray]:
-    """What the round draws; where the teacher leads; the times that both sides are noised to."""
+    """What the round draws; where the teacher leads; the times of the second point."""
     drawn = draw_trajectory(opened.key(0), hand.shape, 1, hand.rows["places"])
-    teacher, x = hand.adapter(opened.students["early"]), np.asarray(drawn.noise, np.float64)
-    for time, following in ((999, 499), (499, 499)):
-        eps = hand.unet(x, time, teacher)[0]
-        end = hand.clean(x, eps, time)
-        x = hand.noise(end, eps, following)
-    return drawn, end, 100 + below(drawn.uniform, 500)
+    end = _lead(hand, drawn.noise, lambda x, time: hand.unet(x, time, hand.adapter(opened.students["early"]))[0])
+    return drawn, end, 200 + below(drawn.uniform, 600)
 
 
-def _feature_distance(hand: ByHand, x0: Any, end: Any, eps: Any, t: np.ndarray) -> float:
-    sides = [hand.unet(hand.noise(x, np.asarray(eps), t), t)[1] for x in (x0, end)]
-    found = []
-    for tap in TAPS:
-        one, other = (np.asarray(side[tap], np.float64) for side in sides)
-        one, other = (side / np.linalg.norm(side, axis=-1, keepdims=True) for side in (one, other))
-        found.append(((one - other) ** 2).sum(-1).mean())
-    return float(np.mean(found))
+def _lead(hand: ByHand, noise: Any, predict: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
+    """Where two DDIM steps lead."""
+    noise = np.asarray(noise, np.float64)
+    x = hand.ddim(noise, predict(noise, 999), 999, 499)
+    return hand.clean(x, predict(x, 499), 499)
 
 
 def test_its_losses_by_hand(opened: Opened, first: Round, hand: ByHand) -> None:
-    drawn, end, t = _draws(opened, hand)
+    drawn, end, times = _draws(opened, hand)
     noise = np.asarray(drawn.noise, np.float64)
     x0 = hand.clean(noise, hand.unet(noise, 999, hand.adapter(opened.start))[0], 999)
     regression = np.mean((x0 - end) ** 2)
     assert regression == pytest.approx(first.metrics["regression"], rel=TOLERANCE)
-    features = _feature_distance(hand, x0, end, drawn.eps, t)
-    assert features == pytest.approx(first.metrics["features"], rel=TOLERANCE)
     # Again, from where a DDIM move along that estimate leads.
-    times, student = 200 + below(drawn.uniform, 600), hand.adapter(opened.start)
+    student = hand.adapter(opened.start)
     x_t = hand.ddim(noise, hand.unet(noise, 999, student)[0], 999, times)
     path = np.mean((hand.clean(x_t, hand.unet(x_t, times, student)[0], times) - end) ** 2)
     assert path == pytest.approx(first.metrics["path"], rel=TOLERANCE)
-    assert 0.2 * regression + 0.7 * features + 0.3 * path == pytest.approx(first.metrics["loss"], rel=TOLERANCE)
+    assert 0.2 * regression + 0.3 * path == pytest.approx(first.metrics["loss"], rel=TOLERANCE)
     assert "score_gap" not in first.metrics
 
 
-def test_the_features_gradient_reaches_the_student(opened: Opened, hand: ByHand) -> None:
-    """The term alone, by differentiating it directly: through the frozen base's features, not those of the target."""
-    alone = opened.round(regression_weight=0.0, feature_weight=1.0, path_weight=0.0)
-    drawn, end, t = _draws(opened, hand)
-    a, s, last, deviation = (jnp.asarray(v, jnp.float32) for v in (*hand.at(t), *hand.at(999)))
+def test_the_second_points_gradient(opened: Opened, hand: ByHand) -> None:
+    """The term alone, by differentiating it directly: the step that led there has no gradient."""
+    alone = opened.round(regression_weight=0.0, path_weight=1.0)
+    drawn, end, times = _draws(opened, hand)
+    noise = np.asarray(drawn.noise, np.float64)
+    x_t = hand.ddim(noise, hand.unet(noise, 999, hand.adapter(opened.start))[0], 999, times)
+    a, s, given, target = (jnp.asarray(each, jnp.float32) for each in (*hand.at(times), x_t, end))
     network, params = opened.run.pipe.components.unet, dict(opened.run.pipe.components.params["unet"])
 
     def term(start: Any) -> jax.Array:
-        def unet(*given: Any, **more: Any) -> Any:
-            return network(params, *given, hand.cond.context, **more)
-
-        eps = unet(drawn.noise, jnp.full(4, 999), adapter=hand.adapter(start))
-        sides = [(drawn.noise - deviation * eps) / last, jnp.asarray(end, jnp.float32)]
-        one, other = (unet(a * side + s * drawn.eps, t, taps=TAPS)[1] for side in sides)
-        cosines = [
-            jnp.sum(one[tap] * other[tap], -1)
-            / jnp.linalg.norm(one[tap], axis=-1)
-            / jnp.linalg.norm(other[tap], axis=-1)
-            for tap in TAPS
-        ]
-        return jnp.mean(jnp.stack([jnp.mean(2 - 2 * cosine) for cosine in cosines]))
+        eps = network(params, given, times, hand.cond.context, adapter=hand.adapter(start))
+        return jnp.mean(((given - s * eps) / a - target) ** 2)
 
     value, wanted = jax.jit(jax.value_and_grad(term))(opened.start)
     assert alone.metrics["loss"] == pytest.approx(float(value), rel=TOLERANCE)
@@ -129,9 +109,9 @@ def test_no_fake_model_is_made_or_called(opened: Opened, first: Round) -> None:
         return only
 
     ((calls, whole, half),) = counted(opened, turn, [opened.key(0)])
-    # The student twice and the teacher's two steps, and two calls that end at the middle block.
-    assert calls == {"unet_calls": 5.0}
-    assert (whole, half) == (4, 2)
+    # The student twice and the teacher's two steps.
+    assert calls == {"unet_calls": 4.0}
+    assert (whole, half) == (4, 0)
 
 
 def test_it_runs(opened: Opened) -> None:
@@ -143,7 +123,7 @@ def test_it_runs(opened: Opened) -> None:
 
 PAIRS = """
   - {name: one, kind: dmd, updates: 6, batch_size: 4, accumulate: 2, learning_rate: 1.0e-2, guidance: 30.0,
-     fake_updates: 1, regression: {steps: 2, weight: 0.2, pairs: 8, teacher: base}}
+     weight: 0.0, regression: {steps: 2, weight: 0.2, pairs: 8, teacher: base}}
 """
 
 
@@ -173,11 +153,7 @@ def test_pairs_are_gone_over_again(tmp_path: Path, opened: Opened) -> None:
             rows = jax.tree.map(lambda leaf, micro=micro: np.asarray(leaf)[micro], batch)
             pair.__dict__["rows"] = rows
             hand = ByHand(pair)
-            x = rows["noise"].astype(np.float64)
-            for time, following in ((999, 499), (499, 499)):
-                eps = hand.guided(x, time, 30.0)
-                end = hand.clean(x, eps, time)
-                x = hand.noise(end, eps, following)
+            end = _lead(hand, rows["noise"], lambda x, time, hand=hand: hand.guided(x, time, 30.0))
             np.testing.assert_allclose(rows["end"], end, rtol=1e-3, atol=1e-3)
 
     job = pair.job
@@ -191,8 +167,7 @@ def test_pairs_are_gone_over_again(tmp_path: Path, opened: Opened) -> None:
         eps = hand.unet(noise, 999, hand.adapter(before.trainable[STUDENT]))[0]
         expected.append(np.mean(((noise - sigma * eps) / alpha - end) ** 2))
     assert float(metrics["regression"]) == pytest.approx(np.mean(expected), rel=TOLERANCE)
-    # The student; guidance and the fake model: the target costs no call.
-    assert float(metrics["unet_calls"]) == 4.0
+    assert float(metrics["unet_calls"]) == 1.0  # the student's; the target costs none
 
 
 def _latents(*batches: Any) -> list[np.ndarray]:
