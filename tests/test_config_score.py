@@ -75,14 +75,8 @@ def base(tmp_path: Path) -> Path:
         (["stages.b.regression.pairs=-2"], "stages.1.regression.pairs must not be negative, not -2"),
         (["stages.b.regression.pairs=3"], "stages.1.regression.pairs must be a multiple of batch_size=2"),
         (["stages.b.regression.pairs=12"], "stages.1.regression.pairs: more than the stage's updates come to"),
-        (
-            ["stages.b.regression.path_range=[0.5, 0.1]"],
-            "stages.1.regression.path_range must be [",
-        ),
-        (
-            ["stages.b.regression.path_range=[0.1, 0.5]"],
-            "stages.1.regression.path_range is read only",
-        ),
+        (["stages.b.regression.path_range=[0.5, 0.1]"], "stages.1.regression.path_range must be [low, high] with"),
+        (["stages.b.regression.path_range=[0.1, 0.5]"], "stages.1.regression.path_range is read only beside a path"),
         (["stages.b.regression.steps=0"], "stages.1.regression.steps must be at least 1, not 0"),
         (["stages.b.regression.teacher=8"], "stages.1.regression.teacher must be text, not 8"),
         (["stages.b.regression=0.25"], "stages.1.regression must be a mapping of keys, not 0.25"),
