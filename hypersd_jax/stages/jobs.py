@@ -187,11 +187,11 @@ def _score_job(run: Run, index: int, stage: ScoreStage, start: Factors, students
     return dataclasses.replace(job, lead=score.make_lead(components, schedule, kind, controls, run.latent_shape))
 
 
-def fresh_factors(run: Run, name: int, index: int) -> tuple[Factors, dict[str, jax.Array]]:
-    """New LoRA factors on the 14-module list, whose output is zero, and their scales; drawn from one of the streams."""
+def fresh_factors(run: Run, number: int, index: int) -> tuple[Factors, dict[str, jax.Array]]:
+    """New LoRA factors on the 14-module list, whose output is zero, and their scales; from stream ``number``."""
     lora = run.config.lora
-    drawn = stream(run.config.seed, name, index)
-    adapter = adapters.init(drawn, run.pipe.components.unet.shapes, rank=lora.rank, alpha=lora.alpha)
+    key = stream(run.config.seed, number, index)
+    adapter = adapters.init(key, run.pipe.components.unet.shapes, rank=lora.rank, alpha=lora.alpha)
     factors, scales = jax.tree.map(jnp.asarray, adapters.split(adapter))
     return factors, scales
 

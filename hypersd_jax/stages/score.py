@@ -55,8 +55,8 @@ ANCHOR_STREAM, REAL_STREAM = 2**32 - 3, 2**32 - 4
 class ScoreKind:
     """What is compiled into a round; stages of the same kind share it.
 
-    ``regression`` and ``anchor`` say whether their teacher is the base, not a student; ``features`` and ``path``
-    whether the regression has these terms, ``pairs`` whether the batch brings its noise and end along.
+    ``regression`` and ``anchor`` say whether their teacher is the base, not a student; ``path`` whether the regression
+    has that term, ``pairs`` whether the batch brings noise and end along.
     """
 
     deterministic: bool
