@@ -187,13 +187,14 @@ def _write_all(
     write_rows(output.root / "results.json", rows)
     grid = picture_grid(columns, prompts)
     write_picture(output.root / "grid.png", grid)
+    log = output.root / "metrics.jsonl"  # a run whose stages are all taken over from another has none
     report = Report(
         title="Few-step students",
         summary=_summary(rows),
         facts=_facts(config),
         rows=rows,
         notes=NOTES,
-        metrics=read_metrics(output.root / "metrics.jsonl"),
+        metrics=read_metrics(log) if log.exists() else [],
         grids={
             "Held-out concepts, the same latents along each row": grid,
             **{f"Training captions: {path.stem}": Image.open(path) for path in sorted(output.samples.glob("*.png"))},

@@ -308,6 +308,18 @@ def test_the_report_says_the_margin(compared: Compared) -> None:
     assert not list(compared.output.root.glob(".*"))
 
 
+def test_the_report_of_a_run_that_has_trained_nothing_itself(compared: Compared, tmp_path: Path) -> None:
+    """All its stages are taken over from another run: there are no curves, and all the rest."""
+    output = Output(tmp_path / "out")
+    create_output(output, dataclasses.replace(compared.config, output_dir=str(output.root)))
+    comparison._write_all(compared.config, output, compared.rows, {"one": np.zeros((1, 8, 8, 3), np.uint8)}, ["apple"])
+    page = (output.root / "report.html").read_text(encoding="utf-8")
+    assert page.count("<svg") == 0
+    assert page.count("data:image/png;base64,") == 1
+    assert "other: 2 steps" in page
+    assert json.loads((output.root / "results.json").read_text()) == compared.rows
+
+
 def test_the_reference_is_kept_and_read_back(compared: Compared, monkeypatch: pytest.MonkeyPatch) -> None:
     items = evaluation_list(SAMPLES)
     belonging: dict[str, Any] = {"groups": None, "guidance": GUIDANCE, "base": BASE}
