@@ -107,7 +107,6 @@ def score_controls(stage: ScoreStage, schedule: Schedule, scheduler_config: dict
     bounds = _times(stage.time_range, last)
     config = optimizer_config(stage)
     own = optimizer_controls(config, stage.updates)
-    fake = dataclasses.replace(config, learning_rate=stage.fake_learning_rate)
     controls: Controls = {
         "ema_decay": np.asarray(stage.ema, np.float32),
         "times": np.asarray(stage.times, np.int32),
@@ -118,6 +117,7 @@ def score_controls(stage: ScoreStage, schedule: Schedule, scheduler_config: dict
         "players": {STUDENT: own},
     }
     if stage.has_fake:
+        fake = dataclasses.replace(config, learning_rate=stage.fake_learning_rate)
         controls["players"][FAKE] = optimizer_controls(fake, stage.updates)
     if stage.regression:
         with _naming("regression"):

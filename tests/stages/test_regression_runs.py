@@ -154,7 +154,7 @@ def test_pairs_are_gone_over_again(tmp_path: Path, opened: Opened) -> None:
             pair.__dict__["rows"] = rows
             hand = ByHand(pair)
             end = _lead(hand, rows["noise"], lambda x, time, hand=hand: hand.guided(x, time, 30.0))
-            np.testing.assert_allclose(rows["end"], end, rtol=1e-3, atol=1e-3)
+            assert relative_error(rows["end"], end) < TOLERANCE
 
     job = pair.job
     before = jax.device_get(job.state)
