@@ -6,10 +6,10 @@ stage runs in a process of its own. TSCD's step is also written with diffusers a
 norms are compared, and their seconds and memory.
 
 Seconds are of one update, the compilation left out. Peak memory is what the process held at most during the updates,
-above what it held before the model; XLA's plan is of the compiled step. UNet calls are those that the step counts
-itself, a sample and an update, beside the fewest that the method needs at the steps that were drawn
+swap included, above what it held before the model; XLA's plan is of the compiled step. UNet calls are those that the
+step counts itself, a sample and an update, beside the fewest that the method needs at the steps that were drawn
 (`sides/training.py` derives them); fewer are possible where t_end = t_prev, which spares the target. Of a stage that
-would not fit in memory there is only what was compiled from shapes.
+would not fit in memory and swap there is only what was compiled from shapes.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.sampling import Side
-from benchmarks.sides.training import CASES, COMPARED, FAKE_UPDATES, SHAPES, UPDATE, find_case
+from benchmarks.sides.training import CASES, COMPARED, FAKE_UPDATES, GIB, SHAPES, UPDATE, find_case, status_bytes
 
 RESULTS = ROOT / "benchmarks" / "results" / "training_step"
 PACKAGES = ("jax", "flax", "optax", "torch", "diffusers", "peft")
@@ -150,10 +150,17 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
         "repeats": options.repeats,
         "alone": options.alone,
         "cores": os.cpu_count(),
+        "swap GiB": swap(),
         "machine": platform.machine(),
         "date": datetime.date.today().isoformat(),
         "versions": {name: version(name) for name in PACKAGES},
     }
+
+
+def swap() -> float:
+    """What the machine has, GiB; a step that needs it waits for the disk."""
+    there = Path("/proc/meminfo").exists()
+    return round(status_bytes("/proc/meminfo", "SwapTotal") / GIB, 1) if there else 0.0
 
 
 def write(result: dict[str, Any], output: Path) -> None:
@@ -161,9 +168,10 @@ def write(result: dict[str, Any], output: Path) -> None:
     output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     about, some = result["settings"], next(iter(result["cases"].values()))
     remat = "recomputed" if about["remat"] else "kept"
+    cores = f"{about['cores']} cores" + (f" and {about['swap GiB']:g} GiB of swap" if about["swap GiB"] else "")
     title = (
         f"# Training steps: {about['shape']}, latents {about['latent']} x {about['latent']}, batch 1, {some['dtype']} "
-        f"on {some['device']}, {about['cores']} cores, activations {remat}"
+        f"on {some['device']}, {cores}, activations {remat}"
     )
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     rows = table(result["cases"], about["fake_updates"])

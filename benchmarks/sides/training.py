@@ -152,12 +152,17 @@ def find_case(name: str, fake_updates: int) -> Case:
     return replace(case, stage=stage, beside=replace(case.beside, times=fake_updates))
 
 
+def status_bytes(file: str, field: str) -> int:
+    """A field of one of Linux's status files that counts kB, in bytes."""
+    lines = Path(file).read_text(encoding="ascii").splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
 def resident_peak() -> float:
-    """The most memory that this process has had since `forget_peak`, GiB."""
-    status = Path("/proc/self/status")
-    if status.exists():  # there rusage also knows what the parent held when it started this process
-        line = next(line for line in status.read_text(encoding="ascii").splitlines() if line.startswith("VmHWM:"))
-        return int(line.split()[1]) * 1024 / GIB
+    """The most memory that this process has had since `forget_peak`, and what of it is in swap now, GiB."""
+    status = "/proc/self/status"
+    if Path(status).exists():  # there rusage also knows what the parent held when it started this process
+        return (status_bytes(status, "VmHWM") + status_bytes(status, "VmSwap")) / GIB
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024) / GIB
 
 

@@ -208,11 +208,10 @@ def tree_bytes(tree: Any) -> int:
 
 
 def available(device: jax.Device) -> float:
-    """The memory that a step may take, bytes."""
+    """The memory that a step may take, bytes; on a CPU with what is free of swap, where it is far slower."""
     if device.platform != "cpu":
         return (device.memory_stats() or {})["bytes_limit"]
-    lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:"))
+    return training.status_bytes("/proc/meminfo", "MemAvailable") + training.status_bytes("/proc/meminfo", "SwapFree")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
