@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 from jax.sharding import Mesh
-from PIL import Image
+from PIL import Image, ImageCms
 from safetensors.numpy import save_file
 
 from hypersd_jax.errors import UserError
@@ -110,15 +110,15 @@ def difference(found: Any, expected: Any) -> float:
         ({"image": np.zeros(16)}, r"image has shape \(16,\), not that of a picture"),
         ({"image": np.zeros((0, SIDE, SIDE, 3))}, "image: none given"),
         ({"image": []}, "image: none given"),
-        ({"image": 5}, "image must be a picture, a path or an array, not int"),
+        ({"image": 5}, "image must be an image, a path or an array, not int"),
         ({"image": np.full((SIDE, SIDE, 3), "x")}, "image is not a number or a regular array of numbers"),
         ({"image": 255 * IMAGES[0]}, r"image holds values outside 0\.\.1"),
         ({"image": IMAGES[0] - 1}, r"image holds values outside 0\.\.1"),
         ({"image": IMAGES[0] * np.nan}, "image holds values that are not finite"),
         ({"image": Image.new("RGB", (1, 1))}, "height=0 must be a positive multiple of 2"),
         ({"image": IMAGES}, "image: 3 given for 1 prompts"),
-        ({"image": "nowhere.png"}, "image nowhere.png: cannot be read as a picture"),
-        ({"image": Path(__file__)}, r"image .*test_pictures\.py: cannot be read as a picture"),
+        ({"image": "nowhere.png"}, "image nowhere.png: cannot be read as an image"),
+        ({"image": Path(__file__)}, r"image .*test_pictures\.py: cannot be read as an image"),
         ({"image": IMAGES[0], "mask": MASK[:8]}, r"mask has shape \(8, 16, 1\), not \(16, 16, 1\)"),
         ({"image": IMAGES[0], "mask": 2 * MASK}, r"mask holds values outside 0\.\.1"),
         ({"image": IMAGES[0], "mask": [MASK] * 2}, "mask: 2 given for 1 prompts"),
@@ -195,10 +195,39 @@ def test_masks_are_black_and_white() -> None:
     assert pictures.masks("mask", two, (2, 2)).shape == (2, 2, 2, 1)
 
 
-def test_pictures_that_cannot_be_converted_are_refused() -> None:
-    image = Image.new("LAB", (2, 2))
-    with pytest.raises(UserError, match="mask is a picture of mode LAB, which cannot be converted"):
-        pictures.masks("mask", image, (2, 2))
+def test_pixels_of_unknown_range_are_refused() -> None:
+    for name, read in (("image", pictures.pictures), ("mask", pictures.masks)):
+        with pytest.raises(UserError, match=f"{name}: cannot be read as an image \\(floating-point pixels\\)"):
+            read(name, Image.new("F", (2, 2)), (2, 2))
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_images_are_read_as_viewers_show_them(as_file: bool, tmp_path: Path) -> None:
+    """Whichever argument they are given for, from a file or from memory: see tests/files/test_images.py."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    red, blue = profile.index(b"rXYZ", 128), profile.index(b"bXYZ", 128)
+    profile[red : red + 4], profile[blue : blue + 4] = b"bXYZ", b"rXYZ"
+    cases = [
+        (Image.new("I;16", (2, 2), 0x8080), {}, (128, 128, 128)),
+        (Image.new("RGBA", (2, 2), (10, 200, 30, 0)), {}, (255, 255, 255)),
+        (Image.new("RGB", (2, 2), (255, 0, 51)), {"icc_profile": bytes(profile)}, (51, 0, 255)),
+    ]
+    for number, (image, options, expected) in enumerate(cases):
+        path = tmp_path / f"{number}.png"
+        image.save(path, **options)
+        found = pictures.pictures("control_image", path if as_file else Image.open(path), (2, 2))
+        np.testing.assert_allclose(255 * found, np.broadcast_to(expected, found.shape), atol=2)
+
+
+@pytest.mark.parametrize("as_file", [True, False])
+def test_a_mask_painted_on_a_transparent_layer_repaints_what_is_painted(as_file: bool, tmp_path: Path) -> None:
+    layer = Image.new("RGBA", (4, 4), (255, 255, 255, 0))
+    layer.paste((255, 255, 255, 255), (0, 0, 2, 4))
+    layer.save(tmp_path / "mask.png")
+    found = pictures.masks("mask", tmp_path / "mask.png" if as_file else layer, (8, 8))
+    np.testing.assert_array_equal(found[0, :, :, 0], np.repeat([[1, 1, 1, 1, 0, 0, 0, 0]], 8, axis=0))
+    Image.new("I;16", (4, 4), 0x4000).save(tmp_path / "grey.png")
+    assert not pictures.masks("mask", tmp_path / "grey.png", (4, 4)).any()
 
 
 # MARK: what they do

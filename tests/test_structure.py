@@ -15,6 +15,7 @@ PACKAGE = ROOT / "hypersd_jax"
 # From the ground up: a room imports only what stands before it.
 ROOMS = (
     "errors",
+    "files",
     "compilation",
     "config",
     "recipes",
@@ -40,6 +41,7 @@ ROOMS = (
 # Rooms that see less than everything before them.
 ONLY = {
     "errors": set(),
+    "files": set(),
     "compilation": set(),
     "diffusion": {"errors"},
     "adapters": {"errors"},

@@ -1,23 +1,30 @@
-"""Which columns of a table hold the picture and the caption, and what their cells say."""
+"""Which columns of a table hold the image and the caption, and what their cells say."""
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from typing import Any, Literal
 
 from hypersd_jax.errors import UserError
+from hypersd_jax.files import IMAGE_ENDINGS, decoded
 
 Kind = Literal["image", "caption"]
 
+_FIRST = ("image", "jpg", "jpeg", "png", "webp")
 # The usual names, in the order they are looked for; a dot goes into a nested column.
 NAMES: dict[Kind, tuple[str, ...]] = {
-    "image": ("image", "jpg", "jpeg", "png", "webp", "file_name"),
+    "image": (
+        *_FIRST,
+        *(ending[1:] for ending in IMAGE_ENDINGS if ending[1:] not in _FIRST),
+        *("file_name", "image.path"),
+    ),
     "caption": ("text", "caption", "txt", "prompt", "json.caption", "json.text", "json.prompt"),
 }
 
 
 def find_column(features: Mapping[str, Any], given: str | None, kind: Kind, source: str) -> str:
-    """The column of a kind: the one that the configuration names, or the first of the usual names.
+    """Find the column of a kind: the one that the configuration names, or the first of the usual names.
 
     Args:
         features: of the table, by column.
@@ -34,7 +41,7 @@ def find_column(features: Mapping[str, Any], given: str | None, kind: Kind, sour
     columns = ", ".join(features)
     if given:
         raise UserError(f"data.{kind}_column: {source} has no column {given!r}; it has {columns}")
-    usual = ", ".join(NAMES[kind])
+    usual = ", ".join((*_FIRST, "file_name") if kind == "image" else NAMES[kind])
     raise UserError(
         f"data.source: {source} has no {kind}s: none of its columns ({columns}) is called {usual}; "
         f"name one with data.{kind}_column"
@@ -62,21 +69,39 @@ def _cell(row: Mapping[str, Any], name: str) -> Any:
         return row[name]
     head, dot, rest = name.partition(".")
     inner = row.get(head)
+    if isinstance(inner, bytes):  # JSON as it lies in a tar file
+        inner = json_cell(inner)
     return _cell(inner, rest) if dot and isinstance(inner, Mapping) else None
 
 
+def json_cell(data: bytes) -> Any:
+    """Parse a JSON file of a sample, whose numbers stay the text that they are.
+
+    Raises:
+        ValueError: it is not UTF-8, or not JSON.
+    """
+    try:
+        return json.loads(decoded(data), parse_int=str, parse_float=str, parse_constant=str)
+    except json.JSONDecodeError:
+        raise ValueError("not valid JSON") from None
+
+
 def caption_text(row: Mapping[str, Any], name: str) -> str:
-    """A row's caption on one line, ``""`` if there is none; of a list of captions the first."""
+    """A row's caption on one line, ``""`` if there is none; of a list of captions the first.
+
+    Raises:
+        ValueError: its bytes are not UTF-8 text.
+    """
     value = _cell(row, name)
     if isinstance(value, list):
         value = next((each for each in value if each), None)
     if isinstance(value, bytes):
-        value = value.decode("utf-8", "ignore")
+        value = decoded(value)
     return "" if value is None else " ".join(str(value).split())
 
 
 def image_cell(row: Mapping[str, Any], name: str) -> bytes | str:
-    """A row's encoded picture, or the path or URL where it is.
+    """A row's encoded image, or the path or URL where it is.
 
     Raises:
         ValueError: the cell is empty or something else.
@@ -85,7 +110,7 @@ def image_cell(row: Mapping[str, Any], name: str) -> bytes | str:
     if isinstance(value, Mapping):
         value = value.get("bytes") or value.get("path")
     if not value:
-        raise ValueError("no picture")
+        raise ValueError("no image")
     if not isinstance(value, bytes | str):
         raise ValueError(f"a {type(value).__name__}, neither bytes nor a path")
     return value

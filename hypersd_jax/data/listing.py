@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import glob
+import os
 import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
 
@@ -12,9 +15,32 @@ from hypersd_jax.errors import UserError, short
 _SCHEME = re.compile(r"\w[\w+.-]*://")
 _BRACES = re.compile(r"\{([^{}]*)\}")
 _RANGE = re.compile(r"(\d+)\.\.(\d+)")
+_MAGIC = re.compile(r"[*?\[{]")
 WEB = ("http://", "https://")
-# What the file names of a set's parts are told apart by, such as `train-00000-of-00008.parquet`.
-SPLIT_WORDS = ("train", "test", "validation", "valid", "val", "dev", "eval")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Listing:
+    """The files that a source stands for.
+
+    Attributes:
+        source: as it was given.
+        folder: where it lies; of a pattern, what stands before its first wildcard.
+        files: full paths or URLs, sorted.
+        by_name: whether the source names its files: one file, or a pattern, not a folder.
+        left_out: names of what was found and cannot be used, by reason.
+    """
+
+    source: str
+    folder: str
+    files: tuple[str, ...]
+    by_name: bool
+    left_out: Mapping[str, tuple[str, ...]]
+
+    @property
+    def is_one_file(self) -> bool:
+        """Whether the source is a file's own name."""
+        return self.files == (self.source,) or (self.by_name and not _MAGIC.search(self.source))
 
 
 def is_url(source: str) -> bool:
@@ -22,33 +48,100 @@ def is_url(source: str) -> bool:
     return _SCHEME.match(source) is not None
 
 
-def list_files(source: str) -> tuple[str, list[str]]:
-    """The folder that a source lies in and the files it stands for, sorted.
+def list_files(source: str) -> Listing:
+    """List what a source stands for; what is hidden, such as `.cache/`, is passed over, and links are followed.
 
     Args:
-        source: a folder (all files below it), a file, or a pattern with ``*``, ``?``, ``{000..007}`` or ``{a,b}``;
-            local or a URL of any file system that fsspec knows. On the web only files and braces.
-
-    Returns:
-        the folder (of a pattern: what stands before it), and full paths or URLs.
+        source: a folder (all files below it), a file, or a pattern with ``*``, ``?``, ``[ab]``, ``{000..007}`` or
+            ``{a,b}``; local, or a URL of any file system that fsspec knows. On the web only files and braces. What
+            exists locally is taken by its name, whatever characters that has, and so is the part of a pattern that
+            exists.
 
     Raises:
         UserError: naming ``data.source``, which does not exist, holds nothing, or cannot be reached.
     """
+    if source.startswith("file://"):
+        source = source.removeprefix("file://")
     try:
-        found = [file for each in expand_braces(source) for file in _find(each)]
-        folder = _folder(source)
+        folder, found, by_name = _remote(source) if is_url(source) else _local(source)
     except Exception as error:  # every file system has its own kinds
         raise UserError(f"data.source: {source} cannot be reached ({reason(error)})") from None
     if not found:
-        raise UserError(f"data.source: {source} is no folder, file, pattern or URL with files, nor 'emoji'")
-    return folder, found
+        what = (
+            "is an empty folder"
+            if os.path.isdir(source)
+            else "is no folder, file, pattern or URL with files, nor 'emoji'"
+        )
+        raise UserError(f"data.source: {source} {what}")
+    kept = tuple(sorted(file for file in found if _is_unicode(file)))
+    odd = tuple(ascii(file_name(file)) for file in found if not _is_unicode(file))
+    return Listing(
+        source=source,
+        folder=folder,
+        files=kept,
+        by_name=by_name,
+        left_out={"whose name is not UTF-8": odd} if odd else {},
+    )
+
+
+def _is_unicode(name: str) -> bool:
+    return not any("\ud800" <= character <= "\udfff" for character in name)
+
+
+def _local(source: str) -> tuple[str, list[str], bool]:
+    """Folder, files, and whether they were named, of a local path or pattern."""
+    if os.path.isdir(source):
+        folder = source.rstrip("/") or "/"
+        return folder, list(_below(folder, ())), False
+    if os.path.exists(source):
+        return os.path.dirname(source) or ".", [source], True
+    literal, pattern = _existing_part(source)
+    matches = {
+        os.path.join(literal, name)
+        for each in expand_braces(pattern)
+        for name in glob.glob(each, root_dir=literal or None, recursive=True)
+    }
+    found = [file for match in matches for file in (_below(match, ()) if os.path.isdir(match) else [match])]
+    return literal.rstrip("/") or ("/" if literal else "."), found, True
+
+
+def _existing_part(pattern: str) -> tuple[str, str]:
+    """The folders of a pattern that exist under their very names, and the rest."""
+    parts = pattern.split("/")
+    for count in range(len(parts) - 1, 0, -1):
+        folder = "/".join(parts[:count]) + "/"
+        if os.path.isdir(folder):
+            return folder, "/".join(parts[count:])
+    return "", pattern
+
+
+def _below(folder: str, above: tuple[str, ...]) -> Iterator[str]:
+    """All files below a folder that are not hidden; a link that leads back to a folder above is not followed."""
+    real = os.path.realpath(folder)
+    if real in above:
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.name.startswith("."):
+                continue
+            if entry.is_dir():
+                yield from _below(os.path.join(folder, entry.name), (*above, real))
+            else:
+                yield os.path.join(folder, entry.name)
+
+
+def _remote(source: str) -> tuple[str, list[str], bool]:
+    """Folder, files, and whether they were named, of a URL. Web servers list nothing: an address is a file."""
+    if source.startswith(WEB):
+        return source.partition("?")[0].rpartition("/")[0], expand_braces(source), True
+    system, root = _resolved(re.split(r"(?<=/)[^/]*[*?{\[]", source)[0])
+    is_folder = bool(system.isdir(root))
+    folder = _spelled(system, root if is_folder else root.rpartition("/")[0]).rstrip("/")
+    found = [file for each in expand_braces(source) for file in _find(each)]
+    return folder, found, not is_folder or _MAGIC.search(source) is not None
 
 
 def _find(pattern: str) -> list[str]:
-    """Sorted paths; what is hidden, such as `.cache/`, is left out. Web servers list nothing: an address is a file."""
-    if pattern.startswith(WEB):
-        return [pattern]
     system, root = _resolved(pattern)
     if glob.has_magic(pattern):
         found = system.glob(root)
@@ -57,14 +150,7 @@ def _find(pattern: str) -> list[str]:
         found = [name for name in system.find(root) if "/." not in name[inside:]]
     else:
         found = [root] if system.exists(root) else []
-    return sorted(_spelled(system, name) for name in found)
-
-
-def _folder(source: str) -> str:
-    if source.startswith(WEB):
-        return source.partition("?")[0].rpartition("/")[0]
-    system, root = _resolved(re.split(r"(?<=/)[^/]*[*?{\[]|^[^/]*[*?{\[]", source)[0] or ".")
-    return _spelled(system, root if system.isdir(root) else root.rpartition("/")[0]).rstrip("/")
+    return [_spelled(system, name) for name in found]
 
 
 def _resolved(source: str) -> tuple[Any, str]:
@@ -75,8 +161,7 @@ def _resolved(source: str) -> tuple[Any, str]:
 
 
 def _spelled(system: Any, name: str) -> str:
-    """A local path as it is, anything else as a URL."""
-    return name if "file" in system.protocol else str(system.unstrip_protocol(name))
+    return str(system.unstrip_protocol(name))
 
 
 def file_name(file: str) -> str:
@@ -94,8 +179,19 @@ def open_file(path: str) -> IO[bytes]:
     return opened
 
 
+def stamp(path: str) -> str:
+    """Size and time of a local file or of a URL, which change when it does; raises as `open_file`."""
+    if not is_url(path):
+        status = Path(path).stat()
+        return f"{status.st_size} {status.st_mtime_ns}"
+    system, root = _resolved(path)
+    facts = system.info(root)
+    times = (str(facts[key]) for key in ("ETag", "etag", "mtime", "updated", "LastModified", "created") if key in facts)
+    return f"{facts.get('size')} {next(times, '')}"
+
+
 def expand_braces(pattern: str) -> list[str]:
-    """``part-{000..002}.tar`` and ``{a,b}.tar`` as a shell expands them; datasets itself knows no braces."""
+    """``part-{000..002}.tar`` and ``{a,b}.tar`` as a shell expands them."""
     match = _BRACES.search(pattern)
     if not match:
         return [pattern]
@@ -111,25 +207,6 @@ def expand_braces(pattern: str) -> list[str]:
         for choice in choices
         for whole in expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
     ]
-
-
-def of_split(files: list[str], split: str, source: str) -> list[str]:
-    """The shards of a split: those whose file or folder name has its word; for ``train`` else all without any.
-
-    Raises:
-        UserError: there are none.
-    """
-
-    def words(file: str) -> set[str]:
-        inside = file[len(source) :] if file.startswith(source) else file_name(file)
-        return set(re.split(r"[/_.-]", inside))
-
-    named = [file for file in files if split in words(file)]
-    if not named and split == "train":
-        named = [file for file in files if not words(file) & set(SPLIT_WORDS)]
-    if not named:
-        raise UserError(f"data.split: {source} has no files of a split {split!r}")
-    return named
 
 
 def reason(error: BaseException) -> str:

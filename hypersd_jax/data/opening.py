@@ -65,7 +65,7 @@ def open_prompts(config: DataConfig, *, seed: int) -> Prompts:
     _refuse(config, EMOJI_KEYS)
     return PromptSource(
         read_rows(
-            config.source, split=config.split, image_column=None, caption_column=config.caption_column, pictures=False
+            config.source, split=config.split, image_column=None, caption_column=config.caption_column, images=False
         ),
         seed=seed,
     )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import warnings
-from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
@@ -13,13 +12,15 @@ import numpy as np
 from PIL import Image
 
 from hypersd_jax.data.buckets import Stream, bucket_sizes, nearest_bucket
+from hypersd_jax.data.left_out import LeftOut
 from hypersd_jax.data.listing import reason
 from hypersd_jax.data.order import fraction, mix
-from hypersd_jax.data.pictures import fit_picture, read_picture
-from hypersd_jax.data.reading import Rows
+from hypersd_jax.data.pictures import fit_picture
+from hypersd_jax.data.rows import Rows
 from hypersd_jax.data.source import Batch
 from hypersd_jax.data.survey import WORKERS, picture_sizes
 from hypersd_jax.errors import UserError
+from hypersd_jax.files import read_image
 
 # What a hash is drawn for, so that one draw says nothing about another.
 ORDER, DOWN, ACROSS, FLIP = 0, 1, 2, 3
@@ -69,14 +70,17 @@ class PairSource:
         self._broken: dict[int, str] = {}
         self._checked = False
         self._next_report = 1
-        self._left_out: Counter[str] = Counter()
+        self._left_out = LeftOut()
         self._targets = [(resolution, resolution)]
-        digest, absent = hashlib.sha256(), []
-        for caption in rows.captions():
+        digest, usable = hashlib.sha256(), []
+        for row, (caption, wrong) in enumerate(rows.captions()):
             digest.update(f"{caption}\n".encode())
-            absent.append(not caption)
+            if wrong:
+                self._left_out.add(wrong, [rows.name_of(row)])
+            else:
+                usable.append(row)
         self._identity = digest.hexdigest()
-        usable = self._leave_out(absent, np.arange(len(rows)), "without caption")
+        usable = np.asarray(usable, np.int64)
         if bucket_step or min_size:
             sizes = picture_sizes(rows)
             usable = self._leave_out(sizes[usable, 0] == 0, usable, "unreadable")
@@ -87,8 +91,9 @@ class PairSource:
         if bucket_step:
             self._targets, groups = _sorted_in(sizes[usable], resolution, bucket_step)
             self._members = [usable[groups == group] for group in range(len(self._targets))]
-        if self._left_out:
-            warnings.warn(f"data.source: {rows.source}: left out of {len(rows)} samples: {self._why()}", stacklevel=3)
+        left_out = f"left out of {len(rows)} samples: {self._left_out}" if self._left_out else ""
+        if told := "; ".join(filter(None, (left_out, self._unused_files()))):
+            warnings.warn(f"data.source: {rows.source}: {told}", stacklevel=3)
         order = int(mix(seed, ORDER)[0])
         self._stream = Stream([len(members) for members in self._members], batch_size, order)
         self._pool = ThreadPoolExecutor(WORKERS, "pictures")
@@ -108,6 +113,11 @@ class PairSource:
     def identity(self) -> str:
         """The SHA-256 of all captions."""
         return self._identity
+
+    @property
+    def contents(self) -> str:
+        """A digest of the sizes and times of the set's files."""
+        return self._rows.contents
 
     @property
     def uncacheable(self) -> str | None:
@@ -164,9 +174,8 @@ class PairSource:
             try:
                 found = _Found(row, 0, self._open(row))
             except Exception as error:  # Pillow and the file systems raise many kinds
-                raise UserError(
-                    f"data.source: {self._rows.source}: row {row} cannot be read ({reason(error)})"
-                ) from None
+                name = self._rows.name_of(row)
+                raise UserError(f"data.source: {self._rows.source}: {name} cannot be read ({reason(error)})") from None
             return self._fit(found, 0)
 
         return self._made(make, len(keys))
@@ -184,7 +193,7 @@ class PairSource:
 
     def _open(self, row: int) -> Image.Image:
         with self._rows.open_image(row) as file:
-            return read_picture(file)
+            return read_image(file)
 
     def _find(self, group: int, place: int) -> _Found:
         """The sample at a place of a group's stream, or the next that can be read."""
@@ -221,31 +230,32 @@ class PairSource:
     def _leave_out(self, out: np.ndarray | list[bool], rows: np.ndarray, why: str) -> np.ndarray:
         """The rows that stay."""
         out = np.asarray(out, bool)
-        if out.any():
-            self._left_out[why] += int(out.sum())
+        self._left_out.add(why, (self._rows.name_of(int(row)) for row in rows[out]))
         return rows[~out]
 
     def _report(self) -> None:
-        """Say how many pictures could not be read so far: at the first one, and at each tenfold."""
+        """Say how many images could not be read so far: at the first one, and at each tenfold."""
         count = len(self._broken)
         if count < self._next_report:
             return
         self._next_report = 10 ** len(str(count))
         row, why = next(iter(self._broken.items()))
         warnings.warn(
-            f"data.source: {self._rows.source}: {count} unreadable pictures so far, others stand in for them "
-            f"(row {row}: {why})",
+            f"data.source: {self._rows.source}: {count} unreadable images so far, others stand in for them "
+            f"({self._rows.name_of(row)}: {why})",
             stacklevel=4,
         )
 
-    def _why(self) -> str:
-        return ", ".join(f"{count} {why}" for why, count in self._left_out.items())
+    def _unused_files(self) -> str:
+        files = LeftOut()
+        for why, names in self._rows.left_out.items():
+            files.add(why, names)
+        return f"files that are not used: {files}" if files else ""
 
     def _nothing_left(self) -> UserError:
-        if self._broken:
-            row, why = next(iter(self._broken.items()))
-            self._left_out[f"unreadable (row {row}: {why})"] = len(self._broken)
-        counts = self._why() or "it is empty"
+        unread = (f"{self._rows.name_of(row)}: {why}" for row, why in self._broken.items())
+        self._left_out.add("unreadable", unread)
+        counts = "; ".join(filter(None, (str(self._left_out), self._unused_files()))) or "it is empty"
         return UserError(
             f"data.source: {self._rows.source}: none of its {len(self._rows)} samples can be used: {counts}"
         )

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import warnings
+
 import numpy as np
 
+from hypersd_jax.data.left_out import LeftOut
 from hypersd_jax.data.order import mix, shuffled
-from hypersd_jax.data.reading import Rows
+from hypersd_jax.data.rows import NO_CAPTION, Rows
 from hypersd_jax.errors import UserError
 
 PREVIEWS = 8
@@ -17,10 +20,17 @@ class PromptSource:
     """The captions of a table, shuffled anew each epoch; empty ones are left out."""
 
     def __init__(self, rows: Rows, *, seed: int) -> None:
-        """Read them all; raises UserError where there are none."""
-        self._prompts = [caption for caption in rows.captions() if caption]
+        """Read them all, and count in one line what cannot be read; raises UserError where there are none."""
+        self._prompts, unread = [], LeftOut()
+        for row, (caption, wrong) in enumerate(rows.captions()):
+            if caption:
+                self._prompts.append(caption)
+            elif wrong != NO_CAPTION:
+                unread.add(wrong, [rows.name_of(row)])
         if not self._prompts:
             raise UserError(f"data.source: {rows.source}: none of its {len(rows)} rows holds a prompt")
+        if unread:
+            warnings.warn(f"data.source: {rows.source}: left out of {len(rows)} prompts: {unread}", stacklevel=3)
         self._seed = int(mix(seed, ORDER)[0])
 
     def __len__(self) -> int:

@@ -1,120 +1,85 @@
-"""From what `data.source` says to a table of samples, read with `datasets`."""
+"""From what `data.source` says to a table of samples."""
 
 from __future__ import annotations
 
-import bisect
+import contextlib
 import dataclasses
-import functools
-import glob
-import io
-from collections.abc import Iterator
+import hashlib
+import os
+import tempfile
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
-from typing import IO, Any
+from pathlib import Path, PurePath
+from typing import Any
 
-from hypersd_jax.data.columns import caption_text, column_of, find_column, image_cell
-from hypersd_jax.data.listing import file_name, is_url, list_files, of_split, open_file, reason
+from hypersd_jax.data.columns import caption_text, column_of, find_column, json_cell
+from hypersd_jax.data.listing import Listing, file_name, is_url, list_files, open_file, reason, stamp
+from hypersd_jax.data.rows import READERS, Rows
+from hypersd_jax.data.splits import images_of, shards_of
+from hypersd_jax.data.tables import TEXT_TABLES, Columns, join_tables, read_table
 from hypersd_jax.errors import UserError
+from hypersd_jax.files import UNREAD_ENDINGS, is_readable
 from hypersd_jax.weights.hub import HubId, parse_id
 
 HUB = "hf://datasets/"
 METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
-BUILDERS = {
-    ".parquet": "parquet",
-    ".tar": "webdataset",
-    ".jsonl": "json",
-    ".json": "json",
-    ".csv": "csv",
-    ".txt": "text",
-}
-PICTURES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff")
-# Sidecar captions are small files, of which several are read at once.
-READERS = 16
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Samples by number, in a `datasets.Dataset`.
-
-    ``image`` and ``caption`` name its columns, ``image`` is None where there are prompts alone. From row ``starts[i]``
-    on, relative file names are in ``folders[i]``.
-    """
-
-    source: str
-    table: Any
-    starts: tuple[int, ...] = (0,)
-    folders: tuple[str, ...] = ("",)
-    image: str | None = None
-    caption: str = ""
-
-    def __len__(self) -> int:
-        return len(self.table)
-
-    @property
-    def fingerprint(self) -> str:
-        """Of the table's contents, as datasets computes it: changes when one of its files does."""
-        return str(self.table._fingerprint)
-
-    def captions(self) -> Iterator[str]:
-        """All captions, each on one line, ``""`` where there is none; no picture is read."""
-        return (caption_text(row, self.caption) for row in self._texts)
-
-    def caption_of(self, row: int) -> str:
-        """The caption of one row."""
-        return caption_text(self._texts[row], self.caption)
-
-    def open_image(self, row: int) -> IO[bytes]:
-        """The encoded picture of a row; raises ValueError, OSError, or what a file system raises, if there is none."""
-        assert self.image is not None
-        cell = image_cell(self._pictures[row], self.image)
-        if isinstance(cell, bytes):
-            return io.BytesIO(cell)
-        folder = self.folders[bisect.bisect_right(self.starts, row) - 1]
-        return open_file(cell if is_url(cell) or cell.startswith("/") or not folder else f"{folder}/{cell}")
-
-    @functools.cached_property
-    def _texts(self) -> Any:
-        return self.table.select_columns([column_of(self.table.features, self.caption)])
-
-    @functools.cached_property
-    def _pictures(self) -> Any:
-        return self.table.select_columns([column_of(self.table.features, self.image or "")])
+SHARDS = (".parquet", ".tar")
 
 
 def read_rows(
-    source: str, *, split: str, image_column: str | None, caption_column: str | None, pictures: bool = True
+    source: str, *, split: str, image_column: str | None, caption_column: str | None, images: bool = True
 ) -> Rows:
-    """The samples that a source holds.
+    """Read the samples that a source holds.
 
     Args:
-        source: a folder, files or a hub data set; docs/data.md lists the forms.
-        split: of a hub data set, of shards named after splits, or of a folder with a folder for each.
-        image_column: where the pictures are; None: found by the usual names.
+        source: a folder, files or a hub dataset; docs/data.md lists the forms.
+        split: of a hub dataset, of shards named after splits, or of a folder with a folder for each.
+        image_column: where the images are; None: found by the usual names.
         caption_column: where the captions are; None: found by the usual names; dots go into nested columns.
-        pictures: False asks for captions alone.
+        images: False asks for captions alone.
 
     Raises:
         UserError: naming the source, what it lacks, and the columns it has.
     """
     repository = _hub_id(source)
-    rows = _from_files(source, split) if repository is None else _from_hub(source, repository, split)
-    features = rows.table.features
-    image = find_column(features, image_column, "image", source) if pictures else None
+    rows = _from_files(list_files(source), split) if repository is None else _from_hub(source, repository, split)
+    features = _with_json(rows.table)
+    image = find_column(features, image_column, "image", source) if images else None
     caption = find_column(features, caption_column, "caption", source)
     wanted = dict.fromkeys(column_of(features, name) for name in (image, caption) if name)
-    return dataclasses.replace(
+    found = dataclasses.replace(
         rows, table=_encoded(rows.table.select_columns(list(wanted))), image=image, caption=caption
     )
+    return _with_unlisted(found) if image is not None else found
 
 
 def _encoded(table: Any) -> Any:
-    """The table with its pictures as bytes or paths, which `pictures` decodes as they are needed."""
+    """The table with its images as bytes or paths, which are decoded as they are needed."""
     import datasets
 
     for name, feature in table.features.items():
         if isinstance(feature, datasets.Image):
             table = table.cast_column(name, datasets.Image(decode=False))
     return table
+
+
+def _with_json(table: Any) -> Mapping[str, Any]:
+    """The table's columns by type; one with the bytes of JSON files is known by the first that can be read."""
+    features = dict(table.features)
+    for name, feature in features.items():
+        if name.rpartition(".")[2] == "json" and getattr(feature, "dtype", None) == "binary":
+            for row in table.select_columns([name]):
+                try:
+                    features[name] = _shape(json_cell(row[name]))
+                except (ValueError, TypeError, RecursionError):
+                    continue
+                break
+    return features
+
+
+def _shape(value: Any) -> Any:
+    return {key: _shape(inner) for key, inner in value.items()} if isinstance(value, dict) else None
 
 
 def _hub_id(source: str) -> HubId | None:
@@ -133,84 +98,169 @@ def _from_hub(source: str, repository: HubId, split: str) -> Rows:
     except Exception as error:  # the library raises many kinds
         why = reason(error.__cause__ or error)
         raise UserError(f"data.source: {source} is no local path, and not readable as a hub data set ({why})") from None
-    return Rows(source=source, table=table)
+    return Rows(source=source, table=table, version=str(table._fingerprint))
 
 
-def _from_files(source: str, split: str) -> Rows:
-    folder, files = list_files(source)
-    if len(files) == 1 and file_name(files[0]) not in METADATA and _suffix(files[0]) in BUILDERS:
-        return _load(source, of_split(files, split, folder), folder)
-    for suffix in (".parquet", ".tar"):
-        shards = [file for file in files if _suffix(file) == suffix and file_name(file) not in METADATA]
+def _from_files(listing: Listing, split: str) -> Rows:
+    files, folder, source = listing.files, listing.folder, listing.source
+    if len(files) == 1 and file_name(files[0]) not in METADATA and _ending(files[0]) in (*SHARDS, *TEXT_TABLES):
+        chosen = shards_of(listing, files, split)
+        rows = _shards(source, chosen) if _ending(files[0]) in SHARDS else _tables(source, chosen)
+        return dataclasses.replace(rows, folders=(folder,), left_out=listing.left_out)
+    for ending in SHARDS:
+        shards = [file for file in files if _ending(file) == ending and file_name(file) not in METADATA]
         if shards:
-            return _load(source, of_split(shards, split, folder), folder)
-    inside = [file for file in files if file.startswith(f"{folder}/{split}/")]
-    if not inside and split != "train":
-        raise UserError(f"data.split: {source} has no folder {split!r}")
-    files = inside or files
-    metadata = [file for file in files if file_name(file) in METADATA]
-    return _with_metadata(source, metadata) if metadata else _with_sidecars(source, files)
+            rows = _shards(source, shards_of(listing, shards, split))
+            images = tuple(file for file in files if is_readable(file) or _ending(file) in UNREAD_ENDINGS)
+            return dataclasses.replace(rows, folders=(folder,), beside=images, left_out=listing.left_out)
+    chosen, apart = images_of(listing, split)
+    left_out = {**listing.left_out, **{why: _names(filter(is_readable, those)) for why, those in apart.items()}}
+    metadata = [file for file in chosen if file_name(file) in METADATA]
+    rows = _with_metadata(source, chosen, metadata) if metadata else _with_sidecars(source, chosen)
+    unread = _names(file for file in chosen if _ending(file) in UNREAD_ENDINGS)
+    left_out |= {**rows.left_out, "of a format that is not read": unread}
+    return dataclasses.replace(rows, left_out={why: names for why, names in left_out.items() if names})
 
 
-def _suffix(file: str) -> str:
-    return Path(file_name(file)).suffix.lower()
+def _ending(file: str) -> str:
+    return PurePath(file_name(file)).suffix.lower()
 
 
-def _load(source: str, files: list[str], folder: str) -> Rows:
-    """One table of all files, which are of one kind."""
+def _names(files: Iterable[str]) -> tuple[str, ...]:
+    return tuple(file_name(file) for file in files)
+
+
+def _version(files: Sequence[str]) -> str:
+    with ThreadPoolExecutor(READERS) as pool:
+        stamps = list(pool.map(stamp, files))
+    return hashlib.sha256("\n".join([*files, *stamps]).encode()).hexdigest()
+
+
+def _shards(source: str, files: list[str]) -> Rows:
+    """One table of parquet files or of tars."""
     import datasets
+    from datasets.data_files import DataFilesDict, DataFilesList
+    from datasets.packaged_modules.parquet.parquet import Parquet
 
-    builder = BUILDERS[_suffix(files[0])]
-    # Without this a caption such as "null" would be none.
-    options = {"keep_default_na": False} if builder == "csv" else {}
-    escaped = [file if is_url(file) else glob.escape(file) for file in files]
+    from hypersd_jax.data.webdataset import RawWebDataset
+
+    kind = Parquet if _ending(files[0]) == ".parquet" else RawWebDataset
     try:
-        table = datasets.load_dataset(builder, data_files={"train": escaped}, split="train", **options)
+        version = _version(files)
+        with _plain_names(files) as names:
+            # The files as they are: by `load_dataset` their names would be patterns.
+            data_files = DataFilesDict({"train": DataFilesList(names, [(version,)])})
+            builder = kind(data_files=data_files, config_id=version[:16], hash=datasets.__version__)
+            builder.download_and_prepare()
+            table = builder.as_dataset(split="train")
     except Exception as error:  # the library raises many kinds
         raise UserError(f"data.source: {source} cannot be read ({reason(error.__cause__ or error)})") from None
-    return Rows(source=source, table=table, folders=(folder,))
+    return Rows(source=source, table=table, version=version)
 
 
-def _with_metadata(source: str, metadata: list[str]) -> Rows:
-    """The tables of a folder, one for each folder of pictures, one after the other."""
+@contextlib.contextmanager
+def _plain_names(files: Sequence[str]) -> Iterator[list[str]]:
+    """The files under names that hold no ``::``, by which fsspec chains file systems."""
+    if not any("::" in file and not is_url(file) for file in files):
+        yield list(files)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        names = []
+        for number, file in enumerate(files):
+            link = Path(folder) / f"{number:05d}{_ending(file)}"
+            link.symlink_to(os.path.abspath(file))
+            names.append(str(link))
+        yield names
+
+
+def _tables(source: str, files: list[str]) -> Rows:
+    """One table of text tables."""
+    return _in_memory(source, join_tables(map(read_table, files)))
+
+
+def _in_memory(source: str, columns: Mapping[str, Sequence[Any]], folders: Sequence[str] = ("",)) -> Rows:
     import datasets
+    import pyarrow as pa
 
+    digest = hashlib.sha256("\n".join(folders).encode())
+    arrays = {}
+    for name, cells in columns.items():
+        digest.update(f"\n{name}\n".encode())
+        for cell in cells:
+            digest.update(cell if isinstance(cell, bytes) else repr(cell).encode())
+        arrays[name] = pa.array(
+            cells, pa.large_binary() if any(isinstance(c, bytes) for c in cells) else pa.large_string()
+        )
+    version = digest.hexdigest()
+    return Rows(source=source, table=datasets.Dataset(pa.table(arrays), fingerprint=version[:16]), version=version)
+
+
+def _with_metadata(source: str, files: Sequence[str], metadata: list[str]) -> Rows:
+    """The tables of a folder, one for each folder of images, one after the other."""
     folders = [file.rpartition("/")[0] for file in metadata]
     for folder in folders:
         if folders.count(folder) > 1:
             raise UserError(f"data.source: {folder} has more than one of {', '.join(METADATA)}")
-    parts = [_load(source, [file], folder).table for file, folder in zip(metadata, folders, strict=True)]
-    starts = [sum(map(len, parts[:index])) for index in range(len(parts))]
-    try:
-        table = datasets.concatenate_datasets(parts) if len(parts) > 1 else parts[0]
-    except Exception as error:  # columns of one name and several types
-        raise UserError(f"data.source: {source}: its metadata files do not go together ({reason(error)})") from None
-    return Rows(source=source, table=table, starts=tuple(starts), folders=tuple(folders))
+    tables = [
+        _text_columns(_shards(source, [file])) if _ending(file) == ".parquet" else read_table(file) for file in metadata
+    ]
+    lengths = [len(next(iter(table.values()), [])) for table in tables]
+    starts = tuple(sum(lengths[:index]) for index in range(len(lengths)))
+    rows = _in_memory(source, join_tables(tables), folders)
+    images = tuple(file for file in files if is_readable(file))
+    return dataclasses.replace(rows, starts=starts, folders=tuple(folders), beside=images)
 
 
-def _with_sidecars(source: str, files: list[str]) -> Rows:
-    """A table of pictures and of what the text file beside each says."""
-    import datasets
+def _text_columns(rows: Rows) -> Columns:
+    """The columns of a metadata.parquet as text, but for those of bytes and nested ones."""
+    found: Columns = {}
+    for name in rows.table.column_names:
+        cells = list(rows.table[name])
+        if not any(isinstance(cell, bytes | dict) for cell in cells):
+            found[name] = [caption_text({name: cell}, name) or None for cell in cells]
+    return found
 
-    pictures = [file for file in files if _suffix(file) in PICTURES]
-    texts = {file.rpartition(".")[0]: file for file in files if _suffix(file) == ".txt"}
-    beside = [texts.get(picture.rpartition(".")[0]) for picture in pictures]
+
+def _with_unlisted(rows: Rows) -> Rows:
+    """Count the images of the folder that its table does not name."""
+    listed = {_spelling(name) for name in rows.paths()}
+    unlisted = _names(file for file in rows.beside if _spelling(file) not in listed)
+    return (
+        dataclasses.replace(rows, left_out={**rows.left_out, "that the table does not name": unlisted})
+        if unlisted
+        else rows
+    )
+
+
+def _spelling(path: str) -> str:
+    """One spelling of a path, however it composes accents and separates folders."""
+    return unicodedata.normalize("NFC", os.path.normpath(path.replace("\\", "/")))
+
+
+def _with_sidecars(source: str, files: Sequence[str]) -> Rows:
+    """A table of images and of what the text file beside each says."""
+    images = [file for file in files if is_readable(file)]
+    texts = {_spelling(file.rpartition(".")[0]): file for file in files if _ending(file) == ".txt"}
+    beside = [texts.get(_spelling(image.rpartition(".")[0])) for image in images]
     if not any(beside):
         raise UserError(
-            f"data.source: {source} has no captioned pictures: it needs a {METADATA[0]} or .csv with file_name and "
-            "text, a .txt beside each picture, .parquet files, or .tar files"
+            f"data.source: {source} has no captioned images: it needs a {METADATA[0]} or .csv with file_name and "
+            "text, a .txt beside each image, .parquet files, or .tar files"
         )
     with ThreadPoolExecutor(READERS) as pool:
         captions = list(pool.map(_read_text, beside))
-    return Rows(source=source, table=datasets.Dataset.from_dict({"image": pictures, "text": captions}))
+    rows = _in_memory(source, {"image": images, "text": captions})
+    used = set(beside)
+    alone = _names(file for file in texts.values() if file not in used)
+    return dataclasses.replace(rows, left_out={"text files without an image": alone} if alone else {})
 
 
-def _read_text(file: str | None) -> str:
-    """What a text file says, ``""`` if it cannot be read."""
+def _read_text(file: str | None) -> bytes | None:
+    """What a text file holds; None if it cannot be read."""
     if file is None:
-        return ""
+        return None
     try:
         with open_file(file) as opened:
-            return opened.read().decode("utf-8-sig")
-    except (OSError, ValueError):
-        return ""
+            return opened.read()
+    except Exception:  # every file system has its own kinds
+        return None

@@ -58,6 +58,11 @@ class EmojiSource:
         return None
 
     @property
+    def contents(self) -> None:
+        """None: the set ships with the package."""
+        return None
+
+    @property
     def uncacheable(self) -> None:
         """None: there are but a few grounds."""
         return None

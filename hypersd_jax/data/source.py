@@ -51,6 +51,11 @@ class Source(Protocol):
         ...
 
     @property
+    def contents(self) -> str | None:
+        """Changes when one of the set's files does; None where the package's version decides them."""
+        ...
+
+    @property
     def uncacheable(self) -> str | None:
         """Why rows cannot be encoded once and kept, naming the key at fault; None where they can."""
         ...

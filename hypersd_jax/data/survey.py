@@ -9,39 +9,40 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from hypersd_jax.data.pictures import picture_size, read_picture
-from hypersd_jax.data.reading import Rows
+from hypersd_jax.data.rows import Rows
+from hypersd_jax.files import image_size, read_image
 
 WORKERS = min(8, os.cpu_count() or 1)
 
 
 def picture_sizes(rows: Rows, *, decode: bool = False) -> np.ndarray:
-    """(height, width) of every picture, int32 (N, 2), and zeros for those that cannot be read.
+    """(height, width) of every image, int64 (N, 2), and zeros for those that cannot be read.
 
-    What was found is kept by the set's fingerprint, and only what could not be read is tried again. Only headers are
-    read, unless ``decode``: then a picture counts as readable only if all of it is.
+    What was found is kept, with the size and time of each file: those that have changed, and those that could not be
+    read, are looked up anew. Only headers are read, unless ``decode``: then an image counts as readable only if all of
+    it is.
     """
-    kept = cache_folder() / f"{rows.fingerprint}-{'decoded' if decode else 'headers'}.npy"
-    sizes = _kept(kept, len(rows))
+    kept = cache_folder() / f"{rows.version[:32]}-{'decoded' if decode else 'headers'}.npy"
+    sizes = _kept(kept, rows.stamps)
     missing = np.flatnonzero(sizes[:, 0] == 0)
 
     def look(row: int) -> tuple[int, int]:
         try:
             with rows.open_image(row) as file:
                 if not decode:
-                    return picture_size(file)
-                picture = read_picture(file)
-                return picture.height, picture.width
+                    return image_size(file)
+                image = read_image(file)
+                return image.height, image.width
         except Exception:  # Pillow and the file systems raise many kinds
             return 0, 0
 
-    title = "checking pictures" if decode else "reading picture sizes"
-    with ThreadPoolExecutor(WORKERS) as pool, tqdm(total=len(missing), desc=title, unit="picture", delay=1.0) as bar:
+    title = "checking images" if decode else "reading image sizes"
+    with ThreadPoolExecutor(WORKERS) as pool, tqdm(total=len(missing), desc=title, unit="image", delay=1.0) as bar:
         for row, size in zip(missing, pool.map(look, missing.tolist()), strict=True):
             sizes[row] = size
             bar.update()
     if sizes[missing].any():
-        _keep(kept, sizes)
+        _keep(kept, np.concatenate([sizes, rows.stamps[:, None]], axis=1))
     return sizes
 
 
@@ -50,13 +51,15 @@ def cache_folder() -> Path:
     return Path.home() / ".cache" / "hypersd_jax" / "pictures"
 
 
-def _kept(path: Path, count: int) -> np.ndarray:
-    """What an earlier survey found; zeros where there was none, or a damaged one."""
+def _kept(path: Path, stamps: np.ndarray) -> np.ndarray:
+    """What an earlier survey found of the files that are still the same; zeros for all others."""
     try:
         found: np.ndarray = np.load(path, allow_pickle=False)
-    except (OSError, ValueError):
+    except (OSError, ValueError, EOFError):
         found = np.empty(0)
-    return found if found.shape == (count, 2) and found.dtype == np.int32 else np.zeros((count, 2), np.int32)
+    if found.shape != (len(stamps), 3) or found.dtype != np.int64:
+        return np.zeros((len(stamps), 2), np.int64)
+    return np.where(found[:, 2:] == stamps[:, None], found[:, :2], 0)
 
 
 def _keep(path: Path, sizes: np.ndarray) -> None:

@@ -7,9 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image
 
 from hypersd_jax.errors import UserError
+from hypersd_jax.files import read_image, read_mask
 from hypersd_jax.pipeline import arguments
 
 
@@ -19,7 +20,7 @@ def picture_size(name: str, value: Any, factor: int) -> tuple[int, int]:
     Arguments as for `pictures`; of a list of lists, several ControlNets' pictures, the first list counts.
     """
     first = _listed(name, value)[0]
-    first = _opened(name, _listed(name, first)[0] if isinstance(first, list | tuple) else first)
+    first = _opened(name, _listed(name, first)[0] if isinstance(first, list | tuple) else first, read_image)
     if not isinstance(first, Image.Image) and first.ndim < 2:
         raise UserError(f"{name} has shape {first.shape}, not that of a picture")
     height, width = (first.height, first.width) if isinstance(first, Image.Image) else first.shape[:2]
@@ -31,21 +32,23 @@ def pictures(name: str, value: Any, size: tuple[int, int]) -> np.ndarray:
 
     Args:
         name: the argument's, for messages.
-        value: a PIL image, a path, an array (H, W, 3) or (N, H, W, 3) in 0..1, or a list of these.
+        value: a PIL image, a path, an array (H, W, 3) or (N, H, W, 3) in 0..1, or a list of these. Images and files
+            are read by `files.read_image`: upright, in sRGB, on white.
         size: height and width in pixels. Images are resized to it, by Lanczos as in diffusers; arrays must have it.
 
     Raises:
         UserError: what cannot be read, is not a picture, or does not have the size.
     """
-    return np.stack([_array(name, each, size, "RGB") for each in _listed(name, value)])
+    return np.stack([_array(name, each, size, 3) for each in _listed(name, value)])
 
 
 def masks(name: str, value: Any, size: tuple[int, int]) -> np.ndarray:
     """One or several masks as (N, H, W, 1) float32, 1 where to paint (white, 0.5 and above), 0 where to keep.
 
-    Arguments as for `pictures`; arrays are (H, W) or (N, H, W), with or without a last axis of 1.
+    Arguments as for `pictures`; of an image what is transparent is kept, and arrays are (H, W) or (N, H, W), with or
+    without a last axis of 1.
     """
-    found = np.stack([_array(name, each, size, "L") for each in _listed(name, value, mask=True)])
+    found = np.stack([_array(name, each, size, 1) for each in _listed(name, value, mask=True)])
     return (found >= 0.5).astype(np.float32)
 
 
@@ -77,33 +80,23 @@ def _listed(name: str, value: Any, mask: bool = False) -> Sequence[Any]:
     return listed
 
 
-def _opened(name: str, value: Any) -> Image.Image | np.ndarray:
-    if isinstance(value, str | Path):
+def _opened(name: str, value: Any, read: Callable[[Any], Image.Image]) -> Image.Image | np.ndarray:
+    if isinstance(value, str | Path | Image.Image):
+        shown = f"{name} {value}" if isinstance(value, str | Path) else name
         try:
-            with Image.open(value) as image:
-                # As diffusers' `load_image`: upright, and without an alpha channel or a palette.
-                return ImageOps.exif_transpose(image).convert("RGB")
+            return read(value)
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-            raise UserError(f"{name} {value}: cannot be read as a picture ({error})") from None
-    if isinstance(value, Image.Image):
-        return value
+            raise UserError(f"{shown}: cannot be read as an image ({error})") from None
     if not hasattr(value, "__array__"):
-        raise UserError(f"{name} must be a picture, a path or an array, not {type(value).__name__}")
+        raise UserError(f"{name} must be an image, a path or an array, not {type(value).__name__}")
     return np.asarray(value)
 
 
-def _array(name: str, value: Any, size: tuple[int, int], mode: str) -> np.ndarray:
-    opened = _opened(name, value)
-    channels = 3 if mode == "RGB" else 1
+def _array(name: str, value: Any, size: tuple[int, int], channels: int) -> np.ndarray:
+    read = read_image if channels == 3 else read_mask
+    opened = _opened(name, value, lambda source: read(source, size))
     if isinstance(opened, Image.Image):
-        try:
-            # A mask becomes grey after it is resized, as in diffusers.
-            fitted = opened.convert(mode) if mode == "RGB" else opened
-            if fitted.size != size[::-1]:
-                fitted = fitted.resize(size[::-1], Image.Resampling.LANCZOS)
-            return np.asarray(fitted.convert(mode), np.float32).reshape(*size, channels) / 255
-        except ValueError as error:
-            raise UserError(f"{name} is a picture of mode {opened.mode}, which cannot be converted ({error})") from None
+        return np.asarray(opened, np.float32).reshape(*size, channels) / 255
     if opened.ndim == 2 and channels == 1:
         opened = opened[..., None]
     found = arguments.checked(name, opened, (*size, channels))

@@ -20,7 +20,7 @@ FREE_KEYS = ("cache", "white_fraction", "groups")
 def cache_facts(
     data: DataConfig, source: Source, components: Components, dtype: Any, *, trained: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Fingerprints of the autoencoder and the text encoders, the data's settings and captions, and the dtype.
+    """Fingerprints of the autoencoder and the text encoders, the data's settings, captions and files, and the dtype.
 
     Components that are ``trained`` are left out: what the cache holds of them is not read.
     """
@@ -31,5 +31,6 @@ def cache_facts(
         **{name: fingerprint(components.params[name]) for name in parts},
         "dtype": jnp.dtype(dtype).name,
         "captions": source.identity,
+        "images' sizes and times": source.contents,
         "data": {key: value for key, value in to_dict(data).items() if key not in free},
     }

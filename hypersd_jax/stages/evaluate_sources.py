@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,15 +14,17 @@ from PIL import Image, ImageOps
 from tqdm import tqdm
 
 from hypersd_jax.data import EmojiSource, evaluation_images, evaluation_list
+from hypersd_jax.data.left_out import LeftOut
+from hypersd_jax.data.listing import list_files, reason
 from hypersd_jax.data.order import shuffled
 from hypersd_jax.errors import UserError
+from hypersd_jax.files import is_readable, read_image
 from hypersd_jax.sampling_command import read_prompts
 from hypersd_jax.stages.evaluate_drawing import Drawn, Prompted, joined, load_chunk
 from hypersd_jax.weights.tensors import replacing
 
 BASE, NONE = "base", "none"
 RUN_FILE = "run.json"
-PICTURES = (".png", ".jpg", ".jpeg", ".webp", ".bmp")
 # Seed of which real pictures, on which grounds, stand for the training data.
 REAL_SEED = 20_000
 # Pictures that are in memory in float32.
@@ -90,25 +93,36 @@ def training_pictures(n: int, groups: Sequence[str] | None, side: int) -> tuple[
 
 
 def folder_pictures(folder: Path, n: int, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Two sets of a folder's pictures with none in common, uint8, each cut to the shape of ``size`` (H, W) and scaled.
+    """Two sets of a folder's images with none in common, uint8, each cut to the shape of ``size`` (H, W) and scaled.
+
+    What cannot be read is counted and named in a warning, and others stand in.
 
     Raises:
-        UserError: naming a picture that cannot be read, or the folder where it holds too few.
+        UserError: naming the folder where it holds too few.
     """
-    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in PICTURES)
-    count = min(n, len(paths) // 2)
-    if count < 3:
-        raise UserError(f"--reference {folder}: holds {len(paths)} pictures, but distances need at least 6")
+    paths = [file for file in list_files(str(folder)).files if is_readable(file)]
     height, width = size
-    found = np.zeros((2 * count, height, width, 3), np.uint8)
-    for place, index in enumerate(tqdm(shuffled(np.arange(2 * count), len(paths), REAL_SEED), desc="reading")):
-        try:
-            with Image.open(paths[index]) as picture:
-                fitted = ImageOps.fit(picture.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise UserError(f"{paths[index]}: cannot be read as a picture ({error})") from None
-        found[place] = np.asarray(fitted)
-    return found[:count], found[count:]
+    wanted = 2 * min(n, len(paths) // 2)
+    found, broken = np.zeros((wanted, height, width, 3), np.uint8), LeftOut()
+    order = iter(shuffled(np.arange(len(paths)), len(paths), REAL_SEED))
+    count = 0
+    with tqdm(total=wanted, desc="reading", unit="image") as bar:
+        while count < wanted and (index := next(order, None)) is not None:
+            try:
+                image = read_image(paths[index])
+            except Exception as error:  # Pillow raises many kinds
+                broken.add("unreadable", [f"{paths[index]}: {reason(error)}"])
+                continue
+            found[count] = np.asarray(ImageOps.fit(image, (width, height), Image.Resampling.BICUBIC))
+            count += 1
+            bar.update()
+    count //= 2
+    said = f"; left out: {broken}" if broken else ""
+    if count < 3:
+        raise UserError(f"--reference {folder}: holds {len(paths)} images, but distances need at least 6{said}")
+    if broken:
+        warnings.warn(f"--reference {folder}: left out of {len(paths)} images: {broken}", stacklevel=2)
+    return found[:count], found[count : 2 * count]
 
 
 def save_run(folder: Path, items: Sequence[Prompted], drawn: Drawn) -> None:

@@ -211,9 +211,9 @@ def test_hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("files", "message"),
     [
-        ({"a.png": encoded(0)}, "has no captioned pictures"),
-        ({"notes.md": b"x"}, "has no captioned pictures"),
-        ({}, "is no folder, file, pattern or URL with files"),
+        ({"a.png": encoded(0)}, "has no captioned images"),
+        ({"notes.md": b"x"}, "has no captioned images"),
+        ({}, "is an empty folder"),
         ({"metadata.jsonl": b'{"text": "a"}'}, "has no images"),
         ({"metadata.jsonl": b'{"file_name": "a.png"}'}, "has no captions"),
         ({"metadata.jsonl": b"not json"}, "cannot be read"),

@@ -92,7 +92,7 @@ def test_the_unreadable_are_counted_in_one_line(damaged: Path) -> None:
             source.batch(np.arange(21))
     messages = [str(each.message) for each in caught]
     assert len(messages) == 1
-    assert f"{damaged}: 3 unreadable pictures so far" in messages[0]
+    assert f"{damaged}: 3 unreadable images so far" in messages[0]
     assert "\n" not in messages[0]
 
 
@@ -101,7 +101,10 @@ def test_rows_without_caption_are_left_out_and_counted(tmp_path: Path) -> None:
     (tmp_path / "1.txt").write_text(" \n")
     (tmp_path / "3.txt").unlink()
     (tmp_path / "4.txt").write_bytes(b"\xff\xfe\xff")
-    with pytest.warns(UserWarning, match="left out of 5 samples: 3 without caption"):
+    with pytest.warns(
+        UserWarning,
+        match=r"left out of 5 .* 2 without caption \(1\.png, 3\.png\), 1 whose caption is not UTF-8 text \(4\.png\)$",
+    ):
         source = opened(tmp_path)
     assert sorted(numbers(source.batch(np.arange(2)))) == [0, 2]
 
@@ -109,7 +112,9 @@ def test_rows_without_caption_are_left_out_and_counted(tmp_path: Path) -> None:
 def test_pictures_that_are_too_small_are_left_out_and_counted(folder: Path) -> None:
     (folder / "1.png").write_bytes(encoded(1, (30, 9)))
     (folder / "4.png").write_bytes(BROKEN)
-    with pytest.warns(UserWarning, match="left out of 7 samples: 1 unreadable, 1 below 10 pixels"):
+    with pytest.warns(
+        UserWarning, match=r"left out of 7 samples: 1 unreadable \(4\.png\), 1 below 10 pixels \(1\.png\)$"
+    ):
         source = opened(folder, min_size=10)
     assert sorted(numbers(source.batch(np.arange(5)))) == [0, 2, 3, 5, 6]
 
@@ -118,7 +123,7 @@ def test_sizes_are_looked_up_once(folder: Path, monkeypatch: pytest.MonkeyPatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         first = opened(folder, min_size=10).batch(np.arange(7))
-        monkeypatch.setattr("hypersd_jax.data.survey.picture_size", None)
+        monkeypatch.setattr("hypersd_jax.data.survey.image_size", None)
         same(opened(folder, min_size=10).batch(np.arange(7)), first)
 
 
@@ -136,7 +141,11 @@ def test_a_mended_picture_is_read_again_and_a_damaged_survey_is_made_anew(folder
 
 @pytest.mark.parametrize(
     ("keys", "why"),
-    [({}, r"7 unreadable \(row \d: "), ({"min_size": 11}, "7 below 11 pixels"), ({"min_size": 5}, "7 unreadable")],
+    [
+        ({}, r"7 unreadable \(\d\.png: not in a known image format"),
+        ({"min_size": 11}, "7 below 11 pixels"),
+        ({"min_size": 5}, "7 unreadable"),
+    ],
 )
 def test_a_set_of_which_nothing_is_left_is_an_error(keys: dict[str, int], why: str, folder: Path) -> None:
     if "min_size" not in keys or keys["min_size"] < 10:
@@ -180,7 +189,7 @@ def test_keys_find_the_pairs_again(damaged: Path) -> None:
     assert keys.dtype == np.int64
     same(source.variant_batch(keys), source.batch(positions))
     same(opened(damaged).batch(positions), source.batch(positions))
-    with pytest.raises(UserError, match=f"{damaged}: row 3 cannot be read"):
+    with pytest.raises(UserError, match=f"{damaged}: 3.png cannot be read"):
         source.variant_batch(np.asarray([3]))
 
 

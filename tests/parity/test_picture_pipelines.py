@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
@@ -66,7 +67,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
 
 def in_colour(image: Any) -> Any:
     """What diffusers' pipelines take without a conversion: three channels."""
-    return [in_colour(each) for each in image] if isinstance(image, list) else image.convert("RGB")
+    if isinstance(image, list):
+        return [in_colour(each) for each in image]
+    white = Image.new("RGBA", image.size, "white")  # where diffusers would show the colour of what is transparent
+    return Image.alpha_composite(white, image.convert("RGBA")).convert("RGB")
 
 
 def image_to_image(models: Models, family: str, image: Any, **call: Any) -> tuple[np.ndarray, np.ndarray]:

@@ -22,7 +22,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.evaluation import derangement, diversity, features, frechet_distance, kernel_distance, seen_by
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import evaluate, evaluate_drawing
-from hypersd_jax.stages.evaluate_sources import load_run, training_pictures
+from hypersd_jax.stages.evaluate_sources import folder_pictures, load_run, training_pictures
 from hypersd_jax.weights.lora import write_lora
 from tests.helpers.lora_files import random_adapter
 from tests.helpers.tiny_model import tiny_model
@@ -276,9 +276,32 @@ def test_a_folder_with_too_few_pictures(model: Path, tmp_path: Path, capsys: pyt
     Image.new("RGB", (16, 16), COLOURS["red"]).save(folder / "one.png")
     with pytest.raises(SystemExit):
         run(model, tmp_path / "out", "--reference", folder)
-    assert f"--reference {folder}: holds 1 pictures, but distances need at least 6" in capsys.readouterr().err
+    assert f"--reference {folder}: holds 1 images, but distances need at least 6" in capsys.readouterr().err
     for place in range(6):
         (folder / f"{place}.png").write_bytes(b"no picture")
     with pytest.raises(SystemExit):
         run(model, tmp_path / "out", "--reference", folder)
-    assert "cannot be read as a picture" in capsys.readouterr().err
+    assert f"holds 7 images, but distances need at least 6; left out: 6 unreadable ({folder}" in capsys.readouterr().err
+
+
+def test_a_folder_is_read_as_training_reads_it(tmp_path: Path) -> None:
+    """Hidden files are passed over, links followed, unreadable images counted; upright, in sRGB, on white."""
+    (tmp_path / "set").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "set" / "linked").symlink_to(tmp_path / "elsewhere", target_is_directory=True)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    turned = Image.new("RGB", (8, 16), (0, 0, 255))
+    turned.paste((255, 0, 0), (0, 8, 8, 16))  # the right half, stored at the bottom
+    for place in range(3):
+        turned.save(tmp_path / "set" / f"{place}.JFIF", "PNG", exif=exif)
+        turned.save(tmp_path / "elsewhere" / f"{place}.png", exif=exif)
+    (tmp_path / "set" / "._0.png").write_bytes(b"what another system leaves")
+    for place in range(3, 6):
+        (tmp_path / "set" / f"{place}.png").write_bytes(b"broken")
+    with pytest.warns(UserWarning, match=r"left out of 9 images: 3 unreadable \(.*\.png: not in a known image format"):
+        first, second = folder_pictures(tmp_path / "set", 10, (8, 16))
+    for images in (first, second):
+        assert images.shape == (3, 8, 16, 3)
+        np.testing.assert_array_equal(images[:, :, 0], np.broadcast_to((255, 0, 0), (3, 8, 3)))
+        np.testing.assert_array_equal(images[:, :, -1], np.broadcast_to((0, 0, 255), (3, 8, 3)))
