@@ -13,6 +13,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from hypersd_jax.errors import UserError
+from hypersd_jax.files import decoded, lines_of
 from hypersd_jax.pipeline import Pipeline, arguments
 from hypersd_jax.png_text import SUFFIXES, UsedLora, lora_hash, name_of, parameters_text, save_pictures
 from hypersd_jax.weights.components import EMBEDDED, assets
@@ -99,8 +100,8 @@ def read_prompts(given: list[str] | None, file: Path | None, *, embedded: bool) 
     prompts = list(given or [])
     if file is not None:
         try:
-            lines = file.read_text(encoding="utf-8").splitlines()
-        except (OSError, UnicodeDecodeError) as error:
+            lines = lines_of(decoded(file.read_bytes()))
+        except (OSError, ValueError) as error:
             raise UserError(f"--prompts-file {file}: cannot be read ({error})") from None
         found = [line.strip() for line in lines if line.strip()]
         if not found:

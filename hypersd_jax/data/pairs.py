@@ -72,15 +72,15 @@ class PairSource:
         self._next_report = 1
         self._left_out = LeftOut()
         self._targets = [(resolution, resolution)]
-        digest, usable = hashlib.sha256(), []
+        digest, captioned = hashlib.sha256(), []
         for row, (caption, wrong) in enumerate(rows.captions()):
             digest.update(f"{caption}\n".encode())
             if wrong:
                 self._left_out.add(wrong, [rows.name_of(row)])
             else:
-                usable.append(row)
+                captioned.append(row)
         self._identity = digest.hexdigest()
-        usable = np.asarray(usable, np.int64)
+        usable = np.asarray(captioned, np.int64)
         if bucket_step or min_size:
             sizes = picture_sizes(rows)
             usable = self._leave_out(sizes[usable, 0] == 0, usable, "unreadable")

@@ -179,20 +179,19 @@ def _tables(source: str, files: list[str]) -> Rows:
 
 
 def _in_memory(source: str, columns: Mapping[str, Sequence[Any]], folders: Sequence[str] = ("",)) -> Rows:
+    """A table of columns of text, or of bytes."""
     import datasets
-    import pyarrow as pa
 
     digest = hashlib.sha256("\n".join(folders).encode())
-    arrays = {}
+    features = {}
     for name, cells in columns.items():
         digest.update(f"\n{name}\n".encode())
         for cell in cells:
             digest.update(cell if isinstance(cell, bytes) else repr(cell).encode())
-        arrays[name] = pa.array(
-            cells, pa.large_binary() if any(isinstance(c, bytes) for c in cells) else pa.large_string()
-        )
-    version = digest.hexdigest()
-    return Rows(source=source, table=datasets.Dataset(pa.table(arrays), fingerprint=version[:16]), version=version)
+        raw = any(isinstance(cell, bytes) for cell in cells)
+        features[name] = datasets.Value("large_binary" if raw else "large_string")
+    table = datasets.Dataset.from_dict(dict(columns), features=datasets.Features(features))
+    return Rows(source=source, table=table, version=digest.hexdigest())
 
 
 def _with_metadata(source: str, files: Sequence[str], metadata: list[str]) -> Rows:

@@ -6,10 +6,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, ClassVar
+
 from datasets.packaged_modules.webdataset.webdataset import WebDataset
 
 
 class RawWebDataset(WebDataset):
     """WebDataset without decoders."""
 
-    DECODERS = {}  # noqa: RUF012  # the base class's attribute
+    DECODERS: ClassVar[dict[str, Callable[[Any], Any]]] = {}

@@ -42,10 +42,11 @@ _SAME = 1
 
 
 class _Layers(NamedTuple):
-    """Colour (RGB, in sRGB) and opacity (mode L), None where all is opaque."""
+    """Colour (RGB, in sRGB), opacity (mode L), None where all is opaque, and how the image is to be resized."""
 
     colour: Image.Image
     alpha: Image.Image | None
+    resampling: Image.Resampling
 
 
 def is_readable(name: str) -> bool:
@@ -68,17 +69,17 @@ def read_image(source: Any, size: tuple[int, int] | None = None) -> Image.Image:
 
     Args:
         source: an open binary file, a path, or a PIL image. Of an animation the first frame counts.
-        size: (height, width) to resize to, by Lanczos; None keeps the image's own.
+        size: (height, width) to resize to, by Lanczos, black and white by the nearest pixel; None keeps its own.
 
     Raises:
         ValueError: floating-point or 32-bit pixels, whose range nobody knows; and whatever Pillow raises.
     """
-    colour, alpha = _layers_of(source)
+    colour, alpha, resampling = _layers_of(source)
     if alpha is not None:
         white = Image.new("RGBA", colour.size, (255, 255, 255, 255))
         colour.putalpha(alpha)
         colour = Image.alpha_composite(white, colour).convert("RGB")
-    return _resized(colour, size)
+    return _resized(colour, size, resampling)
 
 
 def read_mask(source: Any, size: tuple[int, int] | None = None) -> Image.Image:
@@ -88,17 +89,17 @@ def read_mask(source: Any, size: tuple[int, int] | None = None) -> Image.Image:
         source: as for `read_image`.
         size: (height, width) to resize to. What is opaque becomes grey after that, as in diffusers.
     """
-    colour, alpha = _layers_of(source)
+    colour, alpha, resampling = _layers_of(source)
     if alpha is not None:
         product = np.asarray(colour.convert("L"), np.float32) * np.asarray(alpha, np.float32) / 255.0
         colour = Image.fromarray(np.round(product).astype(np.uint8))
-    return _resized(colour, size).convert("L")
+    return _resized(colour, size, resampling).convert("L")
 
 
-def _resized(image: Image.Image, size: tuple[int, int] | None) -> Image.Image:
+def _resized(image: Image.Image, size: tuple[int, int] | None, resampling: Image.Resampling) -> Image.Image:
     if size is None or image.size == size[::-1]:
         return image
-    return image.resize(size[::-1], Image.Resampling.LANCZOS)
+    return image.resize(size[::-1], resampling)
 
 
 def _layers_of(source: Any) -> _Layers:
@@ -137,7 +138,8 @@ def _layers(image: Image.Image) -> _Layers:
     colour = _in_srgb(flat, profile)
     if turn is not None:
         colour, alpha = colour.transpose(turn), None if alpha is None else alpha.transpose(turn)
-    return _Layers(colour, alpha)
+    # Pillow resizes black and white, which has no levels between, by the nearest pixel whatever it is asked for.
+    return _Layers(colour, alpha, Image.Resampling.NEAREST if image.mode == "1" else Image.Resampling.LANCZOS)
 
 
 def _packing(image: Image.Image) -> str:
@@ -154,7 +156,7 @@ def _deep_pixels(image: Any, packing: str) -> np.ndarray:
 
     def unpacked(packing: str) -> np.ndarray:
         with Image.open(io.BytesIO(data)) as again:
-            again.tile = [again.tile[0]._replace(args=packing)]  # type: ignore[attr-defined]
+            again.tile = [again.tile[0]._replace(args=packing)]
             return np.asarray(again).astype(np.int64)
 
     return 256 * unpacked(packing) + unpacked(_DEEP[packing])
