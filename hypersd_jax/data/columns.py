@@ -11,14 +11,14 @@ from hypersd_jax.files import IMAGE_ENDINGS, decoded
 
 Kind = Literal["image", "caption"]
 
-_FIRST = ("image", "jpg", "jpeg", "png", "webp")
+IMAGE = "image"
+_FIRST = ("jpg", "jpeg", "png", "webp")
+ENDING_COLUMNS = (*_FIRST, *(ending[1:] for ending in IMAGE_ENDINGS if ending[1:] not in _FIRST))
+"""The columns of images that are called as the files in a tar file end."""
+
 # The usual names, in the order they are looked for; a dot goes into a nested column.
 NAMES: dict[Kind, tuple[str, ...]] = {
-    "image": (
-        *_FIRST,
-        *(ending[1:] for ending in IMAGE_ENDINGS if ending[1:] not in _FIRST),
-        *("file_name", "image.path"),
-    ),
+    "image": (IMAGE, *ENDING_COLUMNS, "file_name", "image.path"),
     "caption": ("text", "caption", "txt", "prompt", "json.caption", "json.text", "json.prompt"),
 }
 
@@ -38,10 +38,12 @@ def find_column(features: Mapping[str, Any], given: str | None, kind: Kind, sour
     for name in (given,) if given else NAMES[kind]:
         if _has(features, name):
             return name
+        if kind == "image" and name in ENDING_COLUMNS and IMAGE in features:
+            return IMAGE  # a tar's images, whatever they end in
     columns = ", ".join(features)
     if given:
         raise UserError(f"data.{kind}_column: {source} has no column {given!r}; it has {columns}")
-    usual = ", ".join((*_FIRST, "file_name") if kind == "image" else NAMES[kind])
+    usual = ", ".join((IMAGE, *_FIRST, "file_name") if kind == "image" else NAMES[kind])
     raise UserError(
         f"data.source: {source} has no {kind}s: none of its columns ({columns}) is called {usual}; "
         f"name one with data.{kind}_column"

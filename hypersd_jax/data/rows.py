@@ -15,7 +15,7 @@ from typing import IO, Any
 
 import numpy as np
 
-from hypersd_jax.data.columns import caption_text, column_of, image_cell
+from hypersd_jax.data.columns import IMAGE, caption_text, column_of, image_cell
 from hypersd_jax.data.listing import is_url, open_file, stamp
 
 # Files are small, and stand on file systems that answer slowly: several are asked at once.
@@ -70,7 +70,9 @@ class Rows:
         """What a message calls a row: its image's file name if it has one."""
         cell = self._images[row].get(self.image or "") if self.image else None
         path = cell.get("path") if isinstance(cell, Mapping) else cell
-        return path.removeprefix(f"{self.source.rstrip('/')}/") if isinstance(path, str) and path else f"row {row}"
+        if not isinstance(path, str) or not path:
+            return f"row {row}"
+        return path.removeprefix(f"{self.source.rstrip('/')}/").removesuffix(f".{IMAGE}")  # which a tar's image has
 
     def open_image(self, row: int) -> IO[bytes]:
         """The encoded image of a row; raises ValueError, OSError, or what a file system raises, if there is none."""

@@ -20,6 +20,7 @@ from hypersd_jax.stages.caching import write_cache
 from hypersd_jax.stages.feeding import Inputs
 from hypersd_jax.training import make_mesh
 from hypersd_jax.weights.components import load_components
+from tests.helpers.picture_sets import encoded, with_sidecars
 from tests.helpers.tiny_model import tiny_model
 
 RECIPE = """
@@ -115,3 +116,23 @@ def test_a_changed_caption_is_another_set(tmp_path):
         source = open_source(DataConfig(source=str(tmp_path)), resolution=16, seed=0)
         names.append(source.identity)
     assert names[0] != names[1]
+
+
+def test_a_cache_of_images_that_were_replaced_is_refused(model: Path, tmp_path: Path) -> None:
+    folder = with_sidecars(tmp_path / "set", range(3))
+    config = recipe(tmp_path, model, "data.groups=null", "data.white_fraction=0.5", f"data={folder}")
+    write_cache(config, tmp_path / "cache", batch_size=4)
+    again = recipe(
+        tmp_path,
+        model,
+        "data.groups=null",
+        "data.white_fraction=0.5",
+        f"data={folder}",
+        f"data.cache={tmp_path / 'cache'}",
+    )
+    (folder / "1.png").write_bytes(encoded(5))
+    with pytest.raises(UserError, match="the cache was made with images' sizes and times "):
+        train(again)
+    with pytest.raises(UserError, match="the cache was made with images' sizes and times "):
+        write_cache(config, tmp_path / "cache", batch_size=4)
+    assert not (tmp_path / "out").exists()
