@@ -20,6 +20,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from hypersd_jax.errors import UserError
+from hypersd_jax.files import decoded
 from hypersd_jax.weights.keys import (
     Kind,
     canonical_key,
@@ -56,13 +57,11 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The object in a JSON file; UserError names the file, and the line where it is no JSON."""
     path = Path(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(_text(path))
     except FileNotFoundError:
         raise UserError(f"{path}: no such file") from None
     except OSError as error:
         raise UserError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: is not text, so not JSON") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path}:{error.lineno}: not valid JSON ({error.msg})") from error
     except (RecursionError, ValueError) as error:
@@ -70,6 +69,13 @@ def read_json(path: str | os.PathLike[str]) -> dict[str, Any]:
     if not isinstance(content, dict):
         raise UserError(f"{path}:1: expected a JSON object, found {type(content).__name__}")
     return content
+
+
+def _text(path: Path) -> str:
+    try:
+        return decoded(path.read_bytes())
+    except ValueError as error:
+        raise UserError(f"{path}: is not text, so not JSON ({error})") from None
 
 
 def component_files(folder: str | os.PathLike[str], stem: str, variant: str | None = None) -> list[Path]:

@@ -23,6 +23,7 @@ from typing import Any
 import numpy as np
 
 from hypersd_jax.errors import UserError, short, shown
+from hypersd_jax.files import decoded
 from hypersd_jax.weights.lora_factors import common_rank, to_torch
 
 HEADER_KEY = "lora_adapter_metadata"
@@ -110,9 +111,9 @@ def read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str | None, di
         try:
             if not beside.is_file():
                 return {}
-            text = beside.read_text(encoding="utf-8", errors="replace")
-        except OSError as error:
-            raise UserError(f"{where}: cannot be read ({error.strerror or error})") from None
+            text = decoded(beside.read_bytes())
+        except (OSError, ValueError) as error:
+            raise UserError(f"{where}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
         config = _json_object(text, where)
         configs = dict.fromkeys((None, *COMPONENTS), config)
     for config in configs.values():

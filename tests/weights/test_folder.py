@@ -402,3 +402,8 @@ def test_an_autoencoder_that_overflows_in_float16_stays_in_float32(model, tmp_pa
     assert {value.dtype for value in parts.params["unet"].values()} == {jnp.dtype(dtype)}
     image = jax.eval_shape(lambda z: parts.vae(parts.params["vae"], z, method="decode"), jnp.ones((1, 2, 2, 4), dtype))
     assert str(image.dtype) == kept
+
+
+def test_a_byte_order_mark_is_no_part_of_the_json(tmp_path):
+    (tmp_path / "config.json").write_text('{"a": 1}', encoding="utf-8-sig")
+    assert read_json(tmp_path / "config.json") == {"a": 1}
