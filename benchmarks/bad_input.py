@@ -15,6 +15,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
@@ -139,10 +140,83 @@ def empty_folder(folder: Path) -> list[str]:
     return ["train.py", f"output_dir={folder / 'out'}", f"data={folder / 'pictures'}"]
 
 
+def dataset(files: dict[str, bytes], *more: str, source: str = "") -> Callable[[Path], list[str]]:
+    """A dataset of these files, each with an image beside it, as ``data``; ``source`` names one of them."""
+
+    def make(folder: Path) -> list[str]:
+        for name, content in files.items():
+            path = folder / "set" / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(content)
+            Image.new("RGB", (64, 64), "red").save(path.with_name("a.png"))
+        return ["train.py", f"output_dir={folder / 'out'}", f"data={folder / 'set' / source}", *more]
+
+    return make
+
+
+def recipe(*lines: str) -> Callable[[Path], list[str]]:
+    """The default recipe with lines added, as ``--config``."""
+
+    def make(folder: Path) -> list[str]:
+        text = (ROOT / "configs" / "emoji.yaml").read_text()
+        (folder / "recipe.yaml").write_text("\n".join([text, *lines, ""]))
+        return ["train.py", "--config", str(folder / "recipe.yaml"), f"output_dir={folder / 'out'}"]
+
+    return make
+
+
+def given(option: str, name: str, content: bytes, *more: str) -> Callable[[Path], list[str]]:
+    """A file as an option of ``sample.py``."""
+
+    def make(folder: Path) -> list[str]:
+        (folder / name).write_bytes(content)
+        return ["sample.py", option, str(folder / name), *more, "--output", str(folder / "out" / "x.png")]
+
+    return make
+
+
+def floating_mask(folder: Path) -> list[str]:
+    Image.new("RGB", (64, 64), "red").save(folder / "image.png")
+    Image.new("F", (64, 64), 0.5).save(folder / "mask.tiff")
+    options = ["--image", str(folder / "image.png"), "--mask", str(folder / "mask.tiff")]
+    return ["sample.py", "--prompt", "lion", *options, "--output", str(folder / "out" / "x.png")]
+
+
+def few_real_images(folder: Path) -> list[str]:
+    (folder / "real").mkdir()
+    Image.new("RGB", (64, 64), "red").save(folder / "real" / "a.png")
+    return [
+        "-m",
+        "hypersd_jax",
+        "evaluate",
+        "--n",
+        "3",
+        "--reference",
+        str(folder / "real"),
+        "--output",
+        str(folder / "out"),
+    ]
+
+
+def lora_of_no_family(folder: Path) -> list[str]:
+    lora(lambda tensors: None)(folder)
+    return [
+        "-m",
+        "hypersd_jax",
+        "convert",
+        "lora",
+        str(folder / "lora.safetensors"),
+        str(folder / "x.safetensors"),
+        "--to",
+        "peft",
+    ]
+
+
 def plain(*arguments: str) -> Callable[[Path], list[str]]:
     return lambda folder: list(arguments)
 
 
+CAFE = '{"file_name": "a.png", "text": "café"}'
 LONG_HEADER = struct.pack("<Q", 2**40) + b"{}"
 CASES: dict[str, Callable[[Path], list[str]]] = {
     "no such model folder": plain("sample.py", "--model", "nowhere", "--prompt", "x"),
@@ -191,6 +265,32 @@ CASES: dict[str, Callable[[Path], list[str]]] = {
     "a k that does not divide N": plain("train.py", "stages.0.k=3"),
     "an output folder of another run": other_run,
     "an empty picture folder": empty_folder,
+    "a metadata.jsonl that is not UTF-8": dataset({"metadata.jsonl": CAFE.encode("cp1252")}),
+    "a csv with a comma too many": dataset({"metadata.csv": b"file_name,text\na.png,one, two\n"}),
+    "a csv with a quote that does not end": dataset({"metadata.csv": b'file_name,text\na.png,"one\n'}),
+    "a csv with a column twice": dataset({"metadata.csv": b"text,text\na.png,one\n"}),
+    "captions in UTF-16 alone": dataset({"a.txt": "one".encode("utf-16")}),
+    "a folder of another split alone": dataset({"val/a.txt": b"one"}),
+    "a parquet file that is none": dataset({"a.parquet": b"PAR1"}, source="a.parquet"),
+    "a pattern that matches nothing": dataset({"a.txt": b"one"}, source="*.parquet"),
+    "a split that is not there": dataset({"a.txt": b"one"}, "data.split=valid"),
+    "a key given twice": recipe("seed: 1", "seed: 2"),
+    "a time for a number": plain("train.py", "stages.0.updates=1:30", "output_dir=OUT"),
+    "a yes for true": plain("train.py", "log.tensorboard=yes", "output_dir=OUT"),
+    "an endless learning rate": plain("train.py", "stages.*.learning_rate=inf", "output_dir=OUT"),
+    "a key without its stage": plain("train.py", "lr=1e-4", "output_dir=OUT"),
+    "an option for a key": plain("train.py", "--seed", "3", "output_dir=OUT"),
+    "a recipe without --config": plain("train.py", "configs/emoji.yaml", "output_dir=OUT"),
+    "a prompts file that is not UTF-8": given("--prompts-file", "prompts.txt", "café\n".encode("utf-16")),
+    "a prompts file without a prompt": given("--prompts-file", "prompts.txt", b"\n \n"),
+    "an image that is none": given("--image", "a.png", b"no image", "--prompt", "lion"),
+    "no such image": plain("sample.py", "--prompt", "lion", "--image", "nowhere.png"),
+    "a mask of floating-point pixels": floating_mask,
+    "an empty LoRA folder": lambda folder: ["sample.py", "--lora", str(folder)],
+    "an empty model folder": lambda folder: ["sample.py", "--model", str(folder), "--prompt", "x"],
+    "too few real images": few_real_images,
+    "a LoRA of no known family": lora_of_no_family,
+    "an option of no command": plain("-m", "hypersd_jax", "trainn"),
     "a mesh of more devices than there are": plain("train.py", "mesh.fsdp=7", "output_dir=OUT"),
     "converting what is no LoRA": plain("-m", "hypersd_jax", "convert", "lora", "README.md", "x.st", "--to", "kohya"),
 }
