@@ -15,7 +15,7 @@ import numpy as np
 
 from hypersd_jax.adapters import Adapter, Differences
 from hypersd_jax.errors import UserError
-from hypersd_jax.weights import lora_kohya, lora_peft
+from hypersd_jax.weights import lora_header, lora_kohya, lora_peft
 from hypersd_jax.weights.lora_factors import is_finite
 from hypersd_jax.weights.lora_kinds import decode, rank_of
 from hypersd_jax.weights.lora_match import COMPONENTS, Shapes, Slot, assign, listing, weight_shape
@@ -160,6 +160,7 @@ def write_lora(
     *,
     layout: str = "kohya",
     metadata: Mapping[str, Any] | None = None,
+    carried: Mapping[str, str] | None = None,
     dtype: Any = np.float32,
     text_encoders: int | None = None,
     shapes: Shapes | None = None,
@@ -174,7 +175,9 @@ def write_lora(
         adapters: ``{component: adapter}`` with NumPy or JAX leaves.
         layout: "kohya" (diffusers block names), "kohya-sgm" (SDXL under sgm's names, as kohya's trainers write it) or
             "peft" (as diffusers saves it).
-        metadata: more header entries; what is not a string is written as JSON.
+        metadata: more header entries; what is not a string is written as JSON. Among them may be sampling settings
+            (`lora_header.SETTINGS`), which are then marked as ours.
+        carried: the header of the file that this one is made from, of this package or any other.
         dtype: of the stored factors: float32, float16 or ml_dtypes.bfloat16.
         text_encoders: how many text encoders the base has (SDXL: 2), where `adapters` does not show it.
         shapes: of the base, from which kohya's header says what family it is; "kohya-sgm" needs them for its names.
@@ -200,7 +203,8 @@ def write_lora(
                 tensors |= lora_kohya.encode(component, adapter, dtype=dtype, text_encoders=text_encoders, names=names)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    given = {name: value for name, value in (metadata or {}).items() if name not in _ABOUT_FACTORS}
+    entries = {**lora_header.carried(carried or {}), **lora_header.marked(metadata or {})}
+    given = {name: value for name, value in entries.items() if name not in _ABOUT_FACTORS}
     header = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
     if layout != "peft" and shapes is not None:
         header = {**lora_kohya.base_version(shapes), **header}

@@ -60,7 +60,7 @@ def convert_lora(
         dst,
         lora.adapters,
         layout=to,
-        metadata=lora.metadata,
+        carried=lora.metadata,
         dtype=dtype,
         text_encoders=text_encoders_of(shapes),
         shapes=shapes,
