@@ -98,9 +98,8 @@ def described(
         axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
         devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({axes})"
     else:
-        devices = ", ".join(
-            sorted({str(device) for device in next(iter(components.params["unet"].values())).devices()})
-        )
+        held: jax.Array = next(iter(components.params["unet"].values()))
+        devices = ", ".join(sorted(map(str, held.devices())))
     return (
         f"Pipeline(model {model_name(components)}, LoRAs: {listed}{' (fused)' if fused else ''},"
         f" {jnp.dtype(dtype).name} on {devices})"
