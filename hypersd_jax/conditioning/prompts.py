@@ -8,6 +8,7 @@ arXiv 2307.01952, section 2.2).
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -27,6 +28,9 @@ from hypersd_jax.conditioning.long_prompts import (
 from hypersd_jax.errors import UserError, short
 from hypersd_jax.models.functional import Network
 from hypersd_jax.weights.tokenizers import TokenizerFiles
+
+# A tokenizer holds how its last call cut and padded, and captions are read in a thread beside the one that samples.
+_TOKENIZING = threading.Lock()
 
 
 class Conditioning(NamedTuple):
@@ -107,21 +111,22 @@ class PromptEncoder:
         """
         ids: list[np.ndarray] = []
         cuts: dict[str, Cut] = {}
-        for tokenizer, length in zip(self.tokenizers, self.lengths, strict=True):
-            if windows is None:
-                found = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
-                ids.append(np.asarray(found["input_ids"], np.int32))
-                # Nothing is cut where padding follows; a full row is either cut or just fits.
-                full = np.asarray(found["attention_mask"]).all(axis=-1)
-                long = [prompt for prompt, filled in zip(prompts, full, strict=True) if filled]
-            else:
-                ids.append(in_windows(tokenizer, prompts, length, windows))
-                long = list(prompts)
-            for prompt in dict.fromkeys(long):
-                cut = find_cut(tokenizer, prompt, (length - 2) * (windows or 1))
-                # Of two encoders the one that reads least.
-                if cut is not None and (prompt not in cuts or len(cut.ignored) > len(cuts[prompt].ignored)):
-                    cuts[prompt] = cut
+        with _TOKENIZING:
+            for tokenizer, length in zip(self.tokenizers, self.lengths, strict=True):
+                if windows is None:
+                    found = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
+                    ids.append(np.asarray(found["input_ids"], np.int32))
+                    # Nothing is cut where padding follows; a full row is either cut or just fits.
+                    masks = zip(prompts, found["attention_mask"], strict=True)
+                    long = [prompt for prompt, mask in masks if all(mask)]
+                else:
+                    ids.append(in_windows(tokenizer, prompts, length, windows))
+                    long = list(prompts)
+                for prompt in dict.fromkeys(long):
+                    cut = find_cut(tokenizer, prompt, (length - 2) * (windows or 1))
+                    # Of two encoders the one that reads least.
+                    if cut is not None and (prompt not in cuts or len(cut.ignored) > len(cuts[prompt].ignored)):
+                        cuts[prompt] = cut
         if cuts:
             on_cut(list(cuts.values()))
         return tuple(ids)

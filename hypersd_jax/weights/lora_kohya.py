@@ -86,7 +86,7 @@ def module_index(shapes: Mapping[str, Mapping[str, Any]], leaf: str = "kernel") 
         shapes: ``{component: {parameter path: anything}}``.
         leaf: "kernel", or "scale" for the norms.
     """
-    index = {}
+    index: dict[str, Target] = {}
     for component, parameters in shapes.items():
         prefixes = [prefix.replace(".", "_") for prefix in PREFIXES.get(component, ())]
         every = {path.rpartition(".")[0] for path in parameters}

@@ -203,6 +203,7 @@ def test_bundled_embeddings_are_counted_and_named(tmp_path: Path) -> None:
         read_lora(tmp_path / "alone.safetensors", SHAPES)
 
 
+@pytest.mark.filterwarnings("default:.*left out, 1 embedding")
 def test_conversion_to_kohya(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model(tmp_path / "model")
     shapes = Pipeline.from_pretrained(model).components.shapes
