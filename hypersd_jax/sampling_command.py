@@ -57,7 +57,7 @@ def run_sample(options: argparse.Namespace) -> None:
     latents = _latents(options.latents)
     if options.output.suffix.lower() not in SUFFIXES:
         raise UserError(f"--output {options.output}: must end in .png, .jpg or .webp")
-    loras = [parse_lora(text) for text in options.lora] or embedded_lora(options)
+    loras = [parse_lora(text) for text in options.lora] or _embedded_lora(options)
     pipe = Pipeline.from_pretrained(options.model, dtype=options.dtype)
     if options.vae:
         pipe.load_vae(options.vae)
@@ -236,7 +236,7 @@ def picture_texts(
     ]
 
 
-def embedded_lora(options: argparse.Namespace) -> list[tuple[Path, float]]:
+def _embedded_lora(options: argparse.Namespace) -> list[tuple[Path, float]]:
     """The LoRA that ships for the embedded model and the steps asked for, unless many-step sampling is.
 
     In 4 and 8 steps the LoRAs of TSCD are better than the unified one, in 2 and 1 it is (README, "Results"), and it

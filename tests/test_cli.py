@@ -11,7 +11,7 @@ from PIL import Image
 
 from hypersd_jax import compilation
 from hypersd_jax.cli import _parser, main
-from hypersd_jax.sampling_command import embedded_lora
+from hypersd_jax.sampling_command import _embedded_lora
 from hypersd_jax.weights.components import assets
 from hypersd_jax.weights.tensors import open_tensors
 
@@ -54,9 +54,9 @@ def test_the_unified_student_ships_and_is_the_one_step_default() -> None:
     with open_tensors(assets() / "loras" / "unified.safetensors") as file:
         assert (file.metadata["steps"], file.metadata["timesteps"], file.metadata["sampler"]) == ("1", "[999]", "tcd")
     options = _parser().parse_args(["sample", "--steps", "1", "--prompt", "x"])
-    assert [path.stem for path, _ in embedded_lora(options)] == ["unified"]
+    assert [path.stem for path, _ in _embedded_lora(options)] == ["unified"]
     options = _parser().parse_args(["sample", "--timesteps", "999", "--prompt", "x"])
-    assert [path.stem for path, _ in embedded_lora(options)] == ["tscd-1"]
+    assert [path.stem for path, _ in _embedded_lora(options)] == ["tscd-1"]
 
 
 @pytest.mark.parametrize(
@@ -77,7 +77,7 @@ def test_the_unified_student_ships_and_is_the_one_step_default() -> None:
     ],
 )
 def test_the_best_shipped_lora_for_every_number_of_steps(arguments: str, name: str | None) -> None:
-    found = embedded_lora(_parser().parse_args(["sample", *arguments.split(), "--prompt", "x"]))
+    found = _embedded_lora(_parser().parse_args(["sample", *arguments.split(), "--prompt", "x"]))
     assert [path.stem for path, _ in found] == ([] if name is None else [name])
     assert all(path.is_file() for path, _ in found)
 

@@ -170,11 +170,38 @@ def test_a_style_after_a_fast_lora_leaves_its_settings(
     assert [text.values[key] for key in ("Steps", "Sampler")] == ["1", "LCM"]
 
 
+@pytest.mark.filterwarnings("default:the")
+def test_rare_characters_are_counted_in_tokens(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tiny model's encoder reads 22 tokens; each of these characters is three."""
+    han = "".join(chr(0x4E05 + 37 * i) for i in range(9))
+    call = [
+        "sample",
+        "--model",
+        str(model),
+        "--prompt",
+        han,
+        "--negative-prompt",
+        f"{han}x",
+        "--steps=1",
+        "--guidance=2",
+    ]
+    main([*call, "--output", str(tmp_path / "cut.png")])
+    told = [line for line in capsys.readouterr().err.splitlines() if "longer than" in line]
+    assert told == [
+        f"hypersd: warning: the prompt is longer than 22 tokens; ignored: {han[7:]!r}",
+        f"hypersd: warning: the negative prompt is longer than 22 tokens; ignored: {han[7:] + 'x'!r}",
+    ]
+    main([*call, "--long-prompts=chunk", "--output", str(tmp_path / "chunk.png")])
+    assert "longer than" not in capsys.readouterr().err
+    cut, chunk = (np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in ("cut", "chunk"))
+    assert np.abs(cut - chunk).max() > 2
+
+
 @pytest.fixture
 def one_breaks(tmp_path: Path) -> Path:
-    """Latents of three images, of which the second ends in NaN: its numbers overflow in the first norm."""
+    """Latents of three images, of which the second overflows where its noise is scaled."""
     latents = np.random.default_rng(0).standard_normal((3, 8, 8, 4)).astype(np.float32)
-    latents[1] *= 1e30
+    latents[1] = 1e38
     np.save(tmp_path / "latents.npy", latents)
     return tmp_path / "latents.npy"
 
