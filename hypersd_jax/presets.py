@@ -8,13 +8,17 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from hypersd_jax.config import nearest
-from hypersd_jax.errors import UserError, short
+from hypersd_jax.diffusion.solvers import SOLVERS
+from hypersd_jax.errors import UserError, short, shown
+from hypersd_jax.weights.lora_header import SETTINGS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,34 +114,70 @@ def find(name: str) -> Preset:
 
 
 def from_header(metadata: Mapping[str, str], file: str) -> Preset:
-    """What a LoRA's safetensors header says of its own sampling; keys it lacks stay None.
+    """What the sampling settings in a LoRA's safetensors header say; keys it lacks stay None.
+
+    Args:
+        metadata: the header's, ours (`lora_header.is_ours`).
+        file: for the error.
 
     Raises:
         UserError: a value in the header does not parse; names file and key.
     """
+    preset, unreadable = read_header(metadata)
+    for key, reason in unreadable.items():
+        raise UserError(f"{file}: its header's sampling settings cannot be read ({short(f'{key}: {reason}')})")
+    return preset
 
-    def read(key: str) -> object:
-        text = metadata.get(key)
-        if text is None:
-            return None
-        try:
-            return json.loads(text)
-        except json.JSONDecodeError:
-            return text
 
-    try:
-        steps, eta, guidance = read("steps"), read("eta"), read("guidance")
-        timesteps, sampler, origin = read("timesteps"), read("sampler"), read("original_inference_steps")
-        return Preset(
-            sampler=None if sampler is None else str(sampler),
-            steps=None if steps is None else int(str(steps)),
-            eta=None if eta is None else float(str(eta)),
-            guidance=None if guidance is None else float(str(guidance)),
-            timesteps=None if timesteps is None else tuple(int(t) for t in timesteps),  # type: ignore[attr-defined]
-            original_inference_steps=None if origin is None else int(str(origin)),
-        )
-    except (TypeError, ValueError, OverflowError, RecursionError) as error:
-        raise UserError(f"{file}: its header's sampling settings cannot be read ({short(error)})") from None
+def read_header(metadata: Mapping[str, str]) -> tuple[Preset, dict[str, str]]:
+    """The settings of a header that can be read, and why the others cannot, by key."""
+    values: dict[str, Any] = {}
+    unreadable = {}
+    for key in SETTINGS:
+        if key in metadata:
+            try:
+                values[key] = _READ[key](metadata[key])
+            except (TypeError, ValueError, OverflowError, RecursionError) as error:
+                unreadable[key] = str(error)
+    return Preset(**values), unreadable
+
+
+def _sampler(text: str) -> str:
+    name = text.strip('"')
+    if name not in SOLVERS:
+        raise ValueError(f"{shown(name)} is no solver{nearest(name, SOLVERS)}")
+    return name
+
+
+def _count(text: str) -> int:
+    count = int(text)
+    if count < 1:
+        raise ValueError(f"{count} is below 1")
+    return count
+
+
+def _number(text: str) -> float:
+    number = float(text)
+    if not math.isfinite(number):
+        raise ValueError(f"{number} is not finite")
+    return number
+
+
+def _timesteps(text: str) -> tuple[int, ...]:
+    listed = json.loads(text)
+    if not isinstance(listed, list) or not listed or not all(type(t) is int for t in listed):
+        raise ValueError(f"{shown(text)} is no list of whole numbers")
+    return tuple(listed)
+
+
+_READ: dict[str, Callable[[str], Any]] = {
+    "sampler": _sampler,
+    "steps": _count,
+    "eta": _number,
+    "guidance": _number,
+    "timesteps": _timesteps,
+    "original_inference_steps": _count,
+}
 
 
 def resolve(chain: list[Preset]) -> Preset:

@@ -4,18 +4,30 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
+from hypersd_jax.diffusion.solvers import WITH_ETA
 from hypersd_jax.errors import UserError
 from hypersd_jax.files import decoded, lines_of
-from hypersd_jax.pipeline import Pipeline, arguments
-from hypersd_jax.png_text import SUFFIXES, UsedLora, lora_hash, name_of, parameters_text, save_pictures
+from hypersd_jax.pipeline import Pipeline, to_pil
+from hypersd_jax.pipeline.arguments import NotFiniteWarning, about_not_finite, not_finite, share
+from hypersd_jax.png_text import (
+    SUFFIXES,
+    UsedLora,
+    lora_hash,
+    name_of,
+    parameters_text,
+    picture_paths,
+    save_pictures,
+)
+from hypersd_jax.presets import Preset
 from hypersd_jax.weights.components import EMBEDDED, assets
 from hypersd_jax.weights.hub import parse_id
 from hypersd_jax.weights.lora import LoraReport, weights_file
@@ -27,6 +39,8 @@ EMBEDDED_PROMPTS = (
     "sunflower, fluent 3d style, green background",
 )
 EMBEDDED_STEPS = 4
+# Of the few-step LoRAs; more steps are the model's own.
+MOST_STEPS = 8
 # Pictures drawn in one program; more go in rounds.
 ROUND = 32
 
@@ -34,7 +48,7 @@ ROUND = 32
 def run_sample(options: argparse.Namespace) -> None:
     """Draw what the options of ``hypersd sample`` ask for, and save it.
 
-    The embedded model without ``--lora`` takes the LoRA that ships for the step count asked for (4 by default).
+    The embedded model without ``--lora`` takes the LoRA that ships for the number of steps asked for (4 by default).
 
     Raises:
         UserError: one line naming the option or file at fault.
@@ -53,7 +67,7 @@ def run_sample(options: argparse.Namespace) -> None:
     # Named by place: the same file may be given twice, at two scales.
     reports = [pipe.load_lora(file, scale, name=f"{place}: {file}") for place, (file, scale) in enumerate(loras)]
 
-    settings: dict[str, Any] = {
+    arguments: dict[str, Any] = {
         "steps": options.steps,
         "sampler": options.sampler,
         "spacing": options.spacing,
@@ -73,26 +87,85 @@ def run_sample(options: argparse.Namespace) -> None:
         "tiled": options.tiled,
         "long_prompts": options.long_prompts,
     }
-    with tqdm(unit="step", desc="sampling", delay=2.0) as bar:
+    begin = time.perf_counter()
+    with tqdm(unit="step", desc="sampling", delay=2.0) as bar, warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotFiniteWarning)  # an error here, see below
 
         def progress(step: int, steps: int) -> None:
             bar.total = steps
             bar.update(step - bar.n)
 
-        images: list[Image.Image] = pipe(
+        images: np.ndarray = pipe(
             prompts,
             options.negative_prompt,
             num_images=options.num_images,
             latents=latents,
             callback=progress,
             batch_size=min(ROUND, len(prompts) * options.num_images),
-            **settings,
+            output="np",
+            **arguments,
         )
+    seconds = time.perf_counter() - begin
     for report in reports:
         print(report, file=sys.stderr)
-    texts = picture_texts(pipe, options, prompts, images, used_loras(loras, reports))
-    for path in save_pictures(images, options.output, texts):
-        print(path)
+    used = used_loras(loras, reports)
+    settings = resolved(pipe, options)
+    print(used_line(settings, options, used, images.shape, seconds), file=sys.stderr)
+    save_finite(images, options, picture_texts(pipe, options, settings, prompts, images.shape, used), pipe.dtype)
+
+
+def save_finite(images: np.ndarray, options: argparse.Namespace, texts: Sequence[str], dtype: Any) -> None:
+    """Save the images (B, H, W, 3) that are finite, each under the name that it has among all, and print the names.
+
+    Raises:
+        UserError: after that, where some are not finite.
+    """
+    broken = not_finite(images)
+    for index, path in enumerate(picture_paths(options.output, len(images))):
+        if index not in broken:
+            save_pictures(to_pil(images[index : index + 1]), path, [texts[index]])
+            print(path)
+    if broken:
+        kept = "" if len(broken) == len(images) else "; the others are saved"
+        raise UserError(about_not_finite(broken, len(images), dtype) + kept)
+
+
+def resolved(pipe: Pipeline, options: argparse.Namespace) -> Preset:
+    """The settings that the options, the LoRAs and the model make."""
+    timesteps = _timesteps(options.timesteps)
+    return pipe.settings(
+        options.preset,
+        steps=len(timesteps) if timesteps is not None and options.steps is None else options.steps,
+        sampler=options.sampler,
+        eta=options.eta,
+        guidance=options.guidance,
+        spacing=options.spacing,
+        timesteps=None if timesteps is None else tuple(timesteps),
+    )
+
+
+def used_line(
+    settings: Preset,
+    options: argparse.Namespace,
+    loras: Sequence[UsedLora],
+    shape: tuple[int, ...],
+    seconds: float,
+) -> str:
+    """One line of what images (B, H, W, 3) were sampled with."""
+    parts = [
+        f"model {name_of(options.model)}",
+        "LoRA " + (" + ".join(f"{lora.name}@{lora.scale:g}" for lora in loras) or "none"),
+        str(settings.sampler),
+        f"{settings.steps} step{'s' if settings.steps != 1 else ''}",
+        f"guidance {settings.guidance or 0:g}",
+        f"eta {settings.eta or 0:g}" if settings.sampler in WITH_ETA else None,
+        f"spacing {settings.spacing}" if settings.spacing else None,
+        f"timesteps {','.join(map(str, settings.timesteps))}" if settings.timesteps else None,
+        f"seed {options.seed}",
+        f"{shape[2]}x{shape[1]}",
+        f"{shape[0]} image{'s' if shape[0] != 1 else ''} in {seconds:.1f} s",
+    ]
+    return "sampled with " + ", ".join(part for part in parts if part)
 
 
 def read_prompts(given: list[str] | None, file: Path | None, *, embedded: bool) -> list[str]:
@@ -125,29 +198,18 @@ def used_loras(loras: Sequence[tuple[Path, float]], reports: Sequence[LoraReport
 def picture_texts(
     pipe: Pipeline,
     options: argparse.Namespace,
+    settings: Preset,
     prompts: Sequence[str],
-    images: Sequence[Image.Image],
+    shape: tuple[int, ...],
     loras: Sequence[UsedLora],
 ) -> list[str]:
-    """What each picture was drawn with, by the settings that the pipeline resolved; for `save_pictures`.
+    """What each of the images (B, H, W, 3) was sampled with, by the resolved settings; for `save_pictures`.
 
     ``Image: i.j`` is its place, picture j of prompt i, both from 0: with the seed, what its noise was drawn from.
     """
-    timesteps = _timesteps(options.timesteps)
-    settings = pipe.settings(
-        options.preset,
-        steps=len(timesteps) if timesteps is not None and options.steps is None else options.steps,
-        sampler=options.sampler,
-        eta=options.eta,
-        guidance=options.guidance,
-        spacing=options.spacing,
-        timesteps=None if timesteps is None else tuple(timesteps),
-    )
     embeds_guidance = bool(pipe.components.unet_config.time_cond_proj_dim)
     guided = (settings.guidance or 0.0) > 1.0 and not embeds_guidance
-    strength = arguments.share(
-        options.strength, options.image, options.mask, default=0.3 if pipe.components.is_xl else 0.8
-    )
+    strength = share(options.strength, options.image, options.mask, default=0.3 if pipe.components.is_xl else 0.8)
     scales = options.control_scale or [1.0]
     scales = scales if len(scales) > 1 else scales * len(options.controlnet)
     more: dict[str, Any] = {
@@ -164,28 +226,33 @@ def picture_texts(
             prompts[index // options.num_images],
             settings,
             seed=options.seed,
-            size=image.size,
+            size=(shape[2], shape[1]),
             model=name_of(options.model),
             negative=options.negative_prompt if guided else None,
             scheduler_config=pipe.components.scheduler_config,
             loras=loras,
             more={**more, "Image": f"{index // options.num_images}.{index % options.num_images}"},
         )
-        for index, image in enumerate(images)
+        for index in range(shape[0])
     ]
 
 
 def _embedded_lora(options: argparse.Namespace) -> list[tuple[Path, float]]:
-    """The LoRA that ships for the embedded model, unless many-step sampling is asked for."""
+    """The LoRA that ships for the embedded model and the steps asked for, unless many-step sampling is.
+
+    In 4 and 8 steps the LoRAs of TSCD are better than the unified one, in 2 and 1 it is (README, "Results"), and it
+    alone is made for the other numbers. It begins at a timestep of its own, so explicit ones go to TSCD's.
+    """
     if options.model != EMBEDDED or options.preset or (options.guidance or 0.0) > 1.0:
         return []
-    steps = options.steps or EMBEDDED_STEPS
+    steps = EMBEDDED_STEPS if options.steps is None else options.steps
     if options.timesteps:
         steps = len(options.timesteps.split(","))
-    # In one step the unified LoRA is better than the one of TSCD alone; it begins at a time of its own.
-    name = "unified" if steps == 1 and not options.timesteps else f"tscd-{steps}"
-    path = assets() / "loras" / f"{name}.safetensors"
-    return [(path, 1.0)] if path.exists() else []
+    if steps not in range(1, MOST_STEPS + 1):
+        return []
+    own = (1, 2, 4, 8) if options.timesteps else (4, 8)
+    name = f"tscd-{steps}" if steps in own else "unified"
+    return [(assets() / "loras" / f"{name}.safetensors", 1.0)]
 
 
 def parse_lora(text: str) -> tuple[Path, float]:

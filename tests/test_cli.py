@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,39 @@ def test_the_unified_student_ships_and_is_the_one_step_default() -> None:
     assert [path.stem for path, _ in _embedded_lora(options)] == ["unified"]
     options = _parser().parse_args(["sample", "--timesteps", "999", "--prompt", "x"])
     assert [path.stem for path, _ in _embedded_lora(options)] == ["tscd-1"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "name"),
+    [
+        ("", "tscd-4"),
+        *((f"--steps {steps}", "unified") for steps in (1, 2, 3, 5, 6, 7)),
+        ("--steps 4", "tscd-4"),
+        ("--steps 8", "tscd-8"),
+        ("--steps 3 --guidance 1", "unified"),
+        ("--timesteps 999,600,300", "unified"),
+        ("--timesteps 999,499", "tscd-2"),
+        ("--steps 9", None),
+        ("--steps 0", None),
+        ("--steps 4 --guidance 1.5", None),
+        ("--steps 4 --preset hyper-sd15-4steps", None),
+        ("--steps 4 --model elsewhere", None),
+    ],
+)
+def test_the_best_shipped_lora_for_every_number_of_steps(arguments: str, name: str | None) -> None:
+    found = _embedded_lora(_parser().parse_args(["sample", *arguments.split(), "--prompt", "x"]))
+    assert [path.stem for path, _ in found] == ([] if name is None else [name])
+    assert all(path.is_file() for path, _ in found)
+
+
+def test_six_steps_of_the_embedded_model_are_a_students(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    output = tmp_path / "out.png"
+    assert status("sample", "--steps", "6", "--seed", "3", "--prompt", "lion, noto style", "--output", str(output)) == 0
+    printed = capsys.readouterr()
+    assert printed.out == f"{output}\n"
+    (line,) = (line for line in printed.err.splitlines() if line.startswith("sampled with "))
+    said = r"model embedded, LoRA unified@1, tcd, 6 steps, guidance 0, eta 0, seed 3, 64x64, 1 image in \d+\.\d s"
+    assert re.fullmatch(f"sampled with {said}", line)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4, 8])

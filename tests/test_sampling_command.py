@@ -8,11 +8,13 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from hypersd_jax.cli import main
 from hypersd_jax.errors import UserError
 from hypersd_jax.models.unet import UNetConfig, unet
 from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.pipeline.arguments import NotFiniteWarning
 from hypersd_jax.png_text import SAMPLERS, SCHEDULES, lora_hash
 from hypersd_jax.sampling_command import parse_lora
 from hypersd_jax.weights.lora import write_lora
@@ -146,6 +148,108 @@ def test_other_parts_are_named(tmp_path: Path, model: Path) -> None:
     shown = [text.values[key] for key in ("VAE", "Latents", "Long prompts")]
     assert shown == ["vae", str(latents), "chunk"]
     assert "Denoising strength" not in text.values
+
+
+def test_a_style_after_a_fast_lora_leaves_its_settings(
+    tmp_path: Path, model: Path, loras: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    fast, style = loras
+    foreign = tmp_path / "foreign.safetensors"
+    header = {"steps": "1500 / 3000", "sampler": "prodigy", "guidance": "none", "timesteps": "uniform", "eta": "auto"}
+    save_file(load_file(style), foreign, {"format": "pt", "ss_network_dim": "4", **header})
+    given = ["--lora", str(fast), "--lora", f"{style}@0.25", "--lora", f"{foreign}@0.25"]
+    (text,) = drawn(tmp_path / "out.png", "--model", str(model), "--prompt=a cat", *given)
+    assert [text.values[key] for key in ("Steps", "Sampler", "Eta", "CFG scale")] == ["2", "TCD", "0.4", "1"]
+    printed = capsys.readouterr()
+    assert printed.out == f"{tmp_path / 'out.png'}\n"
+    used = "sampled with model tiny-model, LoRA fast@1 + style@0.25 + foreign@0.25, tcd, 2 steps, guidance 0, eta 0.4, "
+    assert f"{used}seed 0, 16x16, 1 image in " in printed.err
+    # A call that gives its settings is not stopped by another program's header.
+    call = ["--steps=1", "--guidance=0", "--sampler=lcm", "--lora", str(foreign)]
+    (text,) = drawn(tmp_path / "own.png", "--model", str(model), "--prompt=a cat", *call)
+    assert [text.values[key] for key in ("Steps", "Sampler")] == ["1", "LCM"]
+
+
+@pytest.mark.filterwarnings("default:the")
+def test_rare_characters_are_counted_in_tokens(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The tiny model's encoder reads 22 tokens; each of these characters is three."""
+    han = "".join(chr(0x4E05 + 37 * i) for i in range(9))
+    call = [
+        "sample",
+        "--model",
+        str(model),
+        "--prompt",
+        han,
+        "--negative-prompt",
+        f"{han}x",
+        "--steps=1",
+        "--guidance=2",
+    ]
+    main([*call, "--output", str(tmp_path / "cut.png")])
+    told = [line for line in capsys.readouterr().err.splitlines() if "longer than" in line]
+    assert told == [
+        f"hypersd: warning: the prompt is longer than 22 tokens; ignored: {han[7:]!r}",
+        f"hypersd: warning: the negative prompt is longer than 22 tokens; ignored: {han[7:] + 'x'!r}",
+    ]
+    main([*call, "--long-prompts=chunk", "--output", str(tmp_path / "chunk.png")])
+    assert "longer than" not in capsys.readouterr().err
+    cut, chunk = (np.asarray(Image.open(tmp_path / f"{name}.png"), int) for name in ("cut", "chunk"))
+    assert np.any(cut != chunk)
+
+
+@pytest.fixture
+def one_breaks(tmp_path: Path) -> Path:
+    """Latents of three images, of which the second overflows where its noise is scaled."""
+    latents = np.random.default_rng(0).standard_normal((3, 8, 8, 4)).astype(np.float32)
+    latents[1] = 1e38
+    np.save(tmp_path / "latents.npy", latents)
+    return tmp_path / "latents.npy"
+
+
+def test_an_image_that_is_not_finite_is_not_saved(
+    tmp_path: Path, model: Path, one_breaks: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    output = tmp_path / "images" / "out.png"
+    call = ["--model", str(model), "--prompt=a cat", "--num-images=3", "--steps=1", "--guidance=0"]
+    with pytest.raises(SystemExit) as stop:
+        main(["sample", *call, "--latents", str(one_breaks), "--output", str(output)])
+    assert stop.value.code == 2
+    saved = [output.with_name(f"out-{index:03d}.png") for index in (0, 2)]
+    assert sorted(output.parent.iterdir()) == saved
+    printed = capsys.readouterr()
+    assert printed.out.split() == [str(path) for path in saved]
+    assert printed.err.splitlines()[-1].startswith("hypersd: of 3 images 2 is not finite (NaN or infinity): ")
+    assert [parse(text_of(path)).values["Image"] for path in saved] == ["0.0", "0.2"]
+
+    alone = tmp_path / "alone.png"
+    shapes = unet(UNetConfig.from_dict(UNET), dtype=jnp.float32).shapes
+    write_lora(tmp_path / "wild.safetensors", {"unet": random_adapter(shapes, 0)})
+    with pytest.raises(SystemExit):
+        main(
+            [
+                "sample",
+                *call[:2],
+                *call[3:],
+                "--lora",
+                f"{tmp_path / 'wild.safetensors'}@1e30",
+                "--prompt=x",
+                "--output",
+                str(alone),
+            ]
+        )
+    assert not alone.exists()
+    assert "hypersd: of 3 images 1, 2, 3 are not finite" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("output", ["pil", "np", "latent"])
+def test_python_warns_of_an_image_that_is_not_finite(model: Path, one_breaks: Path, output: str) -> None:
+    pipe = Pipeline.from_pretrained(model)
+    call = {"steps": 1, "guidance": 0.0, "num_images": 3, "latents": np.load(one_breaks), "output": output}
+    with pytest.warns(NotFiniteWarning, match="of 3 images 2 is not finite"):
+        images = pipe("a cat", **call)
+    assert len(images) == 3
+    if output == "np":
+        assert np.isfinite(images).all(axis=(1, 2, 3)).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ arXiv 2307.01952, section 2.2).
 from __future__ import annotations
 
 import dataclasses
-import warnings
+import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,10 +16,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypersd_jax.conditioning.long_prompts import bare_tokens, in_windows, window_count
+from hypersd_jax.conditioning.long_prompts import (
+    Cut,
+    CutCounter,
+    OnCut,
+    find_cut,
+    in_windows,
+    warn_of_cuts,
+    window_count,
+)
 from hypersd_jax.errors import UserError, short
 from hypersd_jax.models.functional import Network
 from hypersd_jax.weights.tokenizers import TokenizerFiles
+
+# A tokenizer holds how its last call cut and padded, and captions are read in a thread beside the one that samples.
+_TOKENIZING = threading.Lock()
 
 
 class Conditioning(NamedTuple):
@@ -65,6 +76,14 @@ class PromptEncoder:
 
     ``penultimate`` is SDXL's reading: hidden states one layer before the last, without the final norm, of each encoder,
     joined on the channel axis.
+
+    Attributes:
+        names: of the encoders, "text_encoder" and "text_encoder_2".
+        tokenizers: one for each.
+        networks: one for each.
+        lengths: tokens that each holds, S.
+        penultimate: whether this is SDXL's reading.
+        caption_cuts: what of the captions was cut since the encoder was made, see `tokenize_captions`.
     """
 
     names: tuple[str, ...]
@@ -72,39 +91,56 @@ class PromptEncoder:
     networks: tuple[Network, ...]
     lengths: tuple[int, ...]
     penultimate: bool
+    caption_cuts: CutCounter = dataclasses.field(default_factory=CutCounter, compare=False)
 
     def windows(self, prompts: Sequence[str]) -> int:
         """How many windows of S tokens the longest prompt fills; negative prompts that go with them need as many."""
         pairs = zip(self.tokenizers, self.lengths, strict=True)
         return max(window_count(tokenizer, prompts, length) for tokenizer, length in pairs)
 
-    def tokenize(self, prompts: Sequence[str], *, windows: int | None = None) -> tuple[np.ndarray, ...]:
-        """Token ids for each encoder, int32; text that does not fit is cut, with a warning that shows it.
+    def tokenize(
+        self, prompts: Sequence[str], *, windows: int | None = None, on_cut: OnCut = warn_of_cuts
+    ) -> tuple[np.ndarray, ...]:
+        """Token ids for each encoder, int32; text that does not fit is cut.
 
         Args:
             prompts: B texts.
             windows: None: ids (B, S), what one reading of the encoder holds. n: ids (B, n, S), read apart by `encode`
                 and joined, as A1111 and ComfyUI read long prompts; shorter prompts end in empty windows.
+            on_cut: told of the prompts that are cut, if any are; by default it warns.
         """
-        ids = []
-        for tokenizer, length in zip(self.tokenizers, self.lengths, strict=True):
-            if windows is not None:
-                ids.append(in_windows(tokenizer, prompts, length, windows))
-                continue
-            found = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)["input_ids"]
-            ids.append(np.asarray(found, np.int32))
-        self._warn_if_cut(prompts, (self.lengths[0] - 2) * (windows or 1))
+        ids: list[np.ndarray] = []
+        cuts: dict[str, Cut] = {}
+        with _TOKENIZING:
+            for tokenizer, length in zip(self.tokenizers, self.lengths, strict=True):
+                if windows is None:
+                    found = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
+                    ids.append(np.asarray(found["input_ids"], np.int32))
+                    # Nothing is cut where padding follows; a full row is either cut or just fits.
+                    masks = zip(prompts, found["attention_mask"], strict=True)
+                    long = [prompt for prompt, mask in masks if all(mask)]
+                else:
+                    ids.append(in_windows(tokenizer, prompts, length, windows))
+                    long = list(prompts)
+                for prompt in dict.fromkeys(long):
+                    cut = find_cut(tokenizer, prompt, (length - 2) * (windows or 1))
+                    # Of two encoders the one that reads least.
+                    if cut is not None and (prompt not in cuts or len(cut.ignored) > len(cuts[prompt].ignored)):
+                        cuts[prompt] = cut
+        if cuts:
+            on_cut(list(cuts.values()))
         return tuple(ids)
 
-    def _warn_if_cut(self, prompts: Sequence[str], room: int) -> None:
-        tokenizer = self.tokenizers[0]
-        for prompt in dict.fromkeys(prompts):
-            if len(prompt) <= room:  # a token is at least one character
-                continue
-            tokens = bare_tokens(tokenizer, prompt)
-            if len(tokens) > room:
-                cut = tokenizer.decode(tokens[room:])
-                warnings.warn(f"the prompt is longer than {room} tokens; ignored: {cut!r}", stacklevel=4)
+    def tokenize_captions(self, captions: Sequence[str]) -> tuple[np.ndarray, ...]:
+        """As `tokenize`, for the captions of a dataset: those that are cut are counted, not warned of one by one."""
+        return self.tokenize(captions, on_cut=self.caption_cuts)
+
+    def cuts(self, prompts: Sequence[str]) -> list[Cut]:
+        """What `tokenize` would cut off these prompts, each once."""
+        found: list[Cut] = []
+        if prompts:
+            self.tokenize(list(dict.fromkeys(prompts)), on_cut=found.extend)
+        return found
 
     def encode(
         self,

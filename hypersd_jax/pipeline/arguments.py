@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -31,8 +32,38 @@ def parse_dtype(dtype: Any) -> Any:
 
 
 def to_pil(images: np.ndarray) -> list[Image.Image]:
-    """Pictures (B, H, W, 3) in 0..1 as 8-bit RGB images."""
-    return [Image.fromarray(np.round(image * 255).astype(np.uint8)) for image in images]
+    """Pictures (B, H, W, 3) in 0..1 as 8-bit RGB images; NaN becomes black."""
+    return [Image.fromarray(np.round(np.nan_to_num(image) * 255).astype(np.uint8)) for image in images]
+
+
+class NotFiniteWarning(UserWarning):
+    """An image holds values that are no numbers, and would be saved black."""
+
+
+def not_finite(images: np.ndarray) -> list[int]:
+    """Which of the images, or latents, (B, ...) hold NaN or infinity, by index."""
+    return [index for index, image in enumerate(images) if not np.isfinite(image).all()]
+
+
+def about_not_finite(found: Sequence[int], count: int, dtype: Any) -> str:
+    """One line on images that are not finite, with what is likely to help.
+
+    Args:
+        found: which, by index; shown counted from 1.
+        count: of how many.
+        dtype: that the networks compute in.
+    """
+    shown = ", ".join(str(index + 1) for index in found[:10]) + (", ..." if len(found) > 10 else "")
+    which = "the image is" if count == 1 else f"of {count} images {shown} {'is' if len(found) == 1 else 'are'}"
+    overflow = "float16 overflows in some models: use bfloat16 or float32; " if jnp.dtype(dtype) == jnp.float16 else ""
+    return f"{which} not finite (NaN or infinity): {overflow}a LoRA, its scale or the weights may be at fault"
+
+
+def warn_if_not_finite(images: np.ndarray, dtype: Any) -> None:
+    """Warn of images (B, ...) that are not finite."""
+    found = not_finite(images)
+    if found:
+        warnings.warn(about_not_finite(found, len(images), dtype), NotFiniteWarning, stacklevel=3)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

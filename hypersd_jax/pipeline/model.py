@@ -21,14 +21,16 @@ from jax.sharding import Mesh
 from hypersd_jax import presets
 from hypersd_jax.adapters import Adapter, merge
 from hypersd_jax.compilation import compiler_options
-from hypersd_jax.conditioning import Conditioning, size_ids
+from hypersd_jax.conditioning import Conditioning, size_ids, warn_of_cuts
 from hypersd_jax.config import nearest
-from hypersd_jax.diffusion import Schedule, begin, injects_noise, solver_table
+from hypersd_jax.diffusion import Schedule, begin, injects_noise
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import arguments, pictures, programs
 from hypersd_jax.pipeline.arguments import Callback, parse_dtype, to_pil
 from hypersd_jax.pipeline.guides import Controls, PictureGuides
+from hypersd_jax.pipeline.naming import described, refuse_unknown
 from hypersd_jax.pipeline.prompting import make_prompt_encoder
+from hypersd_jax.pipeline.settings import resolve_settings, table_for
 from hypersd_jax.weights.components import Components, load_components
 from hypersd_jax.weights.controlnet_folder import LoadedControlNet, load_controlnet
 from hypersd_jax.weights.hub import fetch_lora
@@ -72,13 +74,18 @@ class Pipeline:
         encode_image = functools.partial(programs.encode_image, self.components)
         self._encode_image = self._compiled(encode_image, static_argnames="tiled")
 
+    def __repr__(self) -> str:
+        return described(self.components, self.dtype, self.mesh, self._loras.loaded(), fused=self._fused is not None)
+
     @property
     def native_size(self) -> tuple[int, int]:
         """The pictures' height and width in pixels where none are asked for."""
         return self._pixels(self._latent_size(None, None))
 
     @classmethod
-    def from_pretrained(cls, source: str | Path, *, dtype: Any = None, mesh: Mesh | None = None) -> Pipeline:
+    def from_pretrained(
+        cls, source: str | Path, *, dtype: Any = None, mesh: Mesh | None = None, **unknown: Any
+    ) -> Pipeline:
         """Load a model.
 
         Args:
@@ -90,6 +97,7 @@ class Pipeline:
         Raises:
             UserError: one line naming the file or key that is missing, unsupported or damaged.
         """
+        refuse_unknown(unknown, cls.from_pretrained)
         resolved = parse_dtype(dtype)
         components = load_components(source, dtype=resolved, mesh=mesh)
         return cls(components, dtype=resolved, mesh=mesh)
@@ -193,16 +201,8 @@ class Pipeline:
     # MARK: sampling
 
     def settings(self, preset: str | None = None, **explicit: Any) -> presets.Preset:
-        """What a call with these arguments samples with: explicit, else preset, else LoRA header, else the base's."""
-        chain = [presets.Preset(**explicit)]
-        if preset is not None:
-            chain.append(presets.find(preset))
-        last = self._loras.last()
-        if last is not None:
-            chain += [presets.from_header(last.metadata, last.origin), presets.preset_for_file(last.origin)]
-        chain.append(presets.preset_for_file(str(self.components.folder)))
-        chain.append(presets.BASE_SDXL if self.components.is_xl else presets.BASE_SD)
-        return presets.resolve(chain)
+        """What a call with these arguments samples with, see `resolve_settings`."""
+        return resolve_settings(presets.Preset(**explicit), preset, self._loras.loaded().values(), self.components)
 
     def __call__(
         self,
@@ -234,14 +234,15 @@ class Pipeline:
         long_prompts: str = "cut",
         batch_size: int | None = None,
         stepwise: bool = False,
+        **unknown: Any,
     ) -> Any:
         """Draw ``num_images`` pictures for each prompt.
 
         Args:
             prompt: one prompt or several.
             negative_prompt: what to steer away from when ``guidance`` is above 1; None: the model's own unconditional.
-            steps, sampler, eta, guidance, spacing, timesteps: None takes the preset's, else the last LoRA's header's,
-                else the base's many-step default. ``guidance`` 0 or 1 is off: one UNet call a step, as
+            steps, sampler, eta, guidance, spacing, timesteps: None takes the preset's, else those of the last LoRA that
+                states any, else the base's many-step default. ``guidance`` 0 or 1 is off: one UNet call a step, as
                 it always is for a model that embeds guidance (``time_cond_proj_dim``).
             preset: a name from `hypersd_jax.presets.PRESETS`.
             seed: image j of prompt i depends on (seed, i, j) alone.
@@ -267,8 +268,10 @@ class Pipeline:
                 nothing; the pictures are the same.
 
         Raises:
-            UserError: an argument is out of range; the line names it.
+            UserError: an argument is out of range or has another name here than in diffusers; the line names it.
+            TypeError: an argument that nobody knows.
         """
+        refuse_unknown(unknown, self.__call__)
         if output not in ("pil", "np", "latent"):
             raise UserError(f"output={output!r} is not valid{nearest(output, ('pil', 'np', 'latent'))}")
         if long_prompts not in ("cut", "chunk"):
@@ -289,7 +292,7 @@ class Pipeline:
             timesteps=timesteps,
         )
         strength = arguments.share(strength, image, mask, default=0.3 if self.components.is_xl else 0.8)
-        table = self._table(plan, strength)
+        table = table_for(plan, self.components, strength)
         prompts = arguments.texts("prompt", prompt, str)
         negatives = arguments.texts("negative_prompt", negative_prompt, str, type(None))
         if len(negatives) not in (1, len(prompts)):
@@ -302,6 +305,9 @@ class Pipeline:
             warnings.warn(f"negative_prompt is ignored: guidance={scale:g} does not call for it", stacklevel=2)
         negatives = negatives * len(prompts) if len(negatives) == 1 else negatives
         read = [[one, other or ""] if guidance_on else [one] for one, other in zip(prompts, negatives, strict=True)]
+        if long_prompts == "cut":
+            warn_of_cuts(self.prompts.cuts(prompts))
+            warn_of_cuts(self.prompts.cuts([text for _, *others in read for text in others]), "negative prompt")
         windows = [self.prompts.windows(texts) if long_prompts == "chunk" else None for texts in read]
         given = ("image", image) if image is not None else ("control_image", control_image)
         if None in (height, width) and given[1] is not None:
@@ -364,27 +370,12 @@ class Pipeline:
                 parts.append(np.asarray(self._decode(self._weights()["vae"], state.x, tiled=tiled)))
         jax.effects_barrier()
         images = arguments.joined(rounds, parts)
+        arguments.warn_if_not_finite(images, self.dtype)
         return to_pil(images) if output == "pil" else images
 
     def _on_step(self, _step: Any, _timestep: Any, _latents: Any) -> None:
         if self._callback is not None:
             self._callback()
-
-    def _table(self, plan: presets.Preset, strength: float) -> dict[str, np.ndarray]:
-        config = dict(self.components.scheduler_config)
-        if plan.original_inference_steps is not None:
-            config["original_inference_steps"] = plan.original_inference_steps
-        if plan.prediction_type is not None:
-            config["prediction_type"] = plan.prediction_type
-        return solver_table(
-            str(plan.sampler),
-            plan.steps,
-            eta=float(plan.eta or 0.0),
-            spacing=plan.spacing,
-            scheduler_config=config,
-            timesteps=plan.timesteps,
-            strength=strength,
-        )
 
     def _latents_of(self, batch: np.ndarray, *, tiled: bool = False) -> np.ndarray:
         """Latents (N, h, w, C) of pictures (N, H, W, 3), one at a time."""
@@ -428,7 +419,8 @@ class Pipeline:
         weights = self._weights()
         text_params = {name: weights[name] for name in self.components.text_encoders}
         adapters = {name: a for name, a in self._active_adapters().items() if name in text_params}
-        cond: Conditioning = self._encode(text_params, self.prompts.tokenize(prompts, windows=windows), adapters)
+        ids = self.prompts.tokenize(prompts, windows=windows, on_cut=lambda _: None)  # `__call__` has warned
+        cond: Conditioning = self._encode(text_params, ids, adapters)
         if not self.components.is_xl:
             return cond
         return cond._replace(time_ids=jnp.asarray(size_ids(*self._pixels(size), len(prompts))))

@@ -96,7 +96,7 @@ def scan(
 
 
 def decode(components: Components, params: Any, latents: jax.Array, *, tiled: bool) -> jax.Array:
-    """Pictures (B, H, W, 3) in 0..1 of the sampler's latents."""
+    """Pictures (B, H, W, 3) in 0..1 of the sampler's latents; NaN where a value is not finite."""
 
     def whole(z: jax.Array) -> jax.Array:
         images: jax.Array = components.vae(params, z, method="decode")
@@ -107,7 +107,10 @@ def decode(components: Components, params: Any, latents: jax.Array, *, tiled: bo
         images = decode_tiled(whole, z, tile=TILE, overlap=OVERLAP, factor=components.vae_config.downscale)
     else:
         images = whole(z)
-    return jnp.clip(images.astype(jnp.float32) / 2 + 0.5, 0.0, 1.0)
+    images = images.astype(jnp.float32)
+    # Clipped, infinity would pass for white.
+    images = jnp.where(jnp.isfinite(images), images, jnp.nan)
+    return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
 
 
 def encode_image(components: Components, params: Any, images: jax.Array, *, tiled: bool) -> jax.Array:

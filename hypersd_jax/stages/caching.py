@@ -17,6 +17,7 @@ from hypersd_jax.data.cache import Cache, CacheWriter
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline, parse_dtype
 from hypersd_jax.stages.cache_facts import cache_facts
+from hypersd_jax.stages.feeding import warn_of_cut_captions
 from hypersd_jax.stages.inputs import moments
 from hypersd_jax.weights.components import Components, load_components
 
@@ -61,7 +62,7 @@ def write_cache(config: Config, folder: Path, *, batch_size: int = 32, shard_row
                 # The last batch is filled up, so that one program serves all.
                 full = np.concatenate([part, np.repeat(part[-1:], batch_size - len(part))])
                 batch = source.variant_batch(full)
-                ids = pipe.prompts.tokenize(batch.captions)
+                ids = pipe.prompts.tokenize_captions(batch.captions)
                 mean, logvar, cond = jax.device_get(encode(batch.images, ids))
                 arrays = {"mean": mean, "logvar": logvar, "context": cond.context, "sizes": batch.sizes}
                 arrays |= {f"ids_{i}": tokens for i, tokens in enumerate(ids)}
@@ -71,6 +72,7 @@ def write_cache(config: Config, folder: Path, *, batch_size: int = 32, shard_row
                 bar.update(len(part))
             writer.write({name: np.concatenate([each[name] for each in parts]) for name in parts[0]})
     Cache(folder, verify=True)
+    warn_of_cut_captions(pipe.prompts)
     return len(keys)
 
 

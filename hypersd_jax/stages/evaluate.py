@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from hypersd_jax.conditioning import warn_of_cuts
 from hypersd_jax.config import EvaluationConfig
 from hypersd_jax.diffusion import solver_table
 from hypersd_jax.errors import UserError
@@ -73,6 +74,7 @@ def run_evaluate(options: argparse.Namespace) -> list[Row]:
     mesh = make_mesh() if jax.device_count() > 1 else None
     pipe = Pipeline.from_pretrained(options.model, dtype=options.dtype, mesh=mesh)
     listed = own or sources.embedded_list(options.n, options.groups, pipe.native_size[0])
+    warn_of_cuts(pipe.prompts.cuts([item.prompt for item in listed.items]))
     run = None if references.run is None else sources.load_run(references.run, pipe.native_size)
     base = _base_model(pipe, options)
     model = _loaded(pipe, options, loras, base.identity)

@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 import time
+import warnings
 import zipfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -17,9 +18,11 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from hypersd_jax.errors import UserError
+from hypersd_jax.conditioning import already_warned
+from hypersd_jax.errors import UserError, shown
 from hypersd_jax.evaluation import SPECS, features, seen_by
 from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.pipeline.arguments import NotFiniteWarning, about_not_finite, not_finite
 from hypersd_jax.presets import Preset
 from hypersd_jax.weights.folder import fingerprint
 from hypersd_jax.weights.tensors import replacing
@@ -154,26 +157,35 @@ def _draw_chunk(model: Model, items: Sequence[Prompted], batch_size: int) -> dic
 
 
 def _draw(model: Model, items: Sequence[Prompted], batch_size: int) -> np.ndarray:
-    """uint8 (N, H, W, 3); latents, and the noise of each step, depend on a picture's seed alone."""
+    """uint8 (N, H, W, 3); latents, and the noise of each step, depend on a picture's seed alone.
+
+    Raises:
+        UserError: images are not finite, of which no number would mean anything.
+    """
     pipe, plan = model.pipe, model.settings
     factor = pipe.components.vae_config.downscale
     shape = (*(side // factor for side in pipe.native_size), pipe.components.unet_config.out_channels)
     seeds = np.asarray([item.seed for item in items], np.uint32)
-    images = pipe(
-        [item.prompt for item in items],
-        latents=_latents(shape)(seeds),
-        noise=np.moveaxis(_noise(shape, int(plan.steps or 1))(seeds), 1, 0),
-        output="np",
-        batch_size=min(batch_size, len(items)),
-        stepwise=True,
-        preset=model.preset,
-        steps=plan.steps,
-        sampler=plan.sampler,
-        eta=plan.eta,
-        guidance=plan.guidance,
-        spacing=plan.spacing,
-        timesteps=plan.timesteps,
-    )
+    with already_warned(), warnings.catch_warnings():  # `run_evaluate` has looked at all prompts
+        warnings.simplefilter("ignore", NotFiniteWarning)
+        images = pipe(
+            [item.prompt for item in items],
+            latents=_latents(shape)(seeds),
+            noise=np.moveaxis(_noise(shape, int(plan.steps or 1))(seeds), 1, 0),
+            output="np",
+            batch_size=min(batch_size, len(items)),
+            stepwise=True,
+            preset=model.preset,
+            steps=plan.steps,
+            sampler=plan.sampler,
+            eta=plan.eta,
+            guidance=plan.guidance,
+            spacing=plan.spacing,
+            timesteps=plan.timesteps,
+        )
+    if broken := not_finite(images):
+        prompt = shown(items[broken[0]].prompt)
+        raise UserError(f"{about_not_finite(broken, len(images), pipe.dtype)}; the first is of {prompt}")
     return np.round(images * 255.0).astype(np.uint8)
 
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Callable, Collection, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,7 +13,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from hypersd_jax.conditioning import Conditioning, PromptEncoder
+from hypersd_jax.conditioning import Conditioning, LongPromptWarning, PromptEncoder, already_warned
 from hypersd_jax.config import Config, StageConfig
 from hypersd_jax.data import Source, prefetch
 from hypersd_jax.data.cache import Cache
@@ -67,7 +69,7 @@ def pairs(source: Source, prompts: PromptEncoder, *, xl: bool) -> Load:
 
     def load(positions: np.ndarray) -> Any:
         batch = source.batch(positions.reshape(-1))
-        ids = tuple(_split(tokens, positions) for tokens in prompts.tokenize(batch.captions))
+        ids = tuple(_split(tokens, positions) for tokens in prompts.tokenize_captions(batch.captions))
         sizes = _split(batch.sizes, positions) if xl else None
         return {"images": _split(batch.images, positions), "ids": ids, "sizes": sizes}
 
@@ -158,6 +160,26 @@ class Inputs:
             return {"latents": latents, "ids": loaded["ids"], "time_ids": loaded["sizes"]}
 
         return feed(stage, before=before, done=done, mesh=self._mesh, load=self._load, finish=finish)
+
+
+@contextmanager
+def telling_of_cut_captions(prompts: PromptEncoder) -> Iterator[None]:
+    """Around a run's stages: warn at their end, in one line, of captions that are longer than the encoder reads.
+
+    Previews are made with captions, so they say nothing of it.
+    """
+    try:
+        with already_warned():
+            yield
+    finally:
+        warn_of_cut_captions(prompts)
+
+
+def warn_of_cut_captions(prompts: PromptEncoder) -> None:
+    """Warn, in one line, of the captions of which the encoder has not read all, if there were any."""
+    line = prompts.caption_cuts.report()
+    if line is not None and jax.process_index() == 0:
+        warnings.warn(line, LongPromptWarning, stacklevel=2)
 
 
 def _split(rows: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -45,7 +45,7 @@ class PromptInputs:
         """Batches {"cond", "places"} of a stage; see `feed`."""
 
         def load(positions: np.ndarray) -> Any:
-            tokens = self._prompts.tokenize(self._source.prompts(positions.reshape(-1)))
+            tokens = self._prompts.tokenize_captions(self._source.prompts(positions.reshape(-1)))
             sizes = None
             if self._resolution:
                 sizes = size_ids(self._resolution, self._resolution, positions.size).reshape(*positions.shape, -1)

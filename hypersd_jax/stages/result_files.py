@@ -28,8 +28,11 @@ def write_picture(path: Path, picture: Image.Image) -> None:
 
 
 def write_strips(path: Path, rows: Sequence[np.ndarray]) -> None:
-    """Rows of equally many pictures (N, H, W, 3) in 0..1, side by side and under one another, as one PNG."""
-    strips = [np.concatenate([np.round(picture * 255.0).astype(np.uint8) for picture in row], axis=1) for row in rows]
+    """Rows of equally many pictures (N, H, W, 3) in 0..1, side by side and under one another; NaN is black."""
+    strips = [
+        np.concatenate([np.round(np.nan_to_num(picture) * 255.0).astype(np.uint8) for picture in row], axis=1)
+        for row in rows
+    ]
     write_picture(path, Image.fromarray(np.concatenate(strips)))
 
 

@@ -17,7 +17,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline, parse_dtype
 from hypersd_jax.stages.comparison import compare
 from hypersd_jax.stages.export import sampling_table, student_path
-from hypersd_jax.stages.feeding import Fed, Inputs
+from hypersd_jax.stages.feeding import Fed, Inputs, telling_of_cut_captions
 from hypersd_jax.stages.inputs import unconditional
 from hypersd_jax.stages.jobs import Factors, Job, Run, check_stage, fresh_factors, make_job, teachers
 from hypersd_jax.stages.loop import (
@@ -55,7 +55,8 @@ def train(config: Config) -> Path:
     if not config.adapter_stages:
         whole = open_whole(config, output)
         create_output(output, config)
-        train_whole(whole)
+        with telling_of_cut_captions(whole.prompts):
+            train_whole(whole)
         return output.root
     run = open_run(config, output)
     check_stages(run)
@@ -66,10 +67,11 @@ def train(config: Config) -> Path:
         print(f"taken over from {config.reuse}: {', '.join(taken)}", file=sys.stderr)
     factors, run.scales = fresh_factors(run, ADAPTER_STREAM, 0)
     students: dict[str, Factors] = {}
-    for index, stage in enumerate(config.adapter_stages):
-        factors = run_stage(run, index, stage, factors, students)
-        if any(stage.name in teachers(later) for later in config.adapter_stages[index + 1 :]):
-            students[stage.name] = factors
+    with telling_of_cut_captions(run.pipe.prompts):
+        for index, stage in enumerate(config.adapter_stages):
+            factors = run_stage(run, index, stage, factors, students)
+            if any(stage.name in teachers(later) for later in config.adapter_stages[index + 1 :]):
+                students[stage.name] = factors
     del factors, students
     if config.compared_samples:
         compare(config, output, run.pipe, run.base_fingerprint)

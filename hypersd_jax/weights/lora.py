@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import warnings
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ import numpy as np
 
 from hypersd_jax.adapters import Adapter, Differences
 from hypersd_jax.errors import UserError
-from hypersd_jax.weights import lora_kohya, lora_peft
+from hypersd_jax.weights import lora_header, lora_kohya, lora_peft
 from hypersd_jax.weights.lora_factors import is_finite
 from hypersd_jax.weights.lora_kinds import decode, rank_of
 from hypersd_jax.weights.lora_match import COMPONENTS, Shapes, Slot, assign, listing, weight_shape
@@ -36,13 +37,14 @@ _ABOUT_FACTORS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, repr=False)
 class LoraReport:
     """What a LoRA file held.
 
     Attributes:
         file: its path.
-        layout: "kohya", "kohya-sgm", "ComfyUI", "PEFT" or "diffusers"; joined by "+" in a file that mixes them.
+        layout: "kohya", "kohya-sgm", "ComfyUI", "OneTrainer", "PEFT" or "diffusers"; joined by "+" in a file that mixes
+            them.
         kinds: number of modules by kind: "LoRA", "LoHa", "LoKr", "full", each also "with DoRA".
         modules: number of adapted modules by component.
         ranks: (smallest, largest); None where no module has a rank.
@@ -50,6 +52,7 @@ class LoraReport:
         scales: (smallest, largest) alpha / rank, as applied.
         dtypes: names of the types in which the factors are stored.
         metadata: the header's.
+        left_out: keys of what came with the LoRA and is not used: embeddings (textual inversion).
     """
 
     file: str
@@ -61,6 +64,18 @@ class LoraReport:
     scales: tuple[float, float]
     dtypes: tuple[str, ...]
     metadata: Mapping[str, str]
+    left_out: tuple[str, ...] = ()
+
+    @property
+    def about_left_out(self) -> str:
+        """What is not used, counted and named; "" for most files."""
+        if not self.left_out:
+            return ""
+        what = "embedding" if len(self.left_out) == 1 else "embeddings"
+        return f"left out, {len(self.left_out)} {what} that came with it: {listing(list(self.left_out))}"
+
+    def __repr__(self) -> str:
+        return f"<{type(self).__name__} {self}>"
 
     def __str__(self) -> str:
         counts = " + ".join(f"{count} {component}" for component, count in self.modules.items())
@@ -69,7 +84,7 @@ class LoraReport:
         return (
             f"{self.file}: {self.layout} {'+'.join(self.kinds)}, {counts} modules, {rank}, {alpha}"
             f" (scale {_span(self.scales)}), {'/'.join(self.dtypes)}"
-        )
+        ) + (f"; {self.about_left_out}" if self.left_out else "")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,7 +124,7 @@ def read_lora(path: str | os.PathLike[str], shapes: Shapes) -> LoraFile:
     file = weights_file(Path(path))
     with open_tensors(file) as tensors:
         metadata = tensors.metadata
-        slots = assign(tensors, shapes)
+        slots, left_out = assign(tensors, shapes)
         configs = lora_peft.read_configs(file, metadata) if any(slot.dotted for slot in slots.values()) else {}
         adapters: dict[str, Adapter] = {}
         differences: dict[str, dict[str, dict[str, np.ndarray]]] = {}
@@ -150,7 +165,10 @@ def read_lora(path: str | os.PathLike[str], shapes: Shapes) -> LoraFile:
         scales=(min(scales), max(scales)),
         dtypes=tuple(sorted(dtypes)),
         metadata=metadata,
+        left_out=tuple(left_out),
     )
+    if left_out:
+        warnings.warn(f"{file}: {report.about_left_out}", stacklevel=2)
     return LoraFile(adapters=adapters, differences=differences, metadata=metadata, report=report)
 
 
@@ -160,6 +178,7 @@ def write_lora(
     *,
     layout: str = "kohya",
     metadata: Mapping[str, Any] | None = None,
+    carried: Mapping[str, str] | None = None,
     dtype: Any = np.float32,
     text_encoders: int | None = None,
     shapes: Shapes | None = None,
@@ -174,7 +193,9 @@ def write_lora(
         adapters: ``{component: adapter}`` with NumPy or JAX leaves.
         layout: "kohya" (diffusers block names), "kohya-sgm" (SDXL under sgm's names, as kohya's trainers write it) or
             "peft" (as diffusers saves it).
-        metadata: more header entries; what is not a string is written as JSON.
+        metadata: more header entries; what is not a string is written as JSON. Among them may be sampling settings
+            (`lora_header.SETTINGS`), which are then marked as ours.
+        carried: the header of the file that this one is made from, of this package or any other.
         dtype: of the stored factors: float32, float16 or ml_dtypes.bfloat16.
         text_encoders: how many text encoders the base has (SDXL: 2), where `adapters` does not show it.
         shapes: of the base, from which kohya's header says what family it is; "kohya-sgm" needs them for its names.
@@ -200,7 +221,8 @@ def write_lora(
                 tensors |= lora_kohya.encode(component, adapter, dtype=dtype, text_encoders=text_encoders, names=names)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    given = {name: value for name, value in (metadata or {}).items() if name not in _ABOUT_FACTORS}
+    entries = {**lora_header.carried(carried or {}), **lora_header.marked(metadata or {})}
+    given = {name: value for name, value in entries.items() if name not in _ABOUT_FACTORS}
     header = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
     if layout != "peft" and shapes is not None:
         header = {**lora_kohya.base_version(shapes), **header}

@@ -60,7 +60,7 @@ def convert_lora(
         dst,
         lora.adapters,
         layout=to,
-        metadata=lora.metadata,
+        carried=lora.metadata,
         dtype=dtype,
         text_encoders=text_encoders_of(shapes),
         shapes=shapes,
@@ -146,7 +146,7 @@ def _own_shapes(sources: Sequence[Source]) -> Shapes | None:
         with open_tensors(weights_file(fetch_lora(source))) as tensors:
             for key in tensors.keys():  # noqa: SIM118
                 parsed = lora_peft.parse(key)
-                if parsed is None or lora_kohya.parse(key) is not None:
+                if parsed is None or key.startswith(lora_kohya.UNSPELLED):
                     return None
                 factors.setdefault((parsed.component or "unet", parsed.module), {})[parsed.role] = tensors.shape(key)
         for (component, module), shape in factors.items():

@@ -7,7 +7,9 @@ A key is a prefix for the component, the module path with underscores for dots, 
     lora_unet_down_blocks_0_resnets_0_conv1.alpha               scalar; the scale is alpha / r, absent means alpha = r
 
 The path is diffusers' or, in SDXL files of kohya's trainers, sgm's (`lora_unet_input_blocks_1_0_in_layers_2`).
-SimpleTuner's prefix is `lycoris_`; ComfyUI saves `diffusion_model.` and sgm's path with dots.
+SimpleTuner's prefix is `lycoris_`; ComfyUI saves `diffusion_model.` and sgm's path with dots, OneTrainer `unet.` and
+sgm's path with dots, `clip_l.` and `clip_g.` for the text encoders (its "OMI" format; earlier `lora_unet.`,
+`lora_clip_l.`), or dots in kohya's own names.
 
 Underscores cannot be turned back into dots without knowing the model, so reading goes through an index of its modules.
 """
@@ -22,7 +24,7 @@ import numpy as np
 
 from hypersd_jax.weights.lora_factors import common_rank, to_torch
 from hypersd_jax.weights.lora_kinds import LOHA, LOKR
-from hypersd_jax.weights.lora_sgm import SDXL_ONLY, sgm_names
+from hypersd_jax.weights.lora_sgm import SDXL_ONLY, sgm_names, spellings
 
 ROLES = {
     "lora_down.weight": "down",
@@ -38,26 +40,35 @@ ROLES = {
 }
 """Suffixes of a key and what they are to its module."""
 
-READ_PREFIXES = {
-    "unet": ("lora_unet_", "lycoris_"),
-    "text_encoder": ("lora_te_", "lora_te1_"),
-    "text_encoder_2": ("lora_te2_",),
+PREFIXES = {
+    "unet": ("lora_unet", "lycoris", "unet", "diffusion_model", "model.diffusion_model"),
+    "text_encoder": (
+        "lora_te",
+        "lora_te1",
+        "text_encoder",
+        "clip_l",
+        "lora_clip_l",
+        "text_encoders.clip_l.transformer",
+        "text_encoders.clip_h.transformer",
+    ),
+    "text_encoder_2": ("lora_te2", "text_encoder_2", "clip_g", "lora_clip_g", "text_encoders.clip_g.transformer"),
 }
-_COMFY_PREFIXES = {
-    "text_encoder": ("text_encoders.clip_l.transformer.", "text_encoders.clip_h.transformer."),
-    "text_encoder_2": ("text_encoders.clip_g.transformer.",),
-}
-_COMFY_UNET = "diffusion_model."
-_STARTS = ("lora_", "lycoris_", _COMFY_UNET, "text_encoders.")
+"""What a component is called at the beginning of a key, by kohya, SimpleTuner, OneTrainer and ComfyUI."""
+
+UNSPELLED = ("lora_", "lycoris_", "diffusion_model.", "text_encoders.")
+"""How keys begin that do not spell the module's path out as diffusers has it."""
+
+_COMFY = ("diffusion_model.", "model.diffusion_model.", "text_encoders.")
+_STARTS = tuple(f"{prefix}{mark}" for prefixes in PREFIXES.values() for prefix in prefixes for mark in "._")
 _SUFFIX = re.compile(rf"(?P<name>.+?)\.(?P<suffix>{'|'.join(map(re.escape, ROLES))})")
 
 
 class Target(NamedTuple):
-    """A module of the base, and the layout that names it so."""
+    """A module of the base, and whether the name that led to it is sgm's."""
 
     component: str
     module: str
-    layout: str
+    sgm: bool
 
 
 def parse(key: str) -> tuple[str, str] | None:
@@ -69,28 +80,37 @@ def parse(key: str) -> tuple[str, str] | None:
 
 
 def module_index(shapes: Mapping[str, Mapping[str, Any]], leaf: str = "kernel") -> dict[str, Target]:
-    """``{name in a kohya file: target}`` for every module that has a `leaf`.
+    """``{name in a file, underscores for dots: target}`` for every module that has a `leaf`; see `find`.
 
     Args:
         shapes: ``{component: {parameter path: anything}}``.
         leaf: "kernel", or "scale" for the norms.
     """
-    index = {}
+    index: dict[str, Target] = {}
     for component, parameters in shapes.items():
-        modules = [path.removesuffix("." + leaf) for path in parameters if path.endswith("." + leaf)]
-        for module in modules:
-            for prefix in READ_PREFIXES.get(component, ()):
-                index[prefix + _underscored(component, module)] = Target(component, module, "kohya")
-            for prefix in _COMFY_PREFIXES.get(component, ()):
-                index[prefix + _prefixed(module)] = Target(component, module, "ComfyUI")
-        if component == "unet":
-            every = {path.rpartition(".")[0] for path in parameters}
-            for module, name in sgm_names(every).items():
-                if f"{module}.{leaf}" in parameters:
-                    for prefix in READ_PREFIXES["unet"]:
-                        index[prefix + name.replace(".", "_")] = Target(component, module, "kohya-sgm")
-                    index[_COMFY_UNET + name] = Target(component, module, "ComfyUI")
+        prefixes = [prefix.replace(".", "_") for prefix in PREFIXES.get(component, ())]
+        every = {path.rpartition(".")[0] for path in parameters}
+        sgm = sgm_names(every) if component == "unet" else {}
+        for module in (path.removesuffix("." + leaf) for path in parameters if path.endswith("." + leaf)):
+            spelled = [(_underscored(component, module), False)]
+            spelled += [(name.replace(".", "_"), True) for name in spellings(sgm[module])] if module in sgm else []
+            for name, is_sgm in spelled:
+                index |= {f"{prefix}_{name}": Target(component, module, is_sgm) for prefix in prefixes}
     return index
+
+
+def find(index: Mapping[str, Target], name: str) -> Target | None:
+    """The module that a file calls by this name, with dots or underscores; None where the base has none such."""
+    return index.get(name.replace(".", "_"))
+
+
+def layout_of(name: str, target: Target | None) -> str:
+    """What a layout is called in which a module with kohya's factors has this name."""
+    if name.startswith(_COMFY):
+        return "ComfyUI"
+    if "." in name:
+        return "OneTrainer"
+    return "kohya-sgm" if target is not None and target.sgm else "kohya"
 
 
 def encode(

@@ -19,6 +19,9 @@ Shapes = Mapping[str, Mapping[str, Any]]
 
 COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
+LEFT_OUT = ("bundle_emb.",)
+"""Keys of what may come beside a LoRA and is not used here: embeddings (textual inversion) bundled with it."""
+
 # What is recognised only to be refused by name.
 _UNSUPPORTED = tuple(
     (re.compile(pattern), kind)
@@ -30,9 +33,13 @@ _UNSUPPORTED = tuple(
         (r"\.lora_embedding_[AB]$", "embedding LoRA"),
         (r"\.lora_[AB]\.bias$|\.lora_(down|up)\.bias$|\.lora_bias$", "LoRA with biases"),
         (
-            r"^(lora_transformer_|lora_te3_|transformer\.|diffusion_model\.(?!input_|middle_|output_|time_|label_|out\.))",
+            r"^(lora_transformer[._]|lora_te3[._]|transformer\.|t5[a-z]*\."
+            r"|diffusion_model\.(?!input_|middle_|output_|time_|label_|out\.)"
+            r"|lora_unet_(double|single|joint)_(transformer_)?blocks_|lora_unet_(transformer_blocks|blocks|layers)_)",
             "a transformer model's LoRA (FLUX, SD3)",
         ),
+        (r"^lora_prior", "Stable Cascade LoRA"),
+        (r"^(unet|text_encoder):\d+:(up|down)$", "numbered LoRA (the first trainers' layout)"),
     )
 )
 
@@ -46,7 +53,7 @@ class Slot:
 
     Attributes:
         name: the module as the file spells it, without component.
-        layout: "kohya", "kohya-sgm", "ComfyUI", "PEFT" or "diffusers".
+        layout: "kohya", "kohya-sgm", "ComfyUI", "OneTrainer", "PEFT" or "diffusers".
         component: as the file names it; None where it does not.
         keys: ``{role of `lora_kinds`: key}``.
     """
@@ -79,37 +86,28 @@ class Slot:
 Slots = dict[tuple[str, str], Slot]
 
 
-def assign(tensors: TensorFile, shapes: Shapes) -> Slots:
-    """The module of the base and the role of every key of the file.
+def assign(tensors: TensorFile, shapes: Shapes) -> tuple[Slots, list[str]]:
+    """The module of the base and the role of every key of the file, and the keys that are left out (`LEFT_OUT`).
 
     Raises:
         UserError: a key is of an unsupported kind, matches no module, matches one twice, lacks its partner, or has the
             wrong shape; or the file is no LoRA at all.
     """
-    keys = tensors.keys()
+    left_out = [key for key in tensors.keys() if key.startswith(LEFT_OUT)]  # noqa: SIM118
+    keys = [key for key in tensors.keys() if not key.startswith(LEFT_OUT)]  # noqa: SIM118
     _refuse_unsupported(tensors.path, keys)
     index, norms = lora_kohya.module_index(shapes), lora_kohya.module_index(shapes, "scale")
     bare = _component_of_bare_keys(tensors, shapes)
     slots: Slots = {}
     unknown: list[str] = []
-    recognised = 0
-    for key in keys:
-        kohya, dotted = lora_kohya.parse(key), lora_peft.parse(key)
-        target: tuple[str, str] | None = None
-        if kohya is not None:
-            name, role = kohya
-            found = index.get(name) or (norms.get(name) if role in ("full", "bias") else None)
-            target = None if found is None else (found.component, found.module)
-            slot = Slot(name=name, layout="kohya" if found is None else found.layout)
-        elif dotted is not None:
-            component = dotted.component or bare
-            module = lora_peft.locate(component, dotted.module, shapes.get(component, {}))
-            target, role = None if module is None else (component, module), dotted.role
-            slot = Slot(name=dotted.module, layout=dotted.layout, component=dotted.component)
-        else:
-            unknown.append(key)
+    unread: list[str] = []
+    # Alpha is spelled alike in several layouts, so that its partners say which one it is.
+    for key in sorted(keys, key=lambda key: key.endswith(".alpha")):
+        found = _kohya_slot(key, index, norms) or _dotted_slot(key, shapes, bare, index)
+        if found is None:
+            unread.append(key)
             continue
-        recognised += 1
+        target, role, slot = found
         if target is None:
             unknown.append(key)
             continue
@@ -117,14 +115,57 @@ def assign(tensors: TensorFile, shapes: Shapes) -> Slots:
         if role in slot.keys:
             raise UserError(f"{tensors.path}: {slot.keys[role]} and {key} are both for {'.'.join(target)}")
         slot.keys[role] = key
-    if not recognised:
-        raise UserError(f"{tensors.path}: is not a LoRA file: {listing(keys) or 'it holds no tensors'}")
+    if not slots and not unknown:
+        raise UserError(f"{tensors.path}: is not a LoRA file: {listing(keys or left_out) or 'it holds no tensors'}")
     if unknown:
         hint = _family_hint(tensors, shapes)
         raise UserError(f"{tensors.path}: no such module in this base{hint}: {listing(unknown)}")
+    if unread:
+        raise UserError(f"{tensors.path}: no such module or tensor is known in any layout: {listing(unread)}")
     _refuse_incomplete(tensors.path, slots)
     _refuse_misfits(tensors, slots, shapes)
-    return slots
+    return slots, left_out
+
+
+Index = Mapping[str, lora_kohya.Target]
+Found = tuple[tuple[str, str] | None, str, Slot]
+"""The module that a key belongs to, None where the base has none such; its role; and the slot that it would begin."""
+
+
+def _kohya_slot(key: str, index: Index, norms: Index) -> Found | None:
+    """A key with kohya's factors, under any program's names; None for other keys."""
+    parsed = lora_kohya.parse(key)
+    if parsed is None:
+        return None
+    name, role = parsed
+    target = lora_kohya.find(index, name)
+    if target is None and role in ("full", "bias"):
+        target = lora_kohya.find(norms, name)
+    if target is None and lora_peft.parse(key) is not None:  # PEFT's alpha, of a module without a name in the index
+        return None
+    slot = Slot(name=name, layout=lora_kohya.layout_of(name, target))
+    return None if target is None else (target.component, target.module), role, slot
+
+
+def _dotted_slot(key: str, shapes: Shapes, bare: str, index: Index) -> Found | None:
+    """A key with PEFT's or diffusers' factors; None for other keys.
+
+    Args:
+        key: of the file.
+        shapes: of the base.
+        bare: the component of keys that name none.
+        index: of names that are not diffusers' paths.
+    """
+    dotted = lora_peft.parse(key)
+    if dotted is None:
+        return None
+    component = dotted.component or bare
+    module = lora_peft.locate(component, dotted.module, shapes.get(component, {}))
+    slot = Slot(name=dotted.module, layout=dotted.layout, component=dotted.component)
+    if module is not None:
+        return (component, module), dotted.role, slot
+    target = lora_kohya.find(index, f"{component}.{dotted.module}") or lora_kohya.find(index, dotted.module)
+    return None if target is None else (target.component, target.module), dotted.role, slot
 
 
 def _component_of_bare_keys(tensors: TensorFile, shapes: Shapes) -> str:
@@ -186,20 +227,22 @@ def weight_shape(shapes: Shapes, component: str, module: str) -> tuple[int, ...]
 
 def _family_hint(tensors: TensorFile, shapes: Shapes) -> str:
     """The width of the text that the file and the base attend to, where they differ: it tells the families apart."""
-    ends = (
-        "attn2_to_k.lora_down.weight",
-        "attn2_to_k.hada_w1_b",
-        "attn2.to_k.lora_A.weight",
-        "attn2.to_k.lora.down.weight",
-    )
-    keys = tensors.keys()
-    downs = (tensors.shape(key) for key in keys if key.endswith(ends))
-    theirs = next((down[1] for down in downs if len(down) > 1), None)
+    theirs = next(filter(None, (_attended(tensors, key) for key in tensors.keys())), None)  # noqa: SIM118
     kernels = (value.shape for path, value in shapes.get("unet", {}).items() if path.endswith("attn2.to_k.kernel"))
     ours = next((kernel[-2] for kernel in kernels), None)
     if theirs is None or ours is None or theirs == ours:
         return ""
     return f" (the LoRA is for a model with cross-attention width {theirs}, this one has {ours})"
+
+
+def _attended(tensors: TensorFile, key: str) -> int | None:
+    """How many inputs the key's module has, if it is one that attends to the text and the key tells."""
+    kohya, dotted = lora_kohya.parse(key), lora_peft.parse(key)
+    name, role = kohya or ((dotted.module, dotted.role) if dotted else ("", ""))
+    shape = tensors.shape(key)
+    if name.endswith(("attn2_to_k", "attn2.to_k")) and role in ("down", "hada_w1_b") and len(shape) > 1:
+        return shape[1]
+    return None
 
 
 def listing(names: list[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import numpy as np
 
 from hypersd_jax.adapters import Adapter, Truncated, concatenate, difference_delta, low_rank, reduced, scaled
 from hypersd_jax.errors import UserError
+from hypersd_jax.weights import lora_header
 from hypersd_jax.weights.lora import LoraFile, write_lora
 from hypersd_jax.weights.lora_convert import (
     Source,
@@ -38,7 +38,7 @@ def merge_loras(
 
     Args:
         files: ``[(file or folder, scale), ...]``; one alone may be given, to compress or rescale it.
-        dst: the file to write. A header entry is kept where no two files disagree about it; `merged_from` is added.
+        dst: the file to write. Its header: see `lora_header.merged`; `merged_from` is added.
         rank: of every module, None for the sum of the files' ranks.
         to: "kohya", "kohya-sgm" or "peft".
         base: see `convert_lora`.
@@ -77,7 +77,8 @@ def merge_loras(
         dst,
         merged,
         layout=to,
-        metadata=_metadata(files, loras),
+        metadata={"merged_from": [f"{Path(source).name}@{scale:g}" for source, scale in files]},
+        carried=lora_header.merged([lora.metadata for lora in loras]),
         dtype=common_dtype(loras),
         text_encoders=text_encoders_of(shapes),
         shapes=shapes,
@@ -117,12 +118,3 @@ def _refuse_what_does_not_merge(lora: LoraFile, rank: int | None) -> None:
                 raise UserError(f"{where}: a change of a bias or norm cannot be written as a LoRA")
             if rank is None:
                 raise UserError(f"{where}: LoHa, LoKr and full differences merge only with a rank to cut them to")
-
-
-def _metadata(files: Sequence[tuple[Source, float]], loras: Sequence[LoraFile]) -> dict[str, Any]:
-    stated: dict[str, set[str]] = {}
-    for lora in loras:
-        for name, value in lora.metadata.items():
-            stated.setdefault(name, set()).add(value)
-    agreed = {name: values.pop() for name, values in stated.items() if len(values) == 1}
-    return {**agreed, "merged_from": json.dumps([f"{Path(source).name}@{scale:g}" for source, scale in files])}

@@ -34,7 +34,7 @@ COMPONENTS = ("unet", "text_encoder_2", "text_encoder")
 _SPELLINGS = tuple(
     (re.compile(pattern + "$"), module, layout)
     for pattern, module, layout in (
-        (r"(?P<module>.+)\.lora_(?P<role>A|B)(?:\.default)?\.weight", r"\g<module>", "PEFT"),
+        (r"(?P<module>.+)\.lora_(?P<role>A|B)(?:\.\w+)?\.weight", r"\g<module>", "PEFT"),
         (r"(?P<module>.+)\.lora(?:_linear_layer)?\.(?P<role>down|up)\.weight", r"\g<module>", "diffusers"),
         (
             r"(?P<module>.+)\.processor\.to_(?P<n>[qkv])_lora\.(?P<role>down|up)\.weight",
@@ -47,7 +47,7 @@ _SPELLINGS = tuple(
             r"\g<module>.\g<n>_proj",
             "diffusers",
         ),
-        (r"(?P<module>.+)\.lora_(?P<role>magnitude)_vector(?:\.default)?(?:\.weight)?", r"\g<module>", "PEFT"),
+        (r"(?P<module>.+)\.lora_(?P<role>magnitude)_vector(?:\.(?!weight)\w+)?(?:\.weight)?", r"\g<module>", "PEFT"),
         (r"(?P<module>.+)\.(?P<role>alpha)", r"\g<module>", "PEFT"),
     )
 )

@@ -58,6 +58,13 @@ def sgm_names(modules: Iterable[str]) -> dict[str, str]:
     return names
 
 
+def spellings(name: str) -> tuple[str, ...]:
+    """All ways to spell one of `sgm_names`: OneTrainer counts an attention before every upsampler of SD 1.x and 2.x."""
+    if name.startswith("output_blocks.") and name.endswith(".1.conv"):
+        return name, name.removesuffix(".1.conv") + ".2.conv"
+    return (name,)
+
+
 def _blocks(modules: set[tuple[str, ...]]) -> Iterator[tuple[str, str]]:
     """(our name, sgm's) of every resnet, attention, down- and upsampler that there may be."""
     parts = {module[:4] for module in modules}

@@ -23,13 +23,16 @@ Params = Mapping[str, Mapping[str, jax.Array]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedLora:
-    """One LoRA as loaded: adapters and differences by component at the file's own strength, the user's scale beside."""
+    """One LoRA as loaded: adapters and differences by component at the file's own strength, the user's scale beside.
+
+    ``origin`` is its file; None of one that was given in memory.
+    """
 
     adapters: Mapping[str, Adapter]
     differences: Mapping[str, Differences]
     scale: float
     metadata: Mapping[str, str]
-    origin: str
+    origin: str | None
 
 
 class LoraStack:
@@ -71,7 +74,7 @@ class LoraStack:
             differences=differences or {},
             scale=scale,
             metadata=metadata or {},
-            origin=origin or f"LoRA {name}",
+            origin=origin,
         )
         self._changed()
 
@@ -90,9 +93,9 @@ class LoraStack:
             del self._loras[name]
         self._changed()
 
-    def last(self) -> LoadedLora | None:
-        """The LoRA that was loaded last."""
-        return next(reversed(self._loras.values()), None)
+    def loaded(self) -> dict[str, LoadedLora]:
+        """The LoRAs by name, in loading order."""
+        return dict(self._loras)
 
     def adapters(self) -> dict[str, Adapter]:
         """One adapter a component, its ranks padded to a common bucket; {} without LoRAs."""

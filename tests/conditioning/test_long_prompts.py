@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from hypersd_jax.conditioning import PromptEncoder, load_tokenizer
-from hypersd_jax.conditioning.long_prompts import bare_tokens
+from hypersd_jax.conditioning.long_prompts import CutCounter, LongPromptWarning, bare_tokens
 from hypersd_jax.models.clip_text import TextOutput
 from hypersd_jax.weights.components import assets
 from hypersd_jax.weights.tokenizers import tokenizer_files
@@ -100,3 +100,79 @@ def test_a_single_window_encodes_as_before(encoder):
     windowed = encoder.encode(params, [jnp.asarray(part) for part in encoder.tokenize([SHORT], windows=1)])
     np.testing.assert_array_equal(plain.context, windowed.context)
     np.testing.assert_array_equal(plain.pooled, windowed.pooled)
+
+
+# Byte-level BPE gives each of these three tokens.
+HAN = "".join(chr(0x4E05 + 37 * i) for i in range(60))
+
+
+def test_rare_characters_are_counted_in_tokens(encoder, tokenizer):
+    count = len(bare_tokens(tokenizer, HAN))
+    assert count == 180
+    windows = encoder.windows([SHORT, HAN])
+    assert windows == 13  # of 14 tokens
+    inner = encoder.tokenize([HAN], windows=windows)[0][0][:, 1:]
+    found = inner[(inner != tokenizer.eos_token_id) & (inner != tokenizer.pad_token_id)]
+    np.testing.assert_array_equal(found, bare_tokens(tokenizer, HAN))
+
+
+def test_what_is_cut_of_rare_characters_is_shown_as_they_are(encoder):
+    """A window of 14 tokens ends within the fifth character, which is then not read."""
+    short = HAN[:5]
+    assert len(short) < LENGTH - 2
+    with pytest.warns(LongPromptWarning, match=f"^the prompt is longer than 14 tokens; ignored: '{short[4]}'$"):
+        encoder.tokenize([short])
+
+
+@pytest.mark.parametrize("count", [13, 14, 15, 27, 28, 29])
+def test_nothing_is_said_of_a_prompt_that_just_fits(encoder, tokenizer, recwarn, count):
+    word = next(w for w in ("apple", "cat", "red") if len(bare_tokens(tokenizer, w)) == 1)
+    prompt = " ".join([word] * count)
+    encoder.tokenize([prompt])
+    assert len(recwarn) == (count > 14)
+    assert len(encoder.cuts([prompt])) == (count > 14)
+
+
+# Longer once in the tokenizer's normal form: U+0958 is two characters there, U+0130 becomes two in lower case.
+@pytest.mark.parametrize("text", ["\u0958", "\u0130", "\ufb2c", "\u1f82"])
+def test_texts_that_normalisation_lengthens(encoder, tokenizer, text):
+    prompt = text * 3
+    tokens = bare_tokens(tokenizer, prompt)
+    assert encoder.windows([prompt]) == -(-len(tokens) // 14)
+    assert bool(encoder.cuts([prompt])) == (len(tokens) > 14)
+
+
+def test_many_cut_prompts_are_one_warning(encoder):
+    prompts = [f"{LONG} {number}" for number in range(20)]
+    with pytest.warns(
+        LongPromptWarning, match=r"^20 prompts are longer than 14 tokens; ignored, for example of 'a ca"
+    ) as said:
+        encoder.tokenize([*prompts, SHORT, *prompts])
+    assert len(said) == 1
+
+
+def test_two_encoders_of_other_sizes(tokenizer):
+    """What either of them does not read is ignored; windows are as many as the smaller one needs."""
+    both = PromptEncoder(
+        names=("text_encoder", "text_encoder_2"),
+        tokenizers=(tokenizer, tokenizer),
+        networks=(count_up, count_up),
+        lengths=(LENGTH, 8),
+        penultimate=True,
+    )
+    (cut,) = both.cuts([HAN[:4]])
+    assert (cut.ignored, cut.room) == (HAN[2:4], 6)
+    assert both.windows([HAN[:4]]) == 2
+    assert both.cuts([HAN[:2]]) == []
+
+
+def test_captions_are_counted_once_each(encoder, recwarn):
+    for _ in range(2):
+        encoder.tokenize_captions([SHORT, LONG, HAN, LONG])
+    encoder.tokenize_captions([SHORT])
+    assert len(recwarn) == 0
+    line = encoder.caption_cuts.report()
+    assert line.startswith(
+        "2 captions are longer than the 14 tokens that the text encoder reads; ignored, for example of "
+    )
+    assert CutCounter().report() is None

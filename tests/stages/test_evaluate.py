@@ -270,6 +270,29 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.filterwarnings("default")
+def test_images_that_are_not_finite_are_not_measured(
+    model: Path, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Nor is every long prompt told of by a line of its own."""
+    prompts = tmp_path / "prompts.txt"
+    han = "".join(chr(0x4E05 + 37 * i) for i in range(9))  # 27 tokens, of which 22 are read
+    prompts.write_text("".join(f"{han} {number}\n" for number in range(5)), encoding="utf-8")
+    call = ["--prompts-file", prompts, "--reference", "none", "--steps", STEPS, "--sampler", "ddim", "--guidance", 1]
+    with pytest.raises(SystemExit) as stop:
+        run(model, tmp_path / "out", *call, "--lora", f"{lora}@1e30")
+    assert stop.value.code == 2
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("hypersd: ")]
+    assert lines[0].startswith(
+        f"hypersd: warning: {N} prompts are longer than 22 tokens; ignored, for example of '{han} 0': "
+    )
+    assert lines[1].startswith("hypersd: of 2 images 1, 2 are not finite (NaN or infinity): a LoRA, its scale ")
+    assert lines[1].endswith(f"; the first is of '{han} 0'")
+    assert len(lines) == 2
+    assert not (tmp_path / "out" / "results.json").exists()
+    assert not list(tmp_path.glob("out/cache/*"))
+
+
 def test_a_folder_with_too_few_pictures(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = tmp_path / "pictures"
     folder.mkdir()
