@@ -10,7 +10,9 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from hypersd_jax.evaluation import plain_table, strip
 from hypersd_jax.weights.tensors import replacing
 
 
@@ -21,16 +23,26 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         temporary.write_text(json.dumps(clean, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def write_picture(path: Path, picture: Image.Image) -> None:
+def write_picture(path: Path, picture: Image.Image, info: PngInfo | None = None) -> None:
     """A picture as PNG."""
     with replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
+        picture.save(temporary, format="PNG", pnginfo=info)
 
 
-def write_strips(path: Path, rows: Sequence[np.ndarray]) -> None:
-    """Rows of equally many pictures (N, H, W, 3) in 0..1, side by side and under one another, as one PNG."""
-    strips = [np.concatenate([np.round(picture * 255.0).astype(np.uint8) for picture in row], axis=1) for row in rows]
-    write_picture(path, Image.fromarray(np.concatenate(strips)))
+def write_strips(path: Path, rows: Sequence[np.ndarray], prompts: Sequence[str] = ()) -> None:
+    """Rows of N images (N, H, W, 3) in 0..1, side by side under their N prompts, as one PNG."""
+    write_picture(path, *strip(rows, prompts))
+
+
+def printed_table(file: Path, keys: Sequence[str] | None, encoding: str | None) -> str:
+    """The rows of a results.json as a table for a terminal of this encoding; ``keys`` as in `plain_table`."""
+    text = plain_table(json.loads(file.read_text(encoding="utf-8")), keys=keys)
+    known = encoding or "ascii"
+    try:
+        "±".encode(known)
+    except UnicodeEncodeError:
+        text = text.replace(" ± ", " +- ")
+    return text.encode(known, errors="replace").decode(known)
 
 
 def _finite(value: Any) -> Any:
