@@ -86,7 +86,7 @@ def _characters(text: str) -> frozenset[int]:
 @functools.lru_cache(maxsize=256)
 def _font_file(characters: frozenset[int]) -> str:
     """The font that lacks the fewest characters; of equal ones the first, DejaVu before the machine's."""
-    own = font_manager.findfont("DejaVu Sans", fallback_to_default=True)
+    own = str(font_manager.findfont("DejaVu Sans"))
     best, lacking = own, len(characters - _glyphs(own))
     for file in _installed() if lacking else ():
         missing = len(characters - _glyphs(file))

@@ -6,7 +6,7 @@ import dataclasses
 import html
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, TypeGuard
 
 from matplotlib.ticker import NullFormatter, NullLocator
 
@@ -18,6 +18,8 @@ METRICS = (
     ("distance", "Distance to the teacher's many-step images", "lower is nearer"),
     ("clip_gain", "Gain in text match", "higher is better"),
 )
+# A level that is this much higher than all points would leave them a line at the bottom, and is only named.
+STRETCH = 3.0
 AXES = (("steps", "sampling steps"), ("calls", "UNet calls an image"))
 
 
@@ -50,16 +52,22 @@ def quality_section(series: Sequence[Series], floor: Floor | None = None) -> str
     """The plots as HTML, for each metric that two points have, under one legend; nothing where none has."""
     charts = []
     for key, title, better in METRICS:
-        if sum(len(each.points("steps", key)) for each in series) < 2:
+        values = [value for each in series for _, value, _ in each.points("steps", key)]
+        if len(values) < 2:
             continue
-        for x, label in AXES:
-            svg = _plot(series, floor, x, key, label=f"{title} against {label}", axis=label)
-            text = f"{title} against {label}; {better}"
-            charts.append(f"<figure>\n<figcaption>{html.escape(text)}</figcaption>\n{svg}\n</figure>\n")
-    return f'{_legend(series, floor)}<div class="charts">\n{"".join(charts)}</div>\n' if charts else ""
+        found = None if floor is None else floor.row.get(key)
+        level = float(found) if _known(found) else None
+        inside = level is not None and level <= STRETCH * max(values)
+        told = "" if floor is None or level is None else f"; {'dashed: ' if inside else ''}{floor.name}, {level:.3g}"
+        for x, axis in AXES:
+            label = f"{title} against {axis}"
+            svg = _plot(series, level if inside else None, x, key, label=label, axis=axis)
+            text = html.escape(f"{label}; {better}{told}")
+            charts.append(f"<figure>\n<figcaption>{text}</figcaption>\n{svg}\n</figure>\n")
+    return f'{_legend(series)}<div class="charts">\n{"".join(charts)}</div>\n' if charts else ""
 
 
-def _plot(series: Sequence[Series], floor: Floor | None, x: str, y: str, *, label: str, axis: str) -> str:
+def _plot(series: Sequence[Series], level: float | None, x: str, y: str, *, label: str, axis: str) -> str:
     costs: set[float] = set()
     with plot(label, x=axis) as drawn:
         axes = drawn.axes
@@ -71,8 +79,8 @@ def _plot(series: Sequence[Series], floor: Floor | None, x: str, y: str, *, labe
             style: dict[str, Any] = {"color": COLOURS[number % len(COLOURS)], "marker": MARKERS[number % len(MARKERS)]}
             axes.errorbar(at, values, yerr=errors, capsize=2.5, linewidth=1.4, markersize=4.5, **style)
             costs |= set(at)
-        if floor is not None and _known(floor.row.get(y)):
-            axes.axhline(floor.row[y], color=INK, alpha=0.45, linestyle="--", linewidth=1.0)
+        if level is not None:
+            axes.axhline(level, color=INK, alpha=0.45, linestyle="--", linewidth=1.0)
         axes.set_xscale("log", base=2)
         axes.xaxis.set_minor_locator(NullLocator())
         axes.xaxis.set_minor_formatter(NullFormatter())
@@ -80,18 +88,15 @@ def _plot(series: Sequence[Series], floor: Floor | None, x: str, y: str, *, labe
     return drawn.svg
 
 
-def _legend(series: Sequence[Series], floor: Floor | None) -> str:
+def _legend(series: Sequence[Series]) -> str:
     """A mark and a name for each, in the page's own letters."""
-    entries = [
-        (f'<i style="background:{COLOURS[number % len(COLOURS)]}"></i>', each.name)
+    items = "".join(
+        f'<li><i style="background:{COLOURS[number % len(COLOURS)]}"></i><bdi>{html.escape(each.name)}</bdi></li>\n'
         for number, each in enumerate(series)
         if any(each.points("steps", key) for key, _, _ in METRICS)
-    ]
-    if floor is not None:
-        entries.append(('<i class="dashed"></i>', floor.name))
-    items = "".join(f"<li>{mark}<bdi>{html.escape(name)}</bdi></li>\n" for mark, name in entries)
+    )
     return f'<ul class="legend">\n{items}</ul>\n'
 
 
-def _known(value: Any) -> bool:
+def _known(value: Any) -> TypeGuard[int | float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

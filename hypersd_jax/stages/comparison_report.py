@@ -126,7 +126,10 @@ def quality_series(rows: Sequence[Row]) -> tuple[list[Series], Floor | None]:
         series.append(Series(name=f"students: {', '.join(single)}", rows=tuple(single.values())))
     series += [Series(name=name, rows=tuple(found)) for name, found in students.items() if len(found) > 1]
     floors = [row for row in rows if row["model"] == OTHER_LATENTS]
-    return series, Floor(name="teacher at 25 steps from other latents", row=floors[0]) if floors else None
+    if not floors:
+        return series, None
+    name = f"{steps_text(floors[0]['steps'])} of the teacher from other latents"
+    return series, Floor(name=name, row=floors[0])
 
 
 def _summary(rows: Sequence[Row]) -> list[str]:
@@ -138,6 +141,7 @@ def _summary(rows: Sequence[Row]) -> list[str]:
             lines.append(
                 f"{row['model']}: {steps_text(row['steps'])}, {abs(row['margin']):.4f} ± {row['margin_se']:.4f} {side} "
                 f"the teacher's {many}-step pictures than the teacher itself at as many network calls ({row['rival']})."
+                + (" That is within twice its error." if abs(row["margin"]) < 2 * row["margin_se"] else "")
             )
     return lines
 

@@ -12,6 +12,7 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+from hypersd_jax.evaluation import COMPACT as COMPACT
 from hypersd_jax.evaluation import plain_table, strip
 from hypersd_jax.weights.tensors import replacing
 
