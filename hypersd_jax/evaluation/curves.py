@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.ticker import NullFormatter
+from matplotlib.ticker import MaxNLocator, NullFormatter
 
 from hypersd_jax.errors import UserError
 from hypersd_jax.evaluation.svg import COLOURS, plot
@@ -84,6 +84,7 @@ def _curve(points: Sequence[tuple[int, float]], label: str, colour: str) -> str:
         smooth = _running_mean(values, max(1, len(values) // 25))
         axes.plot(steps[::stride], smooth[::stride], color=colour, linewidth=1.8, marker=marker)
         axes.margins(x=0.01)
+        axes.xaxis.set_major_locator(MaxNLocator("auto", integer=True))
     return drawn.svg
 
 

@@ -153,7 +153,7 @@ def _charts(title: str, panels: Mapping[str, str]) -> str:
 def _grid(caption: str, picture: Image.Image) -> str:
     text = _text(caption)
     # Where it would shrink beyond reading, on a phone, it is scrolled.
-    least = min(picture.width, max(320, picture.width // 2))
+    least = picture.width * 3 // 4
     image = _image(picture, text, f' style="min-width: {least}px"')
     return (
         f'<figure class="grid">\n<figcaption>{text}</figcaption>\n<div class="scroll" tabindex="0">{image}</div>\n'

@@ -16,6 +16,9 @@ from hypersd_jax.evaluation import COMPACT as COMPACT
 from hypersd_jax.evaluation import plain_table, strip
 from hypersd_jax.weights.tensors import replacing
 
+# What stands for a sign where a terminal cannot show it.
+PLAIN = {" ± ": " +- ", "\N{EN DASH}": "-", "\N{HORIZONTAL ELLIPSIS}": "."}
+
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
     """Rows of a table as JSON, which has no NaN: a standard error that is not known is null."""
@@ -39,10 +42,11 @@ def printed_table(file: Path, keys: Sequence[str] | None, encoding: str | None) 
     """The rows of a results.json as a table for a terminal of this encoding; ``keys`` as in `plain_table`."""
     text = plain_table(json.loads(file.read_text(encoding="utf-8")), keys=keys)
     known = encoding or "ascii"
-    try:
-        "±".encode(known)
-    except UnicodeEncodeError:
-        text = text.replace(" ± ", " +- ")
+    for sign, plain in PLAIN.items():
+        try:
+            sign.encode(known)
+        except UnicodeEncodeError:
+            text = text.replace(sign, plain)
     return text.encode(known, errors="replace").decode(known)
 
 
