@@ -34,20 +34,19 @@ from tests.helpers.tiny_xl import tiny_xl
 
 CAPTIONS = ("a red <b>square</b>", "b " * 300, "$5_to_$6 \N{GRINNING FACE} & more", "\N{ARABIC LETTER SEEN} d", "plain")
 SAMPLES, MANY = 7, 6
-RECIPE = (
-    """
-output_dir: {output}
+RECIPE = f"""
+output_dir: {{output}}
 seed: 3
-model: {model}
-data: {{source: {data}, resolution: 16}}
-lora: {{rank: 4}}
-log: {{tensorboard: false, compilation_cache: false, sample_every: 1}}
-evaluation: {{samples: %d, batch_size: 4}}
+model: {{model}}
+data: {{{{source: {{data}}, resolution: 16}}}}
+lora: {{{{rank: 4}}}}
+log: {{{{tensorboard: false, compilation_cache: false, sample_every: 1}}}}
+evaluation: {{{{samples: {SAMPLES}, batch_size: 4}}}}
 stages:
-  - {{name: tscd-16, k: 2, solver_steps: 4, updates: 3, batch_size: 2, learning_rate: 1.0e-2, ema: 0.5}}
+  - {{{{name: tscd-16, k: 2, solver_steps: 4, updates: 3, batch_size: 2, learning_rate: 1.0e-2, ema: 0.5}}}}
 """
-    % SAMPLES
-)
+# One of the captions is as long as captions get.
+pytestmark = pytest.mark.filterwarnings("ignore:the prompt is longer than")
 
 
 def looked(images: np.ndarray) -> np.ndarray:
@@ -231,7 +230,7 @@ def test_a_unified_lora_and_a_one_step_unet_of_an_xl_model(tmp_path: Path) -> No
     output, pipe = Output(Path(config.output_dir)), Pipeline.from_pretrained(model)
     create_output(output, config)
     adapter = random_adapter(pipe.components.unet.shapes, 1, scale=0.5)
-    unified, one = config.adapter_stages
+    unified, _ = config.adapter_stages
     export_student(output.loras / "unified.safetensors", adapter, unified, pipe.components, base_fingerprint="x")
     export_model(output.models / "one", pipe.components.params["unet"], pipe.components)
     rows = compare(config, output, pipe, "x", prompts=CAPTIONS)
@@ -250,10 +249,7 @@ def test_a_unified_lora_and_a_one_step_unet_of_an_xl_model(tmp_path: Path) -> No
 
 
 def test_what_the_teacher_is_compared_at() -> None:
-    stages = [
-        {"name": "a", "k": 8, "updates": 1, "batch_size": 1},
-        {"name": "b", "k": 5, "updates": 1, "batch_size": 1},
-    ]
+    stages = [{"name": name, "k": k, "updates": 1, "batch_size": 1} for name, k in (("a", 8), ("b", 5))]
     config = load_config_of(stages)
     assert few_samplings(config.adapter_stages, 7.5) == [(8, 7.5), (5, 7.5), (4, 7.5), (8, 0.0), (5, 0.0), (4, 0.0)]
     assert few_samplings(config.adapter_stages, 1.0) == [(8, 1.0), (5, 1.0), (4, 1.0)]
