@@ -62,7 +62,7 @@ def own_reference(
     identity = hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
     def compute() -> Reference:
-        return _compute(pipe, appraiser, few, guidance=guidance, batch_size=batch_size)
+        return _as_kept(_compute(pipe, appraiser, few, guidance=guidance, batch_size=batch_size))
 
     found = kept_or_computed(folder / "reference.npz", identity, compute)
 
@@ -110,6 +110,21 @@ def _compute(
             teachers.append(measure(mine, pictures, sets=appraiser.measures_sets, **call))
     floor = _other_latents(pictures, appraiser, guidance, values[SECONDS])
     return Reference(pictures=pictures, values=values, floor=floor, teachers=tuple(teachers))
+
+
+def _as_kept(found: Reference) -> Reference:
+    """With the numbers rounded as the file rounds them, so that a rerun which reads it gets the same results."""
+
+    def rounded(each: Measured) -> Measured:
+        return dataclasses.replace(each, distances=each.distances.astype(np.float32))
+
+    seen = found.pictures.features.astype(np.float16).astype(np.float32)
+    return dataclasses.replace(
+        found,
+        pictures=found.pictures._replace(features=seen),
+        floor=None if found.floor is None else rounded(found.floor),
+        teachers=tuple(map(rounded, found.teachers)),
+    )
 
 
 def _other_latents(pictures: Pictures, appraiser: Appraiser, guidance: float, seconds: float) -> Measured | None:

@@ -258,7 +258,7 @@ def save_reference(path: Path, reference: Reference, identity: str) -> None:
         values=np.asarray(json.dumps(dict(reference.values))),
         floor=np.asarray(reference.floor is not None),
         rows=np.asarray(json.dumps(table)),
-        distances=np.stack([row.distances for row in rows]).astype(np.float32),
+        distances=np.stack([_padded(row.distances, len(reference.pictures.images)) for row in rows]),
     )
     temporary.replace(path)
 
@@ -275,7 +275,7 @@ def load_reference(path: Path, identity: str) -> Reference | None:
                     guidance=row["guidance"],
                     fid=row["fid"],
                     kid=None if row["kid"] is None else Estimate(*row["kid"]),
-                    distances=distances,
+                    distances=distances[~np.isnan(distances)],
                     values=row["values"],
                 )
                 for row, distances in zip(json.loads(str(file["rows"])), file["distances"], strict=True)
@@ -289,6 +289,13 @@ def load_reference(path: Path, identity: str) -> Reference | None:
             )
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: the reference is damaged ({error}); delete the file") from None
+
+
+def _padded(distances: np.ndarray, length: int) -> np.ndarray:
+    """Float32 of this length: those from other latents are fewer where some prompts have one seed."""
+    padded = np.full(length, np.nan, np.float32)
+    padded[: len(distances)] = distances
+    return padded
 
 
 def reference_identity(items: Sequence[EvalItem], *, groups: Sequence[str] | None, guidance: float, base: str) -> str:
