@@ -32,6 +32,7 @@ class _Parser(argparse.ArgumentParser):
 def main(arguments: Sequence[str] | None = None) -> None:
     """Run one command; ``arguments`` default to the process's own."""
     options = _parser().parse_args(arguments)
+    options.arguments = arguments
     warnings.showwarning = _one_line_warning
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that PyTorch is absent is as it should be
@@ -187,8 +188,13 @@ def _train(options: argparse.Namespace) -> None:
     from hypersd_jax.config import load_config
     from hypersd_jax.recipes import find_recipe
     from hypersd_jax.stages import train
+    from hypersd_jax.stages.provenance import typed_command
+    from hypersd_jax.stages.result_files import COMPACT, printed_table
 
-    folder = train(load_config(find_recipe(options.config or DEFAULT_CONFIG), options.overrides))
+    config = load_config(find_recipe(options.config or DEFAULT_CONFIG), options.overrides)
+    folder = train(config, command=typed_command(options.arguments))
+    if config.adapter_stages and config.compared_samples:
+        print(printed_table(folder / "results.json", COMPACT, sys.stdout.encoding))
     for name, what in (
         ("model", "model"),
         ("loras", "LoRA files"),
@@ -225,9 +231,11 @@ def _cache(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from hypersd_jax.compilation import use_compilation_cache
     from hypersd_jax.stages.evaluate import run_evaluate
+    from hypersd_jax.stages.result_files import printed_table
 
     use_compilation_cache()
     run_evaluate(options)
+    print(printed_table(options.output / "results.json", None, sys.stdout.encoding))
     for name in ("results.json", "results.md", "grid.png", "report.html"):
         print(options.output / name)
 

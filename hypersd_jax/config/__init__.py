@@ -10,6 +10,7 @@ from hypersd_jax.config.files import first_difference as first_difference
 from hypersd_jax.config.files import load_config as load_config
 from hypersd_jax.config.files import save_config as save_config
 from hypersd_jax.config.files import to_dict as to_dict
+from hypersd_jax.config.schema import EMBEDDED_GUIDANCE as EMBEDDED_GUIDANCE
 from hypersd_jax.config.schema import Config as Config
 from hypersd_jax.config.schema import EvaluationConfig as EvaluationConfig
 from hypersd_jax.config.schema import LogConfig as LogConfig

@@ -110,25 +110,36 @@ def diversity(features: np.ndarray) -> np.ndarray:
     return np.linalg.norm(exact[:, rows] - exact[:, columns], axis=2).mean(axis=1)
 
 
-def mean_estimate(values: np.ndarray) -> Estimate:
-    """Mean of independent values (N,) with its standard error, which one value alone leaves unknown (nan)."""
+def mean_estimate(values: np.ndarray, units: np.ndarray | None = None) -> Estimate:
+    """Mean of values (N,) with its standard error, which one value alone leaves unknown (nan).
+
+    Values of one of ``units`` (N,), say of one prompt, may be alike; the units are independent of one another, and the
+    error is that of a mean over them: sqrt(G / (G - 1) sum_g (sum of g's deviations)^2) / N for G units. Without
+    units, or where each value is one of its own, that is the usual one.
+    """
     values = np.asarray(values, np.float64)
-    error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+    if units is None:
+        error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
+        return Estimate(float(values.mean()), float(error))
+    _, places = np.unique(units, return_inverse=True)
+    sums = np.bincount(places, weights=values - values.mean())
+    count = len(sums)
+    error = np.sqrt(count / (count - 1) * np.sum(sums**2)) / len(values) if count > 1 else np.nan
     return Estimate(float(values.mean()), float(error))
 
 
-def paired_margin(a: np.ndarray, b: np.ndarray) -> Estimate:
+def paired_margin(a: np.ndarray, b: np.ndarray, units: np.ndarray | None = None) -> Estimate:
     """By how much the distances ``a`` (N,) lie below ``b`` (N,) of the same prompts: the mean of b - a.
 
     Pairing takes out what the prompts share, so that a margin of twice its standard error means something even where
-    the two spread widely.
+    the two spread widely. ``units``: as in `mean_estimate`.
 
     Raises:
         ValueError: when the shapes differ.
     """
     if a.shape != b.shape:
         raise ValueError(f"pairs must have one shape, not {a.shape} and {b.shape}")
-    return mean_estimate(np.asarray(b, np.float64) - np.asarray(a, np.float64))
+    return mean_estimate(np.asarray(b, np.float64) - np.asarray(a, np.float64), units)
 
 
 def unit_range(images: np.ndarray) -> np.ndarray:

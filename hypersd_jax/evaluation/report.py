@@ -6,7 +6,6 @@ import base64
 import dataclasses
 import html
 import io
-import math
 from collections.abc import Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -14,37 +13,15 @@ from typing import Any
 
 from PIL import Image
 
-from hypersd_jax.evaluation.curves import curve
+from hypersd_jax.evaluation.curves import stage_curves
+from hypersd_jax.evaluation.grid import Sample
+from hypersd_jax.evaluation.quality import Floor, Series, quality_section
+from hypersd_jax.evaluation.tables import is_number, number_text, table_cell, table_heading, table_keys
 
-# Key of a results row -> (heading, digits after the point). Other keys are shown under their own name.
-HEADINGS: dict[str, tuple[str, int]] = {
-    "model": ("Model", 0),
-    "steps": ("Steps", 0),
-    "guidance": ("Guidance", 1),
-    "calls": ("Calls", 0),
-    "distance": ("Distance to teacher\N{NO-BREAK SPACE}↓", 3),
-    "feature_distance": ("Feature distance to teacher\N{NO-BREAK SPACE}↓", 2),
-    "margin": ("Margin\N{NO-BREAK SPACE}↑", 4),
-    "kid": ("KID\N{NO-BREAK SPACE}↓", 3),
-    "kid_margin": ("Margin in KID\N{NO-BREAK SPACE}↑", 3),
-    "clip_gain": ("Gain in text match\N{NO-BREAK SPACE}↑", 2),
-    "fid_train": ("FID to training pictures\N{NO-BREAK SPACE}↓", 1),
-    "fid_teacher": ("FID to teacher\N{NO-BREAK SPACE}↓", 1),
-    "kid_train": ("KID to training pictures\N{NO-BREAK SPACE}↓", 3),
-    "clip": ("Text match\N{NO-BREAK SPACE}↑", 2),
-    "clip_shuffled": ("Text match, shuffled prompts", 2),
-    "clip_real": ("CLIP score\N{NO-BREAK SPACE}↑", 2),
-    "clip_real_shuffled": ("CLIP score, shuffled prompts", 2),
-    "clip_real_gain": ("Gain in CLIP score\N{NO-BREAK SPACE}↑", 2),
-    "diversity": ("Diversity\N{NO-BREAK SPACE}↑", 2),
-    "seconds_per_image": ("Seconds per picture\N{NO-BREAK SPACE}↓", 3),
-    "rival": ("Nearest teacher", 0),
-    "sampler": ("Sampler", 0),
-    "n": ("Pictures", 0),
-}
-ERROR_SUFFIX = "_se"
 CURVES = {"loss": "Loss", "grad_norm": "Gradient norm", "update_norm": "Update norm", "lr": "Learning rate"}
-MISSING = "\N{EN DASH}"
+# Beyond so many bytes an image is embedded as JPEG where that is smaller.
+MOST_PNG = 1 << 20
+SAMPLE_SIDE = 256
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,40 +30,53 @@ class Report:
 
     Attributes:
         title: the heading of the page.
-        summary: paragraphs under the title.
+        made: when and with what, under the title.
+        summary: paragraphs under that.
         facts: settings and measurements of the run as a whole.
+        command: what started the run.
         rows: the rows of results.json. ``KEY_se`` is shown behind ``KEY`` as its standard error.
         notes: what the reader must know about the columns of the table.
+        quality: rows that are plotted against steps and calls, and the level that they are read against.
         metrics: the records of metrics.jsonl.
         grids: caption -> picture.
+        prompts: those of the grids' rows, from above, for who cannot read them in the image.
+        strips: caption -> samples with their prompts.
     """
 
     title: str
+    made: str = ""
     summary: Sequence[str] = ()
     facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    command: str = ""
     rows: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
+    quality: tuple[Sequence[Series], Floor | None] = ((), None)
     metrics: Sequence[Mapping[str, Any]] = ()
     grids: Mapping[str, Image.Image] = dataclasses.field(default_factory=dict)
+    prompts: Sequence[str] = ()
+    strips: Mapping[str, Sequence[Sample]] = dataclasses.field(default_factory=dict)
 
 
 def write_report(report: Report, path: Path) -> None:
     """Write the page, atomically."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(render(report), encoding="utf-8")
+    # A caption may hold half of a pair of surrogates, which has no place in a file.
+    temporary.write_text(render(report), encoding="utf-8", errors="replace")
     temporary.replace(path)
 
 
 def render(report: Report) -> str:
     """The page: style, curves and pictures are inside it, and it asks the network for nothing."""
     style = resources.files("hypersd_jax.evaluation").joinpath("report.css").read_text(encoding="utf-8")
-    curves = {title: curve(report.metrics, key) for key, title in CURVES.items()}
+    grids = "".join(_grid(*item) for item in report.grids.items())
     parts = [
-        _header(report.title, report.summary),
+        _header(report),
         _section("Results", _table(report.rows) + _paragraphs(report.notes, "note")) if report.rows else "",
-        _section("Pictures", "".join(_figure(*item) for item in report.grids.items())) if report.grids else "",
-        _section("Training", _charts({title: svg for title, svg in curves.items() if svg})),
-        _section("Run", _facts(report.facts)) if report.facts else "",
+        _section("Quality against cost", quality_section(*report.quality)),
+        _section("Pictures", grids + _prompts(report.prompts)) if grids else "",
+        _section("Samples", "".join(_strip(*item) for item in report.strips.items())),
+        _section("Training", _training(report.metrics)),
+        _section("Run", _command(report.command) + _facts(report.facts)),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -96,8 +86,9 @@ def render(report: Report) -> str:
     )
 
 
-def _header(title: str, summary: Sequence[str]) -> str:
-    return f"<header>\n<h1>{html.escape(title)}</h1>\n{_paragraphs(summary, 'summary')}</header>\n"
+def _header(report: Report) -> str:
+    made = _paragraphs([report.made] if report.made else [], "note")
+    return f"<header>\n<h1>{_text(report.title)}</h1>\n{made}{_paragraphs(report.summary, 'summary')}</header>\n"
 
 
 def _section(heading: str, body: str) -> str:
@@ -105,39 +96,29 @@ def _section(heading: str, body: str) -> str:
 
 
 def _paragraphs(texts: Sequence[str], kind: str) -> str:
-    return "".join(f'<p class="{kind}">{html.escape(text)}</p>\n' for text in texts)
+    return "".join(f'<p class="{kind}">{_text(text)}</p>\n' for text in texts)
 
 
-def table_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
-    """The columns: the known ones in their order, then the rest; standard errors have none of their own."""
-    present = dict.fromkeys(key for row in rows for key in row)
-    errors = {key for key in present if key.endswith(ERROR_SUFFIX) and key.removesuffix(ERROR_SUFFIX) in present}
-    known = [key for key in HEADINGS if key in present]
-    return known + [key for key in present if key not in known and key not in errors]
+def _text(text: str) -> str:
+    """Safe inside an element: escaped, and without control codes, which HTML forbids."""
+    return html.escape("".join(letter for letter in text if letter.isspace() or (letter >= " " and letter != "\x7f")))
 
 
-def table_heading(key: str) -> str:
-    """What stands above a column."""
-    return HEADINGS[key][0] if key in HEADINGS else key.replace("_", " ")
-
-
-def table_cell(row: Mapping[str, Any], key: str) -> str:
-    """A value with its standard error, as plain text."""
-    digits = HEADINGS[key][1] if key in HEADINGS else None
-    text, error = _number(row.get(key), digits), row.get(key + ERROR_SUFFIX)
-    return f"{text} ± {_number(error, digits)}" if _is_number(error) else text
+def _prompt(text: str) -> str:
+    """A prompt in its own direction of reading, which changes none beside it."""
+    return f"<bdi>{_text(text)}</bdi>"
 
 
 def _table(rows: Sequence[Mapping[str, Any]]) -> str:
     keys = table_keys(rows)
-    numeric = {key: any(_is_number(row.get(key)) for row in rows) for key in keys}
-    head = "".join(f"<th{_align(numeric[key])}>{html.escape(table_heading(key))}</th>" for key in keys)
+    numeric = {key: any(is_number(row.get(key)) for row in rows) for key in keys}
+    head = "".join(f"<th{_align(numeric[key])}>{_text(table_heading(key))}</th>" for key in keys)
     body = []
     for row in rows:
         cells = "".join(f"<td{_align(numeric[key])}>{_cell(row, key)}</td>" for key in keys)
         body.append(f"<tr>{cells}</tr>\n")
     table = f"<table>\n<thead><tr>{head}</tr></thead>\n<tbody>\n{''.join(body)}</tbody>\n</table>"
-    return f'<div class="scroll">{table}</div>\n'
+    return f'<div class="scroll" tabindex="0">{table}</div>\n'
 
 
 def _align(numeric: bool) -> str:
@@ -146,39 +127,82 @@ def _align(numeric: bool) -> str:
 
 def _cell(row: Mapping[str, Any], key: str) -> str:
     value, plus, error = table_cell(row, key).partition(" ± ")
-    return html.escape(value) + (f'<span class="error">{html.escape(plus + error)}</span>' if plus else "")
+    return _text(value) + (f'<span class="error">{_text(plus + error)}</span>' if plus else "")
 
 
-def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+def _training(metrics: Sequence[Mapping[str, Any]]) -> str:
+    """The loss of each stage, and what else is logged folded away."""
+    loss, *others = ({name: stage_curves(metrics, key)} for key, name in CURVES.items())
+    folded = "".join(
+        f"<details>\n<summary>{name}</summary>\n{_charts(name, panels)}</details>\n"
+        for each in others
+        for name, panels in each.items()
+        if panels
+    )
+    return "".join(_charts(name, panels) for name, panels in loss.items() if panels) + folded
 
 
-def _number(value: Any, digits: int | None) -> str:
-    if value is None or (isinstance(value, float) and not math.isfinite(value)):
-        return MISSING
-    if isinstance(value, float):
-        return f"{value:.4g}" if digits is None else f"{value:,.{digits}f}"
-    return f"{value:,}" if _is_number(value) else str(value)
+def _charts(title: str, panels: Mapping[str, str]) -> str:
+    figures = "".join(
+        f"<figure>\n<figcaption>{title}: {_text(stage)}</figcaption>\n{svg}\n</figure>\n"
+        for stage, svg in panels.items()
+    )
+    return f'<div class="charts">\n{figures}</div>\n'
 
 
-def _charts(charts: Mapping[str, str]) -> str:
-    figures = (f"<figure>\n<figcaption>{title}</figcaption>\n{svg}\n</figure>\n" for title, svg in charts.items())
-    joined = "".join(figures)
-    return f'<div class="charts">\n{joined}</div>\n' if joined else ""
+def _grid(caption: str, picture: Image.Image) -> str:
+    text = _text(caption)
+    # Where it would shrink beyond reading, on a phone, it is scrolled.
+    least = picture.width * 3 // 4
+    image = _image(picture, text, f' style="min-width: {least}px"')
+    return (
+        f'<figure class="grid">\n<figcaption>{text}</figcaption>\n<div class="scroll" tabindex="0">{image}</div>\n'
+        "</figure>\n"
+    )
 
 
-def _figure(caption: str, picture: Image.Image) -> str:
+def _prompts(prompts: Sequence[str]) -> str:
+    if not prompts:
+        return ""
+    items = "".join(f"<li>{_prompt(prompt)}</li>\n" for prompt in prompts)
+    return f"<details>\n<summary>The prompts of the rows</summary>\n<ol>\n{items}</ol>\n</details>\n"
+
+
+def _strip(caption: str, samples: Sequence[Sample]) -> str:
+    figures = []
+    for prompt, image in samples:
+        shown = image.copy()
+        if prompt:
+            shown.thumbnail((SAMPLE_SIDE, SAMPLE_SIDE), Image.Resampling.LANCZOS)
+        figures.append(
+            f"<figure>\n{_image(shown, _text(prompt) or _text(caption))}\n"
+            f'<figcaption title="{_text(prompt)}">{_prompt(prompt)}</figcaption>\n</figure>\n'
+        )
+    kind = "samples" if any(prompt for prompt, _ in samples) else "whole"
+    return f'<h3>{_text(caption)}</h3>\n<div class="{kind}">\n{"".join(figures)}</div>\n'
+
+
+def _image(picture: Image.Image, text: str, more: str = "") -> str:
     written = io.BytesIO()
     picture.save(written, format="PNG", optimize=True)
-    data = base64.b64encode(written.getvalue()).decode("ascii")
-    text = html.escape(caption)
-    image = f'<img alt="{text}" width="{picture.width}" height="{picture.height}" src="data:image/png;base64,{data}">'
-    return f'<figure class="grid">\n<figcaption>{text}</figcaption>\n{image}\n</figure>\n'
+    content, kind = written.getvalue(), "png"
+    if len(content) > MOST_PNG:
+        smaller = io.BytesIO()
+        picture.convert("RGB").save(smaller, format="JPEG", quality=90, subsampling=0)
+        if len(smaller.getvalue()) < len(content):
+            content, kind = smaller.getvalue(), "jpeg"
+    data = base64.b64encode(content).decode("ascii")
+    size = f'width="{picture.width}" height="{picture.height}"'
+    return f'<img alt="{text}" {size}{more} src="data:image/{kind};base64,{data}">'
+
+
+def _command(command: str) -> str:
+    return f'<pre tabindex="0">{_text(command)}</pre>\n' if command else ""
 
 
 def _facts(facts: Mapping[str, Any]) -> str:
     entries = "".join(
-        f"<div><dt>{html.escape(str(name))}</dt><dd>{html.escape(_number(value, None))}</dd></div>\n"
+        f"<div><dt>{_text(str(name))}</dt><dd>{_text(number_text(value, None))}</dd></div>\n"
         for name, value in facts.items()
     )
-    return f"<dl>\n{entries}</dl>\n"
+    return f"<dl>\n{entries}</dl>\n" if facts else ""

@@ -3,56 +3,36 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
-import os
-from collections.abc import Iterator, Mapping, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
-from PIL import Image
 from tqdm import tqdm
 
 from hypersd_jax.config import AdapterStage, Config
-from hypersd_jax.data import EvalItem, evaluation_list
-from hypersd_jax.evaluation import Report, paired_margin, picture_grid, read_metrics, write_report
+from hypersd_jax.evaluation import paired_margin
 from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.stages.appraisal import Appraiser, look, make_appraiser
+from hypersd_jax.stages.appraisal import look
+from hypersd_jax.stages.baseline import Baseline, get_baseline
+from hypersd_jax.stages.comparison_report import OTHER_LATENTS, TEACHER, Outcome, steps_text, write_comparison
 from hypersd_jax.stages.evaluate_rows import Row
 from hypersd_jax.stages.export import is_whole, student_path
 from hypersd_jax.stages.output import Output
-from hypersd_jax.stages.reference import (
-    MANY_STEPS,
-    Measured,
-    Reference,
-    draw,
-    further_features,
-    get_reference,
-    measure,
-)
-from hypersd_jax.stages.result_files import write_picture, write_rows
+from hypersd_jax.stages.reference import MANY_STEPS, Measured, Reference, calls_of, draw, further_features, measure
 from hypersd_jax.stages.student import Sampling, compared_samplings
 
-GRID_ROWS = 12
-# What the page says of a stage, where the stage has it.
-TOLD = ("k", "solver_steps", "times", "student", "updates", "batch_size", "learning_rate", "teacher", "ema")
-NOTES = (
-    "Distance: root mean squared pixel difference (0..1) to the teacher's 25-step picture of the same prompt from the "
-    "same latents. KID and FID: EfficientNet-Lite0 features, against the teacher's 25-step pictures; comparable with "
-    "no Inception figure. The row from other latents is their floor at this number of pictures.",
-    "Calls: UNet calls a picture; guidance doubles them. Margin: how much nearer a student is than the teacher at as "
-    "many calls, in distance, mean over prompts of the paired difference, with its standard error; the nearest such "
-    "teacher counts, with or without guidance.",
-    "Text match: 100 times the cosine between picture and prompt, by a scorer trained on the embedded pictures. "
-    "Shuffled: the same pictures with one another's prompts. Gain: the difference, zero for a picture that says "
-    "nothing of its prompt. FID and KID to training pictures: against as many real ones.",
-    "Diversity: mean distance in features between the pictures of one prompt from 4 seeds, over the first 32 prompts; "
-    "zero where every seed draws one picture. What is to be kept is that of the teacher at 25 steps, whose two rows "
-    "share it.",
-)
 
-
-def compare(config: Config, output: Output, pipe: Pipeline, base: str) -> list[Row]:
+def compare(
+    config: Config,
+    output: Output,
+    pipe: Pipeline,
+    base: str,
+    *,
+    prompts: Sequence[str] = (),
+    command: str | None = None,
+) -> list[Row]:
     """Measure every student; write results.json, grid.png and report.html, and return the rows.
 
     Args:
@@ -60,30 +40,36 @@ def compare(config: Config, output: Output, pipe: Pipeline, base: str) -> list[R
         output: its folder, with one LoRA file a stage.
         pipe: the base, without LoRAs.
         base: fingerprint of the base's UNet.
+        prompts: the first captions of a dataset of one's own, which it is compared on.
+        command: what started the run; None: a Python program.
     """
-    settings = config.evaluation
-    groups, size = config.data.groups, settings.batch_size
-    items = evaluation_list(config.compared_samples, groups=groups)
-    reference = get_reference(
-        pipe, items, groups=groups, guidance=settings.guidance, batch_size=size, base=base, folder=output.root
-    )
-    shown = min(GRID_ROWS, len(items))
-    columns: dict[str, np.ndarray] = {f"teacher {MANY_STEPS} steps": reference.pictures.images[:shown]}
-    rows = _teacher_rows(reference, _teacher_seconds(pipe, items[:size], reference))
-    appraiser = make_appraiser(items, groups, pipe.native_size[0])
+    begin = time.perf_counter()
+    size = config.evaluation.batch_size
+    baseline = get_baseline(config, pipe, base, output.root, prompts)
+    items, shown = baseline.items, baseline.shown
+    columns: dict[str, np.ndarray] = {f"teacher {MANY_STEPS} steps": baseline.reference.pictures.images[:shown]}
+    rows = _teacher_rows(baseline)
     few = items[: max(shown, min(size, len(items)))]
-    for stage in tqdm(config.adapter_stages, desc="comparing", unit="student"):
-        for sampling in compared_samplings(stage):
-            steps = _steps(sampling["steps"])
-            if f"teacher {steps}" not in columns:
-                options: dict[str, Any] = {"guidance": settings.guidance, "sampler": "ddim", "batch_size": size}
-                columns[f"teacher {steps}"] = draw(pipe, few, steps=sampling["steps"], **options)[0][:shown]
-            with _with_student(pipe, output, stage) as student:
-                row, images = _student(student, stage.name, sampling, items, reference, appraiser, size)
-            label = f"student {steps}"
-            columns[f"{stage.name}, {steps}" if label in columns else label] = images[:shown]
-            rows.append(row)
-    _write_all(config, output, rows, columns, [item.prompt for item in items[:shown]])
+    samplings = [(stage, sampling) for stage in config.adapter_stages for sampling in compared_samplings(stage)]
+    for stage, sampling in tqdm(samplings, desc="comparing", unit="student", disable=jax.process_index() != 0):
+        steps = steps_text(sampling["steps"])
+        if f"teacher {steps}" not in columns:
+            options: dict[str, Any] = {"guidance": baseline.guidance, "sampler": "ddim", "batch_size": size}
+            columns[f"teacher {steps}"] = draw(pipe, few, steps=sampling["steps"], **options)[0][:shown]
+        with _with_student(pipe, output, stage) as student:
+            row, images = _student(student, stage.name, sampling, baseline, size)
+        label = f"student {steps}"
+        columns[f"{stage.name}, {steps}" if label in columns else label] = images[:shown]
+        rows.append(row)
+    outcome = Outcome(
+        rows=rows,
+        columns=columns,
+        prompts=[item.prompt for item in items[:shown]],
+        seeds=len(items),
+        command=command,
+        seconds=time.perf_counter() - begin,
+    )
+    write_comparison(config, output, outcome)
     return rows
 
 
@@ -102,50 +88,47 @@ def _with_student(pipe: Pipeline, output: Output, stage: AdapterStage) -> Iterat
 
 
 def _student(
-    pipe: Pipeline,
-    name: str,
-    sampling: Sampling,
-    items: Sequence[EvalItem],
-    reference: Reference,
-    appraiser: Appraiser,
-    batch_size: int,
+    pipe: Pipeline, name: str, sampling: Sampling, baseline: Baseline, batch_size: int
 ) -> tuple[Row, np.ndarray]:
     """The row and the pictures (N, H, W, 3) of the student that is loaded."""
+    items, appraiser = baseline.items, baseline.appraiser
     draw(pipe, items[:batch_size], batch_size=batch_size, **sampling)  # compiles
     images, seconds = draw(pipe, items, batch_size=batch_size, **sampling)
     mine = look(images)
-    values = appraiser.values(mine, further_features(pipe, items, batch_size=batch_size, **sampling))
-    found = measure(mine, reference.pictures, steps=sampling["steps"], guidance=sampling["guidance"], values=values)
+    further = None if appraiser.own else further_features(pipe, items, batch_size=batch_size, **sampling)
+    found = measure(
+        mine,
+        baseline.reference.pictures,
+        steps=sampling["steps"],
+        guidance=sampling["guidance"],
+        values=appraiser.values(mine, further),
+        sets=appraiser.measures_sets,
+        units=appraiser.units,
+    )
     row = {**_row(name, sampling["sampler"], found), "seconds_per_image": seconds}
-    return row | _margin(found, reference), images
+    return row | _margin(found, baseline.reference), images
 
 
-def _teacher_seconds(pipe: Pipeline, items: Sequence[Any], reference: Reference) -> dict[tuple[int, float], float]:
-    """(steps, guidance) -> seconds a picture takes the teacher, in one full batch, after a first one that compiles."""
-    seconds = {}
-    for row in tqdm((reference.floor, *reference.teachers), desc="timing the teacher", unit="model"):
-        options: dict[str, Any] = {"guidance": row.guidance, "sampler": "ddim", "batch_size": len(items)}
-        draw(pipe, items, steps=row.steps, **options)
-        _, seconds[row.steps, row.guidance] = draw(pipe, items, steps=row.steps, **options)
-    return seconds
-
-
-def _teacher_rows(reference: Reference, seconds: Mapping[tuple[int, float], float]) -> list[Row]:
-    floor = reference.floor
+def _teacher_rows(baseline: Baseline) -> list[Row]:
+    reference, seconds = baseline.reference, baseline.seconds
     first = {
-        "model": "teacher",
+        "model": TEACHER,
         "sampler": "ddim",
-        "steps": floor.steps,
-        "guidance": floor.guidance,
-        "calls": floor.calls,
+        "steps": MANY_STEPS,
+        "guidance": baseline.guidance,
+        "calls": calls_of(MANY_STEPS, baseline.guidance),
         "distance": 0.0,
         "distance_se": 0.0,
-        "fid_teacher": 0.0,
+        **({"fid_teacher": 0.0} if baseline.appraiser.measures_sets else {}),
         **reference.values,
     }
-    rows = [first, _row("teacher, other latents", "ddim", floor)]
-    rows += [_row("teacher", "ddim", teacher) for teacher in reference.teachers]
-    return [{**row, "seconds_per_image": seconds[row["steps"], row["guidance"]]} for row in rows]
+    rows = [first] if reference.floor is None else [first, _row(OTHER_LATENTS, "ddim", reference.floor)]
+    rows += [_row(TEACHER, "ddim", teacher) for teacher in reference.teachers]
+    for row in rows:
+        timed = seconds.get((row["steps"], row["guidance"]))
+        if timed is not None:
+            row["seconds_per_image"] = timed
+    return rows
 
 
 def _margin(found: Measured, reference: Reference) -> Row:
@@ -154,84 +137,28 @@ def _margin(found: Measured, reference: Reference) -> Row:
     if not rivals:
         return {}
     nearest = min(rivals, key=lambda rival: rival.distance.mean)
-    margin = paired_margin(found.distances, nearest.distances)
-    return {
+    margin = paired_margin(found.distances, nearest.distances, found.units)
+    row = {
         "margin": margin.mean,
         "margin_se": margin.standard_error,
-        "rival": f"{_steps(nearest.steps)}, guidance {nearest.guidance:g}",
-        "kid_margin": min(rival.kid.mean for rival in rivals) - found.kid.mean,
+        "rival": f"{steps_text(nearest.steps)}, guidance {nearest.guidance:g}",
     }
+    kids = [rival.kid.mean for rival in rivals if rival.kid is not None]
+    return row if found.kid is None else {**row, "kid_margin": min(kids) - found.kid.mean}
 
 
 def _row(model: str, sampler: str, found: Measured) -> Row:
+    sets: Row = {}
+    if found.kid is not None:
+        sets = {"fid_teacher": found.fid, "kid": found.kid.mean, "kid_se": found.kid.standard_error}
     return {
         "model": model,
         "sampler": sampler,
         "steps": found.steps,
         "guidance": found.guidance,
         "calls": found.calls,
-        "fid_teacher": found.fid,
-        "kid": found.kid.mean,
-        "kid_se": found.kid.standard_error,
+        **sets,
         "distance": found.distance.mean,
         "distance_se": found.distance.standard_error,
         **found.values,
     }
-
-
-def _write_all(
-    config: Config, output: Output, rows: list[Row], columns: Mapping[str, np.ndarray], prompts: Sequence[str]
-) -> None:
-    if jax.process_index() != 0:
-        return
-    write_rows(output.root / "results.json", rows)
-    grid = picture_grid(columns, prompts)
-    write_picture(output.root / "grid.png", grid)
-    log = output.root / "metrics.jsonl"  # a run whose stages are all taken over from another has none
-    report = Report(
-        title="Few-step students",
-        summary=_summary(rows),
-        facts=_facts(config),
-        rows=rows,
-        notes=NOTES,
-        metrics=read_metrics(log) if log.exists() else [],
-        grids={
-            "Held-out concepts, the same latents along each row": grid,
-            **{f"Training captions: {path.stem}": Image.open(path) for path in sorted(output.samples.glob("*.png"))},
-        },
-    )
-    write_report(report, output.root / "report.html")
-
-
-def _summary(rows: Sequence[Row]) -> list[str]:
-    lines = []
-    for row in rows:
-        if "margin" in row:
-            side = "nearer to" if row["margin"] >= 0 else "farther from"
-            lines.append(
-                f"{row['model']}: {_steps(row['steps'])}, {abs(row['margin']):.4f} ± {row['margin_se']:.4f} {side} the "
-                f"teacher's {MANY_STEPS}-step pictures than the teacher itself at as many network calls "
-                f"({row['rival']})."
-            )
-    return lines
-
-
-def _facts(config: Config) -> dict[str, Any]:
-    facts = {
-        "base": config.model.source,
-        "data": config.data.source,
-        "adapter": f"LoRA, rank {config.lora.rank}",
-        "device": f"{jax.device_count()} x {jax.devices()[0].device_kind}, {os.cpu_count()} CPU cores",
-        "jax": jax.__version__,
-    }
-    for index, stage in enumerate(config.adapter_stages):
-        settings = dataclasses.asdict(stage)
-        keys = [key for key in TOLD if key in settings]
-        if settings.get("teacher") != "previous" or index == 0:
-            keys.append("guidance")
-        facts[stage.name] = ", ".join(f"{key} {settings[key]}" for key in keys)
-    return facts
-
-
-def _steps(count: int) -> str:
-    return f"{count} step" + ("" if count == 1 else "s")

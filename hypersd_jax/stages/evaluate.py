@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import hashlib
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import jax
 import numpy as np
 
 from hypersd_jax.conditioning import warn_of_cuts
-from hypersd_jax.config import EvaluationConfig
+from hypersd_jax.config import EMBEDDED_GUIDANCE
 from hypersd_jax.diffusion import solver_table
 from hypersd_jax.errors import UserError
 from hypersd_jax.evaluation import SPECS, features, knows, load_scorer, seen_by
@@ -24,8 +25,9 @@ from hypersd_jax.rewards import load_clip
 from hypersd_jax.sampling_command import parse_lora
 from hypersd_jax.stages import evaluate_sources as sources
 from hypersd_jax.stages.evaluate_drawing import Drawn, Model, Prompted, draw_list, weights_identity, with_loras
-from hypersd_jax.stages.evaluate_output import write_results
+from hypersd_jax.stages.evaluate_output import Origin, write_results
 from hypersd_jax.stages.evaluate_rows import Row, Yardsticks, diversity_values, floor_row, picture_row
+from hypersd_jax.stages.provenance import typed_command
 from hypersd_jax.training import make_mesh
 from hypersd_jax.weights.components import EMBEDDED
 from hypersd_jax.weights.lora import weights_file
@@ -66,6 +68,7 @@ def run_evaluate(options: argparse.Namespace) -> list[Row]:
     Raises:
         UserError: one line naming the option or file at fault.
     """
+    begin = time.perf_counter()
     _check(options)
     references = sources.read_references(options.reference or [sources.BASE])
     clip = None if options.clip is None else load_clip(options.clip)
@@ -103,7 +106,12 @@ def run_evaluate(options: argparse.Namespace) -> list[Row]:
     rows.append(found.row(yardsticks, listed.items))
     columns[found.name] = found.drawn.images
     sources.save_run(options.output, listed.items, found.drawn)
-    write_results(options.output, rows, columns, [item.prompt for item in listed.items], found.model)
+    origin = Origin(
+        command=typed_command(options.arguments),
+        seconds=time.perf_counter() - begin,
+        seeds=[item.seed for item in listed.items],
+    )
+    write_results(options.output, rows, columns, [item.prompt for item in listed.items], found.model, origin)
     return rows
 
 
@@ -121,7 +129,7 @@ def _base_model(pipe: Pipeline, options: argparse.Namespace) -> Model:
     """The model alone at many steps, with its usual guidance unless another is asked for."""
     guidance = options.reference_guidance
     if guidance is None and options.model == EMBEDDED:
-        guidance = EvaluationConfig().guidance
+        guidance = EMBEDDED_GUIDANCE
     settings = pipe.settings(steps=MANY_STEPS, sampler="ddim", guidance=guidance)
     _require_sound(pipe, settings)
     return Model(pipe=pipe, identity=weights_identity(pipe), settings=settings)

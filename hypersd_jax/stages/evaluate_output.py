@@ -10,9 +10,10 @@ from typing import Any
 import jax
 import numpy as np
 
-from hypersd_jax.evaluation import Report, load_card, picture_grid, write_markdown, write_report
+from hypersd_jax.evaluation import Report, Series, load_card, picture_grid, write_markdown, write_report
 from hypersd_jax.stages.evaluate_drawing import Model
 from hypersd_jax.stages.evaluate_rows import Row
+from hypersd_jax.stages.provenance import device_line, duration, made_line
 from hypersd_jax.stages.result_files import write_picture, write_rows
 
 TITLE = "Evaluation"
@@ -28,8 +29,22 @@ NOTES = (
 )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Origin:
+    """Where an evaluation comes from: what was typed, the seconds that it took, and the seeds of its samples."""
+
+    command: str
+    seconds: float
+    seeds: Sequence[int]
+
+
 def write_results(
-    folder: Path, rows: Sequence[Row], columns: Mapping[str, np.ndarray], prompts: Sequence[str], model: Model
+    folder: Path,
+    rows: Sequence[Row],
+    columns: Mapping[str, np.ndarray],
+    prompts: Sequence[str],
+    model: Model,
+    origin: Origin,
 ) -> None:
     """Write all four, each at once or not at all; ``columns`` are title -> pictures (N, H, W, 3) of the N prompts."""
     write_rows(folder / "results.json", rows)
@@ -39,10 +54,14 @@ def write_results(
     write_picture(folder / "grid.png", grid)
     report = Report(
         title=TITLE,
+        made=made_line(),
         summary=[_summary(rows[-1])],
-        facts=_facts(model),
+        facts=_facts(model, origin),
+        command=origin.command,
         rows=rows,
         notes=NOTES,
+        quality=([Series(name=row["model"], rows=(row,)) for row in rows if "steps" in row], None),
+        prompts=prompts[:GRID_ROWS],
         grids={"The same latents along each row, except the real picture's": grid},
     )
     write_report(report, folder / "report.html")
@@ -57,13 +76,15 @@ def _summary(row: Mapping[str, Any]) -> str:
     return "; ".join(parts) + "."
 
 
-def _facts(model: Model) -> dict[str, Any]:
+def _facts(model: Model, origin: Origin) -> dict[str, Any]:
     card = load_card("report")
-    devices = jax.devices()
     settings = {key: value for key, value in dataclasses.asdict(model.settings).items() if value is not None}
     return {
         **settings,
         "weights": model.identity[:16],
-        "devices": f"{len(devices)} x {devices[0].device_kind}",
+        "devices": device_line(),
+        "jax": jax.__version__,
+        "seeds of the samples": f"{min(origin.seeds)} to {max(origin.seeds)}",
+        "time": f"{duration(origin.seconds)}; what the cache held was not generated again",
         "reporting scorer": f"R@1 {card['unseen_styles']['r1']:.2f}, AUC {card['unseen_styles']['auc']:.3f}",
     }

@@ -35,13 +35,15 @@ class Yardsticks:
     """What rows are measured with; None where the evaluation has no such thing.
 
     ``real``: features (M, 1280) of real pictures; ``scorer``: the reporting one; ``clip``: a CLIP of the user's;
-    ``reference``: the many-step pictures, with the list that they were drawn from.
+    ``reference``: the many-step pictures, with the list that they were drawn from; ``units`` (N,): which samples are
+    of one prompt, see `mean_estimate`.
     """
 
     real: np.ndarray | None = None
     scorer: Scorer | None = None
     clip: ClipScorer | None = None
     reference: tuple[Sequence[Prompted], Drawn] | None = None
+    units: np.ndarray | None = None
 
 
 def floor_row(first: np.ndarray, second: np.ndarray) -> Row:
@@ -58,7 +60,7 @@ def picture_row(yardsticks: Yardsticks, items: Sequence[Prompted], drawn: Drawn)
     if yardsticks.reference is not None:
         row |= _reference_values(items, drawn, *yardsticks.reference)
     if yardsticks.scorer is not None:
-        row |= match_values("clip", text_match(yardsticks.scorer, drawn.seen, prompts))
+        row |= match_values("clip", text_match(yardsticks.scorer, drawn.seen, prompts), yardsticks.units)
     if yardsticks.clip is not None:
         row |= match_values("clip_real", _clip_match(yardsticks.clip, drawn.images, prompts))
     return row
@@ -67,17 +69,17 @@ def picture_row(yardsticks: Yardsticks, items: Sequence[Prompted], drawn: Drawn)
 def diversity_values(first: np.ndarray, others: Sequence[np.ndarray]) -> Row:
     """Of the same M prompts from several seeds, by features: the first M rows of ``first``, and each of ``others``."""
     stacked = np.stack([first[: len(others[0])], *others], axis=1)
-    return _estimate("diversity", mean_estimate(diversity(stacked)))
+    return estimate_values("diversity", mean_estimate(diversity(stacked)))
 
 
-def match_values(key: str, match: TextMatch | None) -> Row:
+def match_values(key: str, match: TextMatch | None, units: np.ndarray | None = None) -> Row:
     """``KEY``, ``KEY_shuffled`` and ``KEY_gain`` with their standard errors; nothing where there is no match."""
     if match is None:
         return {}
     return {
-        **_estimate(key, mean_estimate(match.own)),
-        **_estimate(f"{key}_shuffled", mean_estimate(match.shuffled)),
-        **_estimate(f"{key}_gain", match.gain),
+        **estimate_values(key, mean_estimate(match.own, units)),
+        **estimate_values(f"{key}_shuffled", mean_estimate(match.shuffled, units)),
+        **estimate_values(f"{key}_gain", mean_estimate(match.own - match.shuffled, units)),
     }
 
 
@@ -86,7 +88,7 @@ def _against(key: str, mine: np.ndarray, theirs: np.ndarray) -> Row:
     if min(len(mine), len(theirs)) < LEAST:
         return {}
     kid = "kid" if key == "teacher" else f"kid_{key}"
-    return {f"fid_{key}": frechet_distance(mine, theirs), **_estimate(kid, kernel_distance(mine, theirs))}
+    return {f"fid_{key}": frechet_distance(mine, theirs), **estimate_values(kid, kernel_distance(mine, theirs))}
 
 
 def _reference_values(items: Sequence[Prompted], drawn: Drawn, listed: Sequence[Prompted], reference: Drawn) -> Row:
@@ -97,9 +99,9 @@ def _reference_values(items: Sequence[Prompted], drawn: Drawn, listed: Sequence[
     places = {item: place for place, item in enumerate(listed)}
     if all(item in places for item in items):
         order = [places[item] for item in items]
-        row |= _estimate("distance", mean_estimate(image_distance(drawn.images, reference.images[order])))
+        row |= estimate_values("distance", mean_estimate(image_distance(drawn.images, reference.images[order])))
         apart = feature_distance(drawn.features, reference.features[order])
-        row |= _estimate("feature_distance", mean_estimate(apart))
+        row |= estimate_values("feature_distance", mean_estimate(apart))
     return row
 
 
@@ -111,5 +113,6 @@ def _clip_match(clip: ClipScorer, images: np.ndarray, prompts: Sequence[str]) ->
     return TextMatch(own, shuffled)
 
 
-def _estimate(key: str, estimate: Estimate) -> Row:
+def estimate_values(key: str, estimate: Estimate) -> Row:
+    """``KEY`` and ``KEY_se``."""
     return {key: estimate.mean, f"{key}_se": estimate.standard_error}

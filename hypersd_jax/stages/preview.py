@@ -57,7 +57,7 @@ def preview(run: Run, stage: AdapterStage, student: Any, name: str) -> None:
     if _digest(images) == _digest(base):
         raise RuntimeError(f"stage {stage.name}: the student draws exactly as the base does; its adapter is not on")
     if jax.process_index() == 0:
-        write_strips(run.output.samples / f"{name}.png", [images])
+        write_strips(run.output.samples / f"{name}.png", [images], prompts)
 
 
 def _digest(images: np.ndarray) -> str:

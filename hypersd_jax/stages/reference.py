@@ -13,13 +13,14 @@ import json
 import time
 import zipfile
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import multihost_utils
 from tqdm import tqdm
 
 from hypersd_jax.data import EvalItem
@@ -34,7 +35,7 @@ from hypersd_jax.evaluation import (
     mean_estimate,
 )
 from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.stages.appraisal import Pictures, look, make_appraiser
+from hypersd_jax.stages.appraisal import Item, Pictures, look, make_appraiser
 from hypersd_jax.weights.components import assets
 from hypersd_jax.weights.folder import fingerprint
 
@@ -50,36 +51,39 @@ DIVERSE_PROMPTS = 32
 class Measured:
     """One model's pictures of the list, measured against the reference.
 
-    ``distances`` (N,) are root mean squared pixel differences to the reference's picture from the same latents.
-    ``values`` need no reference: `Appraiser.values` under their keys of results.json, or nothing.
+    ``distances`` (N,) are root mean squared pixel differences to the reference's picture from the same latents; those
+    of ``units``, if there are any, are not independent (see `mean_estimate`). ``fid`` and ``kid`` are None for few
+    samples. ``values`` need no reference: `Appraiser.values` under their keys of results.json, or nothing.
     """
 
     steps: int
     guidance: float
-    fid: float
-    kid: Estimate
+    fid: float | None
+    kid: Estimate | None
     distances: np.ndarray
     values: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    units: np.ndarray | None = None
 
     @property
     def calls(self) -> int:
         """Network calls a picture: guidance doubles them."""
-        return _calls(self.steps, self.guidance)
+        return calls_of(self.steps, self.guidance)
 
     @property
     def distance(self) -> Estimate:
         """Mean distance with its standard error."""
-        return mean_estimate(self.distances)
+        return mean_estimate(self.distances, self.units)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reference:
     """The teacher's ``pictures`` at 25 steps, with their own ``values`` (see `Measured`); the teacher at fewer steps;
-    ``floor``: the teacher at 25 steps from other latents, what a perfect student could not be told from."""
+    ``floor``: the teacher at 25 steps from other latents, what a perfect student could not be told from; None where
+    each prompt has one seed."""
 
     pictures: Pictures
     values: Mapping[str, Any]
-    floor: Measured
+    floor: Measured | None
     teachers: tuple[Measured, ...]
 
 
@@ -105,13 +109,28 @@ def get_reference(
         folder: where a reference that is computed is kept.
     """
     identity = reference_identity(items, groups=groups, guidance=guidance, base=base)
-    for path in (assets() / "reference" / "teacher.npz", folder / "reference.npz"):
-        if path.exists():
-            found = load_reference(path, identity)
-            if found is not None:
-                return found
-    reference = compute_reference(pipe, items, groups=groups, guidance=guidance, batch_size=batch_size)
-    save_reference(folder / "reference.npz", reference, identity)
+    shipped = assets() / "reference" / "teacher.npz"
+    if shipped.exists() and (found := load_reference(shipped, identity)) is not None:
+        return found
+
+    def compute() -> Reference:
+        return compute_reference(pipe, items, groups=groups, guidance=guidance, batch_size=batch_size)
+
+    return kept_or_computed(folder / "reference.npz", identity, compute)
+
+
+def kept_or_computed(path: Path, identity: str, compute: Callable[[], Reference]) -> Reference:
+    """The reference of this identity in a file, or else a computed one, which the first process keeps there.
+
+    Several processes compute it together, unless all of them see the file.
+    """
+    found = load_reference(path, identity) if path.exists() else None
+    if np.all(multihost_utils.process_allgather(np.asarray(found is not None))):
+        assert found is not None
+        return found
+    reference = compute()
+    if jax.process_index() == 0:
+        save_reference(path, reference, identity)
     return reference
 
 
@@ -127,13 +146,13 @@ def compute_reference(
             images, _ = draw(
                 pipe, items, steps=steps, guidance=scale, sampler="ddim", batch_size=batch_size, seed_offset=offset
             )
-            bar.update(len(items) * _calls(steps, scale))
+            bar.update(len(items) * calls_of(steps, scale))
             return look(images)
 
         def further(steps: int, scale: float, offsets: Sequence[int]) -> list[np.ndarray]:
             settings: dict[str, Any] = {"steps": steps, "guidance": scale, "sampler": "ddim", "batch_size": batch_size}
             found = further_features(pipe, items, offsets, **settings)
-            bar.update(sum(len(part) for part in found) * _calls(steps, scale))
+            bar.update(sum(len(part) for part in found) * calls_of(steps, scale))
             return found
 
         pictures, other = drawn(MANY_STEPS, guidance), drawn(MANY_STEPS, guidance, FURTHER_SEEDS[0])
@@ -151,21 +170,29 @@ def compute_reference(
 
 
 def measure(
-    mine: Pictures, reference: Pictures, *, steps: int, guidance: float, values: Mapping[str, Any] | None = None
+    mine: Pictures,
+    reference: Pictures,
+    *,
+    steps: int,
+    guidance: float,
+    values: Mapping[str, Any] | None = None,
+    sets: bool = True,
+    units: np.ndarray | None = None,
 ) -> Measured:
-    """Pictures against the reference's, with what is known of them already."""
+    """Pictures against the reference's, with what is known of them already; as sets too, unless they are few."""
     return Measured(
         steps=steps,
         guidance=guidance,
-        fid=frechet_distance(mine.features, reference.features),
-        kid=kernel_distance(mine.features, reference.features),
+        fid=frechet_distance(mine.features, reference.features) if sets else None,
+        kid=kernel_distance(mine.features, reference.features) if sets else None,
         distances=image_distance(mine.images, reference.images),
         values=values or {},
+        units=units,
     )
 
 
 def further_features(
-    pipe: Pipeline, items: Sequence[EvalItem], seed_offsets: Sequence[int] = FURTHER_SEEDS, **settings: Any
+    pipe: Pipeline, items: Sequence[Item], seed_offsets: Sequence[int] = FURTHER_SEEDS, **settings: Any
 ) -> list[np.ndarray]:
     """Features (M, 1280) of the list's first 32 prompts from each further seed; ``settings`` are those of `draw`."""
     first = items[:DIVERSE_PROMPTS]
@@ -175,7 +202,7 @@ def further_features(
 
 def draw(
     pipe: Pipeline,
-    items: Sequence[EvalItem],
+    items: Sequence[Item],
     *,
     steps: int,
     guidance: float,
@@ -210,10 +237,16 @@ def draw(
 
 def save_reference(path: Path, reference: Reference, identity: str) -> None:
     """Write the reference as one .npz file, atomically; features in float16."""
-    rows = [reference.floor, *reference.teachers]
+    rows = ([] if reference.floor is None else [reference.floor]) + list(reference.teachers)
     table = [
-        {"steps": r.steps, "guidance": r.guidance, "fid": r.fid, "kid": list(r.kid), "values": dict(r.values)}
-        for r in rows
+        {
+            "steps": row.steps,
+            "guidance": row.guidance,
+            "fid": row.fid,
+            "kid": None if row.kid is None else list(row.kid),
+            "values": dict(row.values),
+        }
+        for row in rows
     ]
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(".tmp-" + path.name)
@@ -223,8 +256,9 @@ def save_reference(path: Path, reference: Reference, identity: str) -> None:
         images=reference.pictures.images,
         features=reference.pictures.features.astype(np.float16),
         values=np.asarray(json.dumps(dict(reference.values))),
+        floor=np.asarray(reference.floor is not None),
         rows=np.asarray(json.dumps(table)),
-        distances=np.stack([row.distances for row in rows]).astype(np.float32),
+        distances=np.stack([_padded(row.distances, len(reference.pictures.images)) for row in rows]),
     )
     temporary.replace(path)
 
@@ -240,20 +274,28 @@ def load_reference(path: Path, identity: str) -> Reference | None:
                     steps=row["steps"],
                     guidance=row["guidance"],
                     fid=row["fid"],
-                    kid=Estimate(*row["kid"]),
-                    distances=distances,
+                    kid=None if row["kid"] is None else Estimate(*row["kid"]),
+                    distances=distances[~np.isnan(distances)],
                     values=row["values"],
                 )
                 for row, distances in zip(json.loads(str(file["rows"])), file["distances"], strict=True)
             ]
+            floors = int(file["floor"]) if "floor" in file else 1
             return Reference(
                 pictures=Pictures(file["images"], file["features"].astype(np.float32)),
                 values=json.loads(str(file["values"])),
-                floor=rows[0],
-                teachers=tuple(rows[1:]),
+                floor=rows[0] if floors else None,
+                teachers=tuple(rows[floors:]),
             )
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: the reference is damaged ({error}); delete the file") from None
+
+
+def _padded(distances: np.ndarray, length: int) -> np.ndarray:
+    """Float32 of this length: those from other latents are fewer where some prompts have one seed."""
+    padded = np.full(length, np.nan, np.float32)
+    padded[: len(distances)] = distances
+    return padded
 
 
 def reference_identity(items: Sequence[EvalItem], *, groups: Sequence[str] | None, guidance: float, base: str) -> str:
@@ -270,15 +312,16 @@ def reference_identity(items: Sequence[EvalItem], *, groups: Sequence[str] | Non
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def _calls(steps: int, guidance: float) -> int:
+def calls_of(steps: int, guidance: float) -> int:
+    """UNet calls an image: guidance doubles them."""
     return steps * (2 if guidance > 1.0 else 1)
 
 
 def _total_calls(count: int, guidance: float, few: Sequence[tuple[int, float]]) -> int:
     """Network calls of the whole reference of ``count`` prompts."""
     diverse = min(DIVERSE_PROMPTS, count)
-    many = _calls(MANY_STEPS, guidance) * (2 * count + (len(FURTHER_SEEDS) - 1) * diverse)
-    return many + sum(_calls(*settings) for settings in few) * (count + len(FURTHER_SEEDS) * diverse)
+    many = calls_of(MANY_STEPS, guidance) * (2 * count + (len(FURTHER_SEEDS) - 1) * diverse)
+    return many + sum(calls_of(*settings) for settings in few) * (count + len(FURTHER_SEEDS) * diverse)
 
 
 def _latents(seeds: Sequence[int], shape: tuple[int, ...]) -> np.ndarray:

@@ -10,8 +10,14 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
+from PIL.PngImagePlugin import PngInfo
 
+from hypersd_jax.evaluation import COMPACT as COMPACT
+from hypersd_jax.evaluation import plain_table, strip
 from hypersd_jax.weights.tensors import replacing
+
+# What stands for a sign where a terminal cannot show it.
+PLAIN = {" ± ": " +- ", "\N{EN DASH}": "-", "\N{HORIZONTAL ELLIPSIS}": "."}
 
 
 def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
@@ -21,19 +27,27 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         temporary.write_text(json.dumps(clean, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def write_picture(path: Path, picture: Image.Image) -> None:
+def write_picture(path: Path, picture: Image.Image, info: PngInfo | None = None) -> None:
     """A picture as PNG."""
     with replacing(path) as temporary:
-        picture.save(temporary, format="PNG")
+        picture.save(temporary, format="PNG", pnginfo=info)
 
 
-def write_strips(path: Path, rows: Sequence[np.ndarray]) -> None:
-    """Rows of equally many pictures (N, H, W, 3) in 0..1, side by side and under one another; NaN is black."""
-    strips = [
-        np.concatenate([np.round(np.nan_to_num(picture) * 255.0).astype(np.uint8) for picture in row], axis=1)
-        for row in rows
-    ]
-    write_picture(path, Image.fromarray(np.concatenate(strips)))
+def write_strips(path: Path, rows: Sequence[np.ndarray], prompts: Sequence[str] = ()) -> None:
+    """Rows of N images (N, H, W, 3) in 0..1, side by side under their N prompts, as one PNG; NaN is black."""
+    write_picture(path, *strip([np.nan_to_num(row) for row in rows], prompts))
+
+
+def printed_table(file: Path, keys: Sequence[str] | None, encoding: str | None) -> str:
+    """The rows of a results.json as a table for a terminal of this encoding; ``keys`` as in `plain_table`."""
+    text = plain_table(json.loads(file.read_text(encoding="utf-8")), keys=keys)
+    known = encoding or "ascii"
+    for sign, plain in PLAIN.items():
+        try:
+            sign.encode(known)
+        except UnicodeEncodeError:
+            text = text.replace(sign, plain)
+    return text.encode(known, errors="replace").decode(known)
 
 
 def _finite(value: Any) -> Any:

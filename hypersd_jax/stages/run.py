@@ -41,10 +41,14 @@ from hypersd_jax.weights.components import load_components
 from hypersd_jax.weights.folder import fingerprint
 
 
-def train(config: Config) -> Path:
+def train(config: Config, *, command: str | None = None) -> Path:
     """Train every stage of ``config``, compare the students with the teacher, and return the output folder.
 
     A run that was stopped goes on where its last checkpoint stands, with the same results as if it had not been.
+
+    Args:
+        config: from `load_config`.
+        command: what was typed to start the run, for its report; None: a Python program started it.
 
     Raises:
         UserError: one line naming the key or file at fault.
@@ -74,7 +78,8 @@ def train(config: Config) -> Path:
                 students[stage.name] = factors
     del factors, students
     if config.compared_samples:
-        compare(config, output, run.pipe, run.base_fingerprint)
+        prompts, base = run.preview_prompts, run.base_fingerprint
+        compare(config, output, run.pipe, base, prompts=prompts, command=command)
     return output.root
 
 

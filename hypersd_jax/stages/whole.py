@@ -241,6 +241,7 @@ def _with_scaling(run: WholeRun) -> Components:
 def _preview(run: WholeRun, stage: StageConfig, name: str) -> None:
     """Pictures over their reconstructions, or drawings of the stream's first captions."""
     pipe = Pipeline(run.components, dtype=run.dtype, mesh=run.mesh)
+    prompts: list[str] = []
     if isinstance(stage, AutoencoderStage):
         rows = [*reconstructed(pipe, run.source.batch(np.arange(run.config.evaluation.batch_size)).images)]
     else:
@@ -248,7 +249,7 @@ def _preview(run: WholeRun, stage: StageConfig, name: str) -> None:
         settings: dict[str, Any] = {"steps": MANY_STEPS, "sampler": "ddim", "guidance": run.config.evaluation.guidance}
         rows = [pipe(prompts, output="np", batch_size=run.config.evaluation.batch_size, stepwise=True, **settings)]
     if jax.process_index() == 0:
-        write_strips(run.output.samples / f"{name}.png", rows)
+        write_strips(run.output.samples / f"{name}.png", rows, prompts)
 
 
 def reconstructed(pipe: Pipeline, images: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

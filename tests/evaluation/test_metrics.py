@@ -104,3 +104,16 @@ def test_too_few_features_are_refused() -> None:
         frechet_distance(np.zeros((1, 2)), np.zeros((5, 2)))
     with pytest.raises(ValueError, match=r"\(N, D\)"):
         kernel_distance(np.zeros((5, 3)), np.zeros((5, 2)))
+
+
+def test_samples_of_one_prompt_are_one_unit() -> None:
+    """By hand: equal groups are a mean over the groups' means; groups of one are the usual error."""
+    values = np.random.default_rng(0).normal(size=12)
+    units = np.arange(12) % 4
+    means = np.asarray([values[units == unit].mean() for unit in range(4)])
+    found = mean_estimate(values, units)
+    assert found.mean == pytest.approx(values.mean())
+    assert found.standard_error == pytest.approx(means.std(ddof=1) / 2)
+    assert mean_estimate(values, np.arange(12)) == pytest.approx(mean_estimate(values))
+    assert np.isnan(mean_estimate(values, np.zeros(12)).standard_error)
+    assert paired_margin(values, 2 * values, units) == pytest.approx(found)

@@ -34,6 +34,7 @@ from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import appraisal, comparison
 from hypersd_jax.stages import reference as references
 from hypersd_jax.stages.comparison import compare
+from hypersd_jax.stages.comparison_report import Outcome, write_comparison
 from hypersd_jax.stages.evaluate_sources import training_pictures
 from hypersd_jax.stages.export import export_student
 from hypersd_jax.stages.output import Output, create_output
@@ -302,7 +303,8 @@ def test_the_report_says_the_margin(compared: Compared) -> None:
     assert f"other: 2 steps, {abs(row['margin']):.4f} ± {row['margin_se']:.4f} {side}" in page
     assert f"{MANY}-step pictures" in page
     assert page.count("data:image/png;base64,") == 1
-    assert page.count("<svg") == 1
+    assert page.count("<svg") == 4 + 1  # two metrics against steps and calls, and the loss of a stage
+    assert "hypersd_jax.train(" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
     assert not list(compared.output.root.glob("*.tmp*"))
     assert not list(compared.output.root.glob(".*"))
@@ -312,9 +314,12 @@ def test_the_report_of_a_run_that_has_trained_nothing_itself(compared: Compared,
     """All its stages are taken over from another run: there are no curves, and all the rest."""
     output = Output(tmp_path / "out")
     create_output(output, dataclasses.replace(compared.config, output_dir=str(output.root)))
-    comparison._write_all(compared.config, output, compared.rows, {"one": np.zeros((1, 8, 8, 3), np.uint8)}, ["apple"])
+    columns = {"one": np.zeros((1, 8, 8, 3), np.uint8)}
+    outcome = Outcome(rows=compared.rows, columns=columns, prompts=["apple"], seeds=1, command=None, seconds=1.0)
+    write_comparison(compared.config, output, outcome)
     page = (output.root / "report.html").read_text(encoding="utf-8")
-    assert page.count("<svg") == 0
+    assert page.count("<svg") == 4
+    assert "Loss" not in page
     assert page.count("data:image/png;base64,") == 1
     assert "other: 2 steps" in page
     assert json.loads((output.root / "results.json").read_text()) == compared.rows

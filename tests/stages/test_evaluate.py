@@ -145,6 +145,27 @@ def test_the_files(output: Path, rows: dict[str, dict[str, Any]]) -> None:
         load_run(output, (32, 64))
 
 
+def test_the_table_is_printed_and_the_page_says_where_it_comes_from(
+    model: Path, output: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "new"
+    arguments = ["evaluate", "--model", str(model), "--n", "3", "--batch-size", "2", "--steps", "1"]
+    main([*arguments, "--cache", str(output / "cache"), "--output", str(folder)])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-4:] == [str(folder / name) for name in ("results.json", "results.md", "grid.png", "report.html")]
+    table = [line for line in lines[:-4] if line]
+    assert table[0].split()[:2] == ["model", "steps"]
+    assert any(line.startswith("model (reference)") for line in table)
+    assert max(map(len, table)) <= 120
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert '<pre tabindex="0">hypersd evaluate --model' in page
+    for words in (f"jax {jax.__version__}", "<dt>seeds of the samples</dt><dd>0 to 2</dd>", "<dt>time</dt>"):
+        assert words in page
+    assert page.count("<svg") == 4  # distance and text match against steps and calls
+    for item in evaluation_list(3):
+        assert f"<bdi>{item.prompt}</bdi>" in page
+
+
 def test_training_pictures_are_two_sets_with_none_in_common() -> None:
     first, second = training_pictures(60, None, 64)
     assert len(first) == len(second) == 60
