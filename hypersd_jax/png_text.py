@@ -27,6 +27,7 @@ from PIL.PngImagePlugin import PngInfo
 from hypersd_jax.diffusion.level_grids import RESPACINGS
 from hypersd_jax.diffusion.solvers import WITH_ETA
 from hypersd_jax.errors import UserError
+from hypersd_jax.paths import expanded
 from hypersd_jax.presets import Preset
 from hypersd_jax.weights.tensors import replacing
 
@@ -165,7 +166,7 @@ def save_pictures(
     Raises:
         UserError: another suffix, not one text for each picture, or a file that cannot be written.
     """
-    path = Path(path)
+    path = expanded(Path(path))
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: must end in .png, .jpg or .webp")
     if texts is not None and len(texts) != len(images):

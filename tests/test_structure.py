@@ -15,6 +15,7 @@ PACKAGE = ROOT / "hypersd_jax"
 # From the ground up: a room imports only what stands before it.
 ROOMS = (
     "errors",
+    "paths",
     "compilation",
     "config",
     "recipes",
@@ -34,13 +35,15 @@ ROOMS = (
     "training",
     "stages",
     "serving",
+    "commands",
     "cli",
     "__main__",
 )
 # Rooms that see less than everything before them.
 ONLY = {
     "errors": set(),
-    "compilation": set(),
+    "paths": set(),
+    "compilation": {"paths"},
     "diffusion": {"errors"},
     "adapters": {"errors"},
     "distill": {"errors", "diffusion"},

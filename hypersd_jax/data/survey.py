@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from hypersd_jax import paths
 from hypersd_jax.data.pictures import picture_size, read_picture
 from hypersd_jax.data.reading import Rows
 
@@ -46,8 +47,8 @@ def picture_sizes(rows: Rows, *, decode: bool = False) -> np.ndarray:
 
 
 def cache_folder() -> Path:
-    """Where surveys are kept."""
-    return Path.home() / ".cache" / "hypersd_jax" / "pictures"
+    """Where surveys are kept; below a file, where nothing can be, if the user has no folder that can be written."""
+    return paths.cache_folder("pictures") or Path(os.devnull)
 
 
 def _kept(path: Path, count: int) -> np.ndarray:

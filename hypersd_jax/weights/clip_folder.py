@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypersd_jax.errors import UserError, shown
+from hypersd_jax.paths import expanded
 from hypersd_jax.models.clip_text import ClipTextConfig, clip_text
 from hypersd_jax.models.clip_vision import ClipVisionConfig, clip_vision
 from hypersd_jax.models.functional import Network, Params, Shapes
@@ -73,7 +74,7 @@ def load_clip_model(source: str | os.PathLike[str], *, dtype: Any) -> LoadedClip
         UserError: one line naming the file or key that is missing, damaged, unsupported or fits nothing; pickled
             weights are refused.
     """
-    origin = Path(source)
+    origin = expanded(Path(source))
     if not origin.exists():
         raise UserError(f"{origin}: no such file or folder")
     folder = origin if origin.is_dir() else origin.parent

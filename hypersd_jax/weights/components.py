@@ -33,7 +33,8 @@ def resolve_source(source: str | Path) -> Path:
         return assets() / "teacher"
     path = fetch_model(source)
     if path.is_dir() and not (path / "model_index.json").is_file():
-        raise UserError(f"{path}: not a diffusers model folder (model_index.json is missing)")
+        empty = "an empty folder, " if not any(path.iterdir()) else ""
+        raise UserError(f"{path}: {empty}not a diffusers model folder (model_index.json is missing)")
     return path
 
 
