@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import re
 import stat
@@ -10,7 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+from hypersd_jax.errors import UserError
+
 P = TypeVar("P", str, Path)
+
+IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
+"""Endings of the image files that are written."""
 
 _ID = re.compile(
     r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^/\s]+))?(?P<file>(?:/(?!\.{1,2}(?:/|$))[^/\s][^/]*)+)?"
@@ -18,10 +24,17 @@ _ID = re.compile(
 
 
 def expanded(path: P) -> P:
-    """Replace a leading ``~`` or ``~name`` by the home folder; a path that exists as it is spelled stays as it is."""
+    """Replace a leading ``~`` or ``~name`` by the home folder; a path that exists as it is spelled stays as it is.
+
+    Raises:
+        UserError: there is no home folder to put in its place.
+    """
     if not str(path).startswith("~") or os.path.lexists(path):
         return path
-    return type(path)(os.path.expanduser(path))
+    found = os.path.expanduser(path)
+    if str(found).split("/")[0] == "~":
+        raise UserError(f"{path}: the home folder is not known; set HOME, or write the whole path")
+    return type(path)(found)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,6 +56,43 @@ def parse_id(source: str | os.PathLike[str]) -> HubId | None:
     if match is None:
         return None
     return HubId(repo=match["repo"], revision=match["revision"], file=match["file"][1:] if match["file"] else None)
+
+
+def require_id(source: str | os.PathLike[str]) -> HubId:
+    """Read an id; UserError for what can only be a path, which there is none of then."""
+    found = parse_id(source)
+    if found is None:
+        raise UserError(f"{source}: no such file or folder")
+    return found
+
+
+def require_model_folder(folder: Path) -> None:
+    """UserError unless a folder holds a model in diffusers' layout."""
+    if not (folder / "model_index.json").is_file():
+        empty = "" if any(folder.iterdir()) else "an empty folder, "
+        raise UserError(f"{folder}: {empty}not a diffusers model folder (model_index.json is missing)")
+
+
+def parse_lora(text: str) -> tuple[Path, float]:
+    """The file and scale of ``FILE[@SCALE]``; a file whose own name has an @, and a hub id's revision, stay as is.
+
+    Raises:
+        UserError: the scale is not a finite number.
+    """
+    name, at, scale = text.rpartition("@")
+    whole = expanded(Path(text))
+    if not at or os.path.exists(whole):
+        return whole, 1.0
+    try:
+        number = float(scale)
+    except ValueError:
+        number = math.nan
+    if math.isfinite(number) and "_" not in scale:
+        return expanded(Path(name)), number
+    found = parse_id(text)
+    if "@" not in name and found is not None and found.revision and not found.repo.endswith(".safetensors"):
+        return whole, 1.0
+    raise UserError(f"--lora {text}: the scale {scale!r} is not a number")
 
 
 def home() -> Path | None:

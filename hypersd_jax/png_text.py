@@ -27,11 +27,11 @@ from PIL.PngImagePlugin import PngInfo
 from hypersd_jax.diffusion.level_grids import RESPACINGS
 from hypersd_jax.diffusion.solvers import WITH_ETA
 from hypersd_jax.errors import UserError
+from hypersd_jax.paths import IMAGE_SUFFIXES as SUFFIXES
 from hypersd_jax.paths import expanded
 from hypersd_jax.presets import Preset
 from hypersd_jax.weights.tensors import replacing
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SAMPLERS = {
     "ddim": "DDIM",
     "tcd": "TCD",

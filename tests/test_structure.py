@@ -42,8 +42,8 @@ ROOMS = (
 # Rooms that see less than everything before them.
 ONLY = {
     "errors": set(),
-    "paths": set(),
-    "compilation": {"paths"},
+    "paths": {"errors"},
+    "compilation": {"errors", "paths"},
     "diffusion": {"errors"},
     "adapters": {"errors"},
     "distill": {"errors", "diffusion"},

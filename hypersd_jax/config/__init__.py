@@ -18,6 +18,7 @@ from hypersd_jax.config.schema import LogConfig as LogConfig
 from hypersd_jax.config.schema import LoraConfig as LoraConfig
 from hypersd_jax.config.schema import MeshConfig as MeshConfig
 from hypersd_jax.config.schema import ModelConfig as ModelConfig
+from hypersd_jax.config.scalars import utf8 as utf8
 from hypersd_jax.config.score import BASE as BASE
 from hypersd_jax.config.score import PREVIOUS as PREVIOUS
 from hypersd_jax.config.score import AdversarialConfig as AdversarialConfig

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hypersd_jax.config.building import has_source, is_flow_mapping, opened
-from hypersd_jax.config.hints import nearest
+from hypersd_jax.config.hints import nearest, places
 from hypersd_jax.config.scalars import Words
 from hypersd_jax.errors import UserError, shown
 
@@ -32,7 +32,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str], root: type) 
     for override in overrides:
         key, equals, text = override.partition("=")
         if not equals or not key:
-            raise UserError(f"override {override!r} must look like key.path=value{_remedy(override)}")
+            raise UserError(f"override {override!r} must look like key.path=value{_remedy(override, root)}")
         words = Words(text)
         kind = typing.get_type_hints(root).get(key)
         if dataclasses.is_dataclass(kind) and has_source(kind) and not is_flow_mapping(words):
@@ -40,10 +40,11 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str], root: type) 
         _set(tree, key.split("."), words, key)
 
 
-def _remedy(override: str) -> str:
+def _remedy(override: str, root: type) -> str:
     if Path(override).suffix.lower() in (".yaml", ".yml"):
         return f"; a recipe is given as --config {override}"
-    return ", without spaces around the =" if override in ("=", "") or override.startswith("=") else ""
+    keys = places(root, override)
+    return f"; did you mean {keys[0]}=VALUE, without spaces?" if keys else ""
 
 
 def _set(node: Any, parts: list[str], value: Words, key: str) -> None:

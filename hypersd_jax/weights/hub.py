@@ -27,7 +27,7 @@ from huggingface_hub.errors import (
 )
 
 from hypersd_jax.errors import UserError
-from hypersd_jax.paths import HubId, expanded, parse_id
+from hypersd_jax.paths import HubId, expanded, parse_id, require_id
 from hypersd_jax.weights.folder import HALF, STEMS
 from hypersd_jax.weights.keys import Kind
 from hypersd_jax.weights.tensors import PICKLE_SUFFIXES, pickle_message
@@ -165,9 +165,7 @@ def _local(source: str | os.PathLike[str]) -> Path | None:
 
 
 def _require_id(source: str | os.PathLike[str]) -> HubId:
-    found = parse_id(source)
-    if found is None:
-        raise UserError(f"{source}: no such file or folder")
+    found = require_id(source)
     if found.file and Path(found.file).suffix.lower() in PICKLE_SUFFIXES:
         raise UserError(pickle_message(source))
     return found
