@@ -30,7 +30,7 @@ def compiler_options(dtype: Any, platform: str | None = None) -> dict[str, Any]:
 def use_compilation_cache() -> None:
     """Keep compiled programs between processes.
 
-    In the folder that JAX_COMPILATION_CACHE_DIR names, or the user's (`paths.cache_folder`); nowhere where there is none.
+    In the folder that JAX_COMPILATION_CACHE_DIR names, or the user's; nowhere if none can be written.
     """
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and (folder := cache_folder("jax")) is not None:
         jax.config.update("jax_compilation_cache_dir", str(folder))

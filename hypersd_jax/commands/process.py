@@ -8,7 +8,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 from hypersd_jax.errors import UserError
@@ -54,6 +54,9 @@ def exit_status() -> Iterator[None]:
     try:
         yield
         sys.stdout.flush()
+    except SystemExit:
+        _leave_no_output()
+        raise
     except UserError as error:
         _end(2, " ".join(str(error).split()))
     except KeyboardInterrupt:
@@ -68,10 +71,8 @@ def exit_status() -> Iterator[None]:
 
 def _end(status: int, line: str | None = None) -> None:
     if line is not None:
-        try:
+        with suppress(OSError):
             print(f"hypersd: {line}", file=sys.stderr)
-        except OSError:
-            pass
     _leave_no_output()
     sys.exit(status)
 

@@ -12,13 +12,13 @@ from hypersd_jax.config.files import to_dict as to_dict
 from hypersd_jax.config.hints import SYNONYMS as SYNONYMS
 from hypersd_jax.config.hints import nearest as nearest
 from hypersd_jax.config.hints import places as places
+from hypersd_jax.config.scalars import utf8 as utf8
 from hypersd_jax.config.schema import Config as Config
 from hypersd_jax.config.schema import EvaluationConfig as EvaluationConfig
 from hypersd_jax.config.schema import LogConfig as LogConfig
 from hypersd_jax.config.schema import LoraConfig as LoraConfig
 from hypersd_jax.config.schema import MeshConfig as MeshConfig
 from hypersd_jax.config.schema import ModelConfig as ModelConfig
-from hypersd_jax.config.scalars import utf8 as utf8
 from hypersd_jax.config.score import BASE as BASE
 from hypersd_jax.config.score import PREVIOUS as PREVIOUS
 from hypersd_jax.config.score import AdversarialConfig as AdversarialConfig

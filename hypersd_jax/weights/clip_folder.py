@@ -14,10 +14,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypersd_jax.errors import UserError, shown
-from hypersd_jax.paths import expanded
 from hypersd_jax.models.clip_text import ClipTextConfig, clip_text
 from hypersd_jax.models.clip_vision import ClipVisionConfig, clip_vision
 from hypersd_jax.models.functional import Network, Params, Shapes
+from hypersd_jax.paths import expanded
 from hypersd_jax.weights.clip_file import guess_config
 from hypersd_jax.weights.folder import STEMS, cast, component_files, read_finite, read_json, require_fit
 from hypersd_jax.weights.keys import from_torch, torch_key, torch_shape

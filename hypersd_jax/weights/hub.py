@@ -27,7 +27,8 @@ from huggingface_hub.errors import (
 )
 
 from hypersd_jax.errors import UserError
-from hypersd_jax.paths import HubId, expanded, parse_id, require_id
+from hypersd_jax.paths import HubId, expanded, require_id
+from hypersd_jax.paths import parse_id as parse_id
 from hypersd_jax.weights.folder import HALF, STEMS
 from hypersd_jax.weights.keys import Kind
 from hypersd_jax.weights.tensors import PICKLE_SUFFIXES, pickle_message
@@ -51,9 +52,9 @@ def fetch_model(source: str | os.PathLike[str]) -> Path:
     """The folder or file of a whole model, or of one component such as a ControlNet or an autoencoder.
 
     Args:
-        source: a local path, returned with its ``~`` replaced, an id, or the id of a single .safetensors file. Of a folder's weights
-            one variant is fetched: the full ones, or those in float16 where there are no others, which is what
-            `component_files` reads.
+        source: a local path, returned with its ``~`` replaced, an id, or the id of a single .safetensors file. Of a
+            folder's weights one variant is fetched: the full ones, or those in float16 where there are no others,
+            which is what `component_files` reads.
 
     Raises:
         UserError: one line naming the id, where there is no such thing, no access to it, no network, or where its
@@ -76,7 +77,7 @@ def fetch_configs(source: str | os.PathLike[str]) -> Path:
 
 
 def fetch_lora(source: str | os.PathLike[str]) -> Path:
-    """A LoRA's file: a local path, returned with its ``~`` replaced, an id, or a file in it; raises as `fetch_model` does."""
+    """A LoRA's file: a local path, its ``~`` replaced, an id, or a file in it; raises as `fetch_model` does."""
     if (local := _local(source)) is not None:
         return local
     found = _require_id(source)
@@ -84,7 +85,7 @@ def fetch_lora(source: str | os.PathLike[str]) -> Path:
 
 
 def fetch_file(source: str | os.PathLike[str]) -> Path:
-    """One safetensors file: a local path, returned with its ``~`` replaced, or a file by id; raises as `fetch_model` does."""
+    """One safetensors file: a local path, its ``~`` replaced, or a file by id; raises as `fetch_model` does."""
     if (local := _local(source)) is not None:
         return local
     found = _require_id(source)
