@@ -37,7 +37,7 @@ def build(cls: type[T], value: Any, path: str = "", root: type | None = None) ->
     if isinstance(value, str) and has_source(cls) and not is_flow_mapping(value):
         value = {"source": value}
     if isinstance(value, Words):
-        value = opened(value)
+        value = opened(value, where)
     if not isinstance(value, Mapping):
         raise UserError(f"{where} must be a mapping of keys, not {said(value)}")
     hints = typing.get_type_hints(cls, include_extras=True)
@@ -45,7 +45,7 @@ def build(cls: type[T], value: Any, path: str = "", root: type | None = None) ->
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in fields:
-            raise UserError(f"unknown key {prefix}{key}{key_hint(root, str(key), list(fields))}")
+            raise UserError(f"unknown key {prefix}{key}{key_hint(root, f'{prefix}{key}', list(fields))}")
     missing = [
         name
         for name, field in fields.items()
@@ -69,16 +69,23 @@ def is_flow_mapping(text: str) -> bool:
     """Whether the words are ``{key: value, ...}``; a path such as ``{a}`` or ``{a,b}/x`` is not."""
     if not isinstance(text, Words) or not text.lstrip().startswith("{"):
         return False
-    found = opened(text)
+    try:
+        found = opened(text, "")
+    except UserError:
+        return False
     return isinstance(found, dict) and all(not isinstance(item, Words) or item for item in found.values())
 
 
-def opened(words: Words) -> Any:
-    """The mapping or list that words spell out in YAML; the words themselves where they are none."""
+def opened(words: Words, path: str) -> Any:
+    """The mapping or list that words spell out in YAML; the words themselves where they are a single value.
+
+    Raises:
+        UserError: they are no YAML; names ``path``.
+    """
     try:
         found = read_tree(words)
-    except TreeError:
-        return words
+    except TreeError as error:
+        raise UserError(f"{path}: {error}") from None
     return found if isinstance(found, dict | list) else words
 
 
@@ -108,7 +115,7 @@ def _convert_list(kinds: tuple[Any, ...], value: Any, path: str, root: type) -> 
     """A tuple, of one kind and any length (``kinds`` ends in an ellipsis) or with a kind for each value."""
     endless = kinds[-1] is Ellipsis
     structured = any(dataclasses.is_dataclass(each) for each in (kinds[0], *typing.get_args(kinds[0])))
-    found = opened(value) if isinstance(value, Words) and structured else value
+    found = opened(value, path) if isinstance(value, Words) and structured else value
     if isinstance(value, Words) and not structured and (value if endless else {"[", ","} & set(value)):
         found = split_list(value)
     if not isinstance(found, list | tuple):
@@ -122,7 +129,7 @@ def _convert_list(kinds: tuple[Any, ...], value: Any, path: str, root: type) -> 
 def _of_kind(classes: list[Any], value: Any, path: str) -> Any:
     """Which of several dataclasses ``value`` is for: the one whose ``kind`` it names, or the first."""
     if isinstance(value, Words):
-        value = opened(value)
+        value = opened(value, path)
     kinds = {name: cls for cls in classes for name in typing.get_args(typing.get_type_hints(cls)["kind"])}
     kind = value.get("kind") if isinstance(value, Mapping) else None
     if kind is None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import functools
+import re
 import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
@@ -61,23 +62,38 @@ def nearest(name: str, valid: Iterable[str]) -> str:
     return f"; did you mean {close[0]}?" if close else f"; valid names are {', '.join(names)}"
 
 
-def key_hint(root: type, name: str, siblings: Sequence[str]) -> str:
-    """A hint for a key that does not belong where it stands: a sibling, or its place elsewhere under ``root``."""
-    here = [other for other in SYNONYMS.get(name, ()) if other in siblings]
-    close = difflib.get_close_matches(name, siblings, n=1)
-    found = here or (close if name not in SYNONYMS else []) or places(root, name)
+def key_hint(root: type, path: str, siblings: Sequence[str]) -> str:
+    """A hint for a key that does not belong where it stands: a sibling, or its place elsewhere under ``root``.
+
+    Args:
+        root: the dataclass of the whole configuration.
+        path: the dotted path of the key.
+        siblings: the keys that do belong there.
+    """
+    parent, _, name = path.rpartition(".")
+    here = re.sub(r"\.\d+(?=\.|$)", ".*", parent)
+    found = [other for other in _called(name) if other in siblings]
+    found = found or [place for place in _places(root, _called(name)) if place.rpartition(".")[0] != here]
+    if not found and not difflib.get_close_matches(name, siblings, n=1):
+        found = [place for place in places(root, name) if place.rpartition(".")[0] != here]
     return f"; did you mean {' or '.join(found)}?" if found else nearest(name, siblings)
 
 
 def places(root: type, name: str) -> list[str]:
-    """Where a key of this name, or of what it is called here, stands under ``root``: the dotted paths highest up."""
+    """Where a key of about this name, or of what it is called here, stands under ``root``: the paths highest up."""
     name = name.replace("-", "_").lower()
-    known = _known(root)
-    for wanted in (SYNONYMS.get(name, (name,)), difflib.get_close_matches(name, known, n=1)):
-        found = [path for each in wanted for path in known.get(each, ())]
-        if found:
-            return found
-    return []
+    close = difflib.get_close_matches(name, _known(root), n=1)
+    return _places(root, _called(name)) or _places(root, close)
+
+
+def _called(name: str) -> tuple[str, ...]:
+    """What a key may be called here."""
+    name = name.replace("-", "_").lower()
+    return SYNONYMS.get(name, (name,))
+
+
+def _places(root: type, names: Iterable[str]) -> list[str]:
+    return [path for name in names for path in _known(root).get(name, ())]
 
 
 @functools.cache

@@ -50,6 +50,7 @@ def _remedy(override: str, root: type) -> str:
 def _set(node: Any, parts: list[str], value: Words, key: str) -> None:
     head, rest = parts[0], parts[1:]
     if isinstance(node, list):
+        node[:] = [opened(item, key) if isinstance(item, Words) else item for item in node]
         places: list[Any] = list(_list_indices(node, head, key))
     elif isinstance(node, dict):
         places = [head]
@@ -60,7 +61,7 @@ def _set(node: Any, parts: list[str], value: Words, key: str) -> None:
             node[place] = value
             continue
         child = node.get(place) if isinstance(node, dict) else node[place]
-        child = opened(child) if isinstance(child, Words) else child
+        child = opened(child, key) if isinstance(child, Words) else child
         node[place] = {} if child is None or (isinstance(child, Words) and not child) else child
         _set(node[place], rest, value, key)
 
