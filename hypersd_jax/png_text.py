@@ -124,9 +124,11 @@ def schedule_type(settings: Preset, scheduler_config: Mapping[str, Any]) -> str 
 def name_of(source: str | os.PathLike[str]) -> str:
     """A model's or LoRA's name: of a file without its suffix, of a folder or a hub id the last part.
 
-    Characters that ``<lora:NAME:SCALE>`` and lists of names cannot hold become underscores.
+    Characters that ``<lora:NAME:SCALE>`` and lists of names cannot hold become underscores, bytes that are not UTF-8
+    question marks.
     """
-    return re.sub(r"[<>:,=\s]", "_", Path(source).absolute().name.removesuffix(".safetensors"))
+    name = Path(source).absolute().name.removesuffix(".safetensors")
+    return re.sub(r"[<>:,=\s]", "_", name).encode(errors="replace").decode()
 
 
 def lora_hash(file: str | os.PathLike[str]) -> str:

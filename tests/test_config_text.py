@@ -84,6 +84,8 @@ def test_text_on_the_command_line_is_taken_as_it_is_and_written_back(base: Path,
     for key in ("data", "data.source", "model", "output_dir", "reuse", "data.cache"):
         if text == "null" and key in ("reuse", "data.cache"):
             continue
+        if "\udce9" in text and key not in ("model", "data.cache"):  # checkpoints and tables hold no such names
+            continue
         config = load_config(base, [f"{key}={text}"])
         assert at(config, {"data": "data.source", "model": "model.source"}.get(key, key)) == text
         assert config.data.resolution == 64  # the rest of the recipe stays
@@ -194,6 +196,8 @@ def test_numbers_are_decimal_and_lists_have_two_forms(
         ("log.tensorboard=0", "not 0 .write false."),
         ("log.tensorboard=nope", "must be true or false, not 'nope'$"),
         ("output_dir=", "output_dir must be text, not nothing"),
+        ("output_dir=caf\udce9", r"output_dir must be UTF-8 text, not 'caf\\xe9'"),  # which checkpoints need
+        ("data=caf\udce9", r"data.source must be UTF-8 text, not 'caf\\xe9'"),
         ("data.split=caf\udce9", r"data.split must be UTF-8 text, not 'caf\\xe9'"),
         ("stages.0.guidance=4", "stages.0.guidance must be a list, not 4"),
         ("data.groups=[a,,b]", "data.groups.1 must be text, not nothing"),

@@ -8,7 +8,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from hypersd_jax import presets
-from hypersd_jax.config import Config
+from hypersd_jax.config import Config, utf8
 from hypersd_jax.errors import UserError
 from hypersd_jax.paths import parse_lora, require_id, require_model_folder
 
@@ -72,6 +72,7 @@ def check_config(config: Config) -> None:
     except UserError as error:
         raise UserError(f"model: {error}") from None
     _check_data(config.data.source)
+    utf8(os.path.abspath(config.output_dir), "output_dir")  # as checkpoints ask for
     if os.path.exists(config.output_dir) and not os.path.isdir(config.output_dir):
         raise UserError(f"output_dir: {config.output_dir} is a file, expected a folder")
 

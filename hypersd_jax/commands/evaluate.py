@@ -7,6 +7,7 @@ import os
 from typing import Any
 
 from hypersd_jax.commands import checks, parsing
+from hypersd_jax.config import utf8
 from hypersd_jax.errors import UserError
 
 _EPILOG = """\
@@ -98,5 +99,6 @@ def check(options: argparse.Namespace) -> None:
     if options.clip is not None and not os.path.exists(options.clip):
         raise UserError(f"--clip {options.clip}: no such file or folder")
     for folder in options.reference or ():
+        utf8(folder, "--reference")  # its name goes into the table
         if folder not in ("base", "none") and not os.path.isdir(folder):
             raise UserError(f"--reference {folder}: is neither base, none nor a folder")

@@ -20,7 +20,7 @@ class DataConfig:
     ``cache`` is a folder that `hypersd cache` wrote: rows are read from it, not encoded.
     """
 
-    source: PathText = "emoji"
+    source: str = "emoji"
     split: str = "train"
     resolution: int | None = None
     white_fraction: float = 0.5

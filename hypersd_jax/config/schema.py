@@ -93,8 +93,8 @@ class Config:
     over and not trained again.
     """
 
-    output_dir: PathText
-    reuse: PathText | None = None
+    output_dir: str
+    reuse: str | None = None
     seed: int = 0
     model: ModelConfig = ModelConfig()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
