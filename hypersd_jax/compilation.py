@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import os
 import warnings
-from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from hypersd_jax.paths import cache_folder
 
 
 def compiler_options(dtype: Any, platform: str | None = None) -> dict[str, Any]:
@@ -27,9 +28,12 @@ def compiler_options(dtype: Any, platform: str | None = None) -> dict[str, Any]:
 
 
 def use_compilation_cache() -> None:
-    """Keep compiled programs between processes, in the folder that JAX_COMPILATION_CACHE_DIR names or the user's."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        jax.config.update("jax_compilation_cache_dir", str(Path.home() / ".cache" / "hypersd_jax" / "jax"))
+    """Keep compiled programs between processes.
+
+    In the folder that JAX_COMPILATION_CACHE_DIR names, or the user's; nowhere if none can be written.
+    """
+    if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and (folder := cache_folder("jax")) is not None:
+        jax.config.update("jax_compilation_cache_dir", str(folder))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     # Programs that call oneDNN (`compiler_options`) cannot be written there, of which JAX would warn each time.
     warnings.filterwarnings("ignore", "Error writing persistent compilation cache entry .*MemoryError")

@@ -27,10 +27,11 @@ from PIL.PngImagePlugin import PngInfo
 from hypersd_jax.diffusion.level_grids import RESPACINGS
 from hypersd_jax.diffusion.solvers import WITH_ETA
 from hypersd_jax.errors import UserError
+from hypersd_jax.paths import IMAGE_SUFFIXES as SUFFIXES
+from hypersd_jax.paths import expanded
 from hypersd_jax.presets import Preset
 from hypersd_jax.weights.tensors import replacing
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SAMPLERS = {
     "ddim": "DDIM",
     "tcd": "TCD",
@@ -123,9 +124,11 @@ def schedule_type(settings: Preset, scheduler_config: Mapping[str, Any]) -> str 
 def name_of(source: str | os.PathLike[str]) -> str:
     """A model's or LoRA's name: of a file without its suffix, of a folder or a hub id the last part.
 
-    Characters that ``<lora:NAME:SCALE>`` and lists of names cannot hold become underscores.
+    Characters that ``<lora:NAME:SCALE>`` and lists of names cannot hold become underscores, bytes that are not UTF-8
+    question marks.
     """
-    return re.sub(r"[<>:,=\s]", "_", Path(source).absolute().name.removesuffix(".safetensors"))
+    name = Path(source).absolute().name.removesuffix(".safetensors")
+    return re.sub(r"[<>:,=\s]", "_", name).encode(errors="replace").decode()
 
 
 def lora_hash(file: str | os.PathLike[str]) -> str:
@@ -165,7 +168,7 @@ def save_pictures(
     Raises:
         UserError: another suffix, not one text for each picture, or a file that cannot be written.
     """
-    path = Path(path)
+    path = expanded(Path(path))
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: must end in .png, .jpg or .webp")
     if texts is not None and len(texts) != len(images):

@@ -116,7 +116,6 @@ def test_a_student_ships_for_each_step_count(steps: int) -> None:
         (["convert", "lora", "nothing.safetensors", "out.safetensors", "--to", "kohya"], "nothing.safetensors"),
         (["convert", "lora", "a", "b"], "--to"),
         (["fly"], "invalid choice"),
-        ([], "required"),
     ],
 )
 def test_bad_input_is_one_line_and_status_2(

@@ -132,6 +132,7 @@ def test_names():
     assert name_of("folder/sd-v1.5/") == "sd-v1.5"
     assert name_of("owner/name@main/file.safetensors") == "file"
     assert name_of("a:b, c>.safetensors") == "a_b__c_"
+    assert name_of("caf\udce9/caf\udce9.safetensors") == "caf?"  # bytes that are not UTF-8
 
 
 def test_a_loras_hash_is_of_its_tensors_alone(tmp_path: Path):

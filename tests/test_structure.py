@@ -15,6 +15,7 @@ PACKAGE = ROOT / "hypersd_jax"
 # From the ground up: a room imports only what stands before it.
 ROOMS = (
     "errors",
+    "paths",
     "files",
     "compilation",
     "config",
@@ -35,14 +36,16 @@ ROOMS = (
     "training",
     "stages",
     "serving",
+    "commands",
     "cli",
     "__main__",
 )
 # Rooms that see less than everything before them.
 ONLY = {
     "errors": set(),
+    "paths": {"errors"},
     "files": set(),
-    "compilation": set(),
+    "compilation": {"errors", "paths"},
     "diffusion": {"errors"},
     "adapters": {"errors"},
     "distill": {"errors", "diffusion"},

@@ -4,12 +4,15 @@ Unknown keys and bad values are errors that name the key and the nearest valid n
 """
 
 from hypersd_jax.config.building import build as build
-from hypersd_jax.config.building import nearest as nearest
 from hypersd_jax.config.data import DataConfig as DataConfig
 from hypersd_jax.config.files import first_difference as first_difference
 from hypersd_jax.config.files import load_config as load_config
 from hypersd_jax.config.files import save_config as save_config
 from hypersd_jax.config.files import to_dict as to_dict
+from hypersd_jax.config.hints import SYNONYMS as SYNONYMS
+from hypersd_jax.config.hints import nearest as nearest
+from hypersd_jax.config.hints import places as places
+from hypersd_jax.config.scalars import utf8 as utf8
 from hypersd_jax.config.schema import EMBEDDED_GUIDANCE as EMBEDDED_GUIDANCE
 from hypersd_jax.config.schema import Config as Config
 from hypersd_jax.config.schema import EvaluationConfig as EvaluationConfig

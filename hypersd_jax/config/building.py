@@ -3,30 +3,49 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import types
 import typing
-from collections.abc import Iterable, Mapping
-from typing import Any, Literal, TypeVar
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, TypeVar
 
+from hypersd_jax.config.hints import key_hint, nearest
+from hypersd_jax.config.scalars import Words, is_null, said, split_list, to_bool, to_float, to_text, to_whole
+from hypersd_jax.config.tree import TreeError, read_tree
 from hypersd_jax.errors import UserError
 
 T = TypeVar("T")
 
+PATH = "path"
+PathText = Annotated[str, PATH]
+"""Text that names a file or folder, whose bytes need not be UTF-8."""
 
-def build(cls: type[T], value: Any, path: str = "") -> T:
-    """Make the dataclass ``cls`` from plain data; errors carry the dotted ``path``."""
+
+def build(cls: type[T], value: Any, path: str = "", root: type | None = None) -> T:
+    """Make a dataclass from plain data.
+
+    Args:
+        cls: the dataclass.
+        value: a mapping of its keys. Values of type `Words` are read as their field's type asks.
+        path: the dotted key that it stands at, which errors carry.
+        root: the dataclass of the whole configuration, in which misplaced keys are looked up; None is ``cls``.
+
+    Raises:
+        UserError: naming the key that is unknown, missing or bad.
+    """
+    root = root or cls
     where = path or "the configuration"
-    if isinstance(value, str) and any(field.name == "source" for field in dataclasses.fields(cls)):  # type: ignore[arg-type]
+    if isinstance(value, str) and has_source(cls) and not is_flow_mapping(value):
         value = {"source": value}
+    if isinstance(value, Words):
+        value = opened(value, where)
     if not isinstance(value, Mapping):
-        raise UserError(f"{where} must be a mapping of keys, not {value!r}")
-    hints = typing.get_type_hints(cls)
+        raise UserError(f"{where} must be a mapping of keys, not {said(value)}")
+    hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     prefix = f"{path}." if path else ""
     for key in value:
         if key not in fields:
-            raise UserError(f"unknown key {prefix}{key}{nearest(str(key), fields)}")
+            raise UserError(f"unknown key {prefix}{key}{key_hint(root, f'{prefix}{key}', list(fields))}")
     missing = [
         name
         for name, field in fields.items()
@@ -34,45 +53,83 @@ def build(cls: type[T], value: Any, path: str = "") -> T:
     ]
     if missing:
         raise UserError(f"{prefix}{missing[0]} is missing")
-    arguments = {key: _convert(hints[key], item, f"{prefix}{key}") for key, item in value.items()}
+    arguments = {key: _convert(hints[key], item, f"{prefix}{key}", root) for key, item in value.items()}
     try:
         return cls(**arguments)
     except ValueError as error:
         raise UserError(f"{prefix}{error}") from None
 
 
-def nearest(name: str, valid: Iterable[str]) -> str:
-    """A hint ``; did you mean 'x'?`` or the list of valid names."""
-    names = list(valid)
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]}?" if close else f"; valid names are {', '.join(names)}"
+def has_source(cls: Any) -> bool:
+    """Whether a dataclass may be given as text alone, which is its ``source``."""
+    return any(field.name == "source" for field in dataclasses.fields(cls))
 
 
-def _convert(kind: Any, value: Any, path: str) -> Any:
+def is_flow_mapping(text: str) -> bool:
+    """Whether the words are ``{key: value, ...}``; a path such as ``{a}`` or ``{a,b}/x`` is not."""
+    if not isinstance(text, Words) or not text.lstrip().startswith("{"):
+        return False
+    try:
+        found = opened(text, "")
+    except UserError:
+        return False
+    return isinstance(found, dict) and all(not isinstance(item, Words) or item for item in found.values())
+
+
+def opened(words: Words, path: str) -> Any:
+    """The mapping or list that words spell out in YAML; the words themselves where they are a single value.
+
+    Raises:
+        UserError: they are no YAML; names ``path``.
+    """
+    try:
+        found = read_tree(words)
+    except TreeError as error:
+        raise UserError(f"{path}: {error}") from None
+    return found if isinstance(found, dict | list) else words
+
+
+def _convert(kind: Any, value: Any, path: str, root: type, *, optional: bool = False) -> Any:
     origin, arguments = typing.get_origin(kind), typing.get_args(kind)
     if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
+        if type(None) in arguments and is_null(value):
             return None
         inner = [argument for argument in arguments if argument is not type(None)]
-        return _convert(inner[0] if len(inner) == 1 else _of_kind(inner, value, path), value, path)
+        chosen = inner[0] if len(inner) == 1 else _of_kind(inner, value, path)
+        return _convert(chosen, value, path, root, optional=type(None) in arguments)
     if origin is Literal:
-        if value in arguments:
-            return value
+        for choice in arguments:
+            if value == choice:
+                return choice
         raise UserError(f"{path}={value!r} is not valid{nearest(str(value), map(str, arguments))}")
     if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{path} must be a list, not {value!r}")
-        if arguments[-1] is not Ellipsis and len(value) != len(arguments):
-            raise UserError(f"{path} must have {len(arguments)} values, not {len(value)}")
-        kinds = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)
-        return tuple(_convert(k, v, f"{path}.{i}") for i, (k, v) in enumerate(zip(kinds, value, strict=True)))
+        return _convert_list(arguments, value, path, root)
     if dataclasses.is_dataclass(kind):
-        return build(kind, value, path)  # type: ignore[arg-type]
-    return _convert_scalar(kind, value, path)
+        return build(kind, value, path, root)  # type: ignore[arg-type]
+    if kind is str or origin is Annotated:
+        return to_text(value, path, is_path=PATH in arguments, optional=optional)
+    return {bool: to_bool, int: to_whole, float: to_float}[kind](value, path)
+
+
+def _convert_list(kinds: tuple[Any, ...], value: Any, path: str, root: type) -> tuple[Any, ...]:
+    """A tuple, of one kind and any length (``kinds`` ends in an ellipsis) or with a kind for each value."""
+    endless = kinds[-1] is Ellipsis
+    structured = any(dataclasses.is_dataclass(each) for each in (kinds[0], *typing.get_args(kinds[0])))
+    found = opened(value, path) if isinstance(value, Words) and structured else value
+    if isinstance(value, Words) and not structured and (value if endless else {"[", ","} & set(value)):
+        found = split_list(value)
+    if not isinstance(found, list | tuple):
+        raise UserError(f"{path} must be a list, not {said(value)}")
+    if not endless and len(found) != len(kinds):
+        raise UserError(f"{path} must have {len(kinds)} values, not {len(found)}")
+    each = [kinds[0]] * len(found) if endless else list(kinds)
+    return tuple(_convert(k, v, f"{path}.{i}", root) for i, (k, v) in enumerate(zip(each, found, strict=True)))
 
 
 def _of_kind(classes: list[Any], value: Any, path: str) -> Any:
     """Which of several dataclasses ``value`` is for: the one whose ``kind`` it names, or the first."""
+    if isinstance(value, Words):
+        value = opened(value, path)
     kinds = {name: cls for cls in classes for name in typing.get_args(typing.get_type_hints(cls)["kind"])}
     kind = value.get("kind") if isinstance(value, Mapping) else None
     if kind is None:
@@ -80,20 +137,3 @@ def _of_kind(classes: list[Any], value: Any, path: str) -> Any:
     if not isinstance(kind, str) or kind not in kinds:
         raise UserError(f"{path}.kind={kind!r} is not valid{nearest(str(kind), kinds)}")
     return kinds[kind]
-
-
-def _convert_scalar(kind: Any, value: Any, path: str) -> Any:
-    if kind is float and isinstance(value, int | float | str) and not isinstance(value, bool):
-        try:  # YAML 1.1 reads 1e-4 as a string
-            number = float(value)
-        except ValueError:
-            number = float("nan")
-        if number - number == 0.0:
-            return number
-        raise UserError(f"{path} must be a finite number, not {value!r}")
-    if (kind is int and isinstance(value, int) and not isinstance(value, bool)) or (
-        kind is not int and isinstance(value, kind)
-    ):
-        return value
-    names = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
-    raise UserError(f"{path} must be {names.get(kind, kind)}, not {value!r}")

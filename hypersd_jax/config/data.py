@@ -5,6 +5,9 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from hypersd_jax.config.building import PathText
+from hypersd_jax.paths import expanded
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
@@ -28,9 +31,12 @@ class DataConfig:
     flip: bool = False
     bucket_step: int | None = None
     min_size: int | None = None
-    cache: str | None = None
+    cache: PathText | None = None
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "source", expanded(self.source))
+        if self.cache is not None:
+            object.__setattr__(self, "cache", expanded(self.cache))
         if not 0.0 <= self.white_fraction <= 1.0:
             raise ValueError(f"white_fraction must lie in 0..1, not {self.white_fraction}")
         if self.resolution is not None and self.resolution < 8:

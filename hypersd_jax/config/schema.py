@@ -5,9 +5,11 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from hypersd_jax.config.building import PathText
 from hypersd_jax.config.data import DataConfig
 from hypersd_jax.config.score import TEACHERS, ScoreStage
 from hypersd_jax.config.stages import AdapterStage, AnyStage, ConsistencyStage
+from hypersd_jax.paths import expanded
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -18,10 +20,13 @@ class ModelConfig:
     to be trained from nothing. Their configurations must be there all the same.
     """
 
-    source: str = "embedded"
+    source: PathText = "embedded"
     fresh: tuple[str, ...] = ()
     dtype: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: bool = False
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "source", expanded(self.source))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,6 +115,9 @@ class Config:
     evaluation: EvaluationConfig = EvaluationConfig()
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "output_dir", expanded(self.output_dir))
+        if self.reuse is not None:
+            object.__setattr__(self, "reuse", expanded(self.reuse))
         if not self.stages:
             raise ValueError("stages must name at least one stage")
         names = [stage.name for stage in self.stages]

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
+from hypersd_jax import paths
 from hypersd_jax.data.rows import Rows
 from hypersd_jax.files import image_size, read_image
 
@@ -47,8 +48,8 @@ def picture_sizes(rows: Rows, *, decode: bool = False) -> np.ndarray:
 
 
 def cache_folder() -> Path:
-    """Where surveys are kept."""
-    return Path.home() / ".cache" / "hypersd_jax" / "pictures"
+    """Where surveys are kept; below a file, where nothing can be, if the user has no folder that can be written."""
+    return paths.cache_folder("pictures") or Path(os.devnull)
 
 
 def _kept(path: Path, stamps: np.ndarray) -> np.ndarray:

@@ -25,6 +25,7 @@ from hypersd_jax.conditioning import Conditioning, size_ids, warn_of_cuts
 from hypersd_jax.config import nearest
 from hypersd_jax.diffusion import Schedule, begin, injects_noise
 from hypersd_jax.errors import UserError
+from hypersd_jax.paths import expanded
 from hypersd_jax.pipeline import arguments, pictures, programs
 from hypersd_jax.pipeline.arguments import Callback, parse_dtype, to_pil
 from hypersd_jax.pipeline.guides import Controls, PictureGuides
@@ -113,7 +114,7 @@ class Pipeline:
         self._require_unfused("load_lora")
         path = fetch_lora(file)
         # Files of the hub are often called the same.
-        return self._loras.load(path, scale, name or (None if Path(file).exists() else str(file)))
+        return self._loras.load(path, scale, name or (None if expanded(Path(file)).exists() else str(file)))
 
     def add_lora(
         self, name: str, adapters: Mapping[str, Adapter], scale: float = 1.0, metadata: Mapping[str, str] | None = None

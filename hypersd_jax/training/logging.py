@@ -61,8 +61,15 @@ class MetricsLog:
             folder = path.parent / "tensorboard" / stage
             self._events = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
         interval = 0.5 if sys.stderr.isatty() else 30.0
+        # The first step compiles, which the bar says and leaves out of its rate.
+        self._compiling = resume_step < total
         self._bar = tqdm(
-            total=total, initial=resume_step, desc=stage, unit="step", mininterval=interval, dynamic_ncols=True
+            total=total,
+            initial=resume_step,
+            desc=f"{stage}: compiling (once)" if self._compiling else stage,
+            unit="step",
+            mininterval=interval,
+            dynamic_ncols=True,
         )
 
     def write(self, step: int, metrics: Mapping[str, Any]) -> None:
@@ -122,6 +129,12 @@ class MetricsLog:
         if self._events is not None:
             for name, value in values.items():
                 self._events.add_scalar(f"{self.stage}/{name}", value, step)
+        if self._compiling:
+            self._compiling = False
+            self._bar.set_description(self.stage, refresh=False)
+            self._bar.n = self._bar.initial = self._bar.last_print_n = step
+            self._bar.start_t = self._bar.last_print_t = time.time()
+            self._bar.refresh()
         self._bar.update(step - self._bar.n)
         if "loss" in values:
             self._bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)

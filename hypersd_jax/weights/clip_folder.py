@@ -17,6 +17,7 @@ from hypersd_jax.errors import UserError, shown
 from hypersd_jax.models.clip_text import ClipTextConfig, clip_text
 from hypersd_jax.models.clip_vision import ClipVisionConfig, clip_vision
 from hypersd_jax.models.functional import Network, Params, Shapes
+from hypersd_jax.paths import expanded
 from hypersd_jax.weights.clip_file import guess_config
 from hypersd_jax.weights.folder import STEMS, cast, component_files, read_finite, read_json, require_fit
 from hypersd_jax.weights.keys import from_torch, torch_key, torch_shape
@@ -73,7 +74,7 @@ def load_clip_model(source: str | os.PathLike[str], *, dtype: Any) -> LoadedClip
         UserError: one line naming the file or key that is missing, damaged, unsupported or fits nothing; pickled
             weights are refused.
     """
-    origin = Path(source)
+    origin = expanded(Path(source))
     if not origin.exists():
         raise UserError(f"{origin}: no such file or folder")
     folder = origin if origin.is_dir() else origin.parent

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from hypersd_jax.errors import UserError
+from hypersd_jax.paths import require_model_folder
 from hypersd_jax.weights.assembly import Components as Components
 from hypersd_jax.weights.assembly import Params as Params
 from hypersd_jax.weights.assembly import StoredModel, load
@@ -32,8 +32,8 @@ def resolve_source(source: str | Path) -> Path:
     if str(source) == EMBEDDED:
         return assets() / "teacher"
     path = fetch_model(source)
-    if path.is_dir() and not (path / "model_index.json").is_file():
-        raise UserError(f"{path}: not a diffusers model folder (model_index.json is missing)")
+    if path.is_dir():
+        require_model_folder(path)
     return path
 
 

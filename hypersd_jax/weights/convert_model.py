@@ -14,6 +14,7 @@ import numpy as np
 
 from hypersd_jax.adapters import altered, concatenate, merge, scaled
 from hypersd_jax.errors import UserError
+from hypersd_jax.paths import expanded
 from hypersd_jax.weights.assembly import Shapes, networks, parse
 from hypersd_jax.weights.components import open_model
 from hypersd_jax.weights.folder import cast
@@ -54,7 +55,7 @@ def convert_model(
     if to not in MODEL_LAYOUTS:
         raise UserError(f"model layout {to!r}: choose one of {', '.join(MODEL_LAYOUTS)}")
     if to == "diffusers":
-        require_free(Path(dst))
+        require_free(expanded(Path(dst)))
     stored = open_model(os.fspath(src))
     structure = parse(stored.description)
     parts = networks(structure, dict.fromkeys(structure.components, np.float32))

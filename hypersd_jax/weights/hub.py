@@ -13,7 +13,6 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from huggingface_hub import constants
@@ -28,6 +27,8 @@ from huggingface_hub.errors import (
 )
 
 from hypersd_jax.errors import UserError
+from hypersd_jax.paths import HubId, expanded, require_id
+from hypersd_jax.paths import parse_id as parse_id
 from hypersd_jax.weights.folder import HALF, STEMS
 from hypersd_jax.weights.keys import Kind
 from hypersd_jax.weights.tensors import PICKLE_SUFFIXES, pickle_message
@@ -40,9 +41,6 @@ TEXT_SUFFIXES = (".json", ".txt")
 LORA_FILES = ("adapter_model.safetensors", "pytorch_lora_weights.safetensors")
 LORA_CONFIG = "adapter_config.json"
 
-_ID = re.compile(
-    r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>[^/\s]+))?(?P<file>(?:/(?!\.{1,2}(?:/|$))[^/\s][^/]*)+)?"
-)
 _SHARD = re.compile(r"-\d{5}-of-(?P<count>\d{5})(\.\w+)?\.safetensors$")
 
 
@@ -50,41 +48,20 @@ Choice = Callable[[Iterable[str]], list[str]]
 """Names the files to fetch among all of a repository's; what its UserError says goes after the id."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class HubId:
-    """A repository, a revision of it (None: its main branch), and a file in it or None."""
-
-    repo: str
-    revision: str | None
-    file: str | None
-
-    def __str__(self) -> str:
-        at = f"@{self.revision}" if self.revision else ""
-        return self.repo + at + (f"/{self.file}" if self.file else "")
-
-
-def parse_id(source: str | os.PathLike[str]) -> HubId | None:
-    """Read an id; None for what can only be a path."""
-    match = _ID.fullmatch(str(source))
-    if match is None:
-        return None
-    return HubId(repo=match["repo"], revision=match["revision"], file=match["file"][1:] if match["file"] else None)
-
-
 def fetch_model(source: str | os.PathLike[str]) -> Path:
     """The folder or file of a whole model, or of one component such as a ControlNet or an autoencoder.
 
     Args:
-        source: a local path, returned as it is, an id, or the id of a single .safetensors file. Of a folder's weights
-            one variant is fetched: the full ones, or those in float16 where there are no others, which is what
-            `component_files` reads.
+        source: a local path, returned with its ``~`` replaced, an id, or the id of a single .safetensors file. Of a
+            folder's weights one variant is fetched: the full ones, or those in float16 where there are no others,
+            which is what `component_files` reads.
 
     Raises:
         UserError: one line naming the id, where there is no such thing, no access to it, no network, or where its
             weights are only pickled.
     """
-    if Path(source).exists():
-        return Path(source)
+    if (local := _local(source)) is not None:
+        return local
     found = _require_id(source)
     if found.file is not None and found.file.endswith(".safetensors"):
         return fetch_file(source)
@@ -95,22 +72,22 @@ def fetch_model(source: str | os.PathLike[str]) -> Path:
 
 def fetch_configs(source: str | os.PathLike[str]) -> Path:
     """As `fetch_model`, but of a folder the configurations alone: enough for a model's shapes."""
-    found = None if Path(source).exists() else _require_id(source)
+    found = None if _local(source) else _require_id(source)
     return fetch_model(source) if found is None or found.file else _snapshot(found, choose_configs)[0]
 
 
 def fetch_lora(source: str | os.PathLike[str]) -> Path:
-    """A LoRA's file: a local path, returned as it is, an id, or a file in it; raises as `fetch_model` does."""
-    if Path(source).exists():
-        return Path(source)
+    """A LoRA's file: a local path, its ``~`` replaced, an id, or a file in it; raises as `fetch_model` does."""
+    if (local := _local(source)) is not None:
+        return local
     found = _require_id(source)
     return fetch_file(source) if found.file else _first(_snapshot(found, choose_lora))
 
 
 def fetch_file(source: str | os.PathLike[str]) -> Path:
-    """One safetensors file: a local path, returned as it is, or a file by id; raises as `fetch_model` does."""
-    if Path(source).exists():
-        return Path(source)
+    """One safetensors file: a local path, its ``~`` replaced, or a file by id; raises as `fetch_model` does."""
+    if (local := _local(source)) is not None:
+        return local
     found = _require_id(source)
     file = found.file
     if file is None or not file.endswith(".safetensors"):
@@ -182,10 +159,14 @@ def _weights(names: set[str], folder: str, stem: str) -> list[str]:
     raise UserError(f"holds no (complete) {where}")
 
 
+def _local(source: str | os.PathLike[str]) -> Path | None:
+    """The path of what exists here, its ``~`` replaced; None for what does not."""
+    path = expanded(Path(source))
+    return path if os.path.exists(path) else None
+
+
 def _require_id(source: str | os.PathLike[str]) -> HubId:
-    found = parse_id(source)
-    if found is None:
-        raise UserError(f"{source}: no such file or folder")
+    found = require_id(source)
     if found.file and Path(found.file).suffix.lower() in PICKLE_SUFFIXES:
         raise UserError(pickle_message(source))
     return found

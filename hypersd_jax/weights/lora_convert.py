@@ -113,7 +113,8 @@ def read_alike(sources: Sequence[Source], base: Source | None, family: str | Non
     if own is None:
         names = " and ".join(str(source) for source in sources)
         together = "" if len(sources) == 1 else " all of them"
-        raise UserError(f"{names}: fits none of {', '.join(FAMILIES)}{together}; name its base model")
+        remedy = "name its base model: --base MODEL (in Python base=MODEL)"
+        raise UserError(f"{names}: fits none of {', '.join(FAMILIES)}{together}; {remedy}")
     return _read_all(sources, own)
 
 

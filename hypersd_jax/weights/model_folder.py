@@ -15,6 +15,7 @@ import jax
 import numpy as np
 
 from hypersd_jax.errors import UserError, shown
+from hypersd_jax.paths import expanded
 from hypersd_jax.weights.assembly import Components, Description, HostParams, Shapes, StoredModel, text_names
 from hypersd_jax.weights.folder import read_json, read_params, save_params
 from hypersd_jax.weights.keys import Kind
@@ -107,7 +108,7 @@ def write_folder(
     dtype: Any = None,
 ) -> None:
     """What `save_model` writes, with each component's weights asked for by name when its turn comes."""
-    target = Path(folder)
+    target = expanded(Path(folder))
     require_free(target)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
     try:

@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from hypersd_jax.errors import UserError
+from hypersd_jax.paths import expanded
 
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
@@ -158,7 +159,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
     Parent folders are made. Raises UserError where the place cannot be written.
     """
-    path = Path(path)
+    path = expanded(Path(path))
     if path.is_dir():
         raise UserError(f"{path}: is a folder, so no file of that name can be written")
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")

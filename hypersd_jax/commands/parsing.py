@@ -1,0 +1,162 @@
+"""Options as the commands declare them: one line for what is wrong, and help with defaults and examples."""
+
+from __future__ import annotations
+
+import argparse
+import difflib
+import math
+import re
+import textwrap
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+from hypersd_jax.config import SYNONYMS
+from hypersd_jax.paths import expanded, parse_lora
+from hypersd_jax.presets import PRESETS
+
+SAMPLERS = ("ddim", "tcd", "lcm", "euler", "euler_a", "dpmpp_2m")
+SPACINGS = ("trailing", "leading", "linspace")
+DTYPES = ("float32", "bfloat16", "float16")
+LORA_LAYOUTS = ("kohya", "kohya-sgm", "peft")
+
+# What other programs call an option, where its name here is not near.
+_SYNONYMS = {
+    **{name: found[0] for name, found in SYNONYMS.items() if name in ("cfg", "guidance_scale")},
+    "cfg_scale": "guidance",
+    "num_inference_steps": "steps",
+    "n_steps": "steps",
+    "num_steps": "steps",
+    "scheduler": "sampler",
+    "solver": "sampler",
+    "neg": "negative_prompt",
+    "init_image": "image",
+    "input_image": "image",
+    "denoising_strength": "strength",
+    "mask_image": "mask",
+    "checkpoint": "model",
+    "ckpt": "model",
+    "base": "model",
+    "out": "output",
+    "o": "output",
+    "n": "num_images",
+    "p": "prompt",
+    "n_samples": "num_images",
+    "batch_count": "num_images",
+    "num_images_per_prompt": "num_images",
+    "conditioning_scale": "control_scale",
+    "w": "width",
+    "h": "height",
+    "precision": "dtype",
+}
+
+
+class Parser(argparse.ArgumentParser):
+    """Reports bad usage in one line."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, formatter_class=_Help, **kwargs)
+        self.set_defaults(parser=self, run=None)
+
+    def error(self, message: str) -> NoReturn:
+        """Print one line and exit with status 2."""
+        self.exit(2, f"{self.prog}: {message}\n")
+
+    def error_unknown(self, rest: Sequence[str]) -> NoReturn:
+        """Refuse arguments that no option takes, naming the nearest one."""
+        self.error(f"unrecognized arguments: {' '.join(rest)}{self._hint(rest[0])}")
+
+    def _hint(self, argument: str) -> str:
+        known = {name: f"--{name}" for action in self._actions for name in _long_names(action)}
+        word, equals, value = argument.lstrip("-").partition("=")
+        name = word.replace("_", "-").lower()
+        name = _SYNONYMS.get(name.replace("-", "_"), name).replace("_", "-")
+        if not argument.startswith("-") and not equals:
+            return "; a prompt is given as --prompt" if "prompt" in known else ""
+        close = [name] if name in known else difflib.get_close_matches(name, known, n=1)
+        if not close:
+            return ""
+        written = f"{known[close[0]]} {value}" if equals and value else known[close[0]]
+        return f"; did you mean {written}?"
+
+
+class _Help(argparse.RawDescriptionHelpFormatter):
+    """Adds the defaults that are values, and keeps the examples' lines."""
+
+    def __init__(self, prog: str) -> None:
+        super().__init__(prog, max_help_position=32)
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        told = action.help or ""
+        empty = action.default in (None, False, argparse.SUPPRESS) or action.default == []
+        return told if empty or "default" in told else f"{told} (default: %(default)s)"
+
+
+def whole(minimum: int | None = None) -> Callable[[str], int]:
+    """The type of an option that is a whole number in decimal digits, at least ``minimum``."""
+
+    def parse(text: str) -> int:
+        if not re.fullmatch(r"[+-]?[0-9]{1,4000}", text.strip()):
+            raise ValueError
+        if minimum is not None and int(text) < minimum:
+            raise argparse.ArgumentTypeError(f"must be at least {minimum}, not {int(text)}")
+        return int(text)
+
+    parse.__name__ = "int"  # as argparse's message names it
+    return parse
+
+
+def decimal(text: str) -> float:
+    """The type of an option that is a finite decimal number."""
+    number = float(text)
+    if not math.isfinite(number) or "_" in text:
+        raise argparse.ArgumentTypeError(f"must be a finite number, not {text!r}")
+    return number
+
+
+def path(text: str) -> Path:
+    """The type of an option that is a path."""
+    return expanded(Path(text))
+
+
+def source(text: str) -> str:
+    """The type of an option that is a path or another name, such as a hub id."""
+    return expanded(text)
+
+
+def lora(text: str) -> str:
+    """The type of ``FILE[@SCALE]``."""
+    file, _ = parse_lora(text)
+    name, at, scale = text.rpartition("@")
+    return f"{file}@{scale}" if at and file == expanded(Path(name)) else str(file)
+
+
+def add_settings(group: Any) -> None:
+    """The options that say how to sample."""
+    group.add_argument("--preset", metavar="NAME", help="settings by name, listed below")
+    group.add_argument("--steps", type=whole(1), help="sampling steps")
+    group.add_argument("--sampler", choices=SAMPLERS, metavar="NAME", help=", ".join(SAMPLERS))
+    group.add_argument("--spacing", choices=SPACINGS, metavar="NAME", help=", ".join(SPACINGS))
+    group.add_argument("--eta", type=decimal, help="share of fresh noise of ddim and tcd, 0 to 1")
+    group.add_argument("--guidance", type=decimal, metavar="SCALE", help="classifier-free guidance; 0 or 1 is off")
+
+
+def add_overrides(parser: argparse.ArgumentParser) -> None:
+    """The recipe of a run, and settings in place of its own."""
+    parser.add_argument("--config", type=source, metavar="FILE|NAME", help="a recipe (default: emoji/hyper)")
+    parser.add_argument(
+        "overrides",
+        nargs="*",
+        metavar="key=value",
+        help="settings in place of the recipe's, such as seed=3 or stages.*.batch_size=4; of two for one key the last",
+    )
+
+
+def preset_list() -> str:
+    """The names of the presets, for the end of a help text."""
+    lines = textwrap.wrap(", ".join(PRESETS), 100, break_on_hyphens=False)
+    return "presets:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _long_names(action: argparse.Action) -> list[str]:
+    return [name[2:] for name in action.option_strings if name.startswith("--")]

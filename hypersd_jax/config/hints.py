@@ -1,0 +1,125 @@
+"""The right key in place of a wrong one."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import re
+import typing
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+# What other programs call a key, and what it may be here.
+SYNONYMS: dict[str, tuple[str, ...]] = {
+    "lr": ("learning_rate",),
+    "bs": ("batch_size",),
+    "train_batch_size": ("batch_size",),
+    "per_device_batch_size": ("batch_size",),
+    "gradient_accumulation_steps": ("accumulate",),
+    "wd": ("weight_decay",),
+    "adam_beta1": ("beta1",),
+    "adam_beta2": ("beta2",),
+    "adam_weight_decay": ("weight_decay",),
+    "max_grad_norm": ("clip_norm",),
+    "lr_scheduler": ("schedule",),
+    "lr_warmup_steps": ("warmup",),
+    "steps": ("updates", "steps"),
+    "num_steps": ("updates",),
+    "max_steps": ("updates",),
+    "max_train_steps": ("updates",),
+    "iterations": ("updates",),
+    "epochs": ("updates",),
+    "num_train_epochs": ("updates",),
+    "ema_decay": ("ema",),
+    "lora_rank": ("rank",),
+    "lora_alpha": ("alpha",),
+    "size": ("resolution",),
+    "image_size": ("resolution",),
+    "precision": ("dtype",),
+    "mixed_precision": ("dtype",),
+    "gradient_checkpointing": ("remat",),
+    "checkpointing_steps": ("checkpoint_every",),
+    "out": ("output_dir",),
+    "output": ("output_dir",),
+    "output_folder": ("output_dir",),
+    "dataset": ("data",),
+    "dataset_name": ("data",),
+    "data_dir": ("data",),
+    "train_data_dir": ("data",),
+    "base": ("model",),
+    "ckpt": ("model",),
+    "pretrained_model_name_or_path": ("model",),
+    "cfg": ("guidance",),
+    "guidance_scale": ("guidance",),
+}
+
+
+def nearest(name: str, valid: Iterable[str]) -> str:
+    """A hint ``; did you mean 'x'?`` or the list of valid names."""
+    names = list(valid)
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]}?" if close else f"; valid names are {', '.join(names)}"
+
+
+def key_hint(root: type, path: str, siblings: Sequence[str]) -> str:
+    """A hint for a key that does not belong where it stands: a sibling, or its place elsewhere under ``root``.
+
+    Args:
+        root: the dataclass of the whole configuration.
+        path: the dotted path of the key.
+        siblings: the keys that do belong there.
+    """
+    parent, _, name = path.rpartition(".")
+    here = re.sub(r"\.\d+(?=\.|$)", ".*", parent)
+    found = [other for other in _called(name) if other in siblings]
+    found = found or [place for place in _places(root, _called(name)) if place.rpartition(".")[0] != here]
+    if not found and not difflib.get_close_matches(name, siblings, n=1):
+        found = [place for place in places(root, name) if place.rpartition(".")[0] != here]
+    return f"; did you mean {' or '.join(found)}?" if found else nearest(name, siblings)
+
+
+def places(root: type, name: str) -> list[str]:
+    """Where a key of about this name, or of what it is called here, stands under ``root``: the paths highest up."""
+    name = name.replace("-", "_").lower()
+    close = difflib.get_close_matches(name, _known(root), n=1)
+    return _places(root, _called(name)) or _places(root, close)
+
+
+def _called(name: str) -> tuple[str, ...]:
+    """What a key may be called here."""
+    name = name.replace("-", "_").lower()
+    return SYNONYMS.get(name, (name,))
+
+
+def _places(root: type, names: Iterable[str]) -> list[str]:
+    return [path for name in names for path in _known(root).get(name, ())]
+
+
+@functools.cache
+def _known(root: type) -> dict[str, tuple[str, ...]]:
+    """Every name of a key, and the highest of the paths that end in it."""
+    paths: dict[str, list[str]] = {}
+    for path in dict.fromkeys(_paths(root, "")):
+        paths.setdefault(path.rpartition(".")[2], []).append(path)
+    return {name: tuple(p for p in found if _depth(p) == min(map(_depth, found))) for name, found in paths.items()}
+
+
+def _depth(path: str) -> int:
+    """How far down a key stands; that of an entry counts as its list's."""
+    return path.replace(".*", "").count(".")
+
+
+def _paths(kind: Any, prefix: str) -> Iterator[str]:
+    """The dotted paths of all fields in a type; a list's entries are ``*``."""
+    if dataclasses.is_dataclass(kind):
+        for name, inner in typing.get_type_hints(kind).items():
+            yield f"{prefix}{name}"
+            yield from _paths(inner, f"{prefix}{name}.")
+    elif typing.get_origin(kind) is tuple:
+        for inner in typing.get_args(kind):
+            yield from _paths(inner, f"{prefix}*.")
+    else:
+        for inner in typing.get_args(kind):
+            if not isinstance(inner, str):
+                yield from _paths(inner, prefix)
