@@ -16,9 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from hypersd_jax.config import nearest
-from hypersd_jax.diffusion.solvers import SOLVERS
 from hypersd_jax.errors import UserError, short, shown
-from hypersd_jax.weights.lora_header import SETTINGS
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -133,16 +131,18 @@ def read_header(metadata: Mapping[str, str]) -> tuple[Preset, dict[str, str]]:
     """The settings of a header that can be read, and why the others cannot, by key."""
     values: dict[str, Any] = {}
     unreadable = {}
-    for key in SETTINGS:
+    for key, read in _READ.items():
         if key in metadata:
             try:
-                values[key] = _READ[key](metadata[key])
+                values[key] = read(metadata[key])
             except (TypeError, ValueError, OverflowError, RecursionError) as error:
                 unreadable[key] = str(error)
     return Preset(**values), unreadable
 
 
 def _sampler(text: str) -> str:
+    from hypersd_jax.diffusion.solvers import SOLVERS  # with JAX, for which the list of presets does not wait
+
     name = text.strip('"')
     if name not in SOLVERS:
         raise ValueError(f"{shown(name)} is no solver{nearest(name, SOLVERS)}")
