@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import metadata
 
-from hypersd_jax import __version__
 from hypersd_jax.commands import cache, convert, doctor, evaluate, process, sample, train
 from hypersd_jax.commands.parsing import Parser
 
@@ -49,7 +49,7 @@ def _parser() -> Parser:
         description="Few-step Stable Diffusion: train, sample and convert LoRAs in JAX.",
         epilog=_EPILOG,
     )
-    parser.add_argument("--version", action="version", version=f"hypersd_jax {__version__}")
+    parser.add_argument("--version", action="version", version=f"hypersd_jax {metadata.version('hypersd_jax')}")
     parser.set_defaults(unknown=lambda options, rest, _arguments: options.parser.error_unknown(rest))
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
     for each in (train, sample, convert, cache, evaluate, doctor):

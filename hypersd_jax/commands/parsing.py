@@ -55,7 +55,7 @@ class Parser(argparse.ArgumentParser):
     """Reports bad usage in one line."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, formatter_class=_Help, **kwargs)
+        super().__init__(*args, **{"formatter_class": _Help, **kwargs})
         self.set_defaults(parser=self, run=None)
 
     def error(self, message: str) -> NoReturn:

@@ -108,7 +108,12 @@ def _convert(kind: Any, value: Any, path: str, root: type, *, optional: bool = F
         return build(kind, value, path, root)  # type: ignore[arg-type]
     if kind is str or origin is Annotated:
         return to_text(value, path, is_path=PATH in arguments, optional=optional)
-    return {bool: to_bool, int: to_whole, float: to_float}[kind](value, path)
+    readers: dict[Any, Any] = {bool: to_bool, int: to_whole, float: to_float}
+    if kind in readers:
+        return readers[kind](value, path)
+    if isinstance(value, kind):
+        return value
+    raise UserError(f"{path} must be {kind}, not {said(value)}")
 
 
 def _convert_list(kinds: tuple[Any, ...], value: Any, path: str, root: type) -> tuple[Any, ...]:
