@@ -6,6 +6,7 @@ from hypersd_jax.adapters.apply import apply_conv as apply_conv
 from hypersd_jax.adapters.apply import apply_linear as apply_linear
 from hypersd_jax.adapters.apply import attach as attach
 from hypersd_jax.adapters.apply import project_up as project_up
+from hypersd_jax.adapters.convolution import convolution as convolution
 from hypersd_jax.adapters.differences import Differences as Differences
 from hypersd_jax.adapters.differences import altered as altered
 from hypersd_jax.adapters.differences import difference_delta as difference_delta

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 
+from hypersd_jax.adapters.convolution import convolution
 from hypersd_jax.adapters.lora import Adapter, Array
 
 Entry = Mapping[str, Array]
@@ -51,19 +52,16 @@ def apply_conv(
     lora: Entry,
     strides: Sequence[int],
     padding: str | Sequence[tuple[int, int]],
+    *,
+    platform: str | None = None,
 ) -> jax.Array:
     """The additive term of a Conv: x (B, H, W, in) -> (B, H', W', out), in x's dtype.
 
-    `down` runs with the base convolution's own strides and padding; `up` is a 1x1 convolution.
+    `down` runs with the base convolution's own strides and padding; `up` is a 1x1 convolution. `platform` as in
+    `convolution`.
     """
-    hidden = lax.conv_general_dilated(
-        x,
-        jnp.asarray(lora["down"]).astype(x.dtype),
-        window_strides=tuple(strides),
-        padding=padding,
-        dimension_numbers=("NHWC", "HWIO", "NHWC"),
-        precision=_precision(x.dtype),
-    )
+    down = jnp.asarray(lora["down"]).astype(x.dtype)
+    hidden = convolution(x, down, strides, padding, precision=_precision(x.dtype), platform=platform)
     return project_up(hidden, lora)
 
 

@@ -148,14 +148,14 @@ def endpoint(model_fn: Model, noise: jax.Array, cond: Any, times: jax.Array, *, 
     """
     rows, count = noise.shape[0], times.shape[0]
 
-    def one_step(index: jax.Array, x: jax.Array) -> jax.Array:
-        return move(
-            *_estimate(model_fn, x, times[index], cond, schedule),
-            *columns(schedule, jnp.broadcast_to(times[index + 1], (rows,)), x),
-        )
+    def one_step(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        x0, eps = _estimate(model_fn, carry[0], times[index], cond, schedule)
+        after = jnp.broadcast_to(times[jnp.minimum(index + 1, count - 1)], (rows,))
+        return move(x0, eps, *columns(schedule, after, x0)), x0
 
-    x = jax.lax.fori_loop(0, count - 1, one_step, noise)
-    return jax.lax.stop_gradient(_estimate(model_fn, x, times[count - 1], cond, schedule)[0])
+    # The last step leads nowhere, but stands in the loop too: the model is compiled once.
+    _, x0 = jax.lax.fori_loop(0, count, one_step, (noise, noise))
+    return jax.lax.stop_gradient(x0)
 
 
 def _estimate(model: Model, x: jax.Array, t: jax.Array, cond: Any, schedule: Schedule) -> tuple[jax.Array, jax.Array]:

@@ -18,7 +18,7 @@ import numpy as np
 from flax import nnx
 from jax import lax
 
-from hypersd_jax.adapters import apply_conv, apply_linear
+from hypersd_jax.adapters import apply_conv, apply_linear, convolution
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -84,7 +84,7 @@ class Conv(nnx.Module):
         if self.bias is not None:
             y = y + _row(self.bias[...], y)
         if self.lora is not None:
-            y = y + apply_conv(x, self.lora, self.strides, self.padding)
+            y = y + apply_conv(x, self.lora, self.strides, self.padding, platform=self.platform)
         return y
 
 
@@ -97,9 +97,7 @@ def convolve(
         return jnp.matmul(x, kernel[0, 0], precision=precision)
     if (platform or jax.default_backend()) == "cpu" and strides == (1, 1) and _faster_as_matmul(x.shape, kernel.shape):
         return jnp.matmul(_columns(x, kernel.shape, padding), kernel.reshape(-1, kernel.shape[-1]), precision=precision)
-    return lax.conv_general_dilated(
-        x, kernel, strides, padding, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision
-    )
+    return convolution(x, kernel, strides, padding, precision=precision, platform=platform)
 
 
 def _faster_as_matmul(shape: tuple[int, ...], kernel_shape: tuple[int, ...]) -> bool:

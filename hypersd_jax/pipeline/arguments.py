@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from PIL import Image
@@ -109,10 +109,34 @@ def slices(table: Mapping[str, np.ndarray], noise: Any) -> Iterator[tuple[dict[s
         yield {key: value if value.ndim == 0 else value[i : i + 1] for key, value in table.items()}, noise[i : i + 1]
 
 
-def counter(callback: Callback, total: int) -> Callable[[], None]:
-    """Counts the steps of a call and tells ``callback``."""
-    steps = itertools.count(1)
-    return lambda: callback(next(steps), total)
+class Progress:
+    """Tell a callback of every finished step of a call.
+
+    A step is waited for once the next one has been handed to the devices, so that they never stand idle between two.
+    """
+
+    def __init__(self, callback: Callback, total: int) -> None:
+        self._callback = callback
+        self._total = total
+        self._done = 0
+        self._running: jax.Array | None = None
+
+    def follow(self, latents: jax.Array) -> None:
+        """Take the result of the step that was just handed over, and tell of the one before it."""
+        before, self._running = self._running, latents
+        self._tell(before)
+
+    def finish(self) -> None:
+        """Tell of the last step that was handed over."""
+        before, self._running = self._running, None
+        self._tell(before)
+
+    def _tell(self, latents: jax.Array | None) -> None:
+        if latents is None:
+            return
+        jax.block_until_ready(latents)
+        self._done += 1
+        self._callback(self._done, self._total)
 
 
 def checked(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -62,10 +62,8 @@ class Pipeline:
         self._scan = compiled(
             # Without weights: they are arguments, and one that `load_vae` has replaced must not be kept alive.
             functools.partial(programs.scan, dataclasses.replace(components, params={})),
-            static_argnames=("controlnets", "prompted_only", "prediction_type", "on_step"),
+            static_argnames=("controlnets", "prompted_only", "prediction_type"),
         )
-        self._callback: Callable[[], None] | None = None
-        self._step = self._on_step  # one object, so that jit sees one static argument
         self._compile_vae()
         self._draw_noise = jax.jit(programs.draw_noise, static_argnames="shape")
 
@@ -252,7 +250,8 @@ class Pipeline:
             height, width: in pixels, multiples of the autoencoder's factor; None is the given picture's size, else the
                 model's own.
             output: ``pil``, ``np`` (B, H, W, 3) in 0..1, or ``latent`` (B, h, w, C) before the scaling factor.
-            callback: called as ``callback(step, steps)`` after each step, counted over all rounds.
+            callback: called as ``callback(step, steps)`` after each step, counted over all rounds; the call is
+                ``stepwise`` then. What it raises ends the call.
             image: start from this picture, or one for each prompt (`pictures.pictures`), instead of from noise alone.
             strength: the share of the steps that is walked from it, above 0 and at most 1; None is 0.8, with SDXL 0.3,
                 as in diffusers, and 1 with a mask. Few steps need a high one: at least one step must be left.
@@ -337,7 +336,8 @@ class Pipeline:
         keep_noise = mask is not None and strength == 1
         parts = []
         rounds = arguments.rounds([number for number in windows for _ in range(num_images)], batch_size)
-        self._callback = None if callback is None else arguments.counter(callback, len(rounds) * len(added))
+        progress = None if callback is None else arguments.Progress(callback, len(rounds) * len(added))
+        stepwise = stepwise or progress is not None
         for each in rounds:
             owners = each.rows // num_images
             cond = self._condition([prompts[owner] for owner in owners], size, each.windows)
@@ -363,20 +363,18 @@ class Pipeline:
                     controlnets=controls.networks,
                     prompted_only=controls.prompted_only and guidance_on,
                     prediction_type=plan.prediction_type or self.schedule.prediction_type,
-                    on_step=None if callback is None else self._step,
                 )
-            if output == "latent":
-                parts.append(np.asarray(state.x))
-            else:
-                parts.append(np.asarray(self._decode(self._weights()["vae"], state.x, tiled=tiled)))
-        jax.effects_barrier()
+                if progress is not None:
+                    progress.follow(state.x)
+            found = state.x
+            if output != "latent":
+                found = self._decode(self._weights()["vae"], state.x, tiled=tiled)
+            if progress is not None:
+                progress.finish()
+            parts.append(np.asarray(found))
         images = arguments.joined(rounds, parts)
         arguments.warn_if_not_finite(images, self.dtype)
         return to_pil(images) if output == "pil" else images
-
-    def _on_step(self, _step: Any, _timestep: Any, _latents: Any) -> None:
-        if self._callback is not None:
-            self._callback()
 
     def _latents_of(self, batch: np.ndarray, *, tiled: bool = False) -> np.ndarray:
         """Latents (N, h, w, C) of pictures (N, H, W, 3), one at a time."""

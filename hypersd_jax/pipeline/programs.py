@@ -57,7 +57,6 @@ def scan(
     controlnets: tuple[Network, ...],
     prompted_only: bool,
     prediction_type: str,
-    on_step: Any,
 ) -> State:
     """A table's rows. With an unconditional the two UNet calls of a step are one call on a doubled batch."""
     both = cond if uncond is None else jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
@@ -92,7 +91,7 @@ def scan(
         unguided, prompted = jnp.split(output.astype(jnp.float32), 2)
         return guided(unguided, prompted, scale)
 
-    return advance(predict, table, state, noise, prediction_type=prediction_type, known=guides.known, callback=on_step)
+    return advance(predict, table, state, noise, prediction_type=prediction_type, known=guides.known)
 
 
 def decode(components: Components, params: Any, latents: jax.Array, *, tiled: bool) -> jax.Array:

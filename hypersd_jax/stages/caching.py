@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import Config
 from hypersd_jax.data import open_source
@@ -40,6 +41,8 @@ def write_cache(config: Config, folder: Path, *, batch_size: int = 32, shard_row
     Raises:
         UserError: naming the key or file at fault.
     """
+    if config.log.compilation_cache:
+        use_compilation_cache()
     dtype = parse_dtype(config.model.dtype)
     components = load_components(config.model.source, dtype=dtype, fresh=config.model.fresh, seed=config.seed)
     pipe = Pipeline(components, dtype=dtype)

@@ -279,7 +279,7 @@ class _Losses:
         model = self._real_score(nets, frozen, controls) if from_base else nets.predictor(frozen["regression"])
         before = nets.calls
         end = endpoint(model, noise, cond, jnp.asarray(controls["regression_times"]), schedule=self.schedule)
-        # The trace saw two of the trajectory's steps at most: one in the loop, and the last.
+        # The trace sees the body of the trajectory's loop, not each of its rounds.
         return end, steps * (2.0 if from_base and self.kind.guided else 1.0) - (nets.calls - before)
 
     def _regression(

@@ -69,8 +69,6 @@ def make_round(
     """
     state_shardings = tree_shardings(mesh, state)
     latest = {name: turn for turn in turns for name in turn.players}  # whose gradient norm is logged
-    # XLA's CPU backend takes five times as long for a convolution's gradient within a loop as outside it.
-    on_cpu = mesh.devices.flat[0].platform == "cpu"
 
     def take(turn: Turn, state: TrainState, weights: Any, moments: Any, given: tuple[Any, ...], key: jax.Array) -> Any:
         """One update of a turn: new weights and moments, what it was like, and whether it was finite."""
@@ -117,10 +115,7 @@ def make_round(
             if turn.repeat == 1:
                 (weights, moments, finite), metrics = once(carry, jnp.int32(0))
             else:
-                unroll = turn.repeat if on_cpu else 1
-                (weights, moments, finite), all_of_them = jax.lax.scan(
-                    once, carry, jnp.arange(turn.repeat), unroll=unroll
-                )
+                (weights, moments, finite), all_of_them = jax.lax.scan(once, carry, jnp.arange(turn.repeat))
                 metrics = jax.tree.map(lambda each: each[-1], all_of_them)
             logged = joined(logged, metrics)
         ema = moving_average(state.ema, {name: weights[name] for name in state.ema}, controls["ema_decay"])
