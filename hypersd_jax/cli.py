@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from hypersd_jax.errors import UserError
+from hypersd_jax.errors import Interrupted, UserError
 
 DEFAULT_PROMPT = "red apple, fluent flat style"
 DEFAULT_CONFIG = "emoji/hyper"
@@ -40,8 +40,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     except UserError as error:
         print(f"hypersd: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("hypersd: stopped", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(f"hypersd: {error if isinstance(error, Interrupted) else 'stopped'}", file=sys.stderr)
         sys.exit(130)
 
 
@@ -188,7 +188,7 @@ def _train(options: argparse.Namespace) -> None:
     from hypersd_jax.recipes import find_recipe
     from hypersd_jax.stages import train
 
-    folder = train(load_config(find_recipe(options.config or DEFAULT_CONFIG), options.overrides))
+    folder = train(load_config(find_recipe(options.config or DEFAULT_CONFIG), options.overrides), alone=True)
     for name, what in (
         ("model", "model"),
         ("loras", "LoRA files"),
@@ -218,7 +218,8 @@ def _cache(options: argparse.Namespace) -> None:
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} must be at least 1, not {getattr(options, name)}")
     config = load_config(find_recipe(options.config or DEFAULT_CONFIG), options.overrides)
-    rows = write_cache(config, options.output, batch_size=options.batch_size, shard_rows=options.shard_rows)
+    sizes = {"batch_size": options.batch_size, "shard_rows": options.shard_rows}
+    rows = write_cache(config, options.output, **sizes, alone=True)
     print(f"{rows} rows: {options.output}; train with data.cache={options.output}")
 
 

@@ -54,6 +54,17 @@ def _convert(kind: Any, value: Any, path: str) -> Any:
         if value is None and type(None) in arguments:
             return None
         inner = [argument for argument in arguments if argument is not type(None)]
+        # As in int | Literal["auto"].
+        words = [argument for argument in inner if typing.get_origin(argument) is Literal]
+        if words and len(inner) == 2:
+            inner.remove(words[0])
+            named = typing.get_args(words[0])
+            if value in named:
+                return value
+            try:
+                return _convert(inner[0], value, path)
+            except UserError as error:
+                raise UserError(f"{error}, nor {' or '.join(named)}") from None
         return _convert(inner[0] if len(inner) == 1 else _of_kind(inner, value, path), value, path)
     if origin is Literal:
         if value in arguments:

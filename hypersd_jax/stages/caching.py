@@ -18,10 +18,14 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline, parse_dtype
 from hypersd_jax.stages.cache_facts import cache_facts
 from hypersd_jax.stages.inputs import moments
+from hypersd_jax.stages.lock import FolderLock
+from hypersd_jax.training import StopSignals
 from hypersd_jax.weights.components import Components, load_components
 
 
-def write_cache(config: Config, folder: Path, *, batch_size: int = 32, shard_rows: int = 1024) -> int:
+def write_cache(
+    config: Config, folder: Path, *, batch_size: int = 32, shard_rows: int = 1024, alone: bool = False
+) -> int:
     """Write the moments of the latents, the text embeddings, the token ids and the sizes of every row.
 
     What an interrupted call left is kept and gone on from. At the end all is read once more and compared with its
@@ -32,13 +36,21 @@ def write_cache(config: Config, folder: Path, *, batch_size: int = 32, shard_row
         folder: where the cache goes.
         batch_size: rows encoded at a time.
         shard_rows: rows a file.
+        alone: the process is for this alone, as the command line's is: a signal ends it even while it compiles.
 
     Returns:
         How many rows the cache holds.
 
     Raises:
-        UserError: naming the key or file at fault.
+        UserError: naming the key or file at fault, or another process that writes to the folder.
+        Interrupted, Terminated: a signal came; the finished shards are kept.
     """
+    lock = FolderLock(folder, "--output")
+    with lock, StopSignals(alone=alone, leave=lock.release) as stop:
+        return _write(config, folder, batch_size, shard_rows, stop)
+
+
+def _write(config: Config, folder: Path, batch_size: int, shard_rows: int, stop: StopSignals) -> int:
     dtype = parse_dtype(config.model.dtype)
     components = load_components(config.model.source, dtype=dtype, fresh=config.model.fresh, seed=config.seed)
     pipe = Pipeline(components, dtype=dtype)
@@ -55,6 +67,7 @@ def write_cache(config: Config, folder: Path, *, batch_size: int = 32, shard_row
     encode = _make_encode(pipe, components, dtype)
     with tqdm(total=len(keys), initial=writer.done, unit="row", desc="encoding") as bar:
         for shard in writer.missing():
+            stop.where = f"at {writer.done} of {len(keys)} rows; the same command resumes there"
             parts = []
             for start in range(0, len(shard), batch_size):
                 part = shard[start : start + batch_size]
@@ -70,6 +83,7 @@ def write_cache(config: Config, folder: Path, *, batch_size: int = 32, shard_row
                 parts.append({name: np.asarray(array)[: len(part)] for name, array in arrays.items()})
                 bar.update(len(part))
             writer.write({name: np.concatenate([each[name] for each in parts]) for name in parts[0]})
+    stop.where = f"while it checked the {len(keys)} rows, all of which are written"
     Cache(folder, verify=True)
     return len(keys)
 

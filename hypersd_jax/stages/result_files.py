@@ -28,8 +28,12 @@ def write_picture(path: Path, picture: Image.Image) -> None:
 
 
 def write_strips(path: Path, rows: Sequence[np.ndarray]) -> None:
-    """Rows of equally many pictures (N, H, W, 3) in 0..1, side by side and under one another, as one PNG."""
-    strips = [np.concatenate([np.round(picture * 255.0).astype(np.uint8) for picture in row], axis=1) for row in rows]
+    """Rows of equally many pictures (N, H, W, 3) in 0..1, side by side and under one another, as one PNG.
+
+    What is not finite is black; who makes the pictures says so.
+    """
+    finite = [np.nan_to_num(row, nan=0.0, posinf=0.0, neginf=0.0) for row in rows]
+    strips = [np.concatenate([np.round(picture * 255.0).astype(np.uint8) for picture in row], axis=1) for row in finite]
     write_picture(path, Image.fromarray(np.concatenate(strips)))
 
 
