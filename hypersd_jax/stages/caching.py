@@ -64,10 +64,14 @@ def _write(config: Config, folder: Path, batch_size: int, shard_rows: int, stop:
         raise UserError(f"this data cannot be encoded once: {source.uncacheable}")
     keys = source.variants()
     writer = CacheWriter(folder, cache_facts(config.data, source, components, dtype), keys, shard_rows)
+
+    def where() -> str:
+        return f"at {writer.done} of {len(keys)} rows; the same command resumes there"
+
+    stop.where = where()
     encode = _make_encode(pipe, components, dtype)
     with tqdm(total=len(keys), initial=writer.done, unit="row", desc="encoding") as bar:
         for shard in writer.missing():
-            stop.where = f"at {writer.done} of {len(keys)} rows; the same command resumes there"
             parts = []
             for start in range(0, len(shard), batch_size):
                 part = shard[start : start + batch_size]
@@ -82,7 +86,11 @@ def _write(config: Config, folder: Path, batch_size: int, shard_rows: int, stop:
                     arrays["pooled"] = cond.pooled
                 parts.append({name: np.asarray(array)[: len(part)] for name, array in arrays.items()})
                 bar.update(len(part))
-            writer.write({name: np.concatenate([each[name] for each in parts]) for name in parts[0]})
+            rows = {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}
+            stop.hold()
+            writer.write(rows)
+            stop.where = where()
+            stop.release()
     stop.where = f"while it checked the {len(keys)} rows, all of which are written"
     Cache(folder, verify=True)
     return len(keys)
