@@ -13,6 +13,22 @@ class UserError(Exception):
     """
 
 
+class Interrupted(KeyboardInterrupt):
+    """A run that Ctrl-C (SIGINT) has ended, after what can be saved was saved; the message says where it resumes."""
+
+
+class Terminated(SystemExit):
+    """The same for SIGTERM, which job schedulers send; exit status 143."""
+
+    def __init__(self, message: str) -> None:
+        """End the process with 128 + 15, as shells report it, and not with the message."""
+        super().__init__(143)
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
 def shown(value: object) -> str:
     """A value as a message shows it: of what is long the beginning."""
     return short(repr(value))

@@ -21,10 +21,13 @@ from hypersd_jax.config import (
 )
 from hypersd_jax.diffusion import Schedule
 from hypersd_jax.errors import UserError
+from hypersd_jax.stages.loop import require_even
 from hypersd_jax.stages.score import score_controls, score_kind
 from hypersd_jax.stages.tscd import stage_controls, step_kind
+from hypersd_jax.training import make_mesh
 from hypersd_jax.weights.components import assets
 from hypersd_jax.weights.folder import read_json
+from hypersd_jax.weights.hub import parse_id
 
 RECIPES = recipes.recipe_files()
 BASE = """
@@ -199,3 +202,34 @@ def test_a_first_stage_that_is_there_already_is_refused(base: Path) -> None:
     for overrides in (["stages.a.solver_steps=8"], ["stages.a.guidance=[1, 2]"], ["stages.a.skip=true"]):
         load_config(base, [*bare, *overrides])
     load_config(base, ["stages.b.solver_steps=1", "stages.b.guidance=[1, 1]"])
+
+
+HUB = {"sd15": "stable-diffusion-v1-5/stable-diffusion-v1-5", "sdxl": "stabilityai/stable-diffusion-xl-base-1.0"}
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd15/hyper", "sdxl", "sdxl/hyper"])
+def test_stock_recipes_run_on_one_device_and_name_the_models_of_the_hub(name: str) -> None:
+    path = RECIPES[name]
+    config, family = load_config(path), name.partition("/")[0]
+    assert config.model.source == HUB[family]
+    assert parse_id(config.model.source) is not None
+    assert load_config(path, ["model=/models/mine"]).model.source == "/models/mine"
+    assert load_config(path, ["model=/models/mine"]).model.dtype == "bfloat16"
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices=jax.devices()[:1])
+    for stage in config.active_stages:
+        require_even(stage, mesh)
+        assert stage.batch_size // stage.accumulate <= (8 if family == "sdxl" else 32)
+
+
+def test_fsdp_is_a_number_or_auto(base: Path) -> None:
+    assert load_config(base, ["mesh.fsdp=auto"]).mesh.fsdp == "auto"
+    assert load_config(base, ["mesh.fsdp=4"]).mesh.fsdp == 4
+    for text in ("all", "1.5", "true", "[1]"):
+        with pytest.raises(UserError, match=r"^mesh.fsdp must be a whole number, not .*, nor auto$"):
+            load_config(base, [f"mesh.fsdp={text}"])
+
+
+@pytest.mark.parametrize("override", ["log.checkpoint_minutes=-1", "log.stop_after_skipped=0"])
+def test_settings_of_the_log(base: Path, override: str) -> None:
+    with pytest.raises(UserError, match=r"^log.checkpoint_minutes must be at least 0, stop_after_skipped at least 1"):
+        load_config(base, [override])

@@ -38,5 +38,6 @@ def run(options: argparse.Namespace) -> None:
 
     from hypersd_jax.stages.caching import write_cache
 
-    rows = write_cache(config, options.output, batch_size=options.batch_size, shard_rows=options.shard_rows)
+    sizes = {"batch_size": options.batch_size, "shard_rows": options.shard_rows}
+    rows = write_cache(config, options.output, **sizes, alone=True)
     print(f"{rows} rows: {options.output}; train with data.cache={options.output}")

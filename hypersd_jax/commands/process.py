@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
 
-from hypersd_jax.errors import UserError
+from hypersd_jax.errors import Interrupted, UserError
 from hypersd_jax.paths import cache_folder, can_write, home
 
 _UNPRINTABLE = "hypersd_jax.unprintable"
@@ -59,8 +59,8 @@ def exit_status() -> Iterator[None]:
         raise
     except UserError as error:
         _end(2, " ".join(str(error).split()))
-    except KeyboardInterrupt:
-        _end(130, "stopped")
+    except KeyboardInterrupt as error:
+        _end(130, str(error) if isinstance(error, Interrupted) else "stopped")
     except BrokenPipeError:  # whoever read our output has gone
         _end(1)
     except OSError as error:

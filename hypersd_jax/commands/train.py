@@ -57,7 +57,7 @@ def run(options: argparse.Namespace) -> None:
     from hypersd_jax.stages.provenance import typed_command
     from hypersd_jax.stages.result_files import COMPACT, printed_table
 
-    folder = train(config, command=typed_command(options.arguments))
+    folder = train(config, command=typed_command(options.arguments), alone=True)
     if config.adapter_stages and config.compared_samples:
         print(printed_table(folder / "results.json", COMPACT, sys.stdout.encoding))
     for name, what in (

@@ -95,6 +95,17 @@ def _convert(kind: Any, value: Any, path: str, root: type, *, optional: bool = F
         if type(None) in arguments and is_null(value):
             return None
         inner = [argument for argument in arguments if argument is not type(None)]
+        # As in int | Literal["auto"].
+        words = [argument for argument in inner if typing.get_origin(argument) is Literal]
+        if words and len(inner) == 2:
+            inner.remove(words[0])
+            named = typing.get_args(words[0])
+            if value in named:
+                return str(value)
+            try:
+                return _convert(inner[0], value, path, root)
+            except UserError as error:
+                raise UserError(f"{error}, nor {' or '.join(named)}") from None
         chosen = inner[0] if len(inner) == 1 else _of_kind(inner, value, path)
         return _convert(chosen, value, path, root, optional=type(None) in arguments)
     if origin is Literal:

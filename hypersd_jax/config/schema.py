@@ -45,25 +45,37 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along the two axes; ``data: null`` takes all that ``fsdp`` leaves."""
+    """Devices along the two axes; ``data: null`` takes all that ``fsdp`` leaves.
+
+    ``fsdp: auto`` splits the model over as many devices as there are, up to 8: the greatest common divisor of both.
+    """
 
     data: int | None = None
-    fsdp: int = 1
+    fsdp: int | Literal["auto"] = 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What is written while training; ``sample_every: 0`` draws a grid at the end of each stage only."""
+    """What is written while training; ``sample_every: 0`` draws a grid at the end of each stage only.
+
+    A checkpoint is saved after ``checkpoint_every`` updates and after ``checkpoint_minutes``, whichever comes first
+    (0 minutes: by updates alone). After ``stop_after_skipped`` updates in a row whose loss or gradient was not finite,
+    or half of the stage where that is fewer, the run ends.
+    """
 
     every: int = 1
     sample_every: int = 0
     checkpoint_every: int = 200
+    checkpoint_minutes: float = 10.0
+    stop_after_skipped: int = 20
     tensorboard: bool = True
     compilation_cache: bool = True
 
     def __post_init__(self) -> None:
         if self.every < 1 or self.checkpoint_every < 1 or self.sample_every < 0:
             raise ValueError("every and checkpoint_every must be at least 1, sample_every at least 0")
+        if self.checkpoint_minutes < 0 or self.stop_after_skipped < 1:
+            raise ValueError("checkpoint_minutes must be at least 0, stop_after_skipped at least 1")
 
 
 EMBEDDED_GUIDANCE = 4.0

@@ -23,6 +23,8 @@ from hypersd_jax.weights.tensors import TensorFile, open_tensors, replacing, sav
 VERSION = 1
 MANIFEST = "manifest.json"
 KEY = "key"
+LOCK = ".lock"
+"""That a process puts into a folder which it writes to; it makes no folder another's."""
 
 Arrays = dict[str, np.ndarray]
 
@@ -58,7 +60,7 @@ class CacheWriter:
             for name in ("facts", "rows", "keys", "shard_rows"):
                 require_same(folder, name, found.get(name), self._manifest[name])
             self._manifest = found
-        elif folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        elif folder.exists() and (not folder.is_dir() or any(path.name != LOCK for path in folder.iterdir())):
             raise UserError(f"{folder}: holds something that is not a cache; name a new folder")
         self._save_manifest()
         for unfinished in folder.glob(".*.tmp"):  # of a process that was killed while it wrote

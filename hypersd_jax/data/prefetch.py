@@ -8,6 +8,7 @@ from collections.abc import Generator, Iterable
 from typing import NamedTuple, TypeVar
 
 T = TypeVar("T")
+PATIENCE_SECONDS = 5.0
 
 
 class _End(NamedTuple):
@@ -18,7 +19,7 @@ def prefetch(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     """Yield ``items``, made up to ``depth`` ahead in a thread of its own.
 
     What raises there is raised here, in its place of the order. When the generator is closed or dropped the thread
-    stops after the item in hand.
+    stops after the item in hand; one that hangs, as on a network, is not waited for.
 
     Raises:
         ValueError: when ``depth`` is below 1.
@@ -63,4 +64,4 @@ def _prefetched(items: Iterable[T], depth: int) -> Generator[T, None, None]:
             yield entry[0]
     finally:
         stop.set()
-        thread.join()
+        thread.join(PATIENCE_SECONDS)

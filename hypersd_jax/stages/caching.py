@@ -20,10 +20,14 @@ from hypersd_jax.pipeline import Pipeline, parse_dtype
 from hypersd_jax.stages.cache_facts import cache_facts
 from hypersd_jax.stages.feeding import warn_of_cut_captions
 from hypersd_jax.stages.inputs import moments
+from hypersd_jax.stages.lock import FolderLock
+from hypersd_jax.training import StopSignals
 from hypersd_jax.weights.components import Components, load_components
 
 
-def write_cache(config: Config, folder: Path, *, batch_size: int = 32, shard_rows: int = 1024) -> int:
+def write_cache(
+    config: Config, folder: Path, *, batch_size: int = 32, shard_rows: int = 1024, alone: bool = False
+) -> int:
     """Write the moments of the latents, the text embeddings, the token ids and the sizes of every row.
 
     What an interrupted call left is kept and gone on from. At the end all is read once more and compared with its
@@ -34,15 +38,23 @@ def write_cache(config: Config, folder: Path, *, batch_size: int = 32, shard_row
         folder: where the cache goes.
         batch_size: rows encoded at a time.
         shard_rows: rows a file.
+        alone: the process is for this alone, as the command line's is: a signal ends it even while it compiles.
 
     Returns:
         How many rows the cache holds.
 
     Raises:
-        UserError: naming the key or file at fault.
+        UserError: naming the key or file at fault, or another process that writes to the folder.
+        Interrupted, Terminated: a signal came; the finished shards are kept.
     """
     if config.log.compilation_cache:
         use_compilation_cache()
+    lock = FolderLock(folder, "--output")
+    with lock, StopSignals(alone=alone, leave=lock.release) as stop:
+        return _write(config, folder, batch_size, shard_rows, stop)
+
+
+def _write(config: Config, folder: Path, batch_size: int, shard_rows: int, stop: StopSignals) -> int:
     dtype = parse_dtype(config.model.dtype)
     components = load_components(config.model.source, dtype=dtype, fresh=config.model.fresh, seed=config.seed)
     pipe = Pipeline(components, dtype=dtype)
@@ -56,6 +68,11 @@ def write_cache(config: Config, folder: Path, *, batch_size: int = 32, shard_row
         raise UserError(f"this data cannot be encoded once: {source.uncacheable}")
     keys = source.variants()
     writer = CacheWriter(folder, cache_facts(config.data, source, components, dtype), keys, shard_rows)
+
+    def where() -> str:
+        return f"at {writer.done} of {len(keys)} rows; the same command resumes there"
+
+    stop.where = where()
     encode = _make_encode(pipe, components, dtype)
     with tqdm(total=len(keys), initial=writer.done, unit="row", desc="encoding") as bar:
         for shard in writer.missing():
@@ -73,7 +90,12 @@ def write_cache(config: Config, folder: Path, *, batch_size: int = 32, shard_row
                     arrays["pooled"] = cond.pooled
                 parts.append({name: np.asarray(array)[: len(part)] for name, array in arrays.items()})
                 bar.update(len(part))
-            writer.write({name: np.concatenate([each[name] for each in parts]) for name in parts[0]})
+            rows = {name: np.concatenate([each[name] for each in parts]) for name in parts[0]}
+            stop.hold()
+            writer.write(rows)
+            stop.where = where()
+            stop.release()
+    stop.where = f"while it checked the {len(keys)} rows, all of which are written"
     Cache(folder, verify=True)
     warn_of_cut_captions(pipe.prompts)
     return len(keys)

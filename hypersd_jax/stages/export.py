@@ -13,8 +13,9 @@ import jax
 import numpy as np
 
 from hypersd_jax.adapters import Adapter
-from hypersd_jax.config import AdapterStage, ConsistencyStage, ScoreStage
+from hypersd_jax.config import AdapterStage, ConsistencyStage, ScoreStage, StageConfig
 from hypersd_jax.diffusion import solver_table
+from hypersd_jax.errors import UserError
 from hypersd_jax.stages.output import Output
 from hypersd_jax.stages.student import Sampling, student_sampling
 from hypersd_jax.weights.components import Components
@@ -69,6 +70,20 @@ def _grid(stage: AdapterStage) -> int:
     if isinstance(stage, ConsistencyStage):
         return stage.solver_steps
     return stage.anchor.solver_steps if stage.anchor else UNIFIED_GRID
+
+
+def require_finite(weights: Any, stage: StageConfig) -> None:
+    """UserError unless all that a stage hands on is finite: it would be of no use, and nobody would see it in the file.
+
+    Every process calls this: what is spread over several is gathered from all, one tensor at a time.
+    """
+    for leaf in jax.tree.leaves(weights):
+        if not np.isfinite(host(leaf)).all():
+            raise UserError(
+                f"stages.{stage.name}: its weights are not finite after {stage.updates} updates, so nothing of it is "
+                f"exported; lower stages.{stage.name}.learning_rate ({stage.learning_rate:g}), and name another "
+                f"output_dir or delete this one"
+            )
 
 
 def export_student(

@@ -26,6 +26,7 @@ from hypersd_jax.stages.prompt_feeding import PromptInputs
 from hypersd_jax.training import (
     Controls,
     Step,
+    StopSignals,
     TrainState,
     Turn,
     init_players,
@@ -54,6 +55,7 @@ class Run:
     prompt_inputs: PromptInputs | None
     latent_shape: tuple[int, ...]
     steps: dict[Hashable, Step]
+    stop: StopSignals
 
     @property
     def grid_length(self) -> int:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import time
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -10,12 +11,16 @@ import jax
 import numpy as np
 
 from hypersd_jax.config import LogConfig, StageConfig
-from hypersd_jax.errors import UserError
+from hypersd_jax.errors import Interrupted, Terminated, UserError
 from hypersd_jax.training import (
+    LAG,
+    Agreement,
     Checkpointer,
     MetricsLog,
     OptimizerConfig,
+    SkipWatch,
     Step,
+    StopSignals,
     TrainState,
     abstract,
     check_facts,
@@ -23,6 +28,9 @@ from hypersd_jax.training import (
 
 # The streams of randomness of a run, told apart by what is folded into the seed's key.
 ADAPTER_STREAM, NOISE_STREAM, ENCODER_STREAM, FAKE_STREAM, PAIR_STREAM = range(5)
+
+SKIPPED_ROW = "skipped_in_a_row"
+"""The fact of a checkpoint that says with how many skipped updates its state ends."""
 
 
 def optimizer_config(stage: StageConfig) -> OptimizerConfig:
@@ -53,7 +61,7 @@ def run_updates(
     *,
     root: Path,
     folder: Path,
-    facts: dict[str, Any],
+    facts: Callable[[int], dict[str, Any]],
     log: LogConfig,
     make: Callable[[], Step],
     frozen: Any,
@@ -62,15 +70,19 @@ def run_updates(
     controls: Any,
     preview: Callable[[TrainState, int], None],
     mesh: jax.sharding.Mesh,
+    stop: StopSignals,
 ) -> tuple[TrainState, int]:
-    """Go on from the newest checkpoint to the stage's last update.
+    """Resume from the newest checkpoint and take the stage's updates to the last one.
+
+    A signal that asks the run to stop ends it after the update in hand, with a checkpoint.
 
     Args:
         stage: its length is read here.
         state: the state before the first update, donated.
         root: the run's folder, for the metrics.
         folder: of the stage's checkpoints.
-        facts: what a checkpoint must agree with to be gone on from.
+        facts: what a checkpoint says of itself where the stage has so many updates; one that was saved when the stage
+            was shorter or longer may be resumed too.
         log: how often to log, save and draw.
         make: the compiled step; called only if there is an update to do.
         frozen: what the step reads and never changes.
@@ -79,33 +91,106 @@ def run_updates(
         controls: the stage's arrays.
         preview: draws with a state after an update, on the way.
         mesh: of the state.
+        stop: the signals that have come.
 
     Returns:
         (the state after the last update, how many updates had been done before).
+
+    Raises:
+        UserError: the checkpoint is another run's, too many updates in a row were not finite, or the disk is full.
     """
     with Checkpointer(folder) as checkpoints:
+        row = 0
         if checkpoints.latest() is not None:
-            check_facts(checkpoints.facts(), facts)
+            found = checkpoints.facts()
+            check_facts(found, facts(saved_updates(found, stage.updates)))
+            row = int(found.get(SKIPPED_ROW, 0))
             like = abstract(mesh, state)
             # The caller still holds it: without this, two states would be in memory for the whole stage.
             jax.tree.map(lambda leaf: leaf.delete(), state)
             state, _ = checkpoints.restore(None, like)
         done = int(state.step)
+        stop.where = _where(stage, done, done)
         if done >= stage.updates:
             return state, done
         step, fed = make(), batches(done)
+        skips = SkipWatch(
+            stage.name,
+            updates=stage.updates,
+            limit=log.stop_after_skipped,
+            remedy=f"lower stages.{stage.name}.learning_rate ({stage.learning_rate:g})",
+            skipped=int(state.skipped),
+            in_a_row=row,
+        )
+        agreement, clock = Agreement(), _Clock(log.checkpoint_minutes)
+        saved = made = done
         with MetricsLog(root, stage.updates, stage.name, done, tensorboard=log.tensorboard) as metrics_log:
-            for number, batch, waited in fed:
-                state, metrics = step(state, frozen, batch, key, controls)
-                last = number == stage.updates
-                if number % log.every == 0 or last:
-                    metrics_log.write(number, {**metrics, "input_wait": waited})
-                if number % log.checkpoint_every == 0 or last:
-                    metrics_log.flush()
-                    checkpoints.save(number, state, facts)
-                if log.sample_every and number % log.sample_every == 0 and not last:
-                    preview(state, number)
+
+            def save() -> None:
+                nonlocal saved
+                metrics_log.flush()
+                skips.settle()
+                checkpoints.save(made, state, {**facts(stage.updates), SKIPPED_ROW: skips.in_a_row})
+                saved = made
+                clock.restart()
+
+            if jax.process_count() > 1:
+                stop.hold()  # to the end: no process may leave before the others know
+            try:
+                for number, batch, waited in fed:
+                    if number > done + 1:  # the first one compiles, for minutes, and there is nothing new to save
+                        stop.hold()
+                    state, metrics = step(state, frozen, batch, key, controls)
+                    stop.hold()
+                    made, last = number, number == stage.updates
+                    stop.where = _where(stage, made, done)
+                    skips.add(number, metrics["skipped"])
+                    if number % log.every == 0 or last:
+                        metrics_log.write(number, {**metrics, "input_wait": waited})
+                    signalled, due = agreement.largest(stop.signal or 0, clock.due())
+                    if number % log.checkpoint_every == 0 or last or (due and number - saved > LAG):
+                        save()
+                    if signalled:
+                        raise stop.error(signalled)
+                    if jax.process_count() == 1:
+                        stop.release()
+                    if log.sample_every and number % log.sample_every == 0 and not last:
+                        preview(state, number)
+            except (Interrupted, Terminated):
+                stop.hold()
+                if made > saved:
+                    save()
+                checkpoints.wait()
+                raise
+        checkpoints.wait()
+        stop.where = _where(stage, made, done)
         return state, done
+
+
+class _Clock:
+    """Says when a checkpoint is due by time; of several processes the first one's clock counts."""
+
+    def __init__(self, minutes: float) -> None:
+        self._seconds = minutes * 60
+        self.restart()
+
+    def restart(self) -> None:
+        self._last = time.monotonic()
+
+    def due(self) -> bool:
+        return bool(self._seconds) and jax.process_index() == 0 and time.monotonic() - self._last >= self._seconds
+
+
+def _where(stage: StageConfig, made: int, done: int) -> str:
+    new = "" if made > done or made == stage.updates else ", with nothing new to save"
+    return f"at {made} of {stage.updates} of {stage.name}{new}; the same command resumes there"
+
+
+def saved_updates(found: Mapping[str, Any], updates: int) -> int:
+    """How many updates the stage had when a checkpoint of these facts was saved."""
+    settings = found.get("settings")
+    saved = settings.get("updates") if isinstance(settings, Mapping) else None
+    return saved if isinstance(saved, int) and saved > 0 else updates
 
 
 def chosen(stage: StageConfig, state: TrainState) -> Any:

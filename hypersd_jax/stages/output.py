@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
+import jax
 import yaml
 
 from hypersd_jax.config import Config, first_difference, save_config, to_dict
 from hypersd_jax.errors import UserError
+from hypersd_jax.training import newest_step
 
 # May change between a stopped run and its continuation: they do not reach the student.
 FREE_KEYS = ("output_dir", "reuse", "mesh", "log", "evaluation")
@@ -39,9 +44,16 @@ class Output:
         """A stage's checkpoints."""
         return self.root / "checkpoints" / stage
 
+    def made_by(self, stage: str) -> list[Path]:
+        """What there is of a stage: its checkpoints and its student."""
+        paths = (self.checkpoints(stage), self.loras / f"{stage}.safetensors", self.models / stage)
+        return [path for path in paths if path.exists()]
+
 
 def open_output(config: Config) -> Output:
-    """The run's folder, which may hold the same run already; nothing is written yet.
+    """The run's folder, which may hold the same run already, or one of other numbers of updates; nothing is written.
+
+    A stage may become longer, or shorter than it was to be but not than it is, while no stage after it has begun.
 
     Raises:
         UserError: the folder holds a run of another configuration, or cannot be read.
@@ -50,7 +62,7 @@ def open_output(config: Config) -> Output:
     saved = output.root / "config.yaml"
     try:
         if saved.exists():
-            _check_same(saved, config)
+            _check_same(output, saved, config)
     except OSError as error:
         raise UserError(f"output_dir: {saved} cannot be read ({error.strerror})") from None
     return output
@@ -62,28 +74,75 @@ def create_output(output: Output, config: Config) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
+    saved = output.root / "config.yaml"
     try:
         for folder in (output.root, output.loras, output.samples):
             folder.mkdir(parents=True, exist_ok=True)
-        save_config(config, output.root / "config.yaml")
+        save_config(config, saved)
     except OSError as error:
+        saved.with_name(f"{saved.name}.tmp").unlink(missing_ok=True)
         raise UserError(f"output_dir: {output.root} cannot be written ({error.strerror})") from None
 
 
-def _check_same(saved: Path, config: Config) -> None:
+def set_aside(output: Output, student: Path, stage: str) -> None:
+    """Move the student of a stage that is to be trained further to earlier/, where its number of updates names it."""
+    done = newest_step(output.checkpoints(stage)) or 0
+    if student.exists() and jax.process_index() == 0:
+        earlier = output.root / "earlier" / f"{stage}-{done}{student.suffix if student.is_file() else ''}"
+        try:
+            earlier.parent.mkdir(exist_ok=True)
+            if earlier.is_dir():
+                shutil.rmtree(earlier)
+            student.replace(earlier)
+        except OSError as error:
+            raise UserError(f"{student}: cannot be moved to {earlier} ({error.strerror})") from None
+
+
+def _check_same(output: Output, saved: Path, config: Config) -> None:
     try:
         found = yaml.safe_load(saved.read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError):
         found = None
     if not isinstance(found, dict):
         raise UserError(f"{saved}: not a configuration; choose another output_dir or delete the folder")
-    wanted = to_dict(config)
-    difference = first_difference(
-        {key: value for key, value in found.items() if key not in FREE_KEYS},
-        {key: value for key, value in wanted.items() if key not in FREE_KEYS},
-    )
+    was, wanted = _of_any_length(found), _of_any_length(to_dict(config))
+    was, wanted = ({k: v for k, v in tree.items() if k not in FREE_KEYS} for tree in (was, wanted))
+    difference = first_difference(was, wanted)
     if difference:
         raise UserError(
             f"output_dir: {saved.parent} holds a run of another configuration, "
             f"{difference}; choose another output_dir or delete the folder"
         )
+    _check_lengths(output, {stage["name"]: stage["updates"] for stage in found["stages"]}, config)
+
+
+def _of_any_length(tree: dict[str, Any]) -> dict[str, Any]:
+    """A plain configuration without its stages' updates, which may change."""
+    stages = tree.get("stages")
+    if not isinstance(stages, list):
+        return tree
+    cut = [{k: v for k, v in s.items() if k != "updates"} if isinstance(s, dict) else s for s in stages]
+    return {**tree, "stages": cut}
+
+
+def _check_lengths(output: Output, was: Mapping[str, int], config: Config) -> None:
+    """Whether the stages' updates may be what they are now, after ``was``.
+
+    Raises:
+        UserError: a stage has more behind it, or stages after it stand on it as it was.
+    """
+    stages = config.active_stages
+    for index, stage in enumerate(stages):
+        key, done = f"stages.{stage.name}.updates", newest_step(output.checkpoints(stage.name)) or 0
+        if stage.updates < done:
+            raise UserError(
+                f"{key}={stage.updates}: {done} are done in {output.root}; set at least {done}, or choose another "
+                f"output_dir"
+            )
+        later = [path for each in stages[index + 1 :] for path in output.made_by(each.name)]
+        if later and was.get(stage.name) != stage.updates:
+            named = ", ".join(str(path) for path in later)
+            raise UserError(
+                f"{key}={stage.updates}: it was {was.get(stage.name)} when the stages after it were trained; to train "
+                f"them again, delete {named}; or choose another output_dir"
+            )

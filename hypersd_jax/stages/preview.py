@@ -2,16 +2,26 @@
 
 from __future__ import annotations
 
-import hashlib
+import warnings
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from hypersd_jax import adapters
-from hypersd_jax.config import AdapterStage
+from hypersd_jax.config import AdapterStage, StageConfig
+from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.stages.export import export_model, export_student, is_whole, sampling_header, student_path, with_unet
+from hypersd_jax.stages.export import (
+    export_model,
+    export_student,
+    is_whole,
+    require_finite,
+    sampling_header,
+    student_path,
+    with_unet,
+)
 from hypersd_jax.stages.jobs import Run
 from hypersd_jax.stages.result_files import write_strips
 from hypersd_jax.stages.student import student_sampling
@@ -21,7 +31,13 @@ NAME = "preview"
 
 
 def finish(run: Run, stage: AdapterStage, student: Any) -> None:
-    """Export the student, and draw with it, which also proves that it is not the base."""
+    """Draw with the student, which also proves that it is not the base, and export it.
+
+    Raises:
+        UserError: its weights or its pictures are not finite, and nothing is exported.
+    """
+    require_finite(student, stage)
+    preview(run, stage, student, stage.name, last=True)
     path = student_path(run.output, stage)
     if is_whole(stage):
         export_model(path, student, run.pipe.components)
@@ -29,36 +45,73 @@ def finish(run: Run, stage: AdapterStage, student: Any) -> None:
         adapter = jax.tree.map(host, adapters.join(student, run.scales))
         if jax.process_index() == 0:
             export_student(path, adapter, stage, run.pipe.components, base_fingerprint=run.base_fingerprint)
-    preview(run, stage, student, stage.name)
 
 
-def preview(run: Run, stage: AdapterStage, student: Any, name: str) -> None:
+def preview(run: Run, stage: AdapterStage, student: Any, name: str, *, last: bool = False) -> None:
     """Draw the data's first prompts with the student at its own step count: a strip of pictures, samples/NAME.png.
 
-    The base draws them too, with the same program, and they must come out different: a preview of a model whose adapter
-    was left off has fooled whole training runs.
+    The base draws them too, with the same program. Where they come out the same the student is changed so much that
+    everybody would see it, and must then draw otherwise: a preview of a model whose adapter was left off has fooled
+    whole training runs. A student that has hardly moved yet is warned of alone.
+
+    Raises:
+        UserError: the ``last`` preview of a stage has pictures that are not finite, while the base's are.
     """
+    untrained = None if is_whole(stage) else jax.tree.map(jnp.zeros_like, student)
+    images, base = _drawn(run, stage, student), _drawn(run, stage, untrained)
+    require_finite_images(images, stage, name, last=last and bool(np.isfinite(base).all()))
+    if np.array_equal(images, base, equal_nan=True):
+        if np.array_equal(_drawn(run, stage, _shaken(stage, student)), base, equal_nan=True):
+            raise RuntimeError(f"stage {stage.name}: the student draws exactly as the base does; its adapter is not on")
+        warnings.warn(
+            f"samples/{name}.png: the student of {stage.name} draws exactly as the base does; what it has learned so "
+            f"far is too little to be seen in {np.dtype(run.pipe.dtype).name}",
+            stacklevel=2,
+        )
+    if jax.process_index() == 0:
+        write_strips(run.output.samples / f"{name}.png", [images], run.preview_prompts)
+
+
+def require_finite_images(images: np.ndarray, stage: StageConfig, name: str, *, last: bool) -> None:
+    """Say that pictures (N, H, W, 3) are not finite: a UserError of a stage's ``last`` ones, else a warning."""
+    bad = int(np.sum(~np.isfinite(images).all(axis=(1, 2, 3))))
+    if not bad:
+        return
+    what = f"{bad} of {len(images)} pictures that its student draws are not finite"
+    if last:
+        raise UserError(
+            f"stages.{stage.name}: {what}, so nothing of it is exported; lower stages.{stage.name}.learning_rate "
+            f"({stage.learning_rate:g}), and name another output_dir or delete this one"
+        )
+    warnings.warn(f"samples/{name}.png, stage {stage.name}: {what}", stacklevel=3)
+
+
+def _drawn(run: Run, stage: AdapterStage, student: Any) -> np.ndarray:
+    """The pictures of a student's factors or whole UNet, or of the base (None)."""
     prompts = list(run.preview_prompts)
     # The comparison's batch size, so that both share their compiled programs.
     settings: dict[str, Any] = {"output": "np", "batch_size": run.config.evaluation.batch_size, "stepwise": True}
     if is_whole(stage):
-        pipe = Pipeline(with_unet(run.pipe.components, student), dtype=run.pipe.dtype, mesh=run.mesh)
         settings |= student_sampling(stage)
-        images, base = (each(prompts, **settings) for each in (pipe, run.pipe))
-    else:
-        header = sampling_header(stage, dict(run.pipe.components.scheduler_config))
-        run.pipe.add_lora(NAME, {"unet": adapters.join(student, run.scales)}, metadata=header)
-        try:
-            images = run.pipe(prompts, **settings)
-            run.pipe.set_lora_scale(NAME, 0.0)
-            base = run.pipe(prompts, **settings)
-        finally:
-            run.pipe.unload_lora(NAME)
-    if _digest(images) == _digest(base):
-        raise RuntimeError(f"stage {stage.name}: the student draws exactly as the base does; its adapter is not on")
-    if jax.process_index() == 0:
-        write_strips(run.output.samples / f"{name}.png", [images], prompts)
+        pipe = run.pipe
+        if student is not None:
+            pipe = Pipeline(with_unet(run.pipe.components, student), dtype=run.pipe.dtype, mesh=run.mesh)
+        return np.asarray(pipe(prompts, **settings))
+    header = sampling_header(stage, dict(run.pipe.components.scheduler_config))
+    run.pipe.add_lora(NAME, {"unet": adapters.join(student, run.scales)}, metadata=header)
+    try:
+        return np.asarray(run.pipe(prompts, **settings))
+    finally:
+        run.pipe.unload_lora(NAME)
 
 
-def _digest(images: np.ndarray) -> str:
-    return hashlib.sha256(np.ascontiguousarray(images).tobytes()).hexdigest()
+def _shaken(stage: AdapterStage, student: Any) -> Any:
+    """The student with noise of deviation 1 on all its factors, or on the vectors of a whole network."""
+
+    def shake(path: Any, leaf: Any) -> Any:
+        if is_whole(stage) and leaf.ndim > 1:
+            return leaf
+        random = np.random.default_rng(len(jax.tree_util.keystr(path)))
+        return leaf + random.standard_normal(leaf.shape, np.float32).astype(leaf.dtype)
+
+    return jax.tree_util.tree_map_with_path(shake, student)

@@ -34,8 +34,11 @@ def write_picture(path: Path, picture: Image.Image, info: PngInfo | None = None)
 
 
 def write_strips(path: Path, rows: Sequence[np.ndarray], prompts: Sequence[str] = ()) -> None:
-    """Rows of N images (N, H, W, 3) in 0..1, side by side under their N prompts, as one PNG; NaN is black."""
-    write_picture(path, *strip([np.nan_to_num(row) for row in rows], prompts))
+    """Rows of N images (N, H, W, 3) in 0..1, side by side under their N prompts, as one PNG.
+
+    What is not finite is black; who makes the images says so.
+    """
+    write_picture(path, *strip([np.nan_to_num(row, nan=0.0, posinf=0.0, neginf=0.0) for row in rows], prompts))
 
 
 def printed_table(file: Path, keys: Sequence[str] | None, encoding: str | None) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,10 +13,11 @@ import jax
 from jax.experimental import multihost_utils
 
 from hypersd_jax.config import AdapterStage, Config, to_dict
-from hypersd_jax.errors import UserError
+from hypersd_jax.errors import UserError, short
 from hypersd_jax.stages.export import student_path
 from hypersd_jax.stages.output import Output
 from hypersd_jax.training import Checkpointer
+from hypersd_jax.training.checkpoints import HALF_WRITTEN
 from hypersd_jax.weights.tensors import replacing
 
 
@@ -29,6 +31,13 @@ def history(config: Config, count: int, base: str) -> str:
     stages = [stage for stage in tree["stages"] if not stage["skip"]][:count]
     text = json.dumps([base, parts, stages], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+def of_length(config: Config, stage: AdapterStage, updates: int) -> Config:
+    """The configuration with another number of updates for one stage."""
+    changed = dataclasses.replace(stage, updates=updates)
+    stages = tuple(changed if each.name == stage.name else each for each in config.stages)
+    return dataclasses.replace(config, stages=stages)
 
 
 def take_over(config: Config, output: Output, base: str) -> list[str]:
@@ -53,9 +62,13 @@ def take_over(config: Config, output: Output, base: str) -> list[str]:
         if folder.exists() and not _is_finished(folder, stage, digest):
             break
         if jax.process_index() == 0:
-            if not folder.exists():
-                link_tree(other.checkpoints(stage.name), folder)
-            _link_student(student, student_path(output, stage))
+            try:
+                if not folder.exists():
+                    link_tree(other.checkpoints(stage.name), folder)
+                _link_student(student, student_path(output, stage))
+            except (OSError, shutil.Error) as error:
+                reason = getattr(error, "strerror", None) or short(error)
+                raise UserError(f"reuse: {stage.name} of {other.root} cannot be taken over ({reason})") from None
         taken.append(stage.name)
     multihost_utils.sync_global_devices("reuse")
     return taken
@@ -70,7 +83,7 @@ def require_run(config: Config) -> None:
 def _is_finished(folder: Path, stage: AdapterStage, digest: str) -> bool:
     if not folder.is_dir():
         return False
-    with Checkpointer(folder) as checkpoints:
+    with Checkpointer(folder, read_only=True) as checkpoints:
         return checkpoints.latest() == stage.updates and checkpoints.facts().get("history") == digest
 
 
@@ -99,5 +112,8 @@ def link_tree(source: Path, target: Path) -> None:
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copytree(source, temporary, copy_function=_link)
-    temporary.replace(target)
+    try:
+        shutil.copytree(source, temporary, copy_function=_link, ignore=shutil.ignore_patterns(f"*{HALF_WRITTEN}*"))
+        temporary.replace(target)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -20,6 +21,7 @@ from hypersd_jax.stages.export import sampling_table, student_path
 from hypersd_jax.stages.feeding import Fed, Inputs, telling_of_cut_captions
 from hypersd_jax.stages.inputs import unconditional
 from hypersd_jax.stages.jobs import Factors, Job, Run, check_stage, fresh_factors, make_job, teachers
+from hypersd_jax.stages.lock import FolderLock
 from hypersd_jax.stages.loop import (
     ADAPTER_STREAM,
     ENCODER_STREAM,
@@ -29,40 +31,58 @@ from hypersd_jax.stages.loop import (
     run_updates,
     stream,
 )
-from hypersd_jax.stages.output import Output, create_output, open_output
+from hypersd_jax.stages.output import Output, create_output, open_output, set_aside
 from hypersd_jax.stages.pairs import again_and_again, make_pairs
 from hypersd_jax.stages.preview import finish, preview
 from hypersd_jax.stages.prompt_feeding import PromptInputs
-from hypersd_jax.stages.reuse import history, require_run, take_over
+from hypersd_jax.stages.reuse import history, of_length, require_run, take_over
 from hypersd_jax.stages.student import compared_samplings
 from hypersd_jax.stages.whole import open_whole, train_whole
-from hypersd_jax.training import make_mesh
+from hypersd_jax.training import StopSignals, make_mesh, newest_step
 from hypersd_jax.weights.components import load_components
 from hypersd_jax.weights.folder import fingerprint
 
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
+"""What no check beforehand can find out."""
 
-def train(config: Config, *, command: str | None = None) -> Path:
+
+def train(config: Config, *, command: str | None = None, alone: bool = False) -> Path:
     """Train every stage of ``config``, compare the students with the teacher, and return the output folder.
 
-    A run that was stopped goes on where its last checkpoint stands, with the same results as if it had not been.
+    A run that was stopped resumes where its last checkpoint stands, with the same results as if it had not been. A
+    first SIGINT or SIGTERM ends it after the update in hand, with a checkpoint. Another run in the same folder is
+    refused.
 
     Args:
         config: from `load_config`.
         command: what was typed to start the run, for its report; None: a Python program started it.
+        alone: the process is for this run alone, as the command line's is: a signal ends it even while it compiles.
 
     Raises:
         UserError: one line naming the key or file at fault.
+        Interrupted, Terminated: a signal came, and everything has been saved.
     """
+    lock = FolderLock(config.output_dir, "output_dir")
+    with lock, StopSignals(alone=alone, leave=lock.release) as stop:
+        try:
+            return _train(config, command, stop)
+        except OSError as error:
+            if error.errno not in DISK_ERRORS:
+                raise
+            raise UserError(f"{error.filename or config.output_dir}: cannot be written ({error.strerror})") from None
+
+
+def _train(config: Config, command: str | None, stop: StopSignals) -> Path:
     output = open_output(config)
     if config.log.compilation_cache:
         use_compilation_cache()
     if not config.adapter_stages:
-        whole = open_whole(config, output)
+        whole = open_whole(config, output, stop)
         create_output(output, config)
         with telling_of_cut_captions(whole.prompts):
             train_whole(whole)
         return output.root
-    run = open_run(config, output)
+    run = open_run(config, output, stop)
     check_stages(run)
     require_run(config)
     create_output(output, config)
@@ -78,12 +98,13 @@ def train(config: Config, *, command: str | None = None) -> Path:
                 students[stage.name] = factors
     del factors, students
     if config.compared_samples:
+        stop.where = "while it compared the students; the same command resumes there"
         prompts, base = run.preview_prompts, run.base_fingerprint
         compare(config, output, run.pipe, base, prompts=prompts, command=command)
     return output.root
 
 
-def open_run(config: Config, output: Output) -> Run:
+def open_run(config: Config, output: Output, stop: StopSignals | None = None) -> Run:
     """Load the base and the data, and lay out the mesh."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     dtype = parse_dtype(config.model.dtype)
@@ -118,6 +139,7 @@ def open_run(config: Config, output: Output) -> Run:
         else None,
         latent_shape=(resolution // factor, resolution // factor, components.unet_config.in_channels),
         steps={},
+        stop=stop or StopSignals(),
     )
 
 
@@ -153,13 +175,19 @@ def run_stage(run: Run, index: int, stage: AdapterStage, start: Factors, student
     """
     job = make_job(run, index, stage, start, students)
     take, pairs = job.student, _pairs(run, index, stage, job)
-    facts = {
-        "stage": stage.name,
-        "base": run.base_fingerprint,
-        "settings": to_dict(stage),
-        "seed": run.config.seed,
-        "history": history(run.config, index + 1, run.base_fingerprint),
-    }
+
+    def facts(updates: int) -> dict[str, Any]:
+        config = of_length(run.config, stage, updates)
+        return {
+            "stage": stage.name,
+            "base": run.base_fingerprint,
+            "settings": to_dict(config.adapter_stages[index]),
+            "seed": run.config.seed,
+            "history": history(config, index + 1, run.base_fingerprint),
+        }
+
+    if (newest_step(run.output.checkpoints(stage.name)) or 0) < stage.updates:
+        set_aside(run.output, student_path(run.output, stage), stage.name)
     state, done = run_updates(
         stage,
         job.state,
@@ -174,6 +202,7 @@ def run_stage(run: Run, index: int, stage: AdapterStage, start: Factors, student
         controls=job.controls,
         preview=lambda state, number: preview(run, stage, take(state), f"{stage.name}-{number:06d}"),
         mesh=run.mesh,
+        stop=run.stop,
     )
     student = take(state)
     del state, job  # the optimizer's part, before anything is drawn

@@ -22,6 +22,7 @@ from hypersd_jax.diffusion import Schedule
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline, parse_dtype
 from hypersd_jax.stages import autoencoder, teacher
+from hypersd_jax.stages.export import require_finite
 from hypersd_jax.stages.feeding import Fed, Inputs, feed, pictures
 from hypersd_jax.stages.loop import (
     ENCODER_STREAM,
@@ -33,9 +34,11 @@ from hypersd_jax.stages.loop import (
     stream,
 )
 from hypersd_jax.stages.output import Output
+from hypersd_jax.stages.preview import require_finite_images
 from hypersd_jax.stages.reference import MANY_STEPS
 from hypersd_jax.stages.result_files import write_strips
 from hypersd_jax.training import (
+    StopSignals,
     TrainState,
     init_state,
     make_mesh,
@@ -64,9 +67,10 @@ class WholeRun:
     prompts: PromptEncoder
     schedule: Schedule
     source: Source
+    stop: StopSignals
 
 
-def open_whole(config: Config, output: Output) -> WholeRun:
+def open_whole(config: Config, output: Output, stop: StopSignals) -> WholeRun:
     """Load the model, its ``fresh`` parts drawn from the run's seed, and the data.
 
     Raises:
@@ -100,6 +104,7 @@ def open_whole(config: Config, output: Output) -> WholeRun:
         prompts=pipe.prompts,
         schedule=pipe.schedule,
         source=source,
+        stop=stop,
     )
 
 
@@ -124,10 +129,11 @@ def train_whole(run: WholeRun) -> None:
         if isinstance(stage, TeacherStage) and stage.prediction_type is not None:
             run = _predicting(run, stage.prediction_type)
         trained = _run_stage(run, index, stage)
+        require_finite(trained, stage)
         run.components = _with_weights(run.components, trained)
         if isinstance(stage, AutoencoderStage) and stage.part == "all":
             run.components = _with_scaling(run)
-        _preview(run, stage, stage.name)
+        _preview(run, stage, stage.name, last=True)
     params = {name: {path: host(value) for path, value in part.items()} for name, part in run.components.params.items()}
     if jax.process_index() == 0:
         target, new = run.output.root / "model", run.output.root / "model-new"
@@ -169,7 +175,12 @@ def _run_stage(run: WholeRun, index: int, stage: StageConfig) -> Params:
         state,
         root=run.output.root,
         folder=run.output.checkpoints(stage.name),
-        facts={"stage": stage.name, "base": given, "settings": to_dict(stage), "seed": run.config.seed},
+        facts=lambda updates: {
+            "stage": stage.name,
+            "base": given,
+            "settings": to_dict(dataclasses.replace(stage, updates=updates)),
+            "seed": run.config.seed,
+        },
         log=run.config.log,
         make=make,
         frozen=frozen,
@@ -181,6 +192,7 @@ def _run_stage(run: WholeRun, index: int, stage: StageConfig) -> Params:
         },
         preview=preview,
         mesh=run.mesh,
+        stop=run.stop,
     )
     trained: Params = chosen(stage, state)
     return trained
@@ -238,8 +250,12 @@ def _with_scaling(run: WholeRun) -> Components:
     )
 
 
-def _preview(run: WholeRun, stage: StageConfig, name: str) -> None:
-    """Pictures over their reconstructions, or drawings of the stream's first captions."""
+def _preview(run: WholeRun, stage: StageConfig, name: str, *, last: bool = False) -> None:
+    """Pictures over their reconstructions, or drawings of the stream's first captions.
+
+    Raises:
+        UserError: the ``last`` ones of a stage are not finite.
+    """
     pipe = Pipeline(run.components, dtype=run.dtype, mesh=run.mesh)
     prompts: list[str] = []
     if isinstance(stage, AutoencoderStage):
@@ -248,6 +264,7 @@ def _preview(run: WholeRun, stage: StageConfig, name: str) -> None:
         prompts = run.source.preview_prompts
         settings: dict[str, Any] = {"steps": MANY_STEPS, "sampler": "ddim", "guidance": run.config.evaluation.guidance}
         rows = [pipe(prompts, output="np", batch_size=run.config.evaluation.batch_size, stepwise=True, **settings)]
+    require_finite_images(rows[-1], stage, name, last=last)
     if jax.process_index() == 0:
         write_strips(run.output.samples / f"{name}.png", rows, prompts)
 

@@ -5,8 +5,11 @@ It knows nothing of diffusion: it trains a tree of arrays on a loss that is give
 
 from __future__ import annotations
 
+from hypersd_jax.training.agreement import LAG as LAG
+from hypersd_jax.training.agreement import Agreement as Agreement
 from hypersd_jax.training.checkpoints import Checkpointer as Checkpointer
 from hypersd_jax.training.checkpoints import check_facts as check_facts
+from hypersd_jax.training.checkpoints import newest_step as newest_step
 from hypersd_jax.training.gradients import Metrics as Metrics
 from hypersd_jax.training.logging import MetricsLog as MetricsLog
 from hypersd_jax.training.mesh import make_mesh as make_mesh
@@ -21,11 +24,13 @@ from hypersd_jax.training.rounds import Turn as Turn
 from hypersd_jax.training.rounds import make_round as make_round
 from hypersd_jax.training.shardings import abstract as abstract
 from hypersd_jax.training.shardings import tree_shardings as tree_shardings
+from hypersd_jax.training.skips import SkipWatch as SkipWatch
 from hypersd_jax.training.state import TrainState as TrainState
 from hypersd_jax.training.state import init_players as init_players
 from hypersd_jax.training.state import init_state as init_state
 from hypersd_jax.training.step import LossFunction as LossFunction
 from hypersd_jax.training.step import Step as Step
 from hypersd_jax.training.step import make_step as make_step
+from hypersd_jax.training.stopping import StopSignals as StopSignals
 from hypersd_jax.weights.placement import batch_sharding as batch_sharding
 from hypersd_jax.weights.placement import leaf_sharding as leaf_sharding

@@ -7,7 +7,12 @@ A checkpoint appears under its final name only when it is whole, and carries a c
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import logging
+import os
+import re
+import shutil
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -23,6 +28,9 @@ from hypersd_jax.training.state import TrainState
 Facts = dict[str, Any]
 """JSON-serialisable facts beside the state: stage, counters, fingerprints of base and configuration, data position."""
 
+HALF_WRITTEN = ".orbax-checkpoint-tmp"
+"""In the names of folders that Orbax has not finished."""
+
 
 class Checkpointer:
     """The newest checkpoints of one folder. A context manager: leaving it waits for the save in flight.
@@ -30,32 +38,43 @@ class Checkpointer:
     In a run of several processes every process calls every method, and the folder is on storage that all of them see.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2) -> None:
+    def __init__(self, directory: str | Path, keep: int = 2, *, read_only: bool = False) -> None:
         """Open or create the folder; what a killed save left half-written is removed.
 
         Args:
             directory: where the checkpoints live, one sub-folder a step.
             keep: how many of the newest stay.
+            read_only: the folder is another run's, which may be saving: what is half-written there stays.
+
+        Raises:
+            UserError: the folder cannot be written.
         """
         self.directory = Path(directory).absolute()
-        self._orbax = ocp.training.Checkpointer(
-            self.directory,
-            preservation_policy=ocp.training.preservation_policies.LatestN(keep),
-            cleanup_tmp_directories=True,
-        )
         self._saving: ocp.AsyncResponse[bool] | None = None
+        self._failed = False
+        self._quiet = _Quiet()
+        with self._disk_errors():
+            self._orbax = ocp.training.Checkpointer(
+                self.directory,
+                preservation_policy=ocp.training.preservation_policies.LatestN(keep),
+                cleanup_tmp_directories=not read_only,
+            )
 
     def save(self, step: int, state: TrainState, facts: Mapping[str, Any]) -> None:
         """Save as `step`, in place of a checkpoint of that step if there is one.
 
         Returns once the state has been copied off the devices, so the next step may donate it; writing goes on in the
         background and its errors surface at the next call.
+
+        Raises:
+            UserError: this save, or the one before, could not be written; what it wrote is removed.
         """
         self.wait()
         metadata = {"facts": json.loads(json.dumps(dict(facts))), "checksum": _checksum(state)}
-        self._saving = self._orbax.save_async(
-            step, _by_name(state), force=True, overwrite=True, custom_metadata=metadata
-        )
+        with self._disk_errors():
+            self._saving = self._orbax.save_async(
+                step, _by_name(state), force=True, overwrite=True, custom_metadata=metadata
+            )
 
     def latest(self) -> int | None:
         """The newest whole checkpoint's step."""
@@ -107,14 +126,17 @@ class Checkpointer:
         """Block until the save in flight is whole on disk; raises what went wrong with it."""
         saving, self._saving = self._saving, None
         if saving is not None:
-            saving.result()
+            with self._disk_errors():
+                saving.result()
 
     def close(self) -> None:
         """Wait, and release the folder."""
         try:
             self.wait()
         finally:
-            self._orbax.close()
+            if not self._failed:  # of a failed save Orbax would speak once more
+                self._orbax.close()
+            self._quiet.end()
 
     def __enter__(self) -> Self:
         return self
@@ -123,6 +145,23 @@ class Checkpointer:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Say a refusal of the disk in one line, and remove what it left half-written."""
+        try:
+            yield
+        except Exception as error:
+            reason = _refusal(error)
+            if reason is None:
+                raise
+            self._failed = True
+            for left in self.directory.glob(f"*{HALF_WRITTEN}*"):
+                shutil.rmtree(left, ignore_errors=True)
+            raise UserError(
+                f"{self.directory}: a checkpoint cannot be written ({reason}); those that are there stay, "
+                f"and the same command resumes from the newest"
+            ) from None
 
     def _resolve(self, step: int | None) -> int:
         self.wait()
@@ -146,6 +185,41 @@ class Checkpointer:
             folder = self.directory / str(step)
             raise UserError(f"checkpoint {folder} is damaged: {_first_line(error)}; delete the folder") from error
         return custom, leaves
+
+
+def newest_step(directory: Path) -> int | None:
+    """The step of the newest whole checkpoint in a folder, which need not exist, without opening it."""
+    steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit() and path.is_dir()]
+    return max(steps, default=None)
+
+
+class _Quiet(logging.Filter):
+    """Drops what Orbax's threads log of a save that failed, hundreds of lines: its error is raised as well."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        logging.getLogger("absl").addFilter(self)
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.levelno >= logging.ERROR and "orbax" in record.pathname)
+
+    def end(self) -> None:
+        logging.getLogger("absl").removeFilter(self)
+
+
+def _refusal(error: BaseException) -> str | None:
+    """Why the disk refused, in the system's words; None where it is another kind of error."""
+    if isinstance(error, OSError) and error.errno:
+        return error.strerror or str(error)
+    # TensorStore says it in its own words: "... No space left on device [os_error_code='28'] ...".
+    found = re.search(r"os_error_code='(\d+)'", str(error))
+    if found:
+        return os.strerror(int(found.group(1)))
+    for inner in getattr(error, "exceptions", ()):  # of an exception group
+        if reason := _refusal(inner):
+            return reason
+    cause = error.__cause__
+    return _refusal(cause) if cause is not None else None
 
 
 def check_facts(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:

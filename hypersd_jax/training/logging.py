@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -41,25 +43,25 @@ class MetricsLog:
             tensorboard: also write TensorBoard events, to tensorboard/STAGE in the same folder.
 
         Raises:
-            UserError: naming file and line, when metrics.jsonl holds something else than JSON lines.
+            UserError: naming file and line, when metrics.jsonl holds something else than JSON lines, or the file that
+                cannot be written, here or later.
         """
         self.stage = stage
         self._pending: tuple[int, Mapping[str, Any], float] | None = None
         self._last = resume_step, time.perf_counter()
         self._active = jax.process_index() == 0
+        self._refused = False
         if not self._active:
             return
-        path = Path(directory) / METRICS_FILE
-        path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_lines(path, stage, resume_step)
-        self._file = path.open("a", encoding="utf-8")
-        self._events: Any = None
+        self._path = Path(directory) / METRICS_FILE
+        self._events: _Events | None = None
+        with self._disk_errors():
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            _drop_lines(self._path, stage, resume_step)
+            self._file = self._path.open("a", encoding="utf-8")
         if tensorboard:
-            # Imported here because it brings in the whole of PyTorch where that is installed.
-            from tensorboardX import SummaryWriter
-
-            folder = path.parent / "tensorboard" / stage
-            self._events = SummaryWriter(str(folder), purge_step=resume_step + 1 if resume_step else None)
+            with self._disk_errors():
+                self._events = _Events(self._path.parent / "tensorboard" / stage, resume_step)
         interval = 0.5 if sys.stderr.isatty() else 30.0
         # The first step compiles, which the bar says and leaves out of its rate.
         self._compiling = resume_step < total
@@ -98,18 +100,24 @@ class MetricsLog:
             return
         if late is not None:
             self._emit(*late)
-        os.fsync(self._file.fileno())
-        if self._events is not None:
-            self._events.flush()
+        with self._disk_errors():
+            os.fsync(self._file.fileno())
+            if self._events is not None:
+                self._events.flush()
 
     def close(self) -> None:
         """Write everything down and close the files."""
-        self.flush()
-        if self._active:
-            self._file.close()
-            if self._events is not None:
-                self._events.close()
+        if not self._active:
+            return
+        try:
+            if not self._refused:
+                self.flush()
+        finally:
             self._bar.close()
+            for file in (self._file, self._events):
+                if file is not None:
+                    with contextlib.suppress(OSError):  # the disk's refusal has been said
+                        file.close()
 
     def __enter__(self) -> Self:
         return self
@@ -124,11 +132,11 @@ class MetricsLog:
         # JSON has no nan: a loss that was not finite, whose step was skipped, is null.
         line = {name: value if math.isfinite(value) else None for name, value in values.items()}
         record = {"stage": self.stage, "step": step, **line, "seconds": round(seconds, 6)}
-        self._file.write(json.dumps(record, allow_nan=False) + "\n")
-        self._file.flush()
-        if self._events is not None:
-            for name, value in values.items():
-                self._events.add_scalar(f"{self.stage}/{name}", value, step)
+        with self._disk_errors():
+            self._file.write(json.dumps(record, allow_nan=False) + "\n")
+            self._file.flush()
+            if self._events is not None:
+                self._events.write({f"{self.stage}/{name}": value for name, value in values.items()}, step)
         if self._compiling:
             self._compiling = False
             self._bar.set_description(self.stage, refresh=False)
@@ -138,6 +146,46 @@ class MetricsLog:
         self._bar.update(step - self._bar.n)
         if "loss" in values:
             self._bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)
+
+    @contextmanager
+    def _disk_errors(self) -> Iterator[None]:
+        """Say a refusal of the disk in one line; nothing more is written after it."""
+        try:
+            yield
+        except OSError as error:
+            self._refused = True
+            raise UserError(f"{error.filename or self._path}: cannot be written ({error.strerror or error})") from None
+
+
+class _Events:
+    """TensorBoard's events of one stage, written in the thread that logs: where the disk is full it hears of it."""
+
+    def __init__(self, folder: Path, resume_step: int) -> None:
+        """Begin a file; events beyond ``resume_step`` in earlier ones are hidden."""
+        # Imported here because it brings in the whole of PyTorch where that is installed.
+        from tensorboardX import event_file_writer, summary
+        from tensorboardX.proto import event_pb2
+
+        folder.mkdir(parents=True, exist_ok=True)
+        self._summary, self._event = summary.scalar, event_pb2.Event
+        self._writer = event_file_writer.EventsWriter(str(folder / "events"))
+        if resume_step:
+            session = event_pb2.SessionLog(status=event_pb2.SessionLog.START)
+            self._writer.write_event(event_pb2.Event(step=resume_step + 1, session_log=session))
+
+    def write(self, values: Mapping[str, float], step: int) -> None:
+        """Scalars by tag."""
+        for tag, value in values.items():
+            event = self._event(wall_time=time.time(), step=step, summary=self._summary(tag, value))
+            self._writer.write_event(event)
+
+    def flush(self) -> None:
+        """To disk."""
+        self._writer.flush()
+
+    def close(self) -> None:
+        """Flush, and close the file."""
+        self._writer.close()
 
 
 def _number(value: Any) -> int | float:
@@ -163,5 +211,8 @@ def _drop_lines(path: Path, stage: str, resume_step: int) -> None:
         if not beyond:
             kept.append(line + "\n")
     repaired = path.with_suffix(".jsonl.tmp")
-    repaired.write_text("".join(kept), encoding="utf-8")
-    os.replace(repaired, path)
+    try:
+        repaired.write_text("".join(kept), encoding="utf-8")
+        os.replace(repaired, path)
+    finally:
+        repaired.unlink(missing_ok=True)

@@ -6,8 +6,9 @@ Two axes: `data` splits the batch alone, `fsdp` splits the batch and every large
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
@@ -20,12 +21,19 @@ from hypersd_jax.weights.placement import BATCH_AXES
 Tree = TypeVar("Tree")
 
 
-def make_mesh(data: int | None = None, fsdp: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+MOST_AUTO_FSDP = 8
+"""Devices that `auto` splits a model over: as many as share fast links in one host; a power of two, as widths are."""
+
+
+def make_mesh(
+    data: int | None = None, fsdp: int | Literal["auto"] = 1, devices: Sequence[jax.Device] | None = None
+) -> Mesh:
     """Arrange devices as (data, fsdp).
 
     Args:
         data: devices along `data`; None takes all that `fsdp` leaves.
-        fsdp: devices along `fsdp`.
+        fsdp: devices along `fsdp`. "auto" is the greatest common divisor of 8 and the devices there are, or those that
+            an explicit `data` leaves: 1 on one device, 4 on four or twelve, 8 on any pod.
         devices: the devices to arrange; None takes all of this run. With fewer devices asked for than there are, the
             first ones serve, except in a run of several processes, where every process must own a part.
 
@@ -34,17 +42,25 @@ def make_mesh(data: int | None = None, fsdp: int = 1, devices: Sequence[jax.Devi
     """
     devices = list(jax.devices() if devices is None else devices)
     count = len(devices)
+    if data is not None and data < 1:
+        raise UserError(f"mesh.data must be at least 1, not {data}")
+    if fsdp == "auto":
+        fsdp = math.gcd(MOST_AUTO_FSDP, max(count // (data or 1), 1))
     if fsdp < 1:
         raise UserError(f"mesh.fsdp must be at least 1, not {fsdp}")
     if data is None:
         if count % fsdp:
-            raise UserError(f"mesh.fsdp={fsdp} does not divide the {count} devices of this run")
+            there = "1 device" if count == 1 else f"{count} devices"
+            raise UserError(
+                f"mesh.fsdp={fsdp} does not divide the {there} of this run; mesh.fsdp=auto takes what is there"
+            )
         data = count // fsdp
-    if data < 1:
-        raise UserError(f"mesh.data must be at least 1, not {data}")
     wanted = data * fsdp
     if wanted > count or (wanted < count and jax.process_count() > 1):
-        raise UserError(f"mesh.data={data} times mesh.fsdp={fsdp} is {wanted} devices, but this run has {count}")
+        raise UserError(
+            f"mesh.data={data} times mesh.fsdp={fsdp} is {wanted} devices, but this run has {count}; "
+            f"mesh.data=null mesh.fsdp=auto take what is there"
+        )
     return jax.make_mesh((data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[:wanted])
 
 

@@ -77,6 +77,12 @@ def test_remaining_devices_go_to_data(seen):
     assert seen["default"] == {"data": 4, "fsdp": 2}
 
 
+def test_auto_takes_what_is_there(seen):
+    """The greatest common divisor of 8 and 1, 2, 3, 4, 6, 8 devices; beside an explicit `data`, of what that leaves."""
+    assert seen["auto"] == [[1, 1], [1, 2], [3, 1], [1, 4], [3, 2], [1, 8]]
+    assert seen["auto of the rest"] == {"data": 4, "fsdp": 2}
+
+
 def test_batches_are_dealt_out_evenly_or_refused(seen):
     assert seen["batch_piece"] == [2, 2, 4]
     assert "batch_size: 12 rows" in seen["uneven"]

@@ -25,6 +25,11 @@ def test_shapes_that_do_not_fit_are_named(data, fsdp, key):
         training.make_mesh(data, fsdp, devices=jax.devices()[:1])
 
 
+def test_what_does_not_fit_names_what_does():
+    with pytest.raises(UserError, match=r"mesh.fsdp=4 does not divide the 1 device .*; mesh.fsdp=auto takes what is"):
+        training.make_mesh(None, 4, devices=jax.devices()[:1])
+
+
 def test_put_batch_keeps_values():
     sharding = training.batch_sharding(training.make_mesh(1, 1), axis=1)
     batch = {"x": np.arange(12.0, dtype=np.float32).reshape(2, 3, 2)}

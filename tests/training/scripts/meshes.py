@@ -111,6 +111,9 @@ def main() -> None:
     seen["constrained"] = constrained(mesh)
     seen["rules"] = rules(mesh)
     seen["default"] = dict(training.make_mesh(fsdp=2).shape)
+    counts = (1, 2, 3, 4, 6, 8)
+    seen["auto"] = [list(training.make_mesh(fsdp="auto", devices=jax.devices()[:n]).shape.values()) for n in counts]
+    seen["auto of the rest"] = dict(training.make_mesh(data=4, fsdp="auto").shape)
     try:
         training.put_batch({"x": np.zeros((1, 12, 4))}, training.batch_sharding(mesh, axis=1))
     except UserError as error:
