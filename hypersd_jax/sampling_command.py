@@ -16,6 +16,7 @@ from tqdm import tqdm
 from hypersd_jax.diffusion.solvers import WITH_ETA
 from hypersd_jax.errors import UserError
 from hypersd_jax.files import decoded, lines_of
+from hypersd_jax.paths import parse_lora
 from hypersd_jax.pipeline import Pipeline, to_pil
 from hypersd_jax.pipeline.arguments import NotFiniteWarning, about_not_finite, not_finite, share
 from hypersd_jax.png_text import (
@@ -28,8 +29,8 @@ from hypersd_jax.png_text import (
     save_pictures,
 )
 from hypersd_jax.presets import Preset
+from hypersd_jax.progress import COMPILING, begin_clock
 from hypersd_jax.weights.components import EMBEDDED, assets
-from hypersd_jax.weights.hub import parse_id
 from hypersd_jax.weights.lora import LoraReport, weights_file
 
 EMBEDDED_PROMPTS = (
@@ -88,11 +89,13 @@ def run_sample(options: argparse.Namespace) -> None:
         "long_prompts": options.long_prompts,
     }
     begin = time.perf_counter()
-    with tqdm(unit="step", desc="sampling", delay=2.0) as bar, warnings.catch_warnings():
+    with tqdm(unit="step", desc=f"sampling: {COMPILING}", delay=2.0) as bar, warnings.catch_warnings():
         warnings.simplefilter("ignore", NotFiniteWarning)  # an error here, see below
 
         def progress(step: int, steps: int) -> None:
             bar.total = steps
+            if step == 1:
+                begin_clock(bar, "sampling", step)
             bar.update(step - bar.n)
 
         images: np.ndarray = pipe(
@@ -253,20 +256,6 @@ def _embedded_lora(options: argparse.Namespace) -> list[tuple[Path, float]]:
     own = (1, 2, 4, 8) if options.timesteps else (4, 8)
     name = f"tscd-{steps}" if steps in own else "unified"
     return [(assets() / "loras" / f"{name}.safetensors", 1.0)]
-
-
-def parse_lora(text: str) -> tuple[Path, float]:
-    """The file and scale of ``FILE[@SCALE]``; a file whose own name has an @, and a hub id's revision, stay as is."""
-    name, at, scale = text.rpartition("@")
-    if not at or Path(text).exists():
-        return Path(text), 1.0
-    try:
-        return Path(name), float(scale)
-    except ValueError:
-        found = parse_id(text)
-        if "@" not in name and found is not None and found.revision and not found.repo.endswith(".safetensors"):
-            return Path(text), 1.0
-        raise UserError(f"--lora {text}: the scale {scale!r} is not a number") from None
 
 
 def _single(values: list[Any]) -> Any:

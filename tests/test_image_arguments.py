@@ -82,3 +82,10 @@ def test_a_mask_painted_on_a_transparent_layer_repaints_what_is_painted(as_file:
     np.testing.assert_array_equal(found[0, :, :, 0], np.repeat([[1, 1, 1, 1, 0, 0, 0, 0]], 8, axis=0))
     Image.new("I;16", (4, 4), 0x4000).save(tmp_path / "grey.png")
     assert not pictures.masks("mask", tmp_path / "grey.png", (4, 4)).any()
+
+
+def test_the_home_folder_in_a_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    Image.new("RGB", (2, 2), (255, 0, 51)).save(tmp_path / "a.png")
+    assert pictures.picture_size("image", "~/a.png", 1) == (2, 2)
+    np.testing.assert_allclose(255 * pictures.pictures("image", "~/a.png", (2, 2))[0, 0, 0], (255, 0, 51), atol=1e-3)

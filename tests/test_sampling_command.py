@@ -13,10 +13,10 @@ from safetensors.numpy import load_file, save_file
 from hypersd_jax.cli import main
 from hypersd_jax.errors import UserError
 from hypersd_jax.models.unet import UNetConfig, unet
+from hypersd_jax.paths import parse_lora
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.pipeline.arguments import NotFiniteWarning
 from hypersd_jax.png_text import SAMPLERS, SCHEDULES, lora_hash
-from hypersd_jax.sampling_command import parse_lora
 from hypersd_jax.weights.lora import write_lora
 from tests.helpers.infotext import Infotext, parse, text_of
 from tests.helpers.lora_files import random_adapter

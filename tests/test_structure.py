@@ -16,6 +16,7 @@ PACKAGE = ROOT / "hypersd_jax"
 ROOMS = (
     "errors",
     "paths",
+    "progress",
     "files",
     "compilation",
     "config",
@@ -44,6 +45,7 @@ ROOMS = (
 ONLY = {
     "errors": set(),
     "paths": {"errors"},
+    "progress": set(),
     "files": set(),
     "compilation": {"errors", "paths"},
     "diffusion": {"errors"},

@@ -11,6 +11,7 @@ from PIL import Image
 
 from hypersd_jax.errors import UserError
 from hypersd_jax.files import read_image, read_mask
+from hypersd_jax.paths import expanded
 from hypersd_jax.pipeline import arguments
 
 
@@ -84,7 +85,7 @@ def _opened(name: str, value: Any, read: Callable[[Any], Image.Image]) -> Image.
     if isinstance(value, str | Path | Image.Image):
         shown = f"{name} {value}" if isinstance(value, str | Path) else name
         try:
-            return read(value)
+            return read(value if isinstance(value, Image.Image) else expanded(Path(value)))
         except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
             raise UserError(f"{shown}: cannot be read as an image ({error})") from None
     if not hasattr(value, "__array__"):

@@ -18,11 +18,11 @@ from hypersd_jax.config import EMBEDDED_GUIDANCE
 from hypersd_jax.diffusion import solver_table
 from hypersd_jax.errors import UserError
 from hypersd_jax.evaluation import SPECS, features, knows, load_scorer, seen_by
+from hypersd_jax.paths import parse_lora
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.png_text import name_of
 from hypersd_jax.presets import Preset
 from hypersd_jax.rewards import load_clip
-from hypersd_jax.sampling_command import parse_lora
 from hypersd_jax.stages import evaluate_sources as sources
 from hypersd_jax.stages.evaluate_drawing import Drawn, Model, Prompted, draw_list, weights_identity, with_loras
 from hypersd_jax.stages.evaluate_output import Origin, write_results

@@ -18,6 +18,7 @@ import jax
 from tqdm import tqdm
 
 from hypersd_jax.errors import UserError
+from hypersd_jax.progress import COMPILING, begin_clock
 
 METRICS_FILE = "metrics.jsonl"
 
@@ -68,7 +69,7 @@ class MetricsLog:
         self._bar = tqdm(
             total=total,
             initial=resume_step,
-            desc=f"{stage}: compiling (once)" if self._compiling else stage,
+            desc=f"{stage}: {COMPILING}" if self._compiling else stage,
             unit="step",
             mininterval=interval,
             dynamic_ncols=True,
@@ -139,10 +140,7 @@ class MetricsLog:
                 self._events.write({f"{self.stage}/{name}": value for name, value in values.items()}, step)
         if self._compiling:
             self._compiling = False
-            self._bar.set_description(self.stage, refresh=False)
-            self._bar.n = self._bar.initial = self._bar.last_print_n = step
-            self._bar.start_t = self._bar.last_print_t = time.time()
-            self._bar.refresh()
+            begin_clock(self._bar, self.stage, step)
         self._bar.update(step - self._bar.n)
         if "loss" in values:
             self._bar.set_postfix(loss=f"{values['loss']:.4g}", refresh=False)
