@@ -84,6 +84,7 @@ def one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (preview, "write_strips", 10, 1, "samples/two.png: cannot be written", 6),
         (preview, "export_student", 1000, 1, "loras/two.safetensors: cannot be written", 6),
     ],
+    ids=("config", "metrics", "first-save", "second-save", "last-save", "preview", "export"),
 )
 def test_a_run_says_it_and_resumes(
     tmp_path, model, undisturbed, refuse, monkeypatch, capsys, owner, name, size, call, named, saved
