@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -30,6 +31,7 @@ Facts = dict[str, Any]
 
 HALF_WRITTEN = ".orbax-checkpoint-tmp"
 """In the names of folders that Orbax has not finished."""
+QUIET_SECONDS = 1.0
 
 
 class Checkpointer:
@@ -52,13 +54,13 @@ class Checkpointer:
         self.directory = Path(directory).absolute()
         self._saving: ocp.AsyncResponse[bool] | None = None
         self._failed = False
-        self._quiet = _Quiet()
         with self._disk_errors():
             self._orbax = ocp.training.Checkpointer(
                 self.directory,
                 preservation_policy=ocp.training.preservation_policies.LatestN(keep),
                 cleanup_tmp_directories=not read_only,
             )
+        self._quiet = _Quiet()
 
     def save(self, step: int, state: TrainState, facts: Mapping[str, Any]) -> None:
         """Save as `step`, in place of a checkpoint of that step if there is one.
@@ -67,7 +69,7 @@ class Checkpointer:
         background and its errors surface at the next call.
 
         Raises:
-            UserError: this save, or the one before, could not be written; what it wrote is removed.
+            UserError: this save, or the one before, could not be written; `close` removes what it wrote.
         """
         self.wait()
         metadata = {"facts": json.loads(json.dumps(dict(facts))), "checksum": _checksum(state)}
@@ -134,9 +136,15 @@ class Checkpointer:
         try:
             self.wait()
         finally:
-            if not self._failed:  # of a failed save Orbax would speak once more
+            try:
                 self._orbax.close()
-            self._quiet.end()
+            except Exception:
+                if not self._failed:  # of a failed save, which has been said, Orbax speaks once more
+                    raise
+            finally:
+                if self._failed:
+                    self._remove_half_written()
+                self._quiet.end()
 
     def __enter__(self) -> Self:
         return self
@@ -148,7 +156,7 @@ class Checkpointer:
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """Say a refusal of the disk in one line, and remove what it left half-written."""
+        """Say a refusal of the disk in one line; `close` removes what it left half-written."""
         try:
             yield
         except Exception as error:
@@ -156,12 +164,22 @@ class Checkpointer:
             if reason is None:
                 raise
             self._failed = True
-            for left in self.directory.glob(f"*{HALF_WRITTEN}*"):
-                shutil.rmtree(left, ignore_errors=True)
             raise UserError(
                 f"{self.directory}: a checkpoint cannot be written ({reason}); those that are there stay, "
                 f"and the same command resumes from the newest"
             ) from None
+
+    def _remove_half_written(self) -> None:
+        """Until there has been nothing for a while: threads of the save that failed go on, and nothing tells when."""
+        if jax.process_index() != 0:
+            return
+        deadline = time.monotonic() + 10 * QUIET_SECONDS
+        seen = time.monotonic()
+        while time.monotonic() < min(seen + QUIET_SECONDS, deadline):
+            for left in self.directory.glob(f"*{HALF_WRITTEN}*"):
+                shutil.rmtree(left, ignore_errors=True)
+                seen = time.monotonic()
+            time.sleep(0.05)
 
     def _resolve(self, step: int | None) -> int:
         self.wait()

@@ -72,7 +72,7 @@ class StopSignals:
             signal.set_wakeup_fd(self._wakeup)
             os.close(self._pipe[1])  # ends the thread, which closes the other end
             self._pipe = None
-        if isinstance(error, Terminated) and self.signal is not None:  # of which Python itself says nothing
+        if isinstance(error, Terminated):  # of which Python itself says nothing
             print(f"hypersd: {error}", file=sys.stderr, flush=True)
 
     def hold(self) -> None:

@@ -44,11 +44,12 @@ def nothing_exported(output: Path) -> None:
     assert not (output / "model").exists()
 
 
-@pytest.mark.parametrize("every", [1, 7])
-@pytest.mark.parametrize(("stages", "name"), [(ADAPTER, "two"), (PLAYERS, "two"), (SCORE, "two"), (WHOLE, "s")])
+@pytest.mark.parametrize(
+    ("stages", "name", "every"),
+    [(ADAPTER, "two", 1), (ADAPTER, "two", 7), (PLAYERS, "two", 1), (SCORE, "two", 1), (WHOLE, "s", 1)],
+    ids=("adapter", "every-7", "adversarial", "score", "whole"),
+)
 def test_a_diverged_run_is_warned_of_and_stopped(tmp_path, model, stages, name, every):
-    if every != 1 and stages is not ADAPTER:
-        pytest.skip("the loop is the same")
     config = recipe(tmp_path, model, *DIVERGED, f"log.every={every}", stages=stages)
     warned = rf"stage {name}, update \d+ of 40: {SKIPPED}.*lower stages\.{name}\.learning_rate \(1e\+06\)"
     stopped = rf"stages\.{name}: 5 updates in a row, up to update \d+ of 40, were skipped.*nothing of this.*exported"
@@ -116,7 +117,7 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path, model):
 
 
 def test_pictures_that_are_not_finite_are_not_exported(tmp_path, model):
-    config = recipe(tmp_path, model, "stages.two.learning_rate=1e6", "stages.two.updates=1")
+    config = recipe(tmp_path, model, "stages.two.learning_rate=1e25", "stages.two.updates=1")
     for _ in range(2):
         with pytest.raises(UserError, match=r"stages\.two: 8 of 8 pictures.*not finite, so nothing of it is exported"):
             train(config)
@@ -125,7 +126,7 @@ def test_pictures_that_are_not_finite_are_not_exported(tmp_path, model):
 
 
 def test_pictures_on_the_way_that_are_not_finite_are_said(tmp_path, model):
-    settings = ["stages.two.learning_rate=1e6", "stages.two.updates=4", "log.sample_every=1"]
+    settings = ["stages.two.learning_rate=1e25", "stages.two.updates=4", "log.sample_every=1"]
     with (
         pytest.warns(UserWarning, match=r"samples/two-000001\.png, stage two: 8 of 8 pictures"),
         pytest.raises(UserError),

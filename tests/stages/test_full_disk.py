@@ -48,6 +48,8 @@ def refuse(monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., None]]:
         def limited(*args: Any, **kwargs: Any) -> Any:
             calls.append(name)
             if len(calls) == call:
+                if isinstance(args[0], training.Checkpointer):
+                    args[0].wait()  # the one before, so that it is this one which fails
                 resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
             return function(*args, **kwargs)
 
@@ -76,13 +78,13 @@ def one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
     [
         (output, "save_config", 100, 1, "out cannot be written", None),
         (training.MetricsLog, "write", 100, 1, "metrics.jsonl: cannot be written", None),
-        (training.MetricsLog, "write", 1100, 5, "metrics.jsonl: cannot be written", 4),
         (training.Checkpointer, "save", 20_000, 1, "checkpoints/two: a checkpoint cannot be written", None),
         (training.Checkpointer, "save", 20_000, 2, "checkpoints/two: a checkpoint cannot be written", 2),
         (training.Checkpointer, "save", 20_000, 3, "checkpoints/two: a checkpoint cannot be written", 4),
-        (preview, "write_strips", 100, 1, "samples/two.png: cannot be written", 6),
+        (preview, "write_strips", 10, 1, "samples/two.png: cannot be written", 6),
         (preview, "export_student", 1000, 1, "loras/two.safetensors: cannot be written", 6),
     ],
+    ids=("config", "metrics", "first-save", "second-save", "last-save", "preview", "export"),
 )
 def test_a_run_says_it_and_resumes(
     tmp_path, model, undisturbed, refuse, monkeypatch, capsys, owner, name, size, call, named, saved
@@ -125,3 +127,17 @@ def test_a_cache_says_it_and_resumes(tmp_path, model, refuse, monkeypatch, capsy
     monkeypatch.undo()
     main(command)
     assert len(caches.Cache(tmp_path / "cache", verify=True)) > 500
+
+
+def test_metrics_in_the_midst_of_a_run(tmp_path, model, undisturbed, refuse, monkeypatch, capsys):
+    """A checkpoint that is still being written may fail first; what was whole before stays whole."""
+    recipe(tmp_path, model)
+    command = ["train", "--config", str(tmp_path / "recipe.yaml")]
+    refuse(training.MetricsLog, "write", 1100, 5)
+    line = one_line(command, capsys)
+    assert "cannot be written (File too large)" in line
+    assert training.newest_step(tmp_path / "out" / "checkpoints" / "two") in (2, 4)
+    assert not half_written(tmp_path / "out")
+    monkeypatch.undo()
+    main(command)
+    assert records(tmp_path / "out") == records(undisturbed)

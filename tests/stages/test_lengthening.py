@@ -43,6 +43,7 @@ def again(folder: Path, *overrides: str) -> Config:
 @pytest.mark.parametrize(
     ("stages", "name", "student"),
     [(ADAPTER, "two", "loras/two.safetensors"), (SCORE, "two", "loras/two.safetensors"), (WHOLE, "s", MODEL)],
+    ids=("adapter", "score", "whole"),
 )
 def test_a_lengthened_stage_is_one_that_was_as_long_from_the_start(tmp_path, model, stages, name, student):
     """At a constant learning rate, bit for bit."""

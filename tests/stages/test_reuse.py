@@ -108,6 +108,18 @@ def test_what_is_there_already_stays(tmp_path: Path, finished: Path) -> None:
     assert Path(mine).read_bytes() == before
 
 
+def test_what_the_other_run_is_saving_stays(tmp_path: Path) -> None:
+    """It may be training its next stage, whose half-written checkpoint is no leftover."""
+    pretend(recipe(tmp_path, "half"), {"two": 2, "one": 2})
+    saving = [tmp_path / "half" / "checkpoints" / stage / "3.orbax-checkpoint-tmp" for stage in ("two", "one")]
+    for folder in saving:
+        folder.mkdir()
+    taken, root = take(tmp_path, tmp_path / "half")
+    assert taken == ["two"]
+    assert all(folder.is_dir() for folder in saving)
+    assert not list(root.rglob("*orbax-checkpoint-tmp*"))
+
+
 def test_another_base_takes_nothing(tmp_path: Path, finished: Path) -> None:
     config = recipe(tmp_path, "new", f"reuse={finished}")
     create_output(open_output(config), config)
