@@ -10,6 +10,9 @@ swap included, above what it held before the model; XLA's plan is of the compile
 step counts itself, a sample and an update, beside the fewest that the method needs at the steps that were drawn
 (`sides/training.py` derives them); fewer are possible where t_end = t_prev, which spares the target. Of a stage that
 would not fit in memory and swap there is only what was compiled from shapes.
+
+``--compile`` compiles every stage's step, whatever the cache of compiled programs holds, and runs none: CPU seconds of
+all threads, and how many kernels XLA generates code for, each beside TSCD's.
 """
 
 from __future__ import annotations
@@ -32,7 +35,17 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from benchmarks.sampling import Side
-from benchmarks.sides.training import CASES, COMPARED, FAKE_UPDATES, GIB, SHAPES, UPDATE, find_case, status_bytes
+from benchmarks.sides.training import (
+    CASES,
+    COMPARED,
+    COMPILE_ONLY,
+    FAKE_UPDATES,
+    GIB,
+    SHAPES,
+    UPDATE,
+    find_case,
+    status_bytes,
+)
 
 RESULTS = ROOT / "benchmarks" / "results" / "training_step"
 PACKAGES = ("jax", "flax", "optax", "torch", "diffusers", "peft")
@@ -40,7 +53,9 @@ MEGABYTE = 1e6
 
 
 def write_model(shape: str, models: Path) -> Path:
-    """The model's folder; a family's is kept for later runs, and other benchmarks."""
+    """The model's folder; a family's is kept for later runs, and other benchmarks. The embedded model is there."""
+    if shape == "embedded":
+        return ROOT / "hypersd_jax" / "assets" / "teacher"
     if shape == "tiny":
         from tests.helpers.tiny_model import tiny_model
 
@@ -56,7 +71,8 @@ def run_case(name: str, model: Path, options: argparse.Namespace, folder: str) -
     """One stage, and beside TSCD the same on PyTorch."""
     latent = str(options.latent or SHAPES[options.shape].latent)
     remat, updates = "remat" if options.remat else "-", options.repeats + 1
-    settings = [options.shape, name, str(options.fake_updates), latent, remat, str(updates)]
+    count = COMPILE_ONLY if options.compile else str(updates)
+    settings = [options.shape, name, str(options.fake_updates), latent, remat, count]
     ours = Side("training_ours", sys.executable, [str(model), *settings, folder])
     theirs = [str(model), options.shape, remat, folder]
     if not ours.load["fits"]:
@@ -118,7 +134,8 @@ def table(cases: dict[str, Any], fake_updates: int) -> str:
     ]
     for name, case in cases.items():
         sizes = [f"{case['bytes'][part] / MEGABYTE:,.1f}" for part in ("trainable", "optimizer", "frozen")]
-        plan, compiling = f"{sum(case['XLA GiB'].values()):.2f}", f"{case['compile seconds']:.1f}"
+        plan = f"{sum(case['XLA GiB'].values()):.2f}"
+        compiling = "before" if case["compiled before"] else f"{case['compile seconds']:.1f}"
         seconds, peak, calls = "not run", "", ["", ""]
         if case["fits"]:
             seconds, peak = f"{case['seconds']:.3g}", f"{case['peak GiB']:.2f}"
@@ -128,6 +145,29 @@ def table(cases: dict[str, Any], fake_updates: int) -> str:
     lines += [f"- {name}: {find_case(name, fake_updates).derivation()}" for name in cases]
     if COMPARED in cases and cases[COMPARED]["fits"]:
         lines += ["", *compared_table(cases[COMPARED])]
+    return "\n".join(lines)
+
+
+def compile_table(cases: dict[str, Any]) -> str:
+    """One row a stage, ratios to TSCD's where that was compiled too."""
+    lines = [
+        "| stage | trace and lower, CPU s | compile, CPU s | of TSCD's | wall, s | kernels | of TSCD's |",
+        "|" + "---|" * 7,
+    ]
+    for name, case in cases.items():
+        ratios = [
+            f"{case[part] / cases[COMPARED][part]:.2f}" if COMPARED in cases else ""
+            for part in ("compile CPU seconds", "kernels")
+        ]
+        parts = [
+            f"{case['lowering CPU seconds']:.1f}",
+            f"{case['compile CPU seconds']:.1f}",
+            ratios[0],
+            f"{case['compile seconds']:.1f}",
+            f"{case['kernels']:,}",
+            ratios[1],
+        ]
+        lines.append(f"| {' | '.join([name, *parts])} |")
     return "\n".join(lines)
 
 
@@ -149,6 +189,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
         "fake_updates": options.fake_updates,
         "repeats": options.repeats,
         "alone": options.alone,
+        "compile": options.compile,
         "cores": os.cpu_count(),
         "swap GiB": swap(),
         "machine": platform.machine(),
@@ -174,8 +215,12 @@ def write(result: dict[str, Any], output: Path) -> None:
         f"on {some['device']}, {cores}, activations {remat}"
     )
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
-    rows = table(result["cases"], about["fake_updates"])
-    text = f"{title}\n\n{versions}; {about['date']}; medians of {about['repeats']}\n\n{rows}\n"
+    if about["compile"]:
+        updates = f"{about['fake_updates']} updates of the fake model to one of the student"
+        text = f"{title}, compiled alone\n\n{versions}; {about['date']}; {updates}\n\n{compile_table(result['cases'])}\n"
+    else:
+        rows = table(result["cases"], about["fake_updates"])
+        text = f"{title}\n\n{versions}; {about['date']}; medians of {about['repeats']}\n\n{rows}\n"
     output.with_suffix(".md").write_text(text, encoding="utf-8")
 
 
@@ -190,13 +235,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--remat", action="store_true", help="recompute activations, on both sides")
     parser.add_argument("--alone", action="store_true", help="one side at a time, where both do not fit in memory")
+    parser.add_argument("--compile", action="store_true", help="compile alone")
     parser.add_argument("--models", type=Path, default=ROOT / "outputs/benchmark-models", help="where they are kept")
     parser.add_argument("--output", type=Path, help="a JSON file; a Markdown table is written beside it")
     options = parser.parse_args(arguments)
     if options.repeats < 1 or options.fake_updates < 1:
         parser.error("--repeats and --fake-updates must be at least 1")
 
-    output = options.output or RESULTS / f"{options.shape}{'-remat' if options.remat else ''}.json"
+    kind = ("-remat" if options.remat else "") + ("-compile" if options.compile else "")
+    output = options.output or RESULTS / f"{options.shape}{kind}.json"
     result: dict[str, Any] = {"settings": settings(options), "cases": {}}
     with tempfile.TemporaryDirectory() as folder:
         model = write_model(options.shape, Path(folder) if options.shape == "tiny" else options.models)
@@ -204,7 +251,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             result["cases"][name] = run_case(name, model, options, folder)
             write(result, output)  # after each, since a later one may not fit in memory
             print(f"{name}: done", file=sys.stderr)
-    print(table(result["cases"], options.fake_updates))
+    print(compile_table(result["cases"]) if options.compile else table(result["cases"], options.fake_updates))
 
 
 if __name__ == "__main__":

@@ -90,3 +90,24 @@ def test_the_fewest_calls() -> None:
     assert once.derivation().endswith("= 9.5")
     assert find_case(COMPARED, 1) == CASES[COMPARED]
     assert [name for name, case in CASES.items() if EARLIER in case.student.calls] == ["dmd2", "tdm"]
+
+
+def test_compiling_alone(tmp_path: Path) -> None:
+    """A stage of score distillation stands beside TSCD, and another number of fake updates is the same work."""
+    kernels = {}
+    for updates in (1, 3):
+        path = tmp_path / f"{updates}.json"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("JAX_PLATFORMS", "cpu")
+            cases = ["--cases", COMPARED, "tdm"] if updates == 1 else ["--cases", "tdm"]
+            training_step.main(
+                ["--shape", "tiny", "--compile", *cases, "--fake-updates", str(updates), "--output", str(path)]
+            )
+        found = json.loads(path.read_text())["cases"]
+        kernels[updates] = found["tdm"]["kernels"]
+        assert not any(case["compiled before"] or "seconds" in case for case in found.values())
+        if updates == 1:
+            assert found["tdm"]["compile CPU seconds"] > found[COMPARED]["compile CPU seconds"] > 0
+            ratio = kernels[1] / found[COMPARED]["kernels"]
+            assert f"{ratio:.2f} |" in path.with_suffix(".md").read_text()
+    assert kernels[3] == pytest.approx(kernels[1], rel=0.05)

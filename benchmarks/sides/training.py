@@ -35,8 +35,11 @@ class Shape:
 SHAPES = {
     "sd15": Shape(latent=64, rank=64),
     "sdxl": Shape(latent=128, rank=64),
+    "embedded": Shape(latent=16, rank=32),
     "tiny": Shape(latent=8, rank=4),
 }
+COMPILE_ONLY = "0"
+"""In place of how many updates there will be: the step is compiled, whatever is kept from before, and that is all."""
 
 COMMON: dict[str, Any] = {
     "updates": 1000,
@@ -173,6 +176,12 @@ def forget_peak() -> None:
         file.write_text("5", encoding="ascii")
 
 
+def cpu_seconds() -> float:
+    """What this process has computed so far, all threads together; beside other work it grows less than the clock."""
+    usage = resource.getrusage(resource.RUSAGE_SELF)
+    return usage.ru_utime + usage.ru_stime
+
+
 def resident() -> float:
     """The memory that this process has now, GiB; where `forget_peak` does nothing, the most that it has had."""
     forget_peak()
@@ -183,7 +192,7 @@ def resident() -> float:
 class Loaded:
     """A side that is ready: what there is to say of it, one update, and its peak memory in GiB.
 
-    Without an update it would not fit in memory.
+    Without an update it would not fit in memory, or was to be compiled alone.
     """
 
     update: Callable[[], dict[str, float]] | None

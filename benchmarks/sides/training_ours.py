@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 
 from benchmarks.sides import training
 from hypersd_jax import adapters
+from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.conditioning import Conditioning, size_ids
 from hypersd_jax.config import Config, build
 from hypersd_jax.diffusion import Schedule
@@ -219,13 +220,17 @@ class Planned:
     """A step that was compiled from shapes, and what it will need."""
 
     step: Any
-    seconds: float
+    lowering: float
+    seconds: dict[str, float]
+    kept: bool
     sizes: dict[str, int]
 
     @classmethod
     def compile(cls, run: Run, start: Factors, batch: Any, key: jax.Array) -> Planned:
         """``run``: its UNet's parameters are shapes."""
         jobs: list[Job] = []
+        events: list[str] = []
+        jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
 
         def trees(params: Mapping[str, jax.Array], start: Factors) -> Any:
             components = dataclasses.replace(run.pipe.components, params={"unet": params})
@@ -237,16 +242,25 @@ class Planned:
 
         found = jax.eval_shape(trees, dict(run.pipe.components.params["unet"]), start)
         state, frozen = (abstract(run.mesh, tree) for tree in found)
-        begin = time.perf_counter()
-        step = jobs[0].make().lower(state, frozen, batch, key, jobs[0].controls).compile()
-        seconds = time.perf_counter() - begin
+        lowering = training.cpu_seconds()
+        lowered = jobs[0].make().lower(state, frozen, batch, key, jobs[0].controls)
+        events.clear()
+        begin = {"wall": time.perf_counter(), "CPU": training.cpu_seconds()}
+        step = lowered.compile()
+        seconds = {"wall": time.perf_counter() - begin["wall"], "CPU": training.cpu_seconds() - begin["CPU"]}
         sizes = {
             "trainable": tree_bytes(state.trainable),
             "optimizer": tree_bytes(state.opt_state),
             "average": tree_bytes(state.ema),
             "frozen": tree_bytes(frozen),
         }
-        return cls(step=step, seconds=seconds, sizes=sizes)
+        return cls(
+            step=step,
+            lowering=begin["CPU"] - lowering,
+            seconds=seconds,
+            kept="/jax/compilation_cache/cache_hits" in events,
+            sizes=sizes,
+        )
 
     @property
     def memory(self) -> dict[str, int]:
@@ -258,9 +272,18 @@ class Planned:
             "new outputs": plan.output_size_in_bytes - plan.alias_size_in_bytes,
         }
 
+    @property
+    def kernels(self) -> int:
+        """What XLA has generated code for, which is what compiling on a CPU takes its time for."""
+        return sum(line.count(" fusion(") for line in self.step.as_text().splitlines())
+
 
 def load() -> training.Loaded:
     folder, shape_name, name, fake_updates, latent, remat, updates, exchange = sys.argv[1:]
+    if updates == training.COMPILE_ONLY:
+        jax.config.update("jax_enable_compilation_cache", False)
+    else:
+        use_compilation_cache()
     shape, case = training.SHAPES[shape_name], training.find_case(name, int(fake_updates))
     mesh = make_mesh(1, 1)
     device = mesh.devices.flat[0]
@@ -278,11 +301,15 @@ def load() -> training.Loaded:
         "device": str(device.device_kind),
         "platform": device.platform,
         "dtype": str(jnp.dtype(default_dtype())),
-        "compile seconds": planned.seconds,
+        "lowering CPU seconds": planned.lowering,
+        "compile seconds": planned.seconds["wall"],
+        "compile CPU seconds": planned.seconds["CPU"],
+        "compiled before": planned.kept,
+        "kernels": planned.kernels,
         "bytes": planned.sizes,
         "XLA GiB": {name: size / training.GIB for name, size in planned.memory.items()},
     }
-    if sum(planned.memory.values()) > MOST_OF_MEMORY * available(device):
+    if updates == training.COMPILE_ONLY or sum(planned.memory.values()) > MOST_OF_MEMORY * available(device):
         return training.Loaded(update=None, baseline=baseline, about=about)
 
     run = make_run(shape, case, model, model.read(), values, scales)
