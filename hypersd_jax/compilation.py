@@ -52,8 +52,9 @@ def _quieten() -> None:
     Such a program is compiled again. One that calls oneDNN (`compiler_options`) can never be written, of which there is
     no warning at all.
     """
-    folder = jax.config.read("jax_compilation_cache_dir")
-    if folder and jax.config.read("jax_enable_compilation_cache") and "://" not in folder:
+    config: Any = jax.config  # whose settings its type does not know
+    folder = config.jax_compilation_cache_dir
+    if folder and config.jax_enable_compilation_cache and "://" not in folder:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):
