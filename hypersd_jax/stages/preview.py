@@ -13,6 +13,7 @@ from hypersd_jax import adapters
 from hypersd_jax.config import AdapterStage, StageConfig
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.pipeline.arguments import NotFiniteWarning
 from hypersd_jax.stages.export import (
     export_model,
     export_student,
@@ -91,18 +92,20 @@ def _drawn(run: Run, stage: AdapterStage, student: Any) -> np.ndarray:
     prompts = list(run.preview_prompts)
     # The comparison's batch size, so that both share their compiled programs.
     settings: dict[str, Any] = {"output": "np", "batch_size": run.config.evaluation.batch_size, "stepwise": True}
-    if is_whole(stage):
-        settings |= student_sampling(stage)
-        pipe = run.pipe
-        if student is not None:
-            pipe = Pipeline(with_unet(run.pipe.components, student), dtype=run.pipe.dtype, mesh=run.mesh)
-        return np.asarray(pipe(prompts, **settings))
-    header = sampling_header(stage, dict(run.pipe.components.scheduler_config))
-    run.pipe.add_lora(NAME, {"unet": adapters.join(student, run.scales)}, metadata=header)
-    try:
-        return np.asarray(run.pipe(prompts, **settings))
-    finally:
-        run.pipe.unload_lora(NAME)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", NotFiniteWarning)  # `require_finite_images` says it with the stage's name
+        if is_whole(stage):
+            settings |= student_sampling(stage)
+            pipe = run.pipe
+            if student is not None:
+                pipe = Pipeline(with_unet(run.pipe.components, student), dtype=run.pipe.dtype, mesh=run.mesh)
+            return np.asarray(pipe(prompts, **settings))
+        header = sampling_header(stage, dict(run.pipe.components.scheduler_config))
+        run.pipe.add_lora(NAME, {"unet": adapters.join(student, run.scales)}, metadata=header)
+        try:
+            return np.asarray(run.pipe(prompts, **settings))
+        finally:
+            run.pipe.unload_lora(NAME)
 
 
 def _shaken(stage: AdapterStage, student: Any) -> Any:

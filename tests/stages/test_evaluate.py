@@ -218,7 +218,7 @@ def test_own_prompts_against_an_earlier_run_and_a_folder(
     """An earlier run of the same prompts and seeds gives distances; unknown words, no text match."""
 
     def load_clip(path: Path) -> Any:
-        assert path == Path("a_clip")
+        assert path == tmp_path / "a_clip"
         return lambda images, texts: images[:, 0, 0, 0] + 1000.0 * np.asarray([len(text) for text in texts])
 
     monkeypatch.setattr(evaluate, "load_clip", load_clip)
@@ -229,8 +229,9 @@ def test_own_prompts_against_an_earlier_run_and_a_folder(
     pictures.mkdir()
     for place, picture in enumerate(evaluation_images(evaluation_list(8), resolution=20)):
         Image.fromarray(picture).save(pictures / f"{place}.png")
-    call = ["--prompts-file", prompts, "--reference", output, "--reference", pictures, "--steps", 1, "--clip", "a_clip"]
-    rows = run(model, tmp_path / "out", *call, "--sampler", "tcd", "--eta", 0.5, "--guidance", 0)
+    (tmp_path / "a_clip").mkdir()
+    call = ["--prompts-file", prompts, "--reference", output, "--reference", pictures, "--clip", tmp_path / "a_clip"]
+    rows = run(model, tmp_path / "out", *call, "--steps", 1, "--sampler", "tcd", "--eta", 0.5, "--guidance", 0)
     assert [row["model"] for row in rows] == ["real pictures against others", f"{output} (reference)", "model"]
     assert rows[2]["distance"] > 0
     assert rows[2]["n"] == rows[0]["n"] == N
