@@ -163,7 +163,7 @@ def run_updates(
                 checkpoints.wait()
                 raise
         checkpoints.wait()
-        stop.where = _where(stage, made, done)
+        stop.release()
         return state, done
 
 

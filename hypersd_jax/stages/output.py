@@ -113,7 +113,7 @@ def _check_same(output: Output, saved: Path, config: Config) -> None:
             f"output_dir: {saved.parent} holds a run of another configuration, "
             f"{difference}; choose another output_dir or delete the folder"
         )
-    _check_lengths(output, {stage["name"]: stage["updates"] for stage in found["stages"]}, config)
+    _check_lengths(output, {stage["name"]: stage.get("updates") for stage in found["stages"]}, config)
 
 
 def _of_any_length(tree: dict[str, Any]) -> dict[str, Any]:
@@ -125,7 +125,7 @@ def _of_any_length(tree: dict[str, Any]) -> dict[str, Any]:
     return {**tree, "stages": cut}
 
 
-def _check_lengths(output: Output, was: Mapping[str, int], config: Config) -> None:
+def _check_lengths(output: Output, was: Mapping[str, int | None], config: Config) -> None:
     """Whether the stages' updates may be what they are now, after ``was``.
 
     Raises:

@@ -217,12 +217,14 @@ def test_while_it_compiles_a_signal_ends_the_process_and_else_a_second_one(held)
         text=True,
     )
     assert process.stdout.readline() == "ready\n"
+    time.sleep(0.5)  # until it is deaf; on a machine so busy that it is not, Python ends it, without ``leave``
     process.send_signal(signal.SIGTERM)
     if held:
         with pytest.raises(subprocess.TimeoutExpired):
             process.wait(2.5)
         process.send_signal(signal.SIGTERM)
     out, err = process.communicate(timeout=20)
-    assert (process.returncode, out) == (143, "left\n")
+    assert process.returncode == 143
+    assert out in (("left\n",) if held else ("left\n", ""))
     last = "stopped at once; the same command resumes at the last checkpoint" if held else "stopped at 0 of 9 of two"
     assert err.splitlines()[-1] == f"hypersd: {last}"
