@@ -217,7 +217,9 @@ def write(result: dict[str, Any], output: Path) -> None:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     if about["compile"]:
         updates = f"{about['fake_updates']} updates of the fake model to one of the student"
-        text = f"{title}, compiled alone\n\n{versions}; {about['date']}; {updates}\n\n{compile_table(result['cases'])}\n"
+        text = (
+            f"{title}, compiled alone\n\n{versions}; {about['date']}; {updates}\n\n{compile_table(result['cases'])}\n"
+        )
     else:
         rows = table(result["cases"], about["fake_updates"])
         text = f"{title}\n\n{versions}; {about['date']}; medians of {about['repeats']}\n\n{rows}\n"

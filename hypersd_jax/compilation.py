@@ -33,23 +33,23 @@ def compiler_options(dtype: Any, platform: str | None = None) -> dict[str, Any]:
 
 def use_compilation_cache() -> None:
     """Keep compiled programs between processes, in the folder that JAX_COMPILATION_CACHE_DIR names or the user's."""
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = Path.home() / ".cache" / "hypersd_jax" / "jax"
-        trim(folder, MOST_BYTES)
-        jax.config.update("jax_compilation_cache_dir", str(folder))
+    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    folder = given or str(Path.home() / ".cache" / "hypersd_jax" / "jax")
+    if not given:
+        trim(Path(folder), MOST_BYTES)
+        jax.config.update("jax_compilation_cache_dir", folder)
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    _quieten()
+    _quieten(folder)
 
 
-def _quieten() -> None:
+def _quieten(folder: str) -> None:
     """Warn at most once of a folder that cannot be read or written, where JAX does so for every program.
 
     Such a program is compiled again. One that calls oneDNN (`compiler_options`) can never be written, of which there is
     no warning at all.
     """
-    folder = jax.config.jax_compilation_cache_dir
-    if folder and jax.config.jax_enable_compilation_cache and "://" not in folder:
+    if "://" not in folder:
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):

@@ -52,10 +52,19 @@ def _forward(
     strides: tuple[int, int],
     pads: Pads,
     precision: lax.Precision | None,
-    **dilations: tuple[int, int],
+    *,
+    lhs_dilation: tuple[int, int] = (1, 1),
+    rhs_dilation: tuple[int, int] = (1, 1),
 ) -> jax.Array:
     return lax.conv_general_dilated(
-        x, kernel, strides, pads, dimension_numbers=("NHWC", "HWIO", "NHWC"), precision=precision, **dilations
+        x,
+        kernel,
+        strides,
+        pads,
+        lhs_dilation=lhs_dilation,
+        rhs_dilation=rhs_dilation,
+        dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        precision=precision,
     )
 
 
