@@ -190,44 +190,6 @@ def test_strength_by_default(pipe: Pipeline) -> None:
         assert seen == [(i + 1, steps) for i in range(steps)]
 
 
-STEPWISE: dict[str, dict[str, Any]] = {
-    "ddim, guided": {"sampler": "ddim", "guidance": 4.0},
-    "tcd": {"sampler": "tcd", "eta": 0.5},
-    "lcm": {"sampler": "lcm", "timesteps": [999, 499, 99], "steps": None},
-    "dpmpp_2m": {"sampler": "dpmpp_2m", "steps": 4, "guidance": 2.0},
-    "euler_a": {"sampler": "euler_a"},
-    "image, tiled": {"image": IMAGES[0], "strength": 0.7, "steps": 4, "tiled": True},
-    "mask": {"image": IMAGES[0], "mask": MASK, "sampler": "lcm"},
-    "controlnet": {"control_image": IMAGES[1], "guidance": 3.0},
-    "rounds": {"num_images": 3, "batch_size": 2},
-}
-
-
-@pytest.mark.parametrize("name", STEPWISE)
-def test_a_callback_changes_no_picture(pipe: Pipeline, folder: Path, name: str) -> None:
-    """With one the steps are single programs, without one a scan: the same to the bit on a CPU."""
-    call = {"steps": 3, "guidance": 0.0, "output": "np", **STEPWISE[name]}
-    if "control_image" in call:
-        pipe.load_controlnet(folder / "control-a")
-    seen: list[tuple[int, int]] = []
-    stepped = pipe(PROMPT, callback=lambda step, total: seen.append((step, total)), **call)
-    np.testing.assert_array_equal(stepped, pipe(PROMPT, **call))
-    total = seen[-1][1]
-    assert seen == [(step + 1, total) for step in range(total)]
-
-
-def test_what_a_callback_raises_ends_the_call(pipe: Pipeline) -> None:
-    def stop(step: int, _total: int) -> None:
-        if step == 2:
-            raise InterruptedError("enough")
-
-    with pytest.raises(InterruptedError, match="enough"):
-        pipe(PROMPT, callback=stop, **{**CALL, "steps": 4})
-    seen: list[int] = []
-    pipe(PROMPT, callback=lambda step, _total: seen.append(step), **CALL)
-    assert seen == [1, 2]
-
-
 def test_a_picture_depends_on_its_own_inputs_alone(pipe: Pipeline, folder: Path) -> None:
     """Rounds of another size, and other prompts and pictures of the call, change nothing."""
     pipe.load_controlnet(folder / "control-a")

@@ -32,6 +32,8 @@ from tests.helpers.lora_files import random_adapter
 from tests.helpers.tiny_model import tiny_model
 from tests.helpers.tiny_xl import tiny_xl
 
+pytestmark = pytest.mark.filterwarnings("ignore:.*longer than the 22 tokens")  # a caption that is long on purpose
+
 CAPTIONS = ("a red <b>square</b>", "b " * 300, "$5_to_$6 \N{GRINNING FACE} & more", "\N{ARABIC LETTER SEEN} d", "plain")
 SAMPLES, MANY = 7, 6
 RECIPE = f"""
