@@ -217,14 +217,8 @@ def write(result: dict[str, Any], output: Path) -> None:
     versions = ", ".join(f"{name} {number}" for name, number in about["versions"].items())
     if about["compile"]:
         updates = f"{about['fake_updates']} updates of the fake model to one of the student"
-<<<<<<< HEAD
         rows = compile_table(result["cases"])
         text = f"{title}, compiled alone\n\n{versions}; {about['date']}; {updates}\n\n{rows}\n"
-=======
-        text = (
-            f"{title}, compiled alone\n\n{versions}; {about['date']}; {updates}\n\n{compile_table(result['cases'])}\n"
-        )
->>>>>>> h-compile
     else:
         rows = table(result["cases"], about["fake_updates"])
         text = f"{title}\n\n{versions}; {about['date']}; medians of {about['repeats']}\n\n{rows}\n"

@@ -34,7 +34,6 @@ def compiler_options(dtype: Any, platform: str | None = None) -> dict[str, Any]:
 
 
 def use_compilation_cache() -> None:
-<<<<<<< HEAD
     """Keep compiled programs between processes.
 
     In the folder that JAX_COMPILATION_CACHE_DIR names, or the user's; nowhere if none can be written.
@@ -42,32 +41,20 @@ def use_compilation_cache() -> None:
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR") and (folder := cache_folder("jax")) is not None:
         trim(folder, MOST_BYTES)
         jax.config.update("jax_compilation_cache_dir", str(folder))
-=======
-    """Keep compiled programs between processes, in the folder that JAX_COMPILATION_CACHE_DIR names or the user's."""
-    given = os.environ.get("JAX_COMPILATION_CACHE_DIR")
-    folder = given or str(Path.home() / ".cache" / "hypersd_jax" / "jax")
-    if not given:
-        trim(Path(folder), MOST_BYTES)
-        jax.config.update("jax_compilation_cache_dir", folder)
->>>>>>> h-compile
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
-    _quieten(folder)
+    _quieten()
 
 
-def _quieten(folder: str) -> None:
+def _quieten() -> None:
     """Warn at most once of a folder that cannot be read or written, where JAX does so for every program.
 
     Such a program is compiled again. One that calls oneDNN (`compiler_options`) can never be written, of which there is
     no warning at all.
     """
-<<<<<<< HEAD
     config: Any = jax.config  # whose settings its type does not know
     folder = config.jax_compilation_cache_dir
     if folder and config.jax_enable_compilation_cache and "://" not in folder:
-=======
-    if "://" not in folder:
->>>>>>> h-compile
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=folder):

@@ -52,10 +52,7 @@ def _forward(
     strides: tuple[int, int],
     pads: Pads,
     precision: lax.Precision | None,
-<<<<<<< HEAD
-=======
     *,
->>>>>>> h-compile
     lhs_dilation: tuple[int, int] = (1, 1),
     rhs_dilation: tuple[int, int] = (1, 1),
 ) -> jax.Array:
