@@ -70,7 +70,6 @@ def test_the_unified_student_ships_and_is_the_one_step_default() -> None:
         ("--timesteps 999,600,300", "unified"),
         ("--timesteps 999,499", "tscd-2"),
         ("--steps 9", None),
-        ("--steps 0", None),
         ("--steps 4 --guidance 1.5", None),
         ("--steps 4 --preset hyper-sd15-4steps", None),
         ("--steps 4 --model elsewhere", None),

@@ -116,7 +116,7 @@ def test_the_name_of_a_loaded_lora(hub: HubServer, tmp_path: Path) -> None:
     pipe.load_lora("some/style", name="mine")
     for name in ("style", "some/style", "some/style/style.safetensors", "mine"):
         pipe.unload_lora(name)
-    assert pipe._loras.last() is None
+    assert not pipe._loras.adapters()
 
 
 def test_revisions(hub: HubServer) -> None:

@@ -154,10 +154,10 @@ def test_a_configuration_that_cannot_be_read(tmp_path: Path, monkeypatch: pytest
     (tmp_path / "adapter_config.json").write_text("{}")
     read_lora(tmp_path / "a.safetensors", SHAPES)
 
-    def denied(*_: Any, **__: Any) -> str:
+    def denied(*_: Any, **__: Any) -> bytes:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
 
-    monkeypatch.setattr(Path, "read_text", denied)  # root may read whatever the mode says
+    monkeypatch.setattr(Path, "read_bytes", denied)  # root may read whatever the mode says
     with pytest.raises(UserError, match=r"adapter_config\.json: cannot be read \(Permission denied\)$"):
         read_lora(tmp_path / "a.safetensors", SHAPES)
 
