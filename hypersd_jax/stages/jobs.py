@@ -55,7 +55,7 @@ class Run:
     prompt_inputs: PromptInputs | None
     latent_shape: tuple[int, ...]
     steps: dict[Hashable, Step]
-    stop: StopSignals
+    stop: StopSignals = dataclasses.field(default_factory=StopSignals)
 
     @property
     def grid_length(self) -> int:
