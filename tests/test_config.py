@@ -7,6 +7,8 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from hypersd_jax.stages.score import score_controls, score_kind
+from hypersd_jax.stages.tscd import stage_controls, step_kind
 
 from hypersd_jax import recipes
 from hypersd_jax.config import (
@@ -22,8 +24,6 @@ from hypersd_jax.config import (
 from hypersd_jax.diffusion import Schedule
 from hypersd_jax.errors import UserError
 from hypersd_jax.stages.loop import require_even
-from hypersd_jax.stages.score import score_controls, score_kind
-from hypersd_jax.stages.tscd import stage_controls, step_kind
 from hypersd_jax.training import make_mesh
 from hypersd_jax.weights.components import assets
 from hypersd_jax.weights.folder import read_json

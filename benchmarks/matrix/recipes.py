@@ -8,12 +8,12 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
+from hypersd_jax.stages.student import compared_samplings
 
 from hypersd_jax.config import Config, build, load_config
 from hypersd_jax.errors import UserError
 from hypersd_jax.recipes import find_recipe
 from hypersd_jax.stages.export import is_whole
-from hypersd_jax.stages.student import compared_samplings
 
 # What no recipe of a matrix decides: the comparison is made here, and TensorBoard would have nobody to look at it.
 FIXED = ("evaluation.samples=0", "log.tensorboard=false", "log.sample_every=0")

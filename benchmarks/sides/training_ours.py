@@ -19,6 +19,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from hypersd_jax.stages.jobs import Factors, Job, Run, make_job
+from hypersd_jax.stages.tscd import segments_of
 from jax.sharding import Mesh
 
 from benchmarks.sides import training
@@ -30,9 +32,7 @@ from hypersd_jax.diffusion import Schedule
 from hypersd_jax.distill import draw, draw_trajectory
 from hypersd_jax.models.functional import Network, Shapes
 from hypersd_jax.models.unet import UNetConfig
-from hypersd_jax.stages.jobs import Factors, Job, Run, make_job
 from hypersd_jax.stages.loop import ADAPTER_STREAM, NOISE_STREAM, stream
-from hypersd_jax.stages.tscd import segments_of
 from hypersd_jax.training import abstract, batch_sharding, make_mesh, put_batch
 from hypersd_jax.weights import write_lora
 from hypersd_jax.weights.assembly import Components, StoredModel, Structure, networks, parse

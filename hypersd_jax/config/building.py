@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from hypersd_jax.config.hints import key_hint, nearest
 from hypersd_jax.config.scalars import Words, is_null, said, split_list, to_bool, to_float, to_text, to_whole
+from hypersd_jax.config.stage import kinds as kinds_of
 from hypersd_jax.config.tree import TreeError, read_tree
 from hypersd_jax.errors import UserError
 
@@ -106,8 +107,7 @@ def _convert(kind: Any, value: Any, path: str, root: type, *, optional: bool = F
                 return _convert(inner[0], value, path, root)
             except UserError as error:
                 raise UserError(f"{error}, nor {' or '.join(named)}") from None
-        chosen = inner[0] if len(inner) == 1 else _of_kind(inner, value, path)
-        return _convert(chosen, value, path, root, optional=type(None) in arguments)
+        return _convert(inner[0], value, path, root, optional=type(None) in arguments)
     if origin is Literal:
         for choice in arguments:
             if value == choice:
@@ -116,6 +116,8 @@ def _convert(kind: Any, value: Any, path: str, root: type, *, optional: bool = F
     if origin is tuple:
         return _convert_list(arguments, value, path, root)
     if dataclasses.is_dataclass(kind):
+        if named := kinds_of(kind):  # type: ignore[arg-type]
+            kind, value = _of_kind(named, value, path)
         return build(kind, value, path, root)  # type: ignore[arg-type]
     if kind is str or origin is Annotated:
         return to_text(value, path, is_path=PATH in arguments, optional=optional)
@@ -142,14 +144,13 @@ def _convert_list(kinds: tuple[Any, ...], value: Any, path: str, root: type) -> 
     return tuple(_convert(k, v, f"{path}.{i}", root) for i, (k, v) in enumerate(zip(each, found, strict=True)))
 
 
-def _of_kind(classes: list[Any], value: Any, path: str) -> Any:
-    """Which of several dataclasses ``value`` is for: the one whose ``kind`` it names, or the first."""
+def _of_kind(named: Mapping[str, type], value: Any, path: str) -> tuple[type, Any]:
+    """Which of several dataclasses ``value`` is for, by the ``kind`` that it names or by the first; and its mapping."""
     if isinstance(value, Words):
         value = opened(value, path)
-    kinds = {name: cls for cls in classes for name in typing.get_args(typing.get_type_hints(cls)["kind"])}
     kind = value.get("kind") if isinstance(value, Mapping) else None
     if kind is None:
-        return classes[0]
-    if not isinstance(kind, str) or kind not in kinds:
-        raise UserError(f"{path}.kind={kind!r} is not valid{nearest(str(kind), kinds)}")
-    return kinds[kind]
+        return next(iter(named.values())), value
+    if not isinstance(kind, str) or kind not in named:
+        raise UserError(f"{path}.kind={kind!r} is not valid{nearest(str(kind), named)}")
+    return named[kind], value

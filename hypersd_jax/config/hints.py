@@ -10,6 +10,8 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+from hypersd_jax.config.stage import kinds
+
 # What other programs call a key, and what it may be here.
 SYNONYMS: dict[str, tuple[str, ...]] = {
     "lr": ("learning_rate",),
@@ -113,9 +115,11 @@ def _depth(path: str) -> int:
 def _paths(kind: Any, prefix: str) -> Iterator[str]:
     """The dotted paths of all fields in a type; a list's entries are ``*``."""
     if dataclasses.is_dataclass(kind):
-        for name, inner in typing.get_type_hints(kind).items():
-            yield f"{prefix}{name}"
-            yield from _paths(inner, f"{prefix}{name}.")
+        for cls in dict.fromkeys(kinds(kind).values()) or [kind]:  # type: ignore[arg-type]
+            hints = typing.get_type_hints(cls)
+            for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+                yield f"{prefix}{field.name}"
+                yield from _paths(hints[field.name], f"{prefix}{field.name}.")
     elif typing.get_origin(kind) is tuple:
         for inner in typing.get_args(kind):
             yield from _paths(inner, f"{prefix}*.")

@@ -7,8 +7,8 @@ from typing import Literal
 
 from hypersd_jax.config.building import PathText
 from hypersd_jax.config.data import DataConfig
-from hypersd_jax.config.score import TEACHERS, ScoreStage
-from hypersd_jax.config.stages import AdapterStage, AnyStage, ConsistencyStage
+from hypersd_jax.config.generator import TEACHERS
+from hypersd_jax.config.stage import StageConfig
 from hypersd_jax.paths import expanded
 
 
@@ -121,7 +121,7 @@ class Config:
     model: ModelConfig = ModelConfig()
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     lora: LoraConfig = LoraConfig()
-    stages: tuple[AnyStage, ...]
+    stages: tuple[StageConfig, ...]
     mesh: MeshConfig = MeshConfig()
     log: LogConfig = LogConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
@@ -141,8 +141,7 @@ class Config:
         if self.evaluation.guidance is None and (self.on_emoji or self.model.source == "embedded"):
             settled = dataclasses.replace(self.evaluation, guidance=EMBEDDED_GUIDANCE)  # so that the record says it
             object.__setattr__(self, "evaluation", settled)
-        kinds = {isinstance(stage, AdapterStage) for stage in self.stages}
-        if len(kinds) > 1:
+        if len({stage.trains_adapter for stage in self.stages}) > 1:
             raise ValueError("stages: those that train an adapter and those that train a model cannot share a run")
         if not self.active_stages:
             raise ValueError("stages: all of them are skipped")
@@ -150,25 +149,22 @@ class Config:
             raise ValueError("model.fresh: stages that train an adapter need a whole model")
         if self.reuse is not None and not self.adapter_stages:
             raise ValueError("reuse: only stages that start from a whole model are taken over")
-        first = self.adapter_stages[0] if self.adapter_stages else None
-        if isinstance(first, ConsistencyStage) and first.learns_nothing:
-            raise ValueError(
-                f"stages.{first.name}: with guidance [1, 1] and solver_steps = k the base takes the teacher's step "
-                f"already, and there is nothing to learn; solver_steps must be above {first.k}"
-            )
+        first = self.active_stages[0]
+        if reason := first.learns_nothing:
+            raise ValueError(f"stages.{first.name}: {reason}")
         for stage in self.adapter_stages[:-1]:
-            if isinstance(stage, ScoreStage) and stage.student == "unet":
+            if stage.exports_model:
                 raise ValueError(f"stages.{stage.name}: a stage with student=unet must be the last")
 
     @property
-    def active_stages(self) -> tuple[AnyStage, ...]:
+    def active_stages(self) -> tuple[StageConfig, ...]:
         """The stages that are not skipped."""
         return tuple(stage for stage in self.stages if not stage.skip)
 
     @property
-    def adapter_stages(self) -> tuple[AdapterStage, ...]:
+    def adapter_stages(self) -> tuple[StageConfig, ...]:
         """The stages that start from the frozen model: all active ones, or none."""
-        return tuple(stage for stage in self.active_stages if isinstance(stage, AdapterStage))
+        return tuple(stage for stage in self.active_stages if stage.trains_adapter)
 
     @property
     def batch_size(self) -> int | None:

@@ -1,9 +1,23 @@
-"""What every kind of stage is told."""
+"""What every kind of stage is told, and what a run asks of any of them."""
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Literal
+import typing
+from collections.abc import Iterator
+from typing import ClassVar, Literal, TypedDict
+
+from hypersd_jax.config.fields import outside, static
+
+
+class Sampling(TypedDict):
+    """How a stage's student is sampled; ``guidance`` 0 is off, ``timesteps`` None are the sampler's own."""
+
+    steps: int
+    sampler: str
+    eta: float
+    guidance: float
+    timesteps: tuple[int, ...] | None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -11,24 +25,31 @@ class StageConfig:
     """What every kind of stage has: its length, AdamW's settings, and the moving average of the weights.
 
     ``ema`` is the average's decay mu (0: the average is the weights themselves); ``export`` chooses which of the two
-    the stage hands on. ``batch_size`` counts pictures an update, of which one part in
-    ``accumulate`` is in memory at a time. ``skip`` leaves the stage out.
+    the stage hands on. ``batch_size`` counts images an update, of which one part in ``accumulate`` is in memory at a
+    time. ``skip`` leaves the stage out.
+
+    A kind of stage is a subclass with a ``kind`` of its own. Its instances are arguments of the compiled step too, as
+    `config.fields` says.
     """
 
-    name: str
+    trains_adapter: ClassVar[bool] = True
+    """Whether it starts from a frozen model, and not with the model's own weights."""
+
+    kind: str
+    name: str = outside()
     updates: int
-    batch_size: int
-    accumulate: int = 1
+    batch_size: int = outside()
+    accumulate: int = static(1)
     learning_rate: float = 1e-6
     warmup: int = 0
     schedule: Literal["constant", "cosine", "linear"] = "constant"
-    beta1: float = 0.9
-    beta2: float = 0.999
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
+    beta1: float = static(0.9)
+    beta2: float = static(0.999)
+    weight_decay: float = static(0.0)
+    clip_norm: float = static(1.0)
     ema: float = 0.95
-    export: Literal["ema", "raw"] = "ema"
-    skip: bool = False
+    export: Literal["ema", "raw"] = outside("ema")
+    skip: bool = outside(False)
 
     def __post_init__(self) -> None:
         for key in ("updates", "batch_size", "accumulate"):
@@ -44,3 +65,55 @@ class StageConfig:
             raise ValueError("ema, beta1 and beta2 must lie in [0, 1)")
         if self.name in ("", ".", "..") or set(self.name) & set("/\\ "):
             raise ValueError(f"name {self.name!r} must be a plain file name")
+
+    @property
+    def learns_nothing(self) -> str | None:
+        """Why a student that starts at the base is there already; None where there is something to learn."""
+        return None
+
+    @property
+    def summary(self) -> str:
+        """What it is, for the file of its student."""
+        return self.name
+
+    @property
+    def reads_images(self) -> bool:
+        """Whether it reads images, and not prompts alone."""
+        return True
+
+    @property
+    def exports_model(self) -> bool:
+        """Whether it hands on a whole model, and not an adapter."""
+        return not self.trains_adapter
+
+    @property
+    def teachers(self) -> frozenset[str]:
+        """What it names as teachers: earlier stages, or BASE and PREVIOUS."""
+        return frozenset()
+
+    @property
+    def grid(self) -> int | None:
+        """The steps N of the solver grid that its consistency loss runs on; None where it has none."""
+        return None
+
+    @property
+    def samplings(self) -> tuple[Sampling, ...]:
+        """How its student is sampled and compared, the first as its file says; empty where it has no student."""
+        return ()
+
+
+def kinds(cls: type) -> dict[str, type]:
+    """The classes below ``cls`` that have a ``kind``, by each of its names, in the order in which they were defined."""
+    found: dict[str, type] = {}
+    each: type
+    for each in _below(cls):
+        if (hint := typing.get_type_hints(each).get("kind")) is not None:
+            found |= dict.fromkeys(typing.get_args(hint), each)
+    return found
+
+
+def _below(cls: type) -> Iterator[type]:
+    below: list[type] = cls.__subclasses__()
+    for each in below:
+        yield each
+        yield from _below(each)

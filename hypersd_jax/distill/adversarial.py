@@ -16,7 +16,6 @@ from jax.typing import ArrayLike
 
 from hypersd_jax.diffusion.prediction import move
 from hypersd_jax.diffusion.schedule import Schedule, require_name
-from hypersd_jax.distill.distances import batch_mean
 
 Logits = Mapping[str, ArrayLike]
 Term = Callable[[jax.Array], jax.Array]
@@ -54,7 +53,7 @@ def _by_sample(logits: Logits, term: Term = lambda d: d) -> jax.Array:
     return sum(jnp.mean(term(d).reshape(d.shape[0], -1), axis=1) for d in maps) / jnp.float32(len(maps))
 
 
-def discriminator_loss(kind: str, real: Logits, fake: Logits, weights: ArrayLike | None = None) -> jax.Array:
+def discriminator_loss(kind: str, real: Logits, fake: Logits) -> jax.Array:
     """What the discriminator D minimises, a float32 scalar.
 
     hinge:          relu(1 - D(real)) + relu(1 + D(fake))               (arXiv 1705.02894; PCM, arXiv 2405.18407)
@@ -68,16 +67,15 @@ def discriminator_loss(kind: str, real: Logits, fake: Logits, weights: ArrayLike
         kind: one of ADVERSARIAL_LOSSES; static.
         real: logits (B, ...) by head.
         fake: likewise.
-        weights: (B,), 0 for the padded samples of a ragged batch.
 
     Raises:
         UserError: an unknown kind.
     """
     terms = _TERMS[require_name("adversarial loss", kind, ADVERSARIAL_LOSSES)]
-    return batch_mean(_by_sample(real, terms.real) + _by_sample(fake, terms.fake), weights)
+    return jnp.mean(_by_sample(real, terms.real) + _by_sample(fake, terms.fake))
 
 
-def generator_loss(kind: str, fake: Logits, weights: ArrayLike | None = None) -> jax.Array:
+def generator_loss(kind: str, fake: Logits) -> jax.Array:
     """What the student minimises, a float32 scalar; the arguments are those of `discriminator_loss`.
 
     hinge:          relu(1 - D(fake)), which lets a sample go once it passes for real, as PCM has it
@@ -85,12 +83,10 @@ def generator_loss(kind: str, fake: Logits, weights: ArrayLike | None = None) ->
     least_squares:  (D(fake) - 1)^2 / 2
     """
     terms = _TERMS[require_name("adversarial loss", kind, ADVERSARIAL_LOSSES)]
-    return batch_mean(_by_sample(fake, terms.generator), weights)
+    return jnp.mean(_by_sample(fake, terms.generator))
 
 
-def finite_difference_r1(
-    logits: Logits, perturbed: Logits, sigma: ArrayLike, weights: ArrayLike | None = None
-) -> jax.Array:
+def finite_difference_r1(logits: Logits, perturbed: Logits, sigma: ArrayLike) -> jax.Array:
     """((D(x + sigma n) - D(x)) / sigma)^2: the R1 penalty (arXiv 1801.04406) without a second derivative.
 
     D is the mean over places and heads. Over n ~ N(0, I) the expectation tends to |grad_x D(x)|^2 as sigma goes to 0.
@@ -100,19 +96,18 @@ def finite_difference_r1(
         logits: D(x) at real samples x, (B, ...) by head.
         perturbed: D(x + sigma n) by the caller's n, likewise.
         sigma: the noise's scale, above 0; the logits' rounding errors are divided by it.
-        weights: (B,), 0 for padded samples.
     """
     slope = (_by_sample(perturbed) - _by_sample(logits)) / jnp.asarray(sigma, jnp.float32)
-    return batch_mean(jnp.square(slope), weights)
+    return jnp.mean(jnp.square(slope))
 
 
-def accuracy(real: Logits, fake: Logits, weights: ArrayLike | None = None) -> jax.Array:
+def accuracy(real: Logits, fake: Logits) -> jax.Array:
     """The share of samples that the discriminator puts on the right side of 0, over real and fake ones alike.
 
     A sample's logit is the mean over places and heads; one of exactly 0 is on neither side.
     """
     right = jnp.stack([_by_sample(real) > 0, _by_sample(fake) < 0])
-    return batch_mean(jnp.mean(right.astype(jnp.float32), axis=0), weights)
+    return jnp.mean(jnp.mean(right.astype(jnp.float32), axis=0))
 
 
 def renoise(schedule: Schedule, x: ArrayLike, s: ArrayLike, t: ArrayLike, noise: ArrayLike) -> jax.Array:

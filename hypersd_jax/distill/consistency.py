@@ -10,9 +10,10 @@ import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from hypersd_jax.diffusion.schedule import Schedule
-from hypersd_jax.distill.distances import Distance, batch_mean, mse
+from hypersd_jax.distill.distances import Distance, mse
 from hypersd_jax.distill.ends import End, edge_end, uniform_end
 from hypersd_jax.distill.lcm import lcm_pair
+from hypersd_jax.distill.segments import Segments
 from hypersd_jax.distill.tscd import Model, Pair, Teacher, draw, tscd_pair
 
 METHODS: dict[str, tuple[End, Callable[..., Pair]]] = {
@@ -30,12 +31,13 @@ def consistency_loss(
     teacher_fn: Teacher,
     batch: Mapping[str, Any],
     key: jax.Array,
-    segments: Mapping[str, ArrayLike],
-    controls: Mapping[str, ArrayLike],
+    segments: Segments,
     *,
+    guidance: tuple[ArrayLike, ArrayLike],
     schedule: Schedule,
+    offset_noise: ArrayLike = 0.0,
     distance: Distance = mse,
-    weights: ArrayLike | None = None,
+    distance_weight: ArrayLike = 1.0,
     indices: ArrayLike | None = None,
     extra: Callable[[Pair], tuple[jax.Array, dict[str, jax.Array]]] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
@@ -45,18 +47,17 @@ def consistency_loss(
         method: one of METHODS; static.
         student_fn: (x (B, h, w, C), t (B,) int32, cond) -> raw prediction; the only one that is differentiated.
         target_fn: the student with its EMA weights, same signature.
-        teacher_fn: (x, t, cond, uncond, guidance (B,)) -> guided raw prediction. A later stage whose teacher is the
-            previous stage's student passes a function that ignores the last two.
+        teacher_fn: (x, t, cond, uncond, guidance (B,)) -> (guided raw prediction, anything else, which ends up in
+            `Pair.seen`). A later stage whose teacher is the previous stage's student ignores the last two arguments.
         batch: {"latents": clean latents times the scaling factor (B, h, w, C), "cond": any pytree, "uncond": any
             pytree, or None when the teacher needs none}.
         key: the step's key; sample i's randomness depends on (key, i) alone, whatever the batch size or sharding.
         segments: what `pad_segments` returns; arrays, so that all stages share one compiled step.
-        controls: float32 scalars {"guidance_min", "guidance_max", "offset_noise"}: the teacher's guidance_scale is
-            uniform over the range; offset noise is the strength of a per-channel normal shift added to eps. With
-            ``extra`` also "distance_weight".
+        guidance: (low, high), the range over which the teacher's guidance_scale is uniform.
         schedule: the base model's; static.
+        offset_noise: strength of a per-channel normal shift added to eps.
         distance: (prediction, target) -> (B,).
-        weights: (B,), 0 for the padded samples of a ragged batch.
+        distance_weight: of the distance, where there is an ``extra`` term beside it.
         indices: see `draw`.
         extra: (pair) -> (a term of the loss, weighted already, and its metrics), such as the adversarial one.
 
@@ -65,16 +66,17 @@ def consistency_loss(
         over the samples of the variance within each target) and "target_calls" (network calls of the target).
     """
     end, make_pair = METHODS[method]
-    drawn = draw(key, jnp.shape(batch["latents"]), segments, controls, indices, end)
+    drawing: dict[str, Any] = {"guidance": guidance, "offset_noise": offset_noise, "indices": indices, "end": end}
+    drawn = draw(key, jnp.shape(batch["latents"]), segments, **drawing)
     pair = make_pair(student_fn, target_fn, teacher_fn, batch, drawn, schedule=schedule)
-    loss = batch_mean(distance(pair.prediction, pair.target), weights)
+    loss = jnp.mean(distance(pair.prediction, pair.target))
     metrics = {
         "target_calls": pair.target_calls,
-        "mse": batch_mean(mse(pair.prediction, pair.target), weights),
-        "target_variance": batch_mean(jnp.var(pair.target, axis=tuple(range(1, pair.target.ndim))), weights),
+        "mse": jnp.mean(mse(pair.prediction, pair.target)),
+        "target_variance": jnp.mean(jnp.var(pair.target, axis=tuple(range(1, pair.target.ndim)))),
     }
     if extra is not None:
         term, more = extra(pair)
-        loss = jnp.asarray(controls["distance_weight"], jnp.float32) * loss + term
+        loss = jnp.asarray(distance_weight, jnp.float32) * loss + term
         metrics |= more
     return loss, jax.lax.stop_gradient(metrics)

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from hypersd_jax.diffusion.prediction import from_x0_eps, move
 from hypersd_jax.diffusion.schedule import Schedule
-from hypersd_jax.distill.distances import batch_mean, mse
+from hypersd_jax.distill.distances import mse
 
 
 class Corruption(NamedTuple):
@@ -82,4 +82,4 @@ def denoising_loss(
         # An error of epsilon is 1/SNR of one of x_0, one of v is 1/(SNR + 1).
         in_x0 = {"epsilon": 1.0 / snr, "v_prediction": 1.0 / (snr + 1.0), "sample": jnp.ones_like(snr)}
         weights = jnp.minimum(snr, snr_gamma) * in_x0[schedule.prediction_type]
-    return batch_mean(weights * errors), {"mse": jax.lax.stop_gradient(batch_mean(errors))}
+    return jnp.mean(weights * errors), {"mse": jax.lax.stop_gradient(jnp.mean(errors))}

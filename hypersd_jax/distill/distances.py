@@ -38,13 +38,3 @@ def pseudo_huber(c: float) -> Distance:
         return jnp.mean(square / (jnp.sqrt(square + c**2) + c), axis=1)
 
     return distance
-
-
-def batch_mean(values: ArrayLike, weights: ArrayLike | None = None) -> jax.Array:
-    """Mean of per-sample values (B,); with weights (B,) the weighted mean, so that 0 leaves a padded sample out."""
-    values = jnp.asarray(values, jnp.float32)
-    if weights is None:
-        return jnp.mean(values)
-    weights = jnp.asarray(weights, jnp.float32)
-    total = jnp.sum(weights)
-    return jnp.sum(weights * values) / jnp.where(total > 0, total, 1.0)

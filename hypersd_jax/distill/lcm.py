@@ -41,7 +41,7 @@ def lcm_pair(
 
     prediction = f(x_n, t_n; student);  target = sg(f(xhat, t_prev; EMA));  f(x, t) = c_skip(t) x + c_out(t) x_0
     """
-    x_t, x_prev = teacher_step(teacher_fn, batch, drawn, schedule)
+    x_t, x_prev, seen = teacher_step(teacher_fn, batch, drawn, schedule)
 
     def consistency(model: Model, x: jax.Array, t: jax.Array) -> jax.Array:
         x0, _ = to_x0_eps(model(x, t, batch["cond"]), x, *columns(schedule, t, x), schedule.prediction_type)
@@ -49,4 +49,4 @@ def lcm_pair(
         return move(x, x0, c_skip, c_out)
 
     target = jax.lax.stop_gradient(consistency(target_fn, x_prev, drawn.t_prev))
-    return Pair(consistency(student_fn, x_t, drawn.t_n), target, x_t, drawn, jnp.float32(1.0))
+    return Pair(consistency(student_fn, x_t, drawn.t_n), target, x_t, drawn, jnp.float32(1.0), seen)

@@ -6,16 +6,21 @@ beside it (`fake_loss`).
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
 from hypersd_jax.diffusion.prediction import to_x0_eps
 from hypersd_jax.diffusion.schedule import Schedule
-from hypersd_jax.distill.distances import batch_mean, mse
+from hypersd_jax.distill.distances import mse
 from hypersd_jax.distill.score import dmd_gradient, surrogate_loss
-from hypersd_jax.distill.trajectory import Sample
-from hypersd_jax.distill.tscd import columns
+from hypersd_jax.distill.trajectory import Drawn, Sample, noised
+from hypersd_jax.distill.tscd import Model, columns
+
+FakeModel = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
 
 
 def matching_loss(
@@ -26,7 +31,6 @@ def matching_loss(
     fake: ArrayLike,
     *,
     schedule: Schedule,
-    weights: ArrayLike | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
     """The surrogate whose gradient in the student's estimate of x_0 is `dmd_gradient`, and its metrics.
 
@@ -37,7 +41,6 @@ def matching_loss(
         real: raw prediction of the real-score model at (x_t, t), guidance applied.
         fake: that of the fake-score model, without guidance.
         schedule: the base model's.
-        weights: (B,), 0 for padded samples.
 
     Returns:
         (loss, metrics): scalar, and "score_gap", the mean absolute gradient, which falls as the two scores agree.
@@ -46,8 +49,33 @@ def matching_loss(
     mu_real, _ = to_x0_eps(real, x_t, *at, schedule.prediction_type)
     mu_fake, _ = to_x0_eps(fake, x_t, *at, schedule.prediction_type)
     gradient = dmd_gradient(sample.x0, mu_real, mu_fake)
-    gap = batch_mean(jnp.mean(jnp.abs(gradient), axis=tuple(range(1, gradient.ndim))), weights)
-    return surrogate_loss(sample.x0, gradient, weights), {"score_gap": gap}
+    gap = jnp.mean(jnp.mean(jnp.abs(gradient), axis=tuple(range(1, gradient.ndim))))
+    return surrogate_loss(sample.x0, gradient), {"score_gap": gap}
+
+
+def score_term(
+    sample: Sample, drawn: Drawn, real_fn: Model, fake_fn: FakeModel, cond: Any, *, schedule: Schedule, judged: bool
+) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+    """DMD's term of the student's loss: both scores of its sample, noised, and their difference (`matching_loss`).
+
+    Args:
+        sample: from `student_sample`.
+        drawn: from `draw_trajectory`.
+        real_fn: the real-score model, guidance applied.
+        fake_fn: (x, t, cond) -> (the fake-score model's raw prediction, features for a discriminator).
+        cond: conditioning.
+        schedule: the base model's.
+        judged: whether a discriminator reads the features, which then carry the student's gradient; the score does not.
+
+    Returns:
+        (loss, metrics, features).
+    """
+    x_t, t, _ = noised(sample, drawn, schedule)
+    still = jax.lax.stop_gradient(x_t)
+    real = real_fn(still, t, cond)
+    output, features = fake_fn(x_t if judged else still, t, cond)
+    loss, metrics = matching_loss(sample, x_t, t, real, output, schedule=schedule)
+    return loss, metrics, features
 
 
 def fake_loss(
@@ -58,7 +86,6 @@ def fake_loss(
     eps: jax.Array,
     *,
     schedule: Schedule,
-    weights: ArrayLike | None = None,
 ) -> jax.Array:
     """Denoising score matching of the fake-score model on the student's samples, scalar.
 
@@ -72,8 +99,7 @@ def fake_loss(
         b: from `noised`.
         eps: the noise that was added.
         schedule: the base model's.
-        weights: (B,), 0 for padded samples.
     """
     alpha, sigma = columns(schedule, t, x_t)
     _, estimate = to_x0_eps(output, x_t, alpha, sigma, schedule.prediction_type)
-    return batch_mean(mse(b / sigma * estimate, eps), weights)
+    return jnp.mean(mse(b / sigma * estimate, eps))

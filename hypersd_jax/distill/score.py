@@ -6,8 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from hypersd_jax.distill.distances import batch_mean
-
 
 def dmd_gradient(x: ArrayLike, mu_real: ArrayLike, mu_fake: ArrayLike) -> jax.Array:
     """The gradient of the KL between the student's and the teacher's distribution with respect to the sample x.
@@ -29,14 +27,13 @@ def dmd_gradient(x: ArrayLike, mu_real: ArrayLike, mu_fake: ArrayLike) -> jax.Ar
     return jnp.where(jnp.isfinite(gradient), gradient, 0.0)
 
 
-def surrogate_loss(x: ArrayLike, gradient: ArrayLike, weights: ArrayLike | None = None) -> jax.Array:
+def surrogate_loss(x: ArrayLike, gradient: ArrayLike) -> jax.Array:
     """0.5 mean (x - sg(x - gradient))^2: a scalar whose derivative in x is gradient / x.size.
 
     Args:
         x: samples (B, h, w, C), through which the student is differentiated.
         gradient: what `dmd_gradient` returns.
-        weights: (B,), 0 for padded samples.
     """
     x = jnp.asarray(x, jnp.float32)
     target = jax.lax.stop_gradient(x - jnp.asarray(gradient, jnp.float32))
-    return batch_mean(0.5 * jnp.mean(jnp.square(x - target), axis=tuple(range(1, x.ndim))), weights)
+    return jnp.mean(0.5 * jnp.mean(jnp.square(x - target), axis=tuple(range(1, x.ndim))))

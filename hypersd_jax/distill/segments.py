@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 from hypersd_jax.errors import UserError
@@ -36,12 +38,18 @@ def segment_bounds(N: int, k: int, T: int = 1000) -> tuple[np.ndarray, np.ndarra
     return grid, before[:-1], before[first]
 
 
-def pad_segments(N: int, k: int, length: int, T: int = 1000) -> dict[str, np.ndarray]:
-    """`segment_bounds` as arrays of a fixed length, so that stages with other N and k share one compiled step.
+class Segments(NamedTuple):
+    """`segment_bounds` as int32 arrays (length,), padded so that stages with other N and k share one compiled step."""
 
-    Returns:
-        {"t_n", "t_prev", "t_b", "t_top"}: int32 (length,), of which the first "count" (int32 scalar, = N) are drawn
-        from; t_top is the last start of each start's segment.
+    t_n: Any  # the starts on the solver grid, rising
+    t_prev: Any  # one solver step further
+    t_b: Any  # the end of each start's segment
+    t_top: Any  # the last start of each start's segment
+    size: Any  # (), N: how many are drawn from
+
+
+def pad_segments(N: int, k: int, length: int, T: int = 1000) -> Segments:
+    """The segments of `segment_bounds` as arrays of a fixed length.
 
     Raises:
         UserError: as `segment_bounds`, or N > length.
@@ -50,6 +58,5 @@ def pad_segments(N: int, k: int, length: int, T: int = 1000) -> dict[str, np.nda
         raise UserError(f"solver_steps: N = {N} exceeds the padded length {length}")
     t_n, t_prev, t_b = segment_bounds(N, k, T)
     t_top = t_n.reshape(k, N // k)[:, -1:].repeat(N // k, axis=1).reshape(-1)
-    bounds = {"t_n": t_n, "t_prev": t_prev, "t_b": t_b, "t_top": t_top}
-    padded = {name: np.pad(values, (0, length - N), mode="edge").astype(np.int32) for name, values in bounds.items()}
-    return {**padded, "count": np.asarray(N, np.int32)}
+    padded = (np.pad(each, (0, length - N), mode="edge") for each in (t_n, t_prev, t_b, t_top))
+    return Segments(*(np.asarray(each, np.int32) for each in (*padded, N)))

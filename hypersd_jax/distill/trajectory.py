@@ -84,14 +84,14 @@ def student_sample(
     count, rows = times.shape[0], drawn.noise.shape[0]
 
     def earlier(index: jax.Array, x: jax.Array) -> jax.Array:
-        x0, eps = _estimate(still_fn, x, times[index], cond, schedule)
+        x0, eps = estimate(still_fn, x, times[index], cond, schedule)
         if not deterministic:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(drawn.keys, index)
             eps = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
         return move(x0, eps, *columns(schedule, jnp.broadcast_to(times[index + 1], (rows,)), x))
 
     x = drawn.noise if count == 1 else jax.lax.fori_loop(0, drawn.step, earlier, drawn.noise)
-    x0, eps = _estimate(student_fn, jax.lax.stop_gradient(x), times[drawn.step], cond, schedule)
+    x0, eps = estimate(student_fn, jax.lax.stop_gradient(x), times[drawn.step], cond, schedule)
     if not deterministic:
         return Sample(x0, x0, jnp.float32(1.0), jnp.float32(0.0), bounds[0], bounds[1])
     last = drawn.step == count - 1
@@ -114,51 +114,7 @@ def noised(sample: Sample, drawn: Drawn, schedule: Schedule) -> tuple[jax.Array,
     return a * sample.x + b * drawn.eps, t, b
 
 
-def again(
-    student_fn: Model,
-    sample: Sample,
-    noise: jax.Array,
-    cond: Any,
-    start: jax.Array,
-    t: jax.Array,
-    *,
-    schedule: Schedule,
-) -> jax.Array:
-    """The student's second estimate of x_0 (B, h, w, C): from where its own first step leads, which has no gradient.
-
-    Args:
-        student_fn: (x, t (B,), cond) -> raw prediction.
-        sample: of one step, from ``start``.
-        noise: where that step began (B, h, w, C).
-        cond: conditioning.
-        start: () int32, the time of its input.
-        t: (B,) int32, the times that the DDIM move leads to.
-        schedule: the base model's.
-    """
-    x0 = jax.lax.stop_gradient(sample.x0)
-    alpha, sigma = columns(schedule, jnp.broadcast_to(start, t.shape), x0)
-    x_t = move(x0, (noise - alpha * x0) / sigma, *columns(schedule, t, x0))
-    return _estimate(student_fn, x_t, t, cond, schedule)[0]
-
-
-def endpoint(model_fn: Model, noise: jax.Array, cond: Any, times: jax.Array, *, schedule: Schedule) -> jax.Array:
-    """Where a model's own DDIM trajectory through ``times`` (K,) leads from ``noise``: x_0 (B, h, w, C), no gradient.
-
-    What the one-step student's estimate is regressed to (Hyper-SD, section 3.3: the MSE beside the score term).
-    """
-    rows, count = noise.shape[0], times.shape[0]
-
-    def one_step(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x0, eps = _estimate(model_fn, carry[0], times[index], cond, schedule)
-        after = jnp.broadcast_to(times[jnp.minimum(index + 1, count - 1)], (rows,))
-        return move(x0, eps, *columns(schedule, after, x0)), x0
-
-    # The last step leads nowhere, but stands in the loop too: the model is compiled once.
-    _, x0 = jax.lax.fori_loop(0, count, one_step, (noise, noise))
-    return jax.lax.stop_gradient(x0)
-
-
-def _estimate(model: Model, x: jax.Array, t: jax.Array, cond: Any, schedule: Schedule) -> tuple[jax.Array, jax.Array]:
+def estimate(model: Model, x: jax.Array, t: jax.Array, cond: Any, schedule: Schedule) -> tuple[jax.Array, jax.Array]:
     """The clean-latent and noise estimates of a model at x (B, h, w, C), at times t (B,), or all rows at one t ()."""
     at = jnp.broadcast_to(t, (x.shape[0],))
     return to_x0_eps(model(x, at, cond), x, *columns(schedule, at, x), schedule.prediction_type)

@@ -13,10 +13,13 @@ from jax.typing import ArrayLike
 from hypersd_jax.diffusion.prediction import move, to_x0_eps
 from hypersd_jax.diffusion.schedule import Schedule
 from hypersd_jax.distill.ends import End, below, uniform_end
+from hypersd_jax.distill.segments import Segments
 from hypersd_jax.errors import UserError
 
 Model = Callable[[jax.Array, jax.Array, Any], jax.Array]
-Teacher = Callable[[jax.Array, jax.Array, Any, Any, jax.Array], jax.Array]
+"""(x (B, h, w, C), t (B,) int32, cond) -> raw prediction."""
+Teacher = Callable[[jax.Array, jax.Array, Any, Any, jax.Array], tuple[jax.Array, Any]]
+"""(x, t, cond, uncond, guidance (B,)) -> guided raw prediction, and what else is to be read of the call."""
 
 
 class Draw(NamedTuple):
@@ -38,13 +41,16 @@ class Pair(NamedTuple):
     x_t: jax.Array  # (B, h, w, C) float32, the noised latents at draw.t_n
     draw: Draw
     target_calls: jax.Array  # () float32, network calls a sample that the target took
+    seen: Any = None  # what the teacher's call at (x_t, t_n) gave beside its prediction
 
 
 def draw(
     key: jax.Array,
     shape: tuple[int, ...],
-    segments: Mapping[str, ArrayLike],
-    controls: Mapping[str, ArrayLike],
+    segments: Segments,
+    *,
+    guidance: tuple[ArrayLike, ArrayLike],
+    offset_noise: ArrayLike = 0.0,
     indices: ArrayLike | None = None,
     end: End = uniform_end,
 ) -> Draw:
@@ -54,31 +60,29 @@ def draw(
         key: the step's key.
         shape: of the latents, (B, h, w, C).
         segments: what `pad_segments` returns.
-        controls: as in `consistency_loss`.
+        guidance: the range that guidance scales are uniform over.
+        offset_noise: strength of a normal shift of each channel, added to eps.
         indices: (B,) integers that tell the samples apart; None for 0..B-1. Parts of a larger batch (gradient
             accumulation) pass their places in it.
         end: how t_end is chosen.
     """
-    bounds = {name: jnp.asarray(value, jnp.int32) for name, value in segments.items()}
-    low, high, offset = (
-        jnp.asarray(controls[name], jnp.float32) for name in ("guidance_min", "guidance_max", "offset_noise")
-    )
-
+    bounds = Segments(*(jnp.asarray(value, jnp.int32) for value in segments))
+    low, high, offset = (jnp.asarray(value, jnp.float32) for value in (*guidance, offset_noise))
     pixels, channels = math.prod(shape[1:-1]), shape[-1]
 
     def one(index: jax.Array) -> Draw:
         times_key, noise_key = jax.random.split(jax.random.fold_in(key, index))
         start, place, scale = jax.random.uniform(times_key, (3,))
-        n = below(start, bounds["count"])
-        t_b, t_prev = bounds["t_b"][n], bounds["t_prev"][n]
+        n = below(start, bounds.size)
+        t_b, t_prev = bounds.t_b[n], bounds.t_prev[n]
         noise = jax.random.normal(noise_key, (pixels + 1, channels))  # the last row is the offset noise
         return Draw(
-            t_n=bounds["t_n"][n],
+            t_n=bounds.t_n[n],
             t_prev=t_prev,
             t_end=end(place, t_b, t_prev),
             guidance=low + (high - low) * scale,
             eps=(noise[:-1] + offset * noise[-1:]).reshape(shape[1:]),
-            t_top=bounds["t_top"][n],
+            t_top=bounds.t_top[n],
         )
 
     places = jnp.arange(shape[0]) if indices is None else jnp.asarray(indices)
@@ -93,8 +97,10 @@ def columns(schedule: Schedule, t: jax.Array, like: jax.Array) -> tuple[jax.Arra
 
 def teacher_step(
     teacher_fn: Teacher, batch: Mapping[str, Any], drawn: Draw, schedule: Schedule
-) -> tuple[jax.Array, jax.Array]:
-    """The noised latents x_n and, without gradient, xhat = Psi(x_n, teacher, t_prev) (Eq. 1), float32 (B, h, w, C).
+) -> tuple[jax.Array, jax.Array, Any]:
+    """The noised latents x_n, xhat = Psi(x_n, teacher, t_prev) (Eq. 1) without gradient, and what the call gave beside.
+
+    Latents are float32 (B, h, w, C).
 
     Raises:
         UserError: a schedule that clips.
@@ -102,8 +108,8 @@ def teacher_step(
     if schedule.clip_sample:
         raise UserError("scheduler_config: clip_sample=true cannot be distilled, latents are not bounded")
     x_t = move(batch["latents"], drawn.eps, *columns(schedule, drawn.t_n, drawn.eps))
-    output = teacher_fn(x_t, drawn.t_n, batch["cond"], batch.get("uncond"), drawn.guidance)
-    return x_t, jax.lax.stop_gradient(psi(schedule, x_t, output, drawn.t_n, drawn.t_prev))
+    output, seen = teacher_fn(x_t, drawn.t_n, batch["cond"], batch.get("uncond"), drawn.guidance)
+    return x_t, jax.lax.stop_gradient(psi(schedule, x_t, output, drawn.t_n, drawn.t_prev)), seen
 
 
 def psi(schedule: Schedule, x: jax.Array, output: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
@@ -126,7 +132,7 @@ def tscd_pair(
     prediction = Psi(x_n, student, t_end);  target = sg(Psi(xhat, EMA, t_end))
     """
     t_n, t_prev, t_end = drawn.t_n, drawn.t_prev, drawn.t_end
-    x_t, x_prev = teacher_step(teacher_fn, batch, drawn, schedule)
+    x_t, x_prev, seen = teacher_step(teacher_fn, batch, drawn, schedule)
     prediction = psi(schedule, x_t, student_fn(x_t, t_n, batch["cond"]), t_n, t_end)
 
     def target_at_end() -> jax.Array:
@@ -135,4 +141,4 @@ def tscd_pair(
     # With N = k every segment is one solver step: the target is the teacher's, and the EMA's forward pass is spared.
     spared = jnp.all(t_end == t_prev)
     target = jax.lax.stop_gradient(jax.lax.cond(spared, lambda: x_prev, target_at_end))
-    return Pair(prediction, target, x_t, drawn, jnp.where(spared, 0.0, 1.0))
+    return Pair(prediction, target, x_t, drawn, jnp.where(spared, 0.0, 1.0), seen)

@@ -11,17 +11,16 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from hypersd_jax.config import AdapterStage, Config
+from hypersd_jax.config import Config, Sampling, StageConfig
 from hypersd_jax.evaluation import paired_margin
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages.appraisal import look
 from hypersd_jax.stages.baseline import Baseline, get_baseline
 from hypersd_jax.stages.comparison_report import OTHER_LATENTS, TEACHER, Outcome, steps_text, write_comparison
 from hypersd_jax.stages.evaluate_rows import Row
-from hypersd_jax.stages.export import is_whole, student_path
+from hypersd_jax.stages.export import student_path
 from hypersd_jax.stages.output import Output
 from hypersd_jax.stages.reference import MANY_STEPS, Measured, Reference, calls_of, draw, further_features, measure
-from hypersd_jax.stages.student import Sampling, compared_samplings
 
 
 def compare(
@@ -50,7 +49,7 @@ def compare(
     columns: dict[str, np.ndarray] = {f"teacher {MANY_STEPS} steps": baseline.reference.pictures.images[:shown]}
     rows = _teacher_rows(baseline)
     few = items[: max(shown, min(size, len(items)))]
-    samplings = [(stage, sampling) for stage in config.adapter_stages for sampling in compared_samplings(stage)]
+    samplings = [(stage, sampling) for stage in config.adapter_stages for sampling in stage.samplings]
     for stage, sampling in tqdm(samplings, desc="comparing", unit="student", disable=jax.process_index() != 0):
         steps = steps_text(sampling["steps"])
         if f"teacher {steps}" not in columns:
@@ -74,10 +73,10 @@ def compare(
 
 
 @contextlib.contextmanager
-def _with_student(pipe: Pipeline, output: Output, stage: AdapterStage) -> Iterator[Pipeline]:
+def _with_student(pipe: Pipeline, output: Output, stage: StageConfig) -> Iterator[Pipeline]:
     """The base under the stage's LoRA, as long as this lasts, or the model that the stage has written."""
     path = student_path(output, stage)
-    if is_whole(stage):
+    if stage.exports_model:
         yield Pipeline.from_pretrained(path, dtype=pipe.dtype, mesh=pipe.mesh)
         return
     pipe.load_lora(path, name=stage.name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,11 +14,10 @@ import jax
 import numpy as np
 
 from hypersd_jax.adapters import Adapter
-from hypersd_jax.config import AdapterStage, ConsistencyStage, ScoreStage, StageConfig
+from hypersd_jax.config import Sampling, StageConfig
 from hypersd_jax.diffusion import solver_table
 from hypersd_jax.errors import UserError
 from hypersd_jax.stages.output import Output
-from hypersd_jax.stages.student import Sampling, student_sampling
 from hypersd_jax.weights.components import Components
 from hypersd_jax.weights.folder import host
 from hypersd_jax.weights.lora import write_lora
@@ -27,23 +27,18 @@ from hypersd_jax.weights.model_folder import save_model
 UNIFIED_GRID = 50
 
 
-def is_whole(stage: AdapterStage) -> bool:
-    """Whether the stage hands on a whole UNet, not a LoRA."""
-    return isinstance(stage, ScoreStage) and stage.student == "unet"
-
-
-def student_path(output: Output, stage: AdapterStage) -> Path:
+def student_path(output: Output, stage: StageConfig) -> Path:
     """Where the stage's student is: a LoRA file, or a model folder."""
-    return output.models / stage.name if is_whole(stage) else output.loras / f"{stage.name}.safetensors"
+    return output.models / stage.name if stage.exports_model else output.loras / f"{stage.name}.safetensors"
 
 
-def sampling_header(stage: AdapterStage, scheduler_config: dict[str, Any]) -> dict[str, str]:
+def sampling_header(stage: StageConfig, scheduler_config: dict[str, Any]) -> dict[str, str]:
     """How the stage's student samples: by its own sampler, on the grid it was trained on.
 
     Raises:
         UserError: the sampler has no such steps on this model's schedule.
     """
-    sampling = student_sampling(stage)
+    sampling = stage.samplings[0]
     table = sampling_table(stage, sampling, scheduler_config)
     return {
         "steps": str(sampling["steps"]),
@@ -51,25 +46,19 @@ def sampling_header(stage: AdapterStage, scheduler_config: dict[str, Any]) -> di
         "timesteps": json.dumps([int(t) for t in table["timesteps"]]),
         "eta": str(sampling["eta"]),
         "guidance": str(sampling["guidance"]),
-        "original_inference_steps": str(_grid(stage)),
+        "original_inference_steps": str(stage.grid or UNIFIED_GRID),
     }
 
 
-def sampling_table(stage: AdapterStage, sampling: Sampling, scheduler_config: dict[str, Any]) -> Mapping[str, Any]:
+def sampling_table(stage: StageConfig, sampling: Sampling, scheduler_config: dict[str, Any]) -> Mapping[str, Any]:
     """The solver's table for one way of sampling the stage's student; raises UserError where it has none."""
     return solver_table(
         sampling["sampler"],
         sampling["steps"],
         eta=sampling["eta"],
-        scheduler_config={**scheduler_config, "original_inference_steps": _grid(stage)},
+        scheduler_config={**scheduler_config, "original_inference_steps": stage.grid or UNIFIED_GRID},
         timesteps=sampling["timesteps"],
     )
-
-
-def _grid(stage: AdapterStage) -> int:
-    if isinstance(stage, ConsistencyStage):
-        return stage.solver_steps
-    return stage.anchor.solver_steps if stage.anchor else UNIFIED_GRID
 
 
 def require_finite(weights: Any, stage: StageConfig) -> None:
@@ -86,18 +75,31 @@ def require_finite(weights: Any, stage: StageConfig) -> None:
             )
 
 
+def require_finite_images(images: np.ndarray, stage: StageConfig, name: str, *, last: bool) -> None:
+    """Say that pictures (N, H, W, 3) are not finite: a UserError of a stage's ``last`` ones, else a warning."""
+    bad = int(np.sum(~np.isfinite(images).all(axis=(1, 2, 3))))
+    if not bad:
+        return
+    what = f"{bad} of {len(images)} pictures that its student draws are not finite"
+    if last:
+        raise UserError(
+            f"stages.{stage.name}: {what}, so nothing of it is exported; lower stages.{stage.name}.learning_rate "
+            f"({stage.learning_rate:g}), and name another output_dir or delete this one"
+        )
+    warnings.warn(f"samples/{name}.png, stage {stage.name}: {what}", stacklevel=3)
+
+
 def export_student(
-    path: Path, adapter: Adapter, stage: AdapterStage, components: Components, *, base_fingerprint: str
+    path: Path, adapter: Adapter, stage: StageConfig, components: Components, *, base_fingerprint: str
 ) -> None:
     """Write the student in kohya layout, atomically."""
     for unfinished in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it wrote
         unfinished.unlink()
-    told = f"k={stage.k}" if isinstance(stage, ConsistencyStage) else f"times={list(stage.times)}"
     metadata = {
         **sampling_header(stage, dict(components.scheduler_config)),
         "base_fingerprint": base_fingerprint,
         "ss_base_model_version": _kohya_family(components),
-        "ss_training_comment": f"hypersd_jax {stage.kind} {told}",
+        "ss_training_comment": f"hypersd_jax {stage.summary}",
     }
     write_lora(path, {"unet": adapter}, layout="kohya", metadata=metadata, dtype=np.float32)
 

@@ -12,12 +12,12 @@ import numpy as np
 
 from hypersd_jax.config import LogConfig, StageConfig
 from hypersd_jax.errors import Interrupted, Terminated, UserError
+from hypersd_jax.stages.kinds import STUDENT
 from hypersd_jax.training import (
     LAG,
     Agreement,
     Checkpointer,
     MetricsLog,
-    OptimizerConfig,
     SkipWatch,
     Step,
     StopSignals,
@@ -26,24 +26,8 @@ from hypersd_jax.training import (
     check_facts,
 )
 
-# The streams of randomness of a run, told apart by what is folded into the seed's key.
-ADAPTER_STREAM, NOISE_STREAM, ENCODER_STREAM, FAKE_STREAM, PAIR_STREAM = range(5)
-
 SKIPPED_ROW = "skipped_in_a_row"
 """The fact of a checkpoint that says with how many skipped updates its state ends."""
-
-
-def optimizer_config(stage: StageConfig) -> OptimizerConfig:
-    """The stage's optimizer settings."""
-    return OptimizerConfig(
-        learning_rate=stage.learning_rate,
-        warmup_steps=stage.warmup,
-        schedule=stage.schedule,
-        beta1=stage.beta1,
-        beta2=stage.beta2,
-        weight_decay=stage.weight_decay,
-        clip_norm=stage.clip_norm,
-    )
 
 
 def require_even(stage: StageConfig, mesh: jax.sharding.Mesh) -> None:
@@ -63,11 +47,10 @@ def run_updates(
     folder: Path,
     facts: Callable[[int], dict[str, Any]],
     log: LogConfig,
-    make: Callable[[], Step],
+    step: Step,
     frozen: Any,
     batches: Callable[[int], Iterator[tuple[int, Any, float]]],
     key: jax.Array,
-    controls: Any,
     preview: Callable[[TrainState, int], None],
     mesh: jax.sharding.Mesh,
     stop: StopSignals,
@@ -83,13 +66,12 @@ def run_updates(
         folder: of the stage's checkpoints.
         facts: what a checkpoint says of itself where the stage has so many updates; one that was saved when the stage
             was shorter or longer may be resumed too.
-        log: how often to log, save and draw.
-        make: the compiled step; called only if there is an update to do.
+        log: how often to log, save and sample.
+        step: the training step; compiled only if there is an update to do.
         frozen: what the step reads and never changes.
         batches: (finished updates) -> (update number from 1, batch, seconds waited for it) from the next update on.
         key: of the stage's randomness.
-        controls: the stage's arrays.
-        preview: draws with a state after an update, on the way.
+        preview: samples with a state after an update, on the way.
         mesh: of the state.
         stop: the signals that have come.
 
@@ -113,7 +95,7 @@ def run_updates(
         stop.where = _where(stage, done, done)
         if done >= stage.updates:
             return state, done
-        step, fed = make(), batches(done)
+        fed = batches(done)
         skips = SkipWatch(
             stage.name,
             updates=stage.updates,
@@ -140,7 +122,7 @@ def run_updates(
                 for number, batch, waited in fed:
                     if number > done + 1:  # the first one compiles, for minutes, and there is nothing new to save
                         stop.hold()
-                    state, metrics = step(state, frozen, batch, key, controls)
+                    state, metrics = step(state, frozen, batch, key, stage)
                     stop.hold()
                     made, last = number, number == stage.updates
                     stop.where = _where(stage, made, done)
@@ -194,8 +176,8 @@ def saved_updates(found: Mapping[str, Any], updates: int) -> int:
 
 
 def chosen(stage: StageConfig, state: TrainState) -> Any:
-    """What the stage hands on: the moving average of the weights, or the weights."""
-    return state.ema if stage.export == "ema" else state.trainable
+    """What the stage hands on of its student: the moving average of the weights, or the weights."""
+    return (state.ema if stage.export == "ema" else state.trainable)[STUDENT]
 
 
 def process_rows(rows: int, micro: int) -> np.ndarray:
@@ -204,8 +186,3 @@ def process_rows(rows: int, micro: int) -> np.ndarray:
     share = places.shape[1] // jax.process_count()
     first = jax.process_index() * share
     return places[:, first : first + share]
-
-
-def stream(seed: int, stream: int, index: int) -> jax.Array:
-    """The key of one stream of a run's randomness, for the stage at this place."""
-    return jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), stream), index)

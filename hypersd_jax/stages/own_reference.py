@@ -16,13 +16,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from hypersd_jax.config import AdapterStage
+from hypersd_jax.config import StageConfig
 from hypersd_jax.evaluation import image_distance
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import reference
 from hypersd_jax.stages.appraisal import Appraiser, Pictures, look
 from hypersd_jax.stages.reference import Measured, Reference, calls_of, draw, kept_or_computed, measure
-from hypersd_jax.stages.student import compared_samplings
 
 # Of the reference's contents; part of its identity.
 FORMAT = 1
@@ -74,11 +73,11 @@ def own_reference(
     return dataclasses.replace(found, floor=floor, teachers=teachers)
 
 
-def few_samplings(stages: Sequence[AdapterStage], guidance: float) -> list[tuple[int, float]]:
+def few_samplings(stages: Sequence[StageConfig], guidance: float) -> list[tuple[int, float]]:
     """(steps, guidance) of the teacher at the students' steps, and at as many UNet calls, with guidance and without."""
     wanted = set()
     for stage in stages:
-        for sampling in compared_samplings(stage):
+        for sampling in stage.samplings:
             calls = calls_of(sampling["steps"], sampling["guidance"])
             wanted |= {sampling["steps"], calls} | ({calls // 2} if calls % 2 == 0 else set())
     scales = (guidance, 0.0) if guidance > 1 else (guidance,)

@@ -12,7 +12,7 @@ from pathlib import Path
 import jax
 from jax.experimental import multihost_utils
 
-from hypersd_jax.config import AdapterStage, Config, to_dict
+from hypersd_jax.config import Config, StageConfig, to_dict
 from hypersd_jax.errors import UserError, short
 from hypersd_jax.stages.export import student_path
 from hypersd_jax.stages.output import Output
@@ -33,7 +33,7 @@ def history(config: Config, count: int, base: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
 
 
-def of_length(config: Config, stage: AdapterStage, updates: int) -> Config:
+def of_length(config: Config, stage: StageConfig, updates: int) -> Config:
     """The configuration with another number of updates for one stage."""
     changed = dataclasses.replace(stage, updates=updates)
     stages = tuple(changed if each.name == stage.name else each for each in config.stages)
@@ -80,7 +80,7 @@ def require_run(config: Config) -> None:
         raise UserError(f"reuse: {config.reuse} is not a run's folder (config.yaml is missing)")
 
 
-def _is_finished(folder: Path, stage: AdapterStage, digest: str) -> bool:
+def _is_finished(folder: Path, stage: StageConfig, digest: str) -> bool:
     if not folder.is_dir():
         return False
     with Checkpointer(folder, read_only=True) as checkpoints:

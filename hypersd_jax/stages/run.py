@@ -2,45 +2,34 @@
 
 from __future__ import annotations
 
-import dataclasses
 import errno
 import sys
-from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from hypersd_jax.compilation import use_compilation_cache
-from hypersd_jax.config import AdapterStage, Config, ScoreStage, to_dict
+from hypersd_jax.config import Config, StageConfig, to_dict
 from hypersd_jax.data import open_prompts, open_source
 from hypersd_jax.errors import UserError
-from hypersd_jax.pipeline import Pipeline, parse_dtype
+from hypersd_jax.pipeline import parse_dtype
+from hypersd_jax.stages.base import StableDiffusion
 from hypersd_jax.stages.comparison import compare
+from hypersd_jax.stages.context import Run, fingerprints, open_inputs
 from hypersd_jax.stages.export import sampling_table, student_path
-from hypersd_jax.stages.feeding import Fed, Inputs, telling_of_cut_captions
+from hypersd_jax.stages.feeding import telling_of_cut_captions
 from hypersd_jax.stages.inputs import unconditional
-from hypersd_jax.stages.jobs import Factors, Job, Run, check_stage, fresh_factors, make_job, teachers
+from hypersd_jax.stages.kinds import STUDENT, kind_of, naming, training_step
 from hypersd_jax.stages.lock import FolderLock
-from hypersd_jax.stages.loop import (
-    ADAPTER_STREAM,
-    ENCODER_STREAM,
-    NOISE_STREAM,
-    PAIR_STREAM,
-    require_even,
-    run_updates,
-    stream,
-)
+from hypersd_jax.stages.loop import chosen, require_even, run_updates
 from hypersd_jax.stages.output import Output, create_output, open_output, set_aside
-from hypersd_jax.stages.pairs import again_and_again, make_pairs
-from hypersd_jax.stages.preview import finish, preview
 from hypersd_jax.stages.prompt_feeding import PromptInputs
 from hypersd_jax.stages.reuse import history, of_length, require_run, take_over
-from hypersd_jax.stages.student import compared_samplings
-from hypersd_jax.stages.whole import open_whole, train_whole
-from hypersd_jax.training import StopSignals, make_mesh, newest_step
+from hypersd_jax.stages.streams import Stream, stream
+from hypersd_jax.training import StopSignals, init_state, make_mesh, newest_step
 from hypersd_jax.weights.components import load_components
-from hypersd_jax.weights.folder import fingerprint
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What no check beforehand can find out."""
@@ -76,12 +65,6 @@ def _train(config: Config, command: str | None, stop: StopSignals) -> Path:
     output = open_output(config)
     if config.log.compilation_cache:
         use_compilation_cache()
-    if not config.adapter_stages:
-        whole = open_whole(config, output, stop)
-        create_output(output, config)
-        with telling_of_cut_captions(whole.prompts):
-            train_whole(whole)
-        return output.root
     run = open_run(config, output, stop)
     check_stages(run)
     require_run(config)
@@ -89,15 +72,11 @@ def _train(config: Config, command: str | None, stop: StopSignals) -> Path:
     taken = take_over(config, output, run.base_fingerprint)
     if taken and jax.process_index() == 0:
         print(f"taken over from {config.reuse}: {', '.join(taken)}", file=sys.stderr)
-    factors, run.scales = fresh_factors(run, ADAPTER_STREAM, 0)
-    students: dict[str, Factors] = {}
-    with telling_of_cut_captions(run.pipe.prompts):
-        for index, stage in enumerate(config.adapter_stages):
-            factors = run_stage(run, index, stage, factors, students)
-            if any(stage.name in teachers(later) for later in config.adapter_stages[index + 1 :]):
-                students[stage.name] = factors
-    del factors, students
-    if config.compared_samples:
+    with telling_of_cut_captions(run.base.prompts):
+        for index, stage in enumerate(config.active_stages):
+            run_stage(run, index, stage)
+    run.student, run.students = {}, {}
+    if config.adapter_stages and config.compared_samples:
         stop.where = "while it compared the students; the same command resumes there"
         prompts, base = run.preview_prompts, run.base_fingerprint
         compare(config, output, run.pipe, base, prompts=prompts, command=command)
@@ -105,42 +84,54 @@ def _train(config: Config, command: str | None, stop: StopSignals) -> Path:
 
 
 def open_run(config: Config, output: Output, stop: StopSignals | None = None) -> Run:
-    """Load the base and the data, and lay out the mesh."""
+    """Load the base and the data, and lay out the mesh.
+
+    Raises:
+        UserError: naming the key or file at fault.
+    """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
     dtype = parse_dtype(config.model.dtype)
-    components = load_components(config.model.source, dtype=dtype, remat=config.model.remat, mesh=mesh)
-    pipe = Pipeline(components, dtype=dtype, mesh=mesh)
-    resolution = config.data.resolution or pipe.native_size[0]
-    free = [isinstance(stage, ScoreStage) and stage.data_free for stage in config.adapter_stages]
-    pairs = prompts = None
-    if not all(free):
-        pairs = open_source(config.data, resolution=resolution, seed=config.seed, batch_size=config.batch_size)
+    adapters_alone = bool(config.adapter_stages)
+    own: dict[str, Any] = {}
+    if not adapters_alone:  # the weights themselves are trained, in float32
+        own = {"param_dtype": jnp.float32, "fresh": config.model.fresh, "seed": config.seed}
+    components = load_components(config.model.source, dtype=dtype, remat=config.model.remat, mesh=mesh, **own)
+    base = StableDiffusion(
+        components=components,
+        resolution=config.data.resolution,
+        dtype=dtype,
+        mesh=mesh,
+        remat=config.model.remat,
+    )
+    resolution = config.data.resolution or base.pipe.native_size[0]
+    source = prompts = None
+    if any(stage.reads_images for stage in config.active_stages):
+        source = open_source(config.data, resolution=resolution, seed=config.seed, batch_size=config.batch_size)
     elif config.data.cache is not None:
-        raise UserError("data.cache: no stage of this run reads pictures (data_free)")
-    if any(free):
+        raise UserError("data.cache: no stage of this run reads images (data_free)")
+    if not all(stage.reads_images for stage in config.active_stages):
         prompts = open_prompts(config.data, seed=config.seed)
-    texts = pairs or prompts
+    texts = source or prompts
     assert texts is not None
-    factor = components.vae_config.downscale
-    if resolution % factor:
-        raise UserError(f"data.resolution={resolution} must be a multiple of the autoencoder's {factor}")
-    return Run(
+    run = Run(
         config=config,
         output=output,
         mesh=mesh,
-        pipe=pipe,
+        base=base,
+        base_fingerprint=fingerprints(config, components),
         preview_prompts=tuple(texts.preview_prompts),
-        base_fingerprint=fingerprint(components.params["unet"]),
-        uncond=unconditional(components, pipe.prompts, dtype, mesh),
-        scales={},
-        inputs=Inputs(config, pairs, components, pipe.prompts, mesh, dtype) if pairs else None,
-        prompt_inputs=PromptInputs(prompts, components, pipe.prompts, mesh, dtype, resolution=resolution)
+        uncond=unconditional(components, base.prompts, dtype, mesh) if config.adapter_stages else None,
+        source=source,
+        inputs=open_inputs(config, source, base),
+        prompt_inputs=PromptInputs(prompts, components, base.prompts, mesh, dtype, resolution=resolution)
         if prompts
         else None,
-        latent_shape=(resolution // factor, resolution // factor, components.unet_config.in_channels),
-        steps={},
+        step=training_step(base, mesh),
         stop=stop or StopSignals(),
     )
+    if config.adapter_stages:
+        run.student, run.scales = run.fresh_factors(Stream.ADAPTER, 0)
+    return run
 
 
 def check_stages(run: Run) -> None:
@@ -149,90 +140,54 @@ def check_stages(run: Run) -> None:
     Raises:
         UserError: naming the stage and key.
     """
-    if run.pipe.components.unet_config.time_cond_proj_dim:
+    components = run.base.components
+    if run.config.adapter_stages and components.unet_config.time_cond_proj_dim:
         raise UserError("model: its UNet embeds the guidance scale (time_cond_proj_dim), which no stage trains yet")
-    if run.pipe.components.is_inpainting:
+    if run.config.adapter_stages and components.is_inpainting:
         raise UserError("model: an inpainting model (unet in_channels=9), which no stage trains")
-    for index, stage in enumerate(run.config.adapter_stages):
+    earlier: list[str] = []
+    for stage in run.config.active_stages:
         require_even(stage, run.mesh)
-        try:
-            check_stage(run, stage, [each.name for each in run.config.adapter_stages[:index]])
-            for sampling in compared_samplings(stage):
-                sampling_table(stage, sampling, dict(run.pipe.components.scheduler_config))
-        except UserError as error:
-            raise UserError(f"stages.{stage.name}.{error}") from None
+        kind_of(stage).check(run, stage, earlier)
+        with naming(f"stages.{stage.name}"):
+            for sampling in stage.samplings:
+                sampling_table(stage, sampling, dict(components.scheduler_config))
+        earlier.append(stage.name)
 
 
-def run_stage(run: Run, index: int, stage: AdapterStage, start: Factors, students: Mapping[str, Factors]) -> Any:
-    """Train one stage and export it; returns the exported factors, where the next stage starts, or the whole UNet.
-
-    Args:
-        run: what the stages share.
-        index: the stage's place, for its randomness and its data.
-        stage: its settings.
-        start: the previous student's factors, or in the first stage fresh ones.
-        students: those of earlier stages that a stage names as its teacher.
-    """
-    job = make_job(run, index, stage, start, students)
-    take, pairs = job.student, _pairs(run, index, stage, job)
+def run_stage(run: Run, index: int, stage: StageConfig) -> None:
+    """Train one stage, or what is left of it, and let it export and hand on what it has made."""
+    kind = kind_of(stage)
+    frozen = kind.frozen(run, stage)
+    folder = run.output.checkpoints(stage.name)
 
     def facts(updates: int) -> dict[str, Any]:
         config = of_length(run.config, stage, updates)
         return {
             "stage": stage.name,
             "base": run.base_fingerprint,
-            "settings": to_dict(config.adapter_stages[index]),
+            "settings": to_dict(config.active_stages[index]),
             "seed": run.config.seed,
             "history": history(config, index + 1, run.base_fingerprint),
         }
 
-    if (newest_step(run.output.checkpoints(stage.name)) or 0) < stage.updates:
+    if (newest_step(folder) or 0) < stage.updates:
         set_aside(run.output, student_path(run.output, stage), stage.name)
     state, done = run_updates(
         stage,
-        job.state,
+        init_state(kind.trainable(run, index, stage), stage, averaged=(STUDENT,), mesh=run.mesh),
         root=run.output.root,
-        folder=run.output.checkpoints(stage.name),
+        folder=folder,
         facts=facts,
         log=run.config.log,
-        make=job.make,
-        frozen=job.frozen,
-        batches=lambda done: _batches(run, index, stage, done) if pairs is None else pairs(done),
-        key=stream(run.config.seed, NOISE_STREAM, index),
-        controls=job.controls,
-        preview=lambda state, number: preview(run, stage, take(state), f"{stage.name}-{number:06d}"),
+        step=run.step,
+        frozen=frozen,
+        batches=lambda done: kind.batches(run, index, stage, frozen, done),
+        key=stream(run.config.seed, Stream.NOISE, index),
+        preview=lambda state, number: kind.preview(run, stage, chosen(stage, state), f"{stage.name}-{number:06d}"),
         mesh=run.mesh,
         stop=run.stop,
     )
-    student = take(state)
-    del state, job  # the optimizer's part, before anything is drawn
-    if done < stage.updates or not student_path(run.output, stage).exists():
-        finish(run, stage, student)
-    return student
-
-
-def _pairs(run: Run, index: int, stage: AdapterStage, job: Job) -> Callable[[int], Iterator[Fed]] | None:
-    """(finished updates) -> pairs from the stage's first batches, again and again; None where a stage has none."""
-    if not isinstance(stage, ScoreStage) or stage.regression is None or job.lead is None:
-        return None
-    few = dataclasses.replace(stage, updates=stage.regression.pairs // stage.batch_size)
-    key, order = jax.random.split(stream(run.config.seed, PAIR_STREAM, index))
-    settings: dict[str, Any] = {"batches": few.updates, "latent_shape": run.latent_shape, "mesh": run.mesh}
-    lead, frozen = job.lead, job.frozen
-
-    def again(done: int) -> Iterator[Fed]:
-        pairs = make_pairs(_batches(run, index, few, 0), lead, frozen, key=key, name=stage.name, **settings)
-        return again_and_again(pairs, updates=stage.updates, done=done, key=order)
-
-    return again
-
-
-def _batches(run: Run, index: int, stage: AdapterStage, done: int) -> Iterator[Fed]:
-    """The stage's batches from update ``done + 1`` on."""
-    before = sum(s.updates * s.batch_size for s in run.config.adapter_stages[:index])
-    key = stream(run.config.seed, ENCODER_STREAM, index)
-    if isinstance(stage, ScoreStage) and stage.data_free:
-        assert run.prompt_inputs is not None
-        return run.prompt_inputs.prompted(stage, before=before, done=done)
-    assert run.inputs is not None
-    return run.inputs.conditioned(stage, before=before, done=done, key=key)
+    student = chosen(stage, state)
+    del state  # the optimizer's part, before anything is sampled
+    kind.finish(run, stage, student, trained=done < stage.updates)

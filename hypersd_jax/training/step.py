@@ -1,17 +1,26 @@
-"""The training step: one compiled program from (state, frozen, batch, key, controls) to (state, metrics)."""
+"""The training step: one compiled program from (state, frozen, batch, key, settings) to (state, metrics).
+
+A step is a list of phases, taken in order: each says which models move, on what loss, and how often in a row. A
+consistency stage has one phase with one model; score distillation trains the fake-score model some times, then the
+student. All is one program, so that a checkpoint always falls between steps.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
+from jax.typing import ArrayLike
 
-from hypersd_jax.training.gradients import Metrics, advanced, compiled, joined, mean_gradient
-from hypersd_jax.training.optimizer import Controls, learning_rate_at
+from hypersd_jax.training.gradients import Metrics, mean_gradient
+from hypersd_jax.training.mesh import replicated
+from hypersd_jax.training.optimizer import learning_rate_at, make_optimizer
+from hypersd_jax.training.settings import Settings
 from hypersd_jax.training.shardings import tree_shardings
 from hypersd_jax.training.state import TrainState, moving_average
 
@@ -19,83 +28,138 @@ from hypersd_jax.training.state import TrainState, moving_average
 class LossFunction(Protocol):
     """A mean over the batch's rows, so that micro-batches average to the whole."""
 
-    def __call__(
-        self, trainable: Any, ema: Any, frozen: Any, batch: Any, key: jax.Array, controls: Controls
-    ) -> tuple[jax.Array, Metrics]:
-        """Return the scalar loss and a dict of scalars to log."""
+    def __call__(self, models: Any, ema: Any, frozen: Any, rows: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        """Return the scalar loss and a dict of scalars to log; ``models`` and ``ema`` are weights by model."""
 
 
 class Step(Protocol):
     """A jitted step; its first argument is donated."""
 
     def __call__(
-        self, state: TrainState, frozen: Any, batch: Any, key: jax.Array, controls: Controls
+        self, state: TrainState, frozen: Any, batch: Any, key: jax.Array, settings: Any
     ) -> tuple[TrainState, Metrics]:
         """Take one step and return the next state and the metrics, without waiting for the devices."""
 
-    def lower(self, state: Any, frozen: Any, batch: Any, key: Any, controls: Any) -> jax.stages.Lowered:
+    def lower(self, state: Any, frozen: Any, batch: Any, key: Any, settings: Any) -> jax.stages.Lowered:
         """Trace the step for abstract arguments, to compile it for devices that are not here."""
 
 
-def make_step(
-    loss_fn: LossFunction,
-    tx: optax.GradientTransformation,
-    state: TrainState,
-    frozen: Any,
-    *,
-    mesh: Mesh,
-    accumulate: int = 1,
-    compiler_options: Mapping[str, Any] | None = None,
-) -> Step:
-    """Compile-once training step.
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One kind of update within a step.
+
+    Attributes:
+        models: those whose weights it changes, with their learning rates after the warm-up; the first one of the last
+            phase is what the step's norms and rate are of.
+        loss: its loss, given all models' weights and differentiated in its own alone.
+        repeats: how often it is taken in a row, each time with other randomness on the same batch.
+    """
+
+    models: Mapping[str, ArrayLike]
+    loss: LossFunction
+    repeats: int = 1
+
+
+def make_step(phases: Callable[[Any], Sequence[Phase]], *, mesh: Mesh) -> Step:
+    """The training step of every stage whose phases ``phases`` makes; stages of equal choices share one program.
+
+    The step's arguments: state, from `init_state`; frozen, what is read and never changed; batch, whose leaves have
+    shape (accumulate, B, ...), split over the mesh along B, so that one micro-batch is in memory at a time; key; and
+    the stage's settings (`Settings`, registered by `step_argument`).
+
+    The only phase of a single model draws from `fold_in(key, state.step)`, and elsewhere phase i's r-th repetition from
+    `fold_in(fold_in(fold_in(key, state.step), i), r)`: the same after a restart and in every micro-batch. A loss tells
+    its rows apart by something in the batch, so that `accumulate` does not change what they draw.
+
+    A step with a loss or gradient that is not finite changes nothing but two counters: `skipped`, and `step`, so that
+    the next one draws other noise. Metrics: the losses' own (those of a repeated phase from its last time); loss,
+    grad_norm (before clipping), update_norm, param_norm and lr of the last phase's first model, ``MODEL_grad_norm`` of
+    the others, skipped (so far).
 
     Args:
-        loss_fn: the stage's loss.
-        tx: what turns gradients into the update before the learning rate (`make_optimizer`).
-        state: the state, or its shapes; fixes the shardings (`tree_shardings`), as does `frozen`.
-        frozen: the tree that is read and never changed, or its shapes.
-        mesh: from `make_mesh`.
-        accumulate: micro-batches per update. Every batch leaf has shape (accumulate, B, ...), split over the mesh
-            along B; the gradient is the mean over micro-batches, one of which is in memory at a time.
-        compiler_options: the backend's options for this program.
-
-    The step's randomness is `fold_in(key, state.step)`, the same after a restart and in every micro-batch: a loss tells
-    its rows apart by something in the batch, so that `accumulate` does not change what they draw. `controls` holds
-    `optimizer_controls` and `ema_decay` (0 keeps the average equal to the weights) beside what the loss reads.
-
-    A loss or gradient that is not finite changes nothing but two counters: `skipped`, and `step`, so that the
-    next step draws other noise. Metrics: the loss's own and loss, grad_norm (before clipping), update_norm,
-    param_norm, lr, skipped (so far).
+        phases: (settings as they are inside the step) -> phases in the order in which they are taken; the last one's
+            loss is the step's.
+        mesh: from `make_mesh`; the state stays split as `tree_shardings` says.
     """
-    state_shardings = tree_shardings(mesh, state)
 
     def step(
-        state: TrainState, frozen: Any, batch: Any, key: jax.Array, controls: Controls
+        state: TrainState, frozen: Any, batch: Any, key: jax.Array, settings: Settings
     ) -> tuple[TrainState, Metrics]:
+        taken = phases(settings)
+        alone = len(taken) == 1 and len(taken[0].models) == 1 and taken[0].repeats == 1
+        optimizer = make_optimizer(settings)
+        latest = {name: phase for phase in taken for name in phase.models}  # whose gradient norm is logged
+
+        def take(phase: Phase, weights: Any, moments: Any, key: jax.Array) -> Any:
+            """One update of a phase: new weights and moments, what it was like, and whether it was finite."""
+
+            def loss_of(moving: Any, rows: Any) -> tuple[jax.Array, Metrics]:
+                return phase.loss({**weights, **moving}, state.ema, frozen, rows, key)
+
+            moving = {name: weights[name] for name in phase.models}
+            grads, (loss, metrics) = mean_gradient(loss_of, moving, batch, mesh=mesh, accumulate=settings.accumulate)
+            finite, own = jnp.isfinite(loss), Metrics()
+            for place, (name, peak) in enumerate(phase.models.items()):
+                norm = optax.tree.norm(grads[name])
+                finite &= jnp.isfinite(norm)
+                rate = learning_rate_at(settings, peak, state.step)
+                directions, new_moments = optimizer.update(grads[name], moments[name], weights[name])
+                updates = jax.tree.map(lambda direction, rate=rate: -rate * direction, directions)
+                weights = {**weights, name: optax.apply_updates(weights[name], updates)}
+                moments = {**moments, name: new_moments}
+                if phase is taken[-1] and place == 0:
+                    own |= {"loss": loss, "grad_norm": norm, "update_norm": optax.tree.norm(updates), "lr": rate}
+                elif phase is latest[name]:
+                    own[f"{name}_grad_norm"] = norm
+            return weights, moments, _joined(own, metrics), finite
+
         key = jax.random.fold_in(key, state.step)
+        weights, moments = state.trainable, state.opt_state
+        finite, logged = jnp.bool_(True), Metrics()
+        for index, phase in enumerate(taken):
+            phase_key = key if alone else jax.random.fold_in(key, index)
 
-        def loss_of(trainable: Any, rows: Any) -> tuple[jax.Array, Metrics]:
-            return loss_fn(trainable, state.ema, frozen, rows, key, controls)
+            def once(carry: Any, number: jax.Array, phase: Phase = phase, phase_key: jax.Array = phase_key) -> Any:
+                weights, moments, finite = carry
+                here = phase_key if alone else jax.random.fold_in(phase_key, number)
+                weights, moments, metrics, good = take(phase, weights, moments, here)
+                return (weights, moments, finite & good), metrics
 
-        grads, (loss, metrics) = mean_gradient(loss_of, state.trainable, batch, mesh=mesh, accumulate=accumulate)
-        grad_norm = optax.tree.norm(grads)
-        rate = learning_rate_at(controls, state.step)
-        directions, opt_state = tx.update(grads, state.opt_state, state.trainable)
-        updates = jax.tree.map(lambda direction: -rate * direction, directions)
-        trainable = optax.apply_updates(state.trainable, updates)
-        ema = moving_average(state.ema, trainable, controls["ema_decay"])
+            carry = (weights, moments, finite)
+            if phase.repeats == 1:
+                (weights, moments, finite), metrics = once(carry, jnp.int32(0))
+            else:  # a loop, so that the phase is compiled once
+                (weights, moments, finite), all_of_them = jax.lax.scan(once, carry, jnp.arange(phase.repeats))
+                metrics = jax.tree.map(lambda each: each[-1], all_of_them)
+            logged = _joined(logged, metrics)
+        ema = moving_average(state.ema, {name: weights[name] for name in state.ema}, settings.ema)
+        new_state = _advanced(state, weights, moments, ema, finite)
+        new_state = jax.lax.with_sharding_constraint(new_state, tree_shardings(mesh, new_state))
+        first = next(iter(taken[-1].models))
+        logged["update_norm"] = jnp.where(finite, logged["update_norm"], 0.0)
+        own = {"param_norm": optax.tree.norm(new_state.trainable[first]), "skipped": new_state.skipped}
+        return new_state, jax.lax.with_sharding_constraint(_joined(own, logged), replicated(mesh))
 
-        finite = jnp.isfinite(loss) & jnp.isfinite(grad_norm)
+    return jax.jit(step, donate_argnums=0)
 
-        new_state = advanced(state, trainable, opt_state, ema, finite)
-        own = {
-            "loss": loss,
-            "grad_norm": grad_norm,
-            "update_norm": jnp.where(finite, optax.tree.norm(updates), 0.0),
-            "param_norm": optax.tree.norm(new_state.trainable),
-            "lr": rate,
-            "skipped": new_state.skipped,
-        }
-        return new_state, joined(own, metrics)
 
-    return compiled(step, state_shardings, frozen, mesh=mesh, options=compiler_options)
+def _advanced(state: TrainState, trainable: Any, opt_state: Any, ema: Any, finite: jax.Array) -> TrainState:
+    """The next state; where an update was not finite it changes nothing but the two counters."""
+
+    def keep_if_bad(new: Any, old: Any) -> Any:
+        return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
+
+    return TrainState(
+        step=state.step + 1,
+        trainable=keep_if_bad(trainable, state.trainable),
+        opt_state=keep_if_bad(opt_state, state.opt_state),
+        ema=keep_if_bad(ema, state.ema),
+        skipped=state.skipped + jnp.where(finite, 0, 1),
+    )
+
+
+def _joined(own: Metrics, metrics: Metrics) -> Metrics:
+    """Both; ValueError where they name the same metric."""
+    if clash := own.keys() & metrics.keys():
+        raise ValueError(f"the loss returns metrics that the step computes itself: {sorted(clash)}")
+    return own | metrics

@@ -13,6 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from hypersd_jax.stages.jobs import Job, Run, fresh_factors, make_job
+from hypersd_jax.stages.judging import Judge
+from hypersd_jax.stages.tscd import segments_of
 
 from hypersd_jax import adapters
 from hypersd_jax.conditioning import Conditioning
@@ -20,12 +23,9 @@ from hypersd_jax.config import Config, load_config
 from hypersd_jax.distill import METHODS, Draw, draw
 from hypersd_jax.models.unet import UNetConfig, unet
 from hypersd_jax.stages import run as stage_run
-from hypersd_jax.stages.jobs import Job, Run, fresh_factors, make_job
-from hypersd_jax.stages.judging import Judge
 from hypersd_jax.stages.loop import ADAPTER_STREAM, NOISE_STREAM, stream
 from hypersd_jax.stages.networks import broadcast
 from hypersd_jax.stages.output import create_output, open_output
-from hypersd_jax.stages.tscd import segments_of
 from hypersd_jax.training import Controls, Turn
 from hypersd_jax.weights.components import Components
 from hypersd_jax.weights.folder import save_params

@@ -10,13 +10,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypersd_jax.stages.jobs import stage_judge
+from hypersd_jax.stages.tscd import HEADS, STUDENT
 
 from hypersd_jax.distill import Draw
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import train, tscd
-from hypersd_jax.stages.jobs import stage_judge
 from hypersd_jax.stages.networks import broadcast
-from hypersd_jax.stages.tscd import HEADS, STUDENT
 from hypersd_jax.weights.tensors import open_tensors
 from tests.helpers.score_runs import (
     MIDDLE,

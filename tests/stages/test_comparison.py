@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypersd_jax.stages.student import compared_samplings, student_sampling
 from PIL import Image
 
 from hypersd_jax import adapters
@@ -46,7 +47,6 @@ from hypersd_jax.stages.reference import (
     load_reference,
     reference_identity,
 )
-from hypersd_jax.stages.student import compared_samplings, student_sampling
 from tests.helpers.lora_files import random_adapter
 from tests.helpers.tiny_model import tiny_model
 

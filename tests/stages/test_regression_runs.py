@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypersd_jax.stages.tscd import STUDENT
 
 from hypersd_jax.distill import draw_trajectory
 from hypersd_jax.stages import run as stage_run
 from hypersd_jax.stages import score
-from hypersd_jax.stages.tscd import STUDENT
 from tests.helpers.score_runs import (
     TOLERANCE,
     ByHand,

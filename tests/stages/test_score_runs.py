@@ -12,6 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypersd_jax.stages.jobs import stage_judge
+from hypersd_jax.stages.tscd import HEADS, STUDENT
 
 from hypersd_jax.config import load_config
 from hypersd_jax.distill import draw_trajectory
@@ -19,9 +21,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import run as stage_run
 from hypersd_jax.stages import score, train
-from hypersd_jax.stages.jobs import stage_judge
 from hypersd_jax.stages.output import Output, create_output
-from hypersd_jax.stages.tscd import HEADS, STUDENT
 from hypersd_jax.training import Checkpointer, abstract
 from hypersd_jax.weights.tensors import open_tensors
 from tests.helpers.score_runs import (

@@ -1,4 +1,4 @@
-"""Students drawn with while training, and written down after it."""
+"""A student under the frozen base, LoRA or whole: sampled from while it trains, exported after it, and handed on."""
 
 from __future__ import annotations
 
@@ -10,45 +10,48 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypersd_jax import adapters
-from hypersd_jax.config import AdapterStage, StageConfig
-from hypersd_jax.errors import UserError
+from hypersd_jax.config import StageConfig
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.pipeline.arguments import NotFiniteWarning
+from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.export import (
     export_model,
     export_student,
-    is_whole,
     require_finite,
+    require_finite_images,
     sampling_header,
     student_path,
     with_unet,
 )
-from hypersd_jax.stages.jobs import Run
 from hypersd_jax.stages.result_files import write_strips
-from hypersd_jax.stages.student import student_sampling
 from hypersd_jax.weights.folder import host
 
 NAME = "preview"
 
 
-def finish(run: Run, stage: AdapterStage, student: Any) -> None:
-    """Draw with the student, which also proves that it is not the base, and export it.
+def finish(run: Run, stage: StageConfig, student: Any, *, trained: bool) -> None:
+    """Sample with the student, which also proves that it is not the base, export it, and hand it on to the run.
 
     Raises:
-        UserError: its weights or its pictures are not finite, and nothing is exported.
+        UserError: its weights or its images are not finite, and nothing is exported.
     """
-    require_finite(student, stage)
-    preview(run, stage, student, stage.name, last=True)
     path = student_path(run.output, stage)
-    if is_whole(stage):
-        export_model(path, student, run.pipe.components)
-    else:
-        adapter = jax.tree.map(host, adapters.join(student, run.scales))
-        if jax.process_index() == 0:
-            export_student(path, adapter, stage, run.pipe.components, base_fingerprint=run.base_fingerprint)
+    if trained or not path.exists():
+        require_finite(student, stage)
+        preview(run, stage, student, stage.name, last=True)
+        if stage.exports_model:
+            export_model(path, student, run.pipe.components)
+        else:
+            adapter = jax.tree.map(host, adapters.join(student, run.scales))
+            if jax.process_index() == 0:
+                export_student(path, adapter, stage, run.pipe.components, base_fingerprint=run.base_fingerprint)
+    run.student = student
+    later = run.config.adapter_stages[[each.name for each in run.config.adapter_stages].index(stage.name) + 1 :]
+    if any(stage.name in each.teachers for each in later):
+        run.students[stage.name] = student
 
 
-def preview(run: Run, stage: AdapterStage, student: Any, name: str, *, last: bool = False) -> None:
+def preview(run: Run, stage: StageConfig, student: Any, name: str, *, last: bool = False) -> None:
     """Draw the data's first prompts with the student at its own step count: a strip of pictures, samples/NAME.png.
 
     The base draws them too, with the same program. Where they come out the same the student is changed so much that
@@ -58,7 +61,7 @@ def preview(run: Run, stage: AdapterStage, student: Any, name: str, *, last: boo
     Raises:
         UserError: the ``last`` preview of a stage has pictures that are not finite, while the base's are.
     """
-    untrained = None if is_whole(stage) else jax.tree.map(jnp.zeros_like, student)
+    untrained = None if stage.exports_model else jax.tree.map(jnp.zeros_like, student)
     images, base = _drawn(run, stage, student), _drawn(run, stage, untrained)
     require_finite_images(images, stage, name, last=last and bool(np.isfinite(base).all()))
     if np.array_equal(images, base, equal_nan=True):
@@ -73,29 +76,15 @@ def preview(run: Run, stage: AdapterStage, student: Any, name: str, *, last: boo
         write_strips(run.output.samples / f"{name}.png", [images], run.preview_prompts)
 
 
-def require_finite_images(images: np.ndarray, stage: StageConfig, name: str, *, last: bool) -> None:
-    """Say that pictures (N, H, W, 3) are not finite: a UserError of a stage's ``last`` ones, else a warning."""
-    bad = int(np.sum(~np.isfinite(images).all(axis=(1, 2, 3))))
-    if not bad:
-        return
-    what = f"{bad} of {len(images)} pictures that its student draws are not finite"
-    if last:
-        raise UserError(
-            f"stages.{stage.name}: {what}, so nothing of it is exported; lower stages.{stage.name}.learning_rate "
-            f"({stage.learning_rate:g}), and name another output_dir or delete this one"
-        )
-    warnings.warn(f"samples/{name}.png, stage {stage.name}: {what}", stacklevel=3)
-
-
-def _drawn(run: Run, stage: AdapterStage, student: Any) -> np.ndarray:
+def _drawn(run: Run, stage: StageConfig, student: Any) -> np.ndarray:
     """The pictures of a student's factors or whole UNet, or of the base (None)."""
     prompts = list(run.preview_prompts)
     # The comparison's batch size, so that both share their compiled programs.
     settings: dict[str, Any] = {"output": "np", "batch_size": run.config.evaluation.batch_size, "stepwise": True}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotFiniteWarning)  # `require_finite_images` says it with the stage's name
-        if is_whole(stage):
-            settings |= student_sampling(stage)
+        if stage.exports_model:
+            settings |= stage.samplings[0]
             pipe = run.pipe
             if student is not None:
                 pipe = Pipeline(with_unet(run.pipe.components, student), dtype=run.pipe.dtype, mesh=run.mesh)
@@ -108,11 +97,11 @@ def _drawn(run: Run, stage: AdapterStage, student: Any) -> np.ndarray:
             run.pipe.unload_lora(NAME)
 
 
-def _shaken(stage: AdapterStage, student: Any) -> Any:
+def _shaken(stage: StageConfig, student: Any) -> Any:
     """The student with noise of deviation 1 on all its factors, or on the vectors of a whole network."""
 
     def shake(path: Any, leaf: Any) -> Any:
-        if is_whole(stage) and leaf.ndim > 1:
+        if stage.exports_model and leaf.ndim > 1:
             return leaf
         random = np.random.default_rng(len(jax.tree_util.keystr(path)))
         return leaf + random.standard_normal(leaf.shape, np.float32).astype(leaf.dtype)

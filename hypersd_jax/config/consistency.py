@@ -1,12 +1,13 @@
-"""One class for each kind of stage."""
+"""What the stages of consistency distillation are told."""
 
 from __future__ import annotations
 
 import dataclasses
 from typing import Literal
 
-from hypersd_jax.config.score import AdversarialConfig, ScoreStage
-from hypersd_jax.config.stage import StageConfig
+from hypersd_jax.config.adversarial import AdversarialConfig
+from hypersd_jax.config.fields import derived, outside, static
+from hypersd_jax.config.stage import Sampling, StageConfig
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -33,16 +34,16 @@ class ConsistencyStage(StageConfig):
     k: int
     solver_steps: int = 40
     guidance: tuple[float, float] = (3.0, 8.0)
-    teacher: Literal["base", "previous"] = "base"
+    teacher: Literal["base", "previous"] = outside("base")
     distance: Literal["mse", "pseudo_huber"] = "mse"
-    huber_c: float = 0.001
+    huber_c: float = static(0.001)
     distance_weight: float = 1.0
     adversarial: AdversarialConfig | None = None
     offset_noise: float = 0.0
     prompt_dropout: float = 0.0
-    sampler: Literal["auto", "ddim", "tcd", "lcm"] = "auto"
-    eta: float = 0.0
-    sample_guidance: float = 0.0
+    sampler: Literal["auto", "ddim", "tcd", "lcm"] = outside("auto")
+    eta: float = outside(0.0)
+    sample_guidance: float = outside(0.0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -73,59 +74,43 @@ class ConsistencyStage(StageConfig):
         if self.sampler == "auto":  # settled here, so that the run's record says which
             object.__setattr__(self, "sampler", {"tcd": "tcd", "lcm": "lcm"}.get(self.kind, "ddim"))
 
+    @derived
+    def guided(self) -> bool:
+        """Whether the base, as a teacher, is guided."""
+        return self.guidance != (1.0, 1.0)
+
+    @derived
+    def drops(self) -> bool:
+        """Whether some samples lose their prompt."""
+        return self.prompt_dropout > 0
+
     @property
-    def learns_nothing(self) -> bool:
-        """Whether a student that starts at the base is there already: t_end is t_{n-1}, which its own step reaches."""
-        return self.kind != "lcm" and self.solver_steps == self.k and self.guidance == (1.0, 1.0)
+    def learns_nothing(self) -> str | None:
+        """t_end is t_{n-1}, which the student's own step reaches."""
+        if self.kind == "lcm" or self.solver_steps != self.k or self.guided:
+            return None
+        return (
+            "with guidance [1, 1] and solver_steps = k the base takes the teacher's step already, and there is nothing "
+            f"to learn; solver_steps must be above {self.k}"
+        )
 
+    @property
+    def summary(self) -> str:
+        return f"{self.kind} k={self.k}"
 
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class AutoencoderStage(StageConfig):
-    """Training of the autoencoder: L1 between picture and reconstruction, plus weighted terms.
+    @property
+    def grid(self) -> int:
+        return self.solver_steps
 
-    ``part`` is ``all`` of it, or ``decoder``: the latents stay what they were, and with them every UNet that was
-    trained on them (the released "ft-mse" autoencoders of SD 1.x were made so).
-    ``gradient_weight`` is of the L1 between their horizontal and vertical differences, which keeps edges sharp;
-    ``kl_weight`` of the Kullback-Leibler divergence of the latents from N(0, I), a number of a picture's latents, which
-    the decoder alone does not change.
-    """
-
-    kind: Literal["autoencoder"]
-    part: Literal["all", "decoder"] = "all"
-    gradient_weight: float = 1.0
-    kl_weight: float = 1e-6
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.gradient_weight < 0 or self.kl_weight < 0:
-            raise ValueError("gradient_weight and kl_weight must not be negative")
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TeacherStage(StageConfig):
-    """Ordinary training of UNet and text encoder to predict noise, or what the scheduler's prediction type says.
-
-    ``prediction_type`` makes it another from this stage on, which the model that comes out says of itself: weights that
-    predict epsilon are fine-tuned to predict v, which needs no division by alpha at the noisy end (arXiv 2202.00512,
-    section 4). ``snr_gamma`` is min-SNR weighting's gamma (arXiv 2303.09556; null weighs all times alike);
-    ``prompt_dropout`` is the share of pictures that are shown without their caption, for classifier-free guidance.
-    """
-
-    kind: Literal["teacher"]
-    prediction_type: Literal["epsilon", "v_prediction", "sample"] | None = None
-    snr_gamma: float | None = 5.0
-    prompt_dropout: float = 0.1
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.snr_gamma is not None and self.snr_gamma <= 0:
-            raise ValueError(f"snr_gamma must be above 0, not {self.snr_gamma}")
-        if not 0.0 <= self.prompt_dropout < 1.0:
-            raise ValueError(f"prompt_dropout must lie in [0, 1), not {self.prompt_dropout}")
-
-
-AdapterStage = ConsistencyStage | ScoreStage
-"""Those that start from a frozen base."""
-
-AnyStage = ConsistencyStage | ScoreStage | AutoencoderStage | TeacherStage
-"""Told apart by ``kind``; without one it is the first."""
+    @property
+    def samplings(self) -> tuple[Sampling, ...]:
+        """A step for each segment."""
+        return (
+            {
+                "steps": self.k,
+                "sampler": self.sampler,
+                "eta": self.eta,
+                "guidance": self.sample_guidance,
+                "timesteps": None,
+            },
+        )

@@ -1,0 +1,239 @@
+"""What the stages are told that train a student on its own samples: score distillation, and regression alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from hypersd_jax.config.adversarial import AdversarialConfig
+from hypersd_jax.config.fields import derived, outside, static
+from hypersd_jax.config.stage import Sampling, StageConfig
+
+LATEST = 999  # of 1000 training times
+BASE, PREVIOUS = TEACHERS = ("base", "previous")
+"""Teachers that are no stage's name."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RegressionConfig:
+    """The MSE between a one-step student and where a many-step model leads from the same noise (Hyper-SD, 3.3).
+
+    ``teacher``: the name of an earlier stage, whose student has absorbed its guidance already; ``previous``, the
+    stage's own start; or ``base``, with the stage's guidance. ``steps`` of its DDIM trajectory. ``path_weight`` is
+    of the MSE at a second point: the student's own deterministic step has led to a time of ``path_range`` (shares of
+    the training times), and from there it is to find the same end, so that more steps correct the first. ``pairs``, a
+    multiple of the batch, is how many samples' noise and end are computed once and gone over again, as DMD's are; 0
+    computes every update's anew.
+    """
+
+    weight: float = 0.25
+    path_weight: float = 0.0
+    path_range: tuple[float, float] = (0.1, 0.9)
+    pairs: int = outside(0)
+    teacher: str = outside("previous")
+    steps: int = static(8)
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ValueError(f"weight must be above 0, not {self.weight}")
+        if self.path_weight < 0:
+            raise ValueError(f"path_weight must not be negative, not {self.path_weight}")
+        low, high = self.path_range
+        if not 0.0 <= low < high <= 1.0:
+            raise ValueError(f"path_range must be [low, high] with 0 <= low < high <= 1, not [{low}, {high}]")
+        if self.path_range != type(self).path_range and not self.path_weight:
+            raise ValueError("path_range is read only beside a path_weight above 0")
+        if self.pairs < 0:
+            raise ValueError(f"pairs must not be negative, not {self.pairs}")
+        if self.steps < 1:
+            raise ValueError(f"steps must be at least 1, not {self.steps}")
+
+    @derived
+    def from_base(self) -> bool:
+        """Whether its teacher is the base, with the stage's guidance."""
+        return self.teacher == BASE
+
+    @derived
+    def follows_path(self) -> bool:
+        """Whether there is a second point."""
+        return self.path_weight > 0
+
+    @derived
+    def paired(self) -> bool:
+        """Whether the batches bring noise and end along."""
+        return self.pairs > 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class AnchorConfig:
+    """TSCD's loss of one segment, kept on beside score distillation so that the student stays good at more steps.
+
+    ``solver_steps`` is its grid; ``teacher``, of its solver steps, as in `RegressionConfig`.
+    """
+
+    weight: float = 1.0
+    solver_steps: int = 50
+    teacher: str = outside("base")
+
+    def __post_init__(self) -> None:
+        if self.weight <= 0:
+            raise ValueError(f"weight must be above 0, not {self.weight}")
+        if self.solver_steps < 1:
+            raise ValueError(f"solver_steps must be at least 1, not {self.solver_steps}")
+
+    @derived
+    def from_base(self) -> bool:
+        """Whether its teacher is the base, with the stage's guidance."""
+        return self.teacher == BASE
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class GeneratorStage(StageConfig):
+    """What the two kinds share that train a student, a LoRA or a whole UNet, on samples that it makes from noise.
+
+    ``times`` are the student's input times, 999 for a unified LoRA, 800 for Hyper-SD's one-step UNet. ``student``:
+    ``lora``, or ``unet`` for the whole UNet with float32 master weights, with what came before merged into it; such a
+    stage must be the last. ``guidance`` is the base's, where the base is a teacher. ``data_free`` reads prompts alone:
+    the anchor then stands on the student's own samples. ``steps`` are the step counts that the student is sampled and
+    compared at, with ``sampler`` and ``eta``; empty is the number of ``times``. ``auto`` is lcm for a UNet and for
+    DMD2's few steps, which are trained with fresh noise between them, and else tcd.
+    """
+
+    student: Literal["lora", "unet"] = "lora"
+    times: tuple[int, ...] = (LATEST,)
+    guidance: float = 3.0
+    regression: RegressionConfig | None = None
+    anchor: AnchorConfig | None = None
+    data_free: bool = False
+    steps: tuple[int, ...] = outside(())
+    sampler: Literal["auto", "ddim", "tcd", "lcm"] = outside("auto")
+    eta: float = outside(0.0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not self.times or any(later >= earlier for earlier, later in zip(self.times, self.times[1:], strict=False)):
+            raise ValueError(f"times must fall, not {list(self.times)}")
+        if self.times[-1] < 1:
+            raise ValueError(f"times must be at least 1, not {self.times[-1]}")
+        if not self.steps:
+            object.__setattr__(self, "steps", (len(self.times),))
+        if min(self.steps) < 1:
+            raise ValueError(f"steps must be counts of at least 1, not {list(self.steps)}")
+        if self.guidance < 1:
+            raise ValueError(f"guidance must be at least 1, which is off, not {self.guidance}")
+        if not 0.0 <= self.eta <= 1.0:
+            raise ValueError(f"eta must lie in 0..1, not {self.eta}")
+        if self.regression and len(self.times) > 1:
+            raise ValueError("regression is of a one-step student; times must be one")
+        if self.regression and self.regression.pairs % self.batch_size:
+            raise ValueError(f"regression.pairs must be a multiple of batch_size={self.batch_size}")
+        if self.regression and self.regression.pairs > self.updates * self.batch_size:
+            raise ValueError("regression.pairs: more than the stage's updates come to")
+        if self.sampler == "auto":  # settled here, so that the run's record says which
+            object.__setattr__(self, "sampler", "lcm" if self.exports_model or self.noises_afresh else "tcd")
+        if self.exports_model and (self.sampler != "lcm" or self.steps != (len(self.times),)):
+            raise ValueError("student=unet is sampled with lcm at its own times: steps must be their number")
+
+    @property
+    def noises_afresh(self) -> bool:
+        """Whether the student is trained with fresh noise between several steps."""
+        return len(self.times) > 1
+
+    @derived
+    def guided(self) -> bool:
+        """Whether the base, as a teacher, is guided."""
+        return self.guidance > 1.0
+
+    @property
+    def summary(self) -> str:
+        return f"{self.kind} times={list(self.times)}"
+
+    @property
+    def reads_images(self) -> bool:
+        return not self.data_free
+
+    @property
+    def exports_model(self) -> bool:
+        return self.student == "unet"
+
+    @property
+    def teachers(self) -> frozenset[str]:
+        return frozenset(settings.teacher for settings in (self.regression, self.anchor) if settings)
+
+    @property
+    def grid(self) -> int | None:
+        return self.anchor.solver_steps if self.anchor else None
+
+    @property
+    def samplings(self) -> tuple[Sampling, ...]:
+        """Unguided; as many steps as the student was trained with are taken at its own times."""
+        return tuple(
+            {
+                "steps": steps,
+                "sampler": self.sampler,
+                "eta": self.eta,
+                "guidance": 0.0,
+                "timesteps": self.times if steps == len(self.times) else None,
+            }
+            for steps in self.steps
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScoreStage(GeneratorStage):
+    """Score distillation (Hyper-SD, arXiv 2404.13686, section 3.3) of the student that the stages before have made.
+
+    ``kind``: ``dmd`` (one of ``times``: arXiv 2311.18828; several: DMD2's few steps, arXiv 2405.14867) or ``tdm``
+    (arXiv 2503.06674: the points of the student's deterministic trajectory are matched, each over its own times).
+    ``guidance`` is the real score's. One update of the student follows ``fake_updates`` of the fake-score model, a LoRA
+    of its own that starts at zero. ``time_range`` is what samples are noised to, as shares of the training times. A
+    ``weight`` of 0 leaves the adversarial term alone.
+    """
+
+    kind: Literal["dmd", "tdm"]
+    weight: float = 1.0
+    time_range: tuple[float, float] = (0.02, 0.98)
+    fake_updates: int = static(5)
+    fake_learning_rate: float = 1e-4
+    adversarial: AdversarialConfig | None = None
+
+    def __post_init__(self) -> None:
+        low, high = self.time_range
+        if not 0.0 <= low < high <= 1.0:
+            raise ValueError(f"time_range must be [low, high] with 0 <= low < high <= 1, not [{low}, {high}]")
+        if self.weight < 0:
+            raise ValueError(f"weight must not be negative, not {self.weight}")
+        if self.weight == 0 and not self.adversarial:
+            raise ValueError("weight=0 leaves nothing to match; without the score term the stage is kind=regression")
+        super().__post_init__()
+        if self.kind == "tdm" and len(self.times) > 1 and self.times[1] > round(high * LATEST):
+            raise ValueError("times: only the first may lie above time_range, to whose times samples are noised on")
+        if self.fake_updates < 1 or self.fake_learning_rate <= 0:
+            raise ValueError("fake_updates must be at least 1 and fake_learning_rate above 0")
+        if self.adversarial and self.adversarial.features == "pair":
+            raise ValueError("adversarial.features=pair is of consistency stages; here: mid, encoder or all")
+        if self.adversarial and self.adversarial.updates != 1:
+            raise ValueError("adversarial.updates: here the heads are trained with the fake model (fake_updates)")
+        if self.data_free and self.adversarial:
+            raise ValueError("data_free: an adversarial term needs images")
+        if self.kind == "tdm" and self.student == "unet":
+            raise ValueError("kind=tdm: its steps are deterministic, and a UNet's are sampled with lcm")
+
+    @property
+    def noises_afresh(self) -> bool:
+        return self.kind == "dmd" and len(self.times) > 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RegressionStage(GeneratorStage):
+    """A student that learns where a many-step teacher leads from the same noise, from its anchor, or from both.
+
+    What is left of score distillation without the score: no fake-score model is trained.
+    """
+
+    kind: Literal["regression"]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not (self.regression or self.anchor):
+            raise ValueError("regression or anchor is needed: without them there is nothing to train on")

@@ -1,0 +1,148 @@
+"""Discriminators: heads on the frozen base's features, and the adversarial term of a consistency stage.
+
+The student's gradient runs through the frozen features and the heads; the heads' own gradient stops at the features,
+which are computed with gradient all the same: without, whole runs have been left without an adversarial signal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from hypersd_jax.config import AdversarialConfig
+from hypersd_jax.distill import (
+    Pair,
+    accuracy,
+    below,
+    discriminator_loss,
+    finite_difference_r1,
+    generator_loss,
+    renoise,
+)
+from hypersd_jax.models.functional import Network
+from hypersd_jax.stages.base import Base, Features
+from hypersd_jax.stages.networks import HALF, Networks
+from hypersd_jax.stages.streams import Draw, drawn_from
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Discriminator:
+    """A stage's settings, the blocks whose features are read, and the heads on them."""
+
+    config: AdversarialConfig
+    taps: tuple[str, ...]
+    heads: Network
+    cost: float
+
+    def logits(self, params: Any, features: Features) -> dict[str, jax.Array]:
+        """What the heads say of features (B, h, w, C) by tap: (B, h', w', 1) by tap."""
+        found: dict[str, jax.Array] = self.heads(params, features)
+        return found
+
+    def student_term(self, params: Any, features: Features) -> jax.Array:
+        """What the student minimises, unweighted; the gradient runs through the features alone."""
+        return generator_loss(self.config.loss, self.logits(params, features))
+
+    def loss(
+        self, params: Any, real: Features, fake: Features, perturbed: Features | None
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """The heads' own loss on features that are taken as given, and its metrics.
+
+        ``perturbed`` are those of `finite_difference_r1`, where there is a penalty.
+        """
+        real, fake, perturbed = jax.lax.stop_gradient((real, fake, perturbed))
+        of_real, of_fake = self.logits(params, real), self.logits(params, fake)
+        loss = discriminator_loss(self.config.loss, of_real, of_fake)
+        metrics = {"discriminator": loss, "accuracy": accuracy(of_real, of_fake)}
+        if perturbed is not None:
+            slope = finite_difference_r1(of_real, self.logits(params, perturbed), self.config.r1_sigma)
+            loss = loss + self.config.r1_weight * slope
+            metrics["r1"] = slope
+        return loss, metrics
+
+
+def make_discriminator(base: Base, config: AdversarialConfig | None) -> Discriminator | None:
+    """That of a stage, where it has one; UserError where the base has no such features."""
+    if config is None:
+        return None
+    taps, heads = base.discriminator(config.features)
+    return Discriminator(config=config, taps=taps, heads=heads, cost=HALF if base.is_partial(taps) else 1.0)
+
+
+def pair_term(
+    discriminator: Discriminator,
+    nets: Networks,
+    params: Any,
+    cond: Any,
+    key: jax.Array,
+    places: jax.Array,
+    *,
+    alone: bool,
+) -> Callable[[Pair], tuple[jax.Array, dict[str, jax.Array]]]:
+    """The adversarial term of a consistency pair: the student's prediction is the fake side, the target the real one.
+
+    Both are noised on, each to the same time t' uniform over t_end..t_top, which lies inside the segment (PCM).
+
+    Args:
+        discriminator: from `make_discriminator`.
+        nets: the base.
+        params: the heads'.
+        cond: the captions'.
+        key: the step's key.
+        places: the rows' indices.
+        alone: only the heads' loss, for a phase in which the student stands still.
+
+    Returns:
+        pair -> (term, metrics): the student's weighted loss plus the heads' own.
+    """
+    config = discriminator.config
+
+    def term(pair: Pair) -> tuple[jax.Array, dict[str, jax.Array]]:
+        t_end, t_top = pair.draw.t_end, pair.draw.t_top
+        uniform, noises = _draw(drawn_from(key, Draw.DISCRIMINATOR), places, pair.prediction.shape[1:])
+        t = t_end + below(uniform, t_top - t_end + 1)
+        fake = renoise(nets.base.schedule, pair.prediction, t_end, t, noises[0])
+        real = renoise(nets.base.schedule, pair.target, t_end, t, noises[1])
+        start: Features = {}
+        if config.features == "pair":
+            start = pair.seen or nets.tapped(pair.x_t, pair.draw.t_n, cond, discriminator.taps)[1]
+
+        def seen(x: jax.Array) -> Features:
+            return _beside(nets.tapped(x, t, cond, discriminator.taps)[1], start)
+
+        seen_fake, seen_real = seen(fake), seen(real)
+        perturbed = seen(real + config.r1_sigma * noises[2]) if config.r1 else None
+        own, metrics = discriminator.loss(params, seen_real, seen_fake, perturbed)
+        if alone:
+            return own, metrics
+        student = discriminator.student_term(jax.lax.stop_gradient(params), seen_fake)
+        return config.weight * student + own, {**metrics, "generator": student}
+
+    return term
+
+
+def pair_calls(discriminator: Discriminator, *, start_is_known: bool) -> float:
+    """The base's calls of `pair_term`, a sample; ``start_is_known``: the teacher's own call gives a pair's start."""
+    sides = 3 if discriminator.config.r1 else 2
+    start = discriminator.config.features == "pair" and not start_is_known
+    return discriminator.cost * (sides + start)
+
+
+def _beside(features: Features, start: Features) -> Features:
+    """Features with those of the step's start beside them on the channels, where there are any."""
+    return {tap: jnp.concatenate([value, start[tap]], axis=-1) if start else value for tap, value in features.items()}
+
+
+def _draw(key: jax.Array, places: jax.Array, shape: tuple[int, ...]) -> tuple[jax.Array, jax.Array]:
+    """A number in [0, 1) for each row (B,), and three latents of noise (3, B, h, w, C); by (key, place) alone."""
+
+    def one(place: jax.Array) -> tuple[jax.Array, jax.Array]:
+        time_key, noise_key = jax.random.split(jax.random.fold_in(key, place))
+        return jax.random.uniform(time_key), jax.random.normal(noise_key, (3, *shape))
+
+    uniform, noises = jax.vmap(one)(places)
+    return uniform, jnp.moveaxis(noises, 1, 0)

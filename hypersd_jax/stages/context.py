@@ -1,0 +1,120 @@
+"""What the stages of one run share: the base, the data, and what the stages before have made."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+
+from hypersd_jax import adapters
+from hypersd_jax.adapters import Adapter
+from hypersd_jax.conditioning import Conditioning
+from hypersd_jax.config import BASE, PREVIOUS, Config
+from hypersd_jax.data import Source
+from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.stages.base import StableDiffusion
+from hypersd_jax.stages.feeding import Inputs
+from hypersd_jax.stages.kinds import training_step
+from hypersd_jax.stages.output import Output
+from hypersd_jax.stages.prompt_feeding import PromptInputs
+from hypersd_jax.stages.streams import Stream, stream
+from hypersd_jax.training import Step, StopSignals
+from hypersd_jax.weights.components import Components
+from hypersd_jax.weights.folder import fingerprint
+
+Factors = dict[str, dict[str, jax.Array]]
+"""An adapter's trained part: down and up by module."""
+
+
+@dataclasses.dataclass(kw_only=True)
+class Run:
+    """One run; a stage changes what it hands on.
+
+    Attributes:
+        config: the whole configuration.
+        output: its folder.
+        mesh: of the devices.
+        base: the model as the stages see it.
+        base_fingerprint: of the weights that the next stage starts from.
+        preview_prompts: the data's first ones.
+        uncond: the unconditional, one row.
+        source: images and captions, where a stage reads them.
+        inputs: how they become latents and conditioning.
+        prompt_inputs: how prompts alone do, where a stage reads them alone.
+        scales: of the student's factors.
+        student: the factors that the next stage starts from.
+        students: those of earlier stages, by name, as far as a later stage names them.
+        step: the training step of all stages.
+        stop: the signals that have come.
+    """
+
+    config: Config
+    output: Output
+    mesh: Mesh
+    base: StableDiffusion
+    base_fingerprint: Any
+    preview_prompts: tuple[str, ...]
+    uncond: Conditioning | None
+    source: Source | None
+    inputs: Inputs | None
+    prompt_inputs: PromptInputs | None
+    step: Step
+    stop: StopSignals
+    scales: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    student: Factors = dataclasses.field(default_factory=dict)
+    students: dict[str, Factors] = dataclasses.field(default_factory=dict)
+
+    @property
+    def pipe(self) -> Pipeline:
+        """The base as it is sampled from."""
+        return self.base.pipe
+
+    def go_on_with(self, components: Components) -> None:
+        """Let the stages that follow start from another model of the same structure."""
+        self.base = self.base.around(components)
+        self.base_fingerprint = fingerprints(self.config, components)
+        self.inputs = open_inputs(self.config, self.source, self.base)
+        self.step = training_step(self.base, self.mesh)
+
+    @property
+    def grid_length(self) -> int:
+        """The longest solver grid of the run; shorter ones are padded to it, so that stages share one program."""
+        return max((stage.grid or 1 for stage in self.config.adapter_stages), default=1)
+
+    def fresh_factors(self, name: Stream, index: int) -> tuple[Factors, dict[str, jax.Array]]:
+        """New factors, whose output is zero, and their scales; drawn from a stream for the stage at this place."""
+        lora = self.config.lora
+        adapter = self.base.fresh_adapter(stream(self.config.seed, name, index), rank=lora.rank, alpha=lora.alpha)
+        factors, scales = jax.tree.map(jax.numpy.asarray, adapters.split(adapter))
+        return factors, scales
+
+    def teacher(self, name: str) -> Adapter:
+        """The adapter of a teacher: BASE, PREVIOUS, or the name of an earlier stage. The base's is empty."""
+        if name == BASE:
+            return {}
+        return adapters.join(self.student if name == PREVIOUS else self.students[name], self.scales)
+
+    def images_before(self, index: int) -> int:
+        """How many images the stages before this place have read."""
+        return sum(stage.updates * stage.batch_size for stage in self.config.active_stages[:index])
+
+
+def fingerprints(config: Config, components: Components) -> Any:
+    """Of the weights that the stages start from: the UNet's, or where weights are trained, those of every component."""
+    if config.adapter_stages:
+        return fingerprint(components.params["unet"])
+    return {name: fingerprint(part) for name, part in components.params.items()}
+
+
+def open_inputs(config: Config, source: Source | None, base: StableDiffusion) -> Inputs | None:
+    """How the run's images become latents and conditioning; None where no stage reads any.
+
+    Raises:
+        UserError: the cache is missing, unfinished, or of another model.
+    """
+    if source is None:
+        return None
+    trained = () if config.adapter_stages else tuple(base.components.text_encoders)
+    return Inputs(config, source, base.components, base.prompts, base.mesh, base.dtype, trained=trained)

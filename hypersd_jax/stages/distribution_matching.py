@@ -1,0 +1,142 @@
+"""Score distillation: DMD, DMD2 and TDM (Hyper-SD, arXiv 2404.13686, section 3.3; `docs/method.md`).
+
+Real score: the guided base. Fake score: the base under a LoRA of its own. Student: the base under its LoRA, or a whole
+network of its own. A step is some updates of the fake-score model, and of the discriminator on its features, then one
+of the student.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from hypersd_jax.adapters import join
+from hypersd_jax.config import ScoreStage
+from hypersd_jax.diffusion import move
+from hypersd_jax.distill import columns, fake_loss, noised, score_term
+from hypersd_jax.stages import adapter_student, generator
+from hypersd_jax.stages.adversarial import make_discriminator
+from hypersd_jax.stages.base import Base
+from hypersd_jax.stages.context import Run
+from hypersd_jax.stages.generator import Frozen, Metrics
+from hypersd_jax.stages.kinds import DISCRIMINATOR, FAKE, STUDENT, naming
+from hypersd_jax.stages.networks import Networks
+from hypersd_jax.stages.streams import Draw, Stream, drawn_from
+from hypersd_jax.training import LossFunction, Phase
+
+batches = generator.batches
+preview, finish = adapter_student.preview, adapter_student.finish
+
+
+def check(run: Run, stage: ScoreStage, earlier: Sequence[str]) -> None:
+    with naming(f"stages.{stage.name}"):
+        make_discriminator(run.base, stage.adversarial)
+    generator.check(run, stage, earlier)
+
+
+def trainable(run: Run, index: int, stage: ScoreStage) -> dict[str, Any]:
+    models = {STUDENT: generator.first_student(run, stage), FAKE: run.fresh_factors(Stream.FAKE, index)[0]}
+    if discriminator := make_discriminator(run.base, stage.adversarial):
+        models[DISCRIMINATOR] = discriminator.heads.init(run.config.seed + index)
+    return models
+
+
+def frozen(run: Run, stage: ScoreStage) -> Frozen:
+    bounds = generator.times_between(run, stage.time_range)
+    everywhere = np.asarray([0, run.base.schedule.num_train_timesteps - 1], np.int32)
+    # A deterministic student's points lie on its way, each to be known over the times beyond it.
+    fake_bounds = bounds if stage.kind == "tdm" else everywhere
+    return generator.frozen(run, stage)._replace(bounds=bounds, fake_bounds=fake_bounds)
+
+
+def phases(base: Base, stage: ScoreStage) -> list[Phase]:
+    """The fake-score model's updates, with the discriminator's, then the student's."""
+    beside = {FAKE: stage.fake_learning_rate}
+    if stage.adversarial:
+        beside[DISCRIMINATOR] = stage.adversarial.learning_rate
+    return [
+        Phase(models=beside, loss=make_fake_loss(base, stage), repeats=stage.fake_updates),
+        Phase(models={STUDENT: stage.learning_rate}, loss=make_student_loss(base, stage)),
+    ]
+
+
+def make_fake_loss(base: Base, stage: ScoreStage) -> LossFunction:
+    """The loss of the fake-score model, and of the discriminator on its features."""
+    discriminator = make_discriminator(base, stage.adversarial)
+    taps = discriminator.taps if discriminator is not None else ()
+
+    def loss(models: Any, ema: Any, frozen: Frozen, rows: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        nets = Networks(base=base, weights=frozen.weights)
+        bounds, deterministic = frozen.fake_bounds, stage.kind == "tdm"
+        drawn, sample = generator.sample(
+            nets, stage, models, frozen, rows, key, bounds, moving=False, deterministic=deterministic
+        )
+        x_t, t, b = noised(sample, drawn, base.schedule)
+        x_t, cond = jax.lax.stop_gradient(x_t), rows["cond"]
+        fake = join(models[FAKE], frozen.scales)
+        output, features = nets.tapped(x_t, t, cond, taps, fake)
+        value = fake_loss(output, x_t, t, b, drawn.eps, schedule=base.schedule)
+        metrics: Metrics = {"fake_mse": value}
+        calls = 2.0  # the sample's last step, and the fake score
+        if discriminator is not None:
+            real_t = _real(base, rows, key, t)
+            seen = nets.tapped(real_t, t, cond, taps, fake)[1]
+            perturbed = None
+            if discriminator.config.r1:
+                noise = _normal(drawn_from(key, Draw.R1), rows["places"], real_t.shape[1:])
+                perturbed = nets.tapped(real_t + discriminator.config.r1_sigma * noise, t, cond, taps, fake)[1]
+            own, more = discriminator.loss(models[DISCRIMINATOR], seen, features, perturbed)
+            value, metrics = value + own, metrics | more
+            calls += discriminator.cost * (2 if discriminator.config.r1 else 1)
+        return value, {**metrics, "fake_calls": (drawn.step + calls) * stage.fake_updates}
+
+    return loss
+
+
+def make_student_loss(base: Base, stage: ScoreStage) -> LossFunction:
+    """The loss of the student: the difference of the scores, what the discriminator says, regression and anchor."""
+    discriminator = make_discriminator(base, stage.adversarial)
+    taps = discriminator.taps if discriminator is not None else ()
+
+    def loss(models: Any, ema: Any, frozen: Frozen, rows: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        nets = Networks(base=base, weights=frozen.weights)
+        drawn, sample = generator.sample(
+            nets, stage, models, frozen, rows, key, frozen.bounds, moving=True, deterministic=stage.kind == "tdm"
+        )
+        real_fn, real_calls = generator.guided_base(nets, stage, frozen)
+        fake = join(models[FAKE], frozen.scales)
+        matching, metrics, features = score_term(
+            sample,
+            drawn,
+            real_fn,
+            lambda x, t, cond: nets.tapped(x, t, cond, taps, fake),
+            rows["cond"],
+            schedule=base.schedule,
+            judged=discriminator is not None,
+        )
+        value = stage.weight * matching
+        if discriminator is not None:
+            metrics["generator"] = discriminator.student_term(models[DISCRIMINATOR], features)
+            value = value + discriminator.config.weight * metrics["generator"]
+        terms, more, calls = generator.teachers_terms(nets, stage, models, ema, frozen, rows, key, drawn, sample)
+        for term in terms:
+            value = value + term
+        # The sample's steps, the last with gradient, and both scores.
+        return value, {**metrics, **more, "calls": drawn.step + 2.0 + real_calls + calls}
+
+    return loss
+
+
+def _real(base: Base, rows: Any, key: jax.Array, t: jax.Array) -> jax.Array:
+    """The images' latents noised to t (B,)."""
+    latents = rows["latents"]
+    noise = _normal(drawn_from(key, Draw.REAL), rows["places"], latents.shape[1:])
+    return move(latents, noise, *columns(base.schedule, t, latents))
+
+
+def _normal(key: jax.Array, places: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Noise (B, ...) by (key, place) alone."""
+    return jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(key, place), shape))(places)

@@ -1,0 +1,287 @@
+"""What score distillation and regression share: a student's own samples, the regression's and the anchor's terms."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hypersd_jax.adapters import Adapter, join
+from hypersd_jax.config import BASE, PREVIOUS, GeneratorStage
+from hypersd_jax.diffusion import solver_table
+from hypersd_jax.distill import (
+    Drawn,
+    Model,
+    Sample,
+    Segments,
+    consistency_loss,
+    draw_trajectory,
+    endpoint,
+    mse,
+    path_loss,
+    student_sample,
+)
+from hypersd_jax.errors import UserError
+from hypersd_jax.stages.consistency import make_teacher, segments_of
+from hypersd_jax.stages.context import Run
+from hypersd_jax.stages.feeding import Fed
+from hypersd_jax.stages.kinds import STUDENT, naming
+from hypersd_jax.stages.networks import Networks
+from hypersd_jax.stages.pairs import again_and_again, make_pairs
+from hypersd_jax.stages.streams import Draw, Stream, drawn_from, stream
+
+Metrics = dict[str, jax.Array]
+
+
+class Tables(NamedTuple):
+    """Arrays that follow from a stage's settings."""
+
+    regression_times: Any = None  # (steps,) int32, of the many-step teacher
+    path_bounds: Any = None  # (2,) int32, of the second point's times
+    segments: Segments | None = None  # of the anchor
+
+
+class Frozen(NamedTuple):
+    """What the step reads and never changes."""
+
+    weights: Any
+    uncond: Any  # one row
+    scales: Any  # of the LoRAs' factors
+    regression: Adapter  # the regression's teacher, empty where it is the base
+    anchor: Adapter  # the anchor's
+    tables: Tables
+    bounds: Any = None  # (2,) int32, the times that samples are noised to
+    fake_bounds: Any = None  # likewise, for the fake-score model
+
+
+def check(run: Run, stage: GeneratorStage, earlier: Sequence[str]) -> None:
+    """Refuse what does not fit the model or the earlier stages."""
+    with naming(f"stages.{stage.name}"):
+        _check(run, stage, earlier)
+
+
+def _check(run: Run, stage: GeneratorStage, earlier: Sequence[str]) -> None:
+    tables(run, stage)
+    last = run.base.schedule.num_train_timesteps
+    if stage.times[0] >= last:
+        raise UserError(f"times: {stage.times[0]} is not below the {last} training times")
+    for key, settings in (("regression", stage.regression), ("anchor", stage.anchor)):
+        if settings is None or settings.teacher == BASE or (settings.teacher == PREVIOUS and earlier):
+            continue
+        if settings.teacher not in earlier:
+            named = ", ".join((BASE, PREVIOUS, *earlier)) if earlier else BASE
+            raise UserError(f"{key}.teacher={settings.teacher!r}: only {named} can be it here")
+
+
+def tables(run: Run, stage: GeneratorStage) -> Tables:
+    """The arrays of a stage."""
+    found = Tables()
+    if stage.regression:
+        config = dict(run.base.scheduler_config)
+        with naming("regression"):
+            table = solver_table("ddim", stage.regression.steps, eta=0.0, scheduler_config=config)
+        found = found._replace(
+            regression_times=np.asarray(table["timesteps"], np.int32),
+            path_bounds=times_between(run, stage.regression.path_range),
+        )
+    if stage.anchor:
+        with naming("anchor"):
+            found = found._replace(segments=segments_of(run, stage.anchor.solver_steps, 1))
+    return found
+
+
+def times_between(run: Run, shares: tuple[float, float]) -> np.ndarray:
+    """A range of training times (2,) int32 from shares of the last one."""
+    last = run.base.schedule.num_train_timesteps - 1
+    return np.asarray([round(share * last) for share in shares], np.int32)
+
+
+def frozen(run: Run, stage: GeneratorStage) -> Frozen:
+    """What the step of either kind reads."""
+    return Frozen(
+        weights=run.base.weights,
+        uncond=run.uncond,
+        scales=run.scales,
+        regression=run.teacher(stage.regression.teacher) if stage.regression else {},
+        anchor=run.teacher(stage.anchor.teacher) if stage.anchor else {},
+        tables=tables(run, stage),
+    )
+
+
+def first_student(run: Run, stage: GeneratorStage) -> Any:
+    """The student before the first update: factors of a LoRA, or whole weights with the LoRA merged into them."""
+    return run.base.masters(run.teacher(PREVIOUS)) if stage.exports_model else run.student
+
+
+def batches(run: Run, index: int, stage: GeneratorStage, frozen: Frozen, done: int) -> Iterator[Fed]:
+    """{"cond", "places"}, "latents" where images are read, and "noise" and "end" where pairs are computed once."""
+    if stage.regression is None or not stage.regression.paired:
+        return _batches(run, index, stage, done)
+    return _paired_batches(run, index, stage, frozen, done)
+
+
+def _paired_batches(run: Run, index: int, stage: GeneratorStage, frozen: Frozen, done: int) -> Iterator[Fed]:
+    """The stage's first batches with pairs, again and again."""
+    assert stage.regression is not None
+    few = dataclasses.replace(stage, updates=stage.regression.pairs // stage.batch_size)
+    key, order = jax.random.split(stream(run.config.seed, Stream.PAIR, index))
+
+    def lead(frozen: Frozen, noise: jax.Array, cond: Any) -> jax.Array:
+        return regression_end(Networks(base=run.base, weights=frozen.weights), stage, frozen, noise, cond)
+
+    settings: dict[str, Any] = {"batches": few.updates, "latent_shape": run.base.latent_shape, "mesh": run.mesh}
+    pairs = make_pairs(_batches(run, index, few, 0), lead, frozen, key=key, name=stage.name, **settings)
+    yield from again_and_again(pairs, updates=stage.updates, done=done, key=order)
+
+
+def _batches(run: Run, index: int, stage: GeneratorStage, done: int) -> Iterator[Fed]:
+    before = run.images_before(index)
+    if not stage.reads_images:
+        assert run.prompt_inputs is not None
+        return run.prompt_inputs.prompted(stage, before=before, done=done)
+    assert run.inputs is not None
+    key = stream(run.config.seed, Stream.ENCODER, index)
+    return run.inputs.conditioned(stage, before=before, done=done, key=key)
+
+
+def predictor(nets: Networks, stage: GeneratorStage, weights: Any, frozen: Frozen) -> Model:
+    """The student: whole weights, or factors of its LoRA."""
+    if stage.exports_model:
+        return nets.predictor(weights=weights)
+    return nets.predictor(join(weights, frozen.scales))
+
+
+def guided_base(nets: Networks, stage: GeneratorStage, frozen: Frozen) -> tuple[Model, float]:
+    """The base under the stage's guidance, and the calls that it takes."""
+    if not stage.guided:
+        return nets.predictor(), 1.0
+
+    def predict(x: jax.Array, t: jax.Array, cond: Any) -> jax.Array:
+        guidance = jnp.broadcast_to(stage.guidance, t.shape)
+        return nets.guided(x, t, cond, nets.base.unconditional(frozen.uncond, cond), guidance)[0]
+
+    return predict, 2.0
+
+
+def sample(
+    nets: Networks,
+    stage: GeneratorStage,
+    models: Any,
+    frozen: Frozen,
+    rows: Any,
+    key: jax.Array,
+    bounds: Any,
+    *,
+    moving: bool,
+    deterministic: bool = False,
+) -> tuple[Drawn, Sample]:
+    """Draws, and the student's sample, which starts from the batch's noise where it brings some along.
+
+    ``moving``: whether the last step carries the student's gradient.
+    """
+    latents = rows["latents"].shape[1:] if stage.reads_images else nets.base.latent_shape
+    shape = (rows["places"].shape[0], *latents)
+    drawn = draw_trajectory(key, shape, len(stage.times), rows["places"])
+    if moving and "noise" in rows:
+        drawn = drawn._replace(noise=rows["noise"])
+    still = predictor(nets, stage, jax.lax.stop_gradient(models[STUDENT]), frozen)
+    return drawn, student_sample(
+        predictor(nets, stage, models[STUDENT], frozen) if moving else still,
+        still,
+        rows["cond"],
+        drawn,
+        jnp.asarray(stage.times),
+        jnp.asarray(bounds),
+        schedule=nets.base.schedule,
+        deterministic=deterministic,
+    )
+
+
+def regression_end(nets: Networks, stage: GeneratorStage, frozen: Frozen, noise: jax.Array, cond: Any) -> jax.Array:
+    """Where the regression's teacher leads from noise: x_0 (B, h, w, C), no gradient."""
+    assert stage.regression is not None
+    model = guided_base(nets, stage, frozen)[0] if stage.regression.from_base else nets.predictor(frozen.regression)
+    times = jnp.asarray(frozen.tables.regression_times)
+    return endpoint(model, noise, cond, times, schedule=nets.base.schedule)
+
+
+def regression_term(
+    nets: Networks, stage: GeneratorStage, student: Model, frozen: Frozen, rows: Any, drawn: Drawn, sampled: Sample
+) -> tuple[jax.Array, Metrics, float]:
+    """The distance to the many-step end, weighted, its metrics, and the calls that it takes."""
+    config, cond = stage.regression, rows["cond"]
+    assert config is not None
+    calls = 0.0
+    if config.paired:
+        end = rows["end"]
+    else:
+        end = regression_end(nets, stage, frozen, drawn.noise, cond)
+        calls = config.steps * (2.0 if config.from_base and stage.guided else 1.0)
+    metrics = {"regression": jnp.mean(mse(sampled.x0, end))}
+    loss = config.weight * metrics["regression"]
+    if config.follows_path:
+        bounds, start = jnp.asarray(frozen.tables.path_bounds), jnp.asarray(stage.times)[0]
+        metrics["path"] = path_loss(student, sampled, drawn, end, cond, start, bounds, schedule=nets.base.schedule)
+        loss = loss + config.path_weight * metrics["path"]
+        calls += 1.0
+    return loss, metrics, calls
+
+
+def anchor_term(
+    nets: Networks,
+    stage: GeneratorStage,
+    student: Model,
+    ema: Any,
+    frozen: Frozen,
+    rows: Any,
+    x0: jax.Array,
+    key: jax.Array,
+) -> tuple[jax.Array, Metrics, jax.Array]:
+    """TSCD's loss of one segment on the images' latents, or on the student's own samples; unlike the calls, weighted."""
+    config, segments = stage.anchor, frozen.tables.segments
+    assert config is not None
+    assert segments is not None
+    latents = rows["latents"] if stage.reads_images else jax.lax.stop_gradient(x0)
+    teacher_fn, teacher_calls = make_teacher(nets, frozen.anchor, guided=stage.guided)
+    loss, more = consistency_loss(
+        "tscd",
+        student,
+        predictor(nets, stage, ema[STUDENT], frozen),
+        teacher_fn,
+        {**rows, "latents": latents, "uncond": nets.base.unconditional(frozen.uncond, rows["cond"])},
+        drawn_from(key, Draw.ANCHOR),
+        segments,
+        guidance=(stage.guidance, stage.guidance),
+        schedule=nets.base.schedule,
+        indices=rows["places"],
+    )
+    return config.weight * loss, {"anchor": loss}, 1.0 + teacher_calls + more["target_calls"]
+
+
+def teachers_terms(
+    nets: Networks,
+    stage: GeneratorStage,
+    models: Any,
+    ema: Any,
+    frozen: Frozen,
+    rows: Any,
+    key: jax.Array,
+    drawn: Drawn,
+    sampled: Sample,
+) -> tuple[list[jax.Array], Metrics, jax.Array]:
+    """The regression's and the anchor's terms, as far as the stage has them, their metrics and their calls."""
+    student = predictor(nets, stage, models[STUDENT], frozen)
+    terms: list[jax.Array] = []
+    metrics = Metrics()
+    calls = jnp.float32(0.0)
+    if stage.regression is not None:
+        term, more, cost = regression_term(nets, stage, student, frozen, rows, drawn, sampled)
+        terms, metrics, calls = [*terms, term], metrics | more, calls + cost
+    if stage.anchor is not None:
+        term, more, spent = anchor_term(nets, stage, student, ema, frozen, rows, sampled.x0, key)
+        terms, metrics, calls = [*terms, term], metrics | more, calls + spent
+    return terms, metrics, calls
