@@ -19,7 +19,6 @@ import numpy as np
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
-from hypersd_jax.stages.whole import reconstructed
 from PIL import Image
 
 from hypersd_jax.compilation import use_compilation_cache
@@ -29,6 +28,7 @@ from hypersd_jax.distill import psnr
 from hypersd_jax.evaluation import picture_grid, read_metrics
 from hypersd_jax.evaluation.curves import curve
 from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.stages.autoencoder import reconstructed
 
 RESULTS = ROOT / "benchmarks" / "results" / "teachers"
 CONCEPTS = ("red apple", "lion", "hamburger", "cat face", "octopus", "grinning face", "guitar", "airplane", "rose")

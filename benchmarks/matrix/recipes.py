@@ -8,12 +8,10 @@ from collections.abc import Iterable
 from pathlib import Path
 
 import yaml
-from hypersd_jax.stages.student import compared_samplings
 
 from hypersd_jax.config import Config, build, load_config
 from hypersd_jax.errors import UserError
 from hypersd_jax.recipes import find_recipe
-from hypersd_jax.stages.export import is_whole
 
 # What no recipe of a matrix decides: the comparison is made here, and TensorBoard would have nobody to look at it.
 FIXED = ("evaluation.samples=0", "log.tensorboard=false", "log.sample_every=0")
@@ -142,7 +140,7 @@ def drawn_of(recipe: Recipe, config: Config) -> list[Drawn]:
     rows = recipe.draw or tuple(
         Drawn(stage=stage.name, steps=sampling["steps"])
         for stage in config.adapter_stages
-        for sampling in compared_samplings(stage)
+        for sampling in stage.samplings
     )
     settled = []
     for row in rows:
@@ -150,12 +148,12 @@ def drawn_of(recipe: Recipe, config: Config) -> list[Drawn]:
             raise UserError(f"recipes.{recipe.name}.draw: no stage {row.stage!r}, only {', '.join(stages)}")
         stage = stages[row.stage]
         eta = stage.eta if row.eta is None else row.eta
-        if is_whole(stage):
+        if stage.exports_model:
             raise UserError(
                 f"recipes.{recipe.name}: stage {row.stage!r} makes a whole UNet, which is not measured here"
             )
-        own = {sampling["steps"]: sampling["timesteps"] for sampling in compared_samplings(stage)}
-        guidance = compared_samplings(stage)[0]["guidance"]
+        own = {sampling["steps"]: sampling["timesteps"] for sampling in stage.samplings}
+        guidance = stage.samplings[0]["guidance"]
         times = row.timesteps
         if times is None and row.sampler in (None, stage.sampler):
             times = own.get(row.steps)

@@ -1,6 +1,7 @@
 """This package's side: ``python -m benchmarks.sides.training_ours MODEL SHAPE CASE LATENT REMAT UPDATES EXCHANGE``.
 
-The stage's own job (`stages.jobs.make_job`) on random latents and conditioning; of the model only the UNet is read.
+The stage's own step (`stages.kinds.training_step`) on random latents and conditioning; of the model only the UNet is
+read.
 The step is compiled from shapes alone, and nothing is read where XLA's plan says that it would not fit in memory.
 """
 
@@ -13,14 +14,11 @@ import time
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from hypersd_jax.stages.jobs import Factors, Job, Run, make_job
-from hypersd_jax.stages.tscd import segments_of
 from jax.sharding import Mesh
 
 from benchmarks.sides import training
@@ -28,12 +26,14 @@ from hypersd_jax import adapters
 from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.conditioning import Conditioning, size_ids
 from hypersd_jax.config import Config, build
-from hypersd_jax.diffusion import Schedule
-from hypersd_jax.distill import draw, draw_trajectory
+from hypersd_jax.distill import Segments, draw, draw_trajectory
 from hypersd_jax.models.functional import Network, Shapes
 from hypersd_jax.models.unet import UNetConfig
-from hypersd_jax.stages.loop import ADAPTER_STREAM, NOISE_STREAM, stream
-from hypersd_jax.training import abstract, batch_sharding, make_mesh, put_batch
+from hypersd_jax.stages.base import StableDiffusion
+from hypersd_jax.stages.context import Factors, Run
+from hypersd_jax.stages.kinds import STUDENT, kind_of, training_step
+from hypersd_jax.stages.streams import Stream, stream
+from hypersd_jax.training import StopSignals, TrainState, abstract, batch_sharding, init_state, make_mesh, put_batch
 from hypersd_jax.weights import write_lora
 from hypersd_jax.weights.assembly import Components, StoredModel, Structure, networks, parse
 from hypersd_jax.weights.components import default_dtype, open_model
@@ -125,27 +125,31 @@ def make_run(
     params: Mapping[str, Any],
     values: Any,
     scales: Any,
+    student: Factors,
 ) -> Run:
-    """What a stage is told of its run, without data or output."""
+    """What a stage is told of its run, without data or output; a stage stands before it, as a teacher may."""
     components = model.components(params)
-    stage = {"name": "timed", **case.stage}
-    config = build(Config, {"output_dir": "nowhere", "lora": {"rank": shape.rank}, "stages": [stage]})
-    schedule = Schedule.from_config(dict(components.scheduler_config))
+    stages = [{"name": "before", **training.TSCD}, {"name": "timed", **case.stage}]
+    config = build(Config, {"output_dir": "nowhere", "lora": {"rank": shape.rank}, "stages": stages})
     dtype = default_dtype()
+    pixels = values["latents"].shape[1] * components.vae_config.downscale
+    base = StableDiffusion(components=components, resolution=pixels, dtype=dtype, mesh=model.mesh)
     uncond = (jnp.asarray(values[name], dtype) for name in ("uncond_context", "uncond_pooled") if name in values)
     return Run(
         config=config,
         output=None,
         mesh=model.mesh,
-        pipe=SimpleNamespace(components=components, schedule=schedule, dtype=dtype),
-        preview_prompts=(),
+        base=base,
         base_fingerprint="",
+        preview_prompts=(),
         uncond=Conditioning(*uncond),
-        scales=scales,
+        source=None,
         inputs=None,
         prompt_inputs=None,
-        latent_shape=values["latents"].shape[1:],
-        steps={},
+        step=training_step(base, model.mesh),
+        stop=StopSignals(),
+        scales=scales,
+        student=student,
     )
 
 
@@ -158,24 +162,28 @@ def make_batch(run: Run, values: dict[str, np.ndarray]) -> dict[str, Any]:
         values.get("time_ids"),
     )
     rows = {"cond": cond, "places": np.zeros(1, np.int32), "latents": values["latents"]}
-    if getattr(run.config.stages[0], "data_free", False):
+    if not run.config.stages[INDEX].reads_images:
         del rows["latents"]
     return put_batch(jax.tree.map(lambda leaf: leaf[None], rows), batch_sharding(run.mesh, axis=1))
 
 
+def trees(run: Run) -> tuple[TrainState, Any]:
+    """The stage's state before the first update, and what its step reads beside."""
+    stage = run.config.stages[INDEX]
+    kind = kind_of(stage)
+    return init_state(kind.trainable(run, INDEX, stage), stage, averaged=(STUDENT,)), kind.frozen(run, stage)
+
+
 def leave_for_theirs(
-    folder: Path, run: Run, job: Job, start: Factors, values: dict[str, np.ndarray], key: jax.Array, updates: int
+    folder: Path, run: Run, segments: Segments, values: dict[str, np.ndarray], key: jax.Array, updates: int
 ) -> None:
     """Write the inputs, what every update draws, and the student's first LoRA."""
-    one = jax.jit(
-        lambda step: draw(
-            jax.random.fold_in(key, step), values["latents"].shape, segments_of(job.controls), job.controls
-        )
-    )
+    guidance, shape = run.config.stages[INDEX].guidance, values["latents"].shape
+    one = jax.jit(lambda step: draw(jax.random.fold_in(key, step), shape, segments, guidance=guidance))
     drawn = [one(step)._asdict() for step in range(updates)]
     draws = {name: np.stack([each[name] for each in drawn]) for name in drawn[0]}
     np.savez(folder / training.GIVEN, **values, **draws)
-    write_lora(folder / training.ADAPTER, {"unet": adapters.join(start, run.scales)}, layout="peft")
+    write_lora(folder / training.ADAPTER, {"unet": adapters.join(run.student, run.scales)}, layout="peft")
 
 
 def least_calls(case: training.Case, key: jax.Array, step: int) -> float:
@@ -194,7 +202,7 @@ def least_calls(case: training.Case, key: jax.Array, step: int) -> float:
 
 def counted_calls(metrics: dict[str, float]) -> float:
     """What the step itself has counted."""
-    return metrics["unet_calls"] + metrics.get("fake_unet_calls", 0.0) + metrics.get("heads_unet_calls", 0.0)
+    return metrics["calls"] + metrics.get("fake_calls", 0.0) + metrics.get("discriminator_calls", 0.0)
 
 
 def device_peak(device: jax.Device) -> float:
@@ -228,22 +236,18 @@ class Planned:
     @classmethod
     def compile(cls, run: Run, start: Factors, batch: Any, key: jax.Array) -> Planned:
         """``run``: its UNet's parameters are shapes."""
-        jobs: list[Job] = []
         events: list[str] = []
         jax.monitoring.register_event_listener(lambda name, **_: events.append(name))
 
-        def trees(params: Mapping[str, jax.Array], start: Factors) -> Any:
-            components = dataclasses.replace(run.pipe.components, params={"unet": params})
-            within = dataclasses.replace(
-                run, pipe=SimpleNamespace(components=components, schedule=run.pipe.schedule, dtype=run.pipe.dtype)
-            )
-            jobs.append(make_job(within, INDEX, run.config.adapter_stages[0], start, {}))
-            return jobs[0].state, jobs[0].frozen
+        def within(params: Mapping[str, jax.Array], start: Factors) -> Any:
+            base = run.base.around(dataclasses.replace(run.base.components, params={"unet": params}))
+            return trees(dataclasses.replace(run, base=base, student=start))
 
-        found = jax.eval_shape(trees, dict(run.pipe.components.params["unet"]), start)
+        found = jax.eval_shape(within, run.base.weights, start)
         state, frozen = (abstract(run.mesh, tree) for tree in found)
+        stage = run.config.stages[INDEX]
         lowering = training.cpu_seconds()
-        lowered = jobs[0].make().lower(state, frozen, batch, key, jobs[0].controls)
+        lowered = run.step.lower(state, frozen, batch, key, stage)
         events.clear()
         begin = {"wall": time.perf_counter(), "CPU": training.cpu_seconds()}
         step = lowered.compile()
@@ -293,9 +297,9 @@ def load() -> training.Loaded:
     model = Model.open(Path(folder), remat=remat == "remat", mesh=mesh)
     shapes = model.unet.shapes
     values = given(model.structure.unet, int(latent))
-    start, scales = part_trained(stream(0, ADAPTER_STREAM, 0), shapes, shape.rank)
-    run = make_run(shape, case, model, shapes, values, scales)
-    key, batch = stream(run.config.seed, NOISE_STREAM, INDEX), make_batch(run, values)
+    start, scales = part_trained(stream(0, Stream.ADAPTER, 0), shapes, shape.rank)
+    run = make_run(shape, case, model, shapes, values, scales, start)
+    key, batch = stream(run.config.seed, Stream.NOISE, INDEX), make_batch(run, values)
     planned = Planned.compile(run, start, batch, key)
     about = {
         "device": str(device.device_kind),
@@ -312,15 +316,16 @@ def load() -> training.Loaded:
     if updates == training.COMPILE_ONLY or sum(planned.memory.values()) > MOST_OF_MEMORY * available(device):
         return training.Loaded(update=None, baseline=baseline, about=about)
 
-    run = make_run(shape, case, model, model.read(), values, scales)
-    job = make_job(run, INDEX, run.config.adapter_stages[0], start, {})
+    run = make_run(shape, case, model, model.read(), values, scales, start)
+    state, frozen = trees(run)
+    stage = run.config.stages[INDEX]
     if name == training.COMPARED:
-        leave_for_theirs(Path(exchange), run, job, start, values, key, int(updates))
-    held, least = [job.state], iter([least_calls(case, key, number) for number in range(int(updates))])
+        leave_for_theirs(Path(exchange), run, frozen.segments, values, key, int(updates))
+    held, least = [state], iter([least_calls(case, key, number) for number in range(int(updates))])
     gc.collect()
 
     def update() -> dict[str, float]:
-        state, found = planned.step(held.pop(), job.frozen, batch, key, job.controls)
+        state, found = planned.step(held.pop(), frozen, batch, key, stage)
         held.append(jax.block_until_ready(state))
         metrics = {name: float(value) for name, value in jax.device_get(found).items()}
         return {

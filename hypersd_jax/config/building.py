@@ -116,9 +116,9 @@ def _convert(kind: Any, value: Any, path: str, root: type, *, optional: bool = F
     if origin is tuple:
         return _convert_list(arguments, value, path, root)
     if dataclasses.is_dataclass(kind):
-        if named := kinds_of(kind):  # type: ignore[arg-type]
-            kind, value = _of_kind(named, value, path)
-        return build(kind, value, path, root)  # type: ignore[arg-type]
+        if classes := kinds_of(kind):  # type: ignore[arg-type]
+            kind, value = _of_kind(classes, value, path)
+        return build(kind, value, path, root)
     if kind is str or origin is Annotated:
         return to_text(value, path, is_path=PATH in arguments, optional=optional)
     readers: dict[Any, Any] = {bool: to_bool, int: to_whole, float: to_float}

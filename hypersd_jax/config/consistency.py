@@ -96,10 +96,12 @@ class ConsistencyStage(StageConfig):
 
     @property
     def summary(self) -> str:
+        """Method and segments."""
         return f"{self.kind} k={self.k}"
 
     @property
     def grid(self) -> int:
+        """The teacher's."""
         return self.solver_steps
 
     @property

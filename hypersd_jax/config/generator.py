@@ -146,22 +146,27 @@ class GeneratorStage(StageConfig):
 
     @property
     def summary(self) -> str:
+        """Method and times."""
         return f"{self.kind} times={list(self.times)}"
 
     @property
     def reads_images(self) -> bool:
+        """Unless it is data-free."""
         return not self.data_free
 
     @property
     def exports_model(self) -> bool:
+        """Whether the student is a whole UNet."""
         return self.student == "unet"
 
     @property
     def teachers(self) -> frozenset[str]:
+        """Of the regression and the anchor."""
         return frozenset(settings.teacher for settings in (self.regression, self.anchor) if settings)
 
     @property
     def grid(self) -> int | None:
+        """The anchor's."""
         return self.anchor.solver_steps if self.anchor else None
 
     @property
@@ -221,6 +226,7 @@ class ScoreStage(GeneratorStage):
 
     @property
     def noises_afresh(self) -> bool:
+        """DMD2's steps, unlike TDM's."""
         return self.kind == "dmd" and len(self.times) > 1
 
 

@@ -117,7 +117,7 @@ def _paths(kind: Any, prefix: str) -> Iterator[str]:
     if dataclasses.is_dataclass(kind):
         for cls in dict.fromkeys(kinds(kind).values()) or [kind]:  # type: ignore[arg-type]
             hints = typing.get_type_hints(cls)
-            for field in dataclasses.fields(cls):  # type: ignore[arg-type]
+            for field in dataclasses.fields(cls):
                 yield f"{prefix}{field.name}"
                 yield from _paths(hints[field.name], f"{prefix}{field.name}.")
     elif typing.get_origin(kind) is tuple:

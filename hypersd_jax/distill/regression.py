@@ -20,7 +20,7 @@ from hypersd_jax.distill.tscd import Model, columns
 
 
 def endpoint(model_fn: Model, noise: jax.Array, cond: Any, times: jax.Array, *, schedule: Schedule) -> jax.Array:
-    """Where a model's own DDIM trajectory through ``times`` (K,) leads from ``noise``: x_0 (B, h, w, C), no gradient."""
+    """Where a model's own DDIM trajectory through ``times`` (K,) leads from noise: x_0 (B, h, w, C), no gradient."""
     rows, count = noise.shape[0], times.shape[0]
 
     def one_step(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

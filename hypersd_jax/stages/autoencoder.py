@@ -30,6 +30,7 @@ SCALE_IMAGES, SCALE_BATCH = 512, 32
 
 
 def check(run: Run, stage: AutoencoderStage, earlier: Sequence[str]) -> None:
+    """It needs whole images."""
     for key in ("bucket_step", "cache"):
         if getattr(run.config.data, key) is not None:
             raise UserError(f"data.{key}: stages.{stage.name} trains the autoencoder, on whole square images")
@@ -41,6 +42,7 @@ def trained_part(stage: AutoencoderStage, params: Mapping[str, jax.Array]) -> di
 
 
 def trainable(run: Run, index: int, stage: AutoencoderStage) -> dict[str, Any]:
+    """{"vae": parameters}."""
     return {STUDENT: {VAE: trained_part(stage, run.base.components.params[VAE])}}
 
 
@@ -52,6 +54,7 @@ def frozen(run: Run, stage: AutoencoderStage) -> dict[str, Any]:
 
 
 def phases(base: StableDiffusion, stage: AutoencoderStage) -> list[Phase]:
+    """One update."""
     return [Phase(models={STUDENT: stage.learning_rate}, loss=make_loss(base, stage))]
 
 
@@ -93,9 +96,12 @@ def preview(run: Run, stage: AutoencoderStage, student: Any, name: str, *, last:
 
 
 def finish(run: Run, stage: AutoencoderStage, student: Any, *, trained: bool) -> None:
-    hand_on(
-        run, stage, student, lambda components: _with_scaling(run, components) if stage.part == "all" else components
-    )
+    """New latents get a new scaling factor."""
+
+    def adjusted(components: Components) -> Components:
+        return _with_scaling(run, components) if stage.part == "all" else components
+
+    hand_on(run, stage, student, adjusted)
     preview(run, stage, {}, stage.name, last=True)
     write_after(run, stage)
 

@@ -40,6 +40,7 @@ class Frozen(NamedTuple):
 
 
 def check(run: Run, stage: ConsistencyStage, earlier: Sequence[str]) -> None:
+    """Whether the base has the discriminator's features, and the schedule the solver's grid."""
     with naming(f"stages.{stage.name}"):
         make_discriminator(run.base, stage.adversarial)
         segments_of(run, stage.solver_steps, stage.k)
@@ -51,6 +52,7 @@ def segments_of(run: Run, solver_steps: int, k: int) -> Segments:
 
 
 def trainable(run: Run, index: int, stage: ConsistencyStage) -> dict[str, Any]:
+    """The student's factors, and the discriminator's heads."""
     models: dict[str, Any] = {STUDENT: run.student}
     if discriminator := make_discriminator(run.base, stage.adversarial):
         models[DISCRIMINATOR] = discriminator.heads.init(run.config.seed + index)
@@ -58,6 +60,7 @@ def trainable(run: Run, index: int, stage: ConsistencyStage) -> dict[str, Any]:
 
 
 def frozen(run: Run, stage: ConsistencyStage) -> Frozen:
+    """What the losses read."""
     # The first stage's teacher is the base under both readings of the paper: its student is the base still.
     first = stage.name == run.config.adapter_stages[0].name
     return Frozen(

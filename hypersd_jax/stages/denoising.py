@@ -26,6 +26,7 @@ UNET = "unet"
 
 
 def check(run: Run, stage: TeacherStage, earlier: Sequence[str]) -> None:
+    """Whether ordinary training fits the model."""
     check_model(run, stage)
 
 
@@ -41,6 +42,7 @@ def frozen(run: Run, stage: TeacherStage) -> dict[str, Any]:
 
 
 def phases(base: StableDiffusion, stage: TeacherStage) -> list[Phase]:
+    """One update."""
     return [Phase(models={STUDENT: stage.learning_rate}, loss=make_loss(base, stage))]
 
 
@@ -88,6 +90,7 @@ def preview(run: Run, stage: TeacherStage, student: Any, name: str, *, last: boo
 
 
 def finish(run: Run, stage: TeacherStage, student: Any, *, trained: bool) -> None:
+    """The model says of itself what it predicts."""
     hand_on(run, stage, student, lambda components: _predicting(components, stage))
     preview(run, stage, {}, stage.name, last=True)
     write_after(run, stage)

@@ -21,23 +21,25 @@ from hypersd_jax.stages import adapter_student, generator
 from hypersd_jax.stages.adversarial import make_discriminator
 from hypersd_jax.stages.base import Base
 from hypersd_jax.stages.context import Run
-from hypersd_jax.stages.generator import Frozen, Metrics
+from hypersd_jax.stages.generator import Frozen
 from hypersd_jax.stages.kinds import DISCRIMINATOR, FAKE, STUDENT, naming
 from hypersd_jax.stages.networks import Networks
 from hypersd_jax.stages.streams import Draw, Stream, drawn_from
-from hypersd_jax.training import LossFunction, Phase
+from hypersd_jax.training import LossFunction, Metrics, Phase
 
 batches = generator.batches
 preview, finish = adapter_student.preview, adapter_student.finish
 
 
 def check(run: Run, stage: ScoreStage, earlier: Sequence[str]) -> None:
+    """Whether the base has the discriminator's features, and the run the teachers."""
     with naming(f"stages.{stage.name}"):
         make_discriminator(run.base, stage.adversarial)
     generator.check(run, stage, earlier)
 
 
 def trainable(run: Run, index: int, stage: ScoreStage) -> dict[str, Any]:
+    """The student, the fake-score model's factors, and the discriminator's heads."""
     models = {STUDENT: generator.first_student(run, stage), FAKE: run.fresh_factors(Stream.FAKE, index)[0]}
     if discriminator := make_discriminator(run.base, stage.adversarial):
         models[DISCRIMINATOR] = discriminator.heads.init(run.config.seed + index)
@@ -45,6 +47,7 @@ def trainable(run: Run, index: int, stage: ScoreStage) -> dict[str, Any]:
 
 
 def frozen(run: Run, stage: ScoreStage) -> Frozen:
+    """What the losses read."""
     bounds = generator.times_between(run, stage.time_range)
     everywhere = np.asarray([0, run.base.schedule.num_train_timesteps - 1], np.int32)
     # A deterministic student's points lie on its way, each to be known over the times beyond it.

@@ -33,8 +33,7 @@ from hypersd_jax.stages.kinds import STUDENT, naming
 from hypersd_jax.stages.networks import Networks
 from hypersd_jax.stages.pairs import again_and_again, make_pairs
 from hypersd_jax.stages.streams import Draw, Stream, drawn_from, stream
-
-Metrics = dict[str, jax.Array]
+from hypersd_jax.training import Metrics
 
 
 class Tables(NamedTuple):
@@ -241,7 +240,7 @@ def anchor_term(
     x0: jax.Array,
     key: jax.Array,
 ) -> tuple[jax.Array, Metrics, jax.Array]:
-    """TSCD's loss of one segment on the images' latents, or on the student's own samples; unlike the calls, weighted."""
+    """TSCD's loss of one segment on the images' latents, or on the student's own samples; weighted, and its calls."""
     config, segments = stage.anchor, frozen.tables.segments
     assert config is not None
     assert segments is not None

@@ -1,4 +1,4 @@
-"""The one base under any adapter, inside a step: teacher, student, target, fake-score model, discriminator's features."""
+"""The one base under any adapter, inside a step: teacher, student, target, fake-score model, features."""
 
 from __future__ import annotations
 

@@ -11,16 +11,17 @@ from hypersd_jax.config import RegressionStage
 from hypersd_jax.stages import adapter_student, generator
 from hypersd_jax.stages.base import Base
 from hypersd_jax.stages.context import Run
-from hypersd_jax.stages.generator import Frozen, Metrics
+from hypersd_jax.stages.generator import Frozen
 from hypersd_jax.stages.kinds import STUDENT
 from hypersd_jax.stages.networks import Networks
-from hypersd_jax.training import LossFunction, Phase
+from hypersd_jax.training import LossFunction, Metrics, Phase
 
 check, frozen, batches = generator.check, generator.frozen, generator.batches
 preview, finish = adapter_student.preview, adapter_student.finish
 
 
 def trainable(run: Run, index: int, stage: RegressionStage) -> dict[str, Any]:
+    """The student alone."""
     return {STUDENT: generator.first_student(run, stage)}
 
 

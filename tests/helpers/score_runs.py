@@ -1,11 +1,11 @@
-"""Stages of several players on a tiny model: opened, stepped by hand, their parts by NumPy and direct UNet calls."""
+"""Stages of several models on a tiny base: opened, stepped by hand, their parts by NumPy and direct UNet calls."""
 
 from __future__ import annotations
 
 import dataclasses
 import functools
 import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -13,21 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from hypersd_jax.stages.jobs import Job, Run, fresh_factors, make_job
-from hypersd_jax.stages.judging import Judge
-from hypersd_jax.stages.tscd import segments_of
 
 from hypersd_jax import adapters
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import Config, load_config
-from hypersd_jax.distill import METHODS, Draw, draw
+from hypersd_jax.distill import METHODS, Draw, Segments, draw
 from hypersd_jax.models.unet import UNetConfig, unet
 from hypersd_jax.stages import run as stage_run
-from hypersd_jax.stages.loop import ADAPTER_STREAM, NOISE_STREAM, stream
-from hypersd_jax.stages.networks import broadcast
+from hypersd_jax.stages.adversarial import Discriminator, make_discriminator
+from hypersd_jax.stages.context import Run
+from hypersd_jax.stages.kinds import STUDENT, Kind, kind_of
 from hypersd_jax.stages.output import create_output, open_output
-from hypersd_jax.training import Controls, Turn
-from hypersd_jax.weights.components import Components
+from hypersd_jax.stages.streams import Stream, stream
+from hypersd_jax.training import TrainState, init_state
 from hypersd_jax.weights.folder import save_params
 from tests.helpers import tiny_model as tiny
 from tests.helpers.quick import quick_jit
@@ -74,56 +72,81 @@ def recipe(folder: Path, model: Path, stages: str, *overrides: str, source: str 
     return load_config(path, overrides)
 
 
-class Round(NamedTuple):
-    """A round: the host's copy of the state before and after, and what it logged."""
+class Step(NamedTuple):
+    """A training step: the host's copy of the state before and after, and what it logged."""
 
     before: Any
     after: Any
     metrics: dict[str, float]
 
-    def gradient(self, player: str, *, clip_norm: float, beta1: float) -> Any:
-        """The gradient that a player's first update took, read back from Adam's first moment."""
-        moment = optax.tree.get(self.after.opt_state[player], "mu")
-        norm = self.metrics.get(f"{player}_grad_norm", self.metrics["grad_norm"])
+    def gradient(self, model: str, *, clip_norm: float, beta1: float) -> Any:
+        """The gradient that a model's first update took, read back from Adam's first moment."""
+        moment = optax.tree.get(self.after.opt_state[model], "mu")
+        norm = self.metrics.get(f"{model}_grad_norm", self.metrics["grad_norm"])
         return jax.tree.map(lambda leaf: np.asarray(leaf) / (1 - beta1) * max(1.0, norm / clip_norm), moment)
 
 
 @dataclasses.dataclass(kw_only=True)
 class Opened:
-    """The only stage of a run, ready for its first round, with what stages before it would have left."""
+    """The only stage of a run, ready for its first step, with what stages before it would have left."""
 
     run: Run
     stage: Any
     start: Any
     students: dict[str, Any]
 
+    @property
+    def kind(self) -> Kind:
+        return kind_of(self.stage)
+
     @functools.cached_property
-    def job(self) -> Job:
-        return make_job(self.run, 0, self.stage, self.start, self.students)
+    def frozen(self) -> Any:
+        return self.kind.frozen(self.run, self.stage)
+
+    @functools.cached_property
+    def discriminator(self) -> Discriminator:
+        found = make_discriminator(self.run.base, self.stage.adversarial)
+        assert found is not None
+        return found
+
+    def state(self) -> TrainState:
+        """Before the first step."""
+        trainable = self.kind.trainable(self.run, 0, self.stage)
+        return init_state(trainable, self.stage, averaged=(STUDENT,), mesh=self.run.mesh)
 
     @functools.cached_property
     def rows(self) -> dict[str, Any]:
         """The first batch, without the axis of micro-batches."""
-        _, batch, _ = next(stage_run._batches(self.run, 0, self.stage, 0))
+        _, batch, _ = next(self.kind.batches(self.run, 0, self.stage, self.frozen, 0))
         return jax.tree.map(lambda leaf: leaf[0], batch)
 
-    def key(self, turn: int, repeat: int = 0) -> jax.Array:
-        """What this turn of the first round draws from."""
-        key = stream(self.run.config.seed, NOISE_STREAM, 0)
-        for number in (0, turn, repeat):
+    def key(self, phase: int | None, repeat: int = 0) -> jax.Array:
+        """What this phase of the first step draws from; None is the only phase of a single model."""
+        key = jax.random.fold_in(stream(self.run.config.seed, Stream.NOISE, 0), 0)
+        for number in () if phase is None else (phase, repeat):
             key = jax.random.fold_in(key, number)
         return key
 
-    def round(self, **changed: float) -> Round:
-        """The first round, with some of the stage's controls changed."""
-        job = make_job(self.run, 0, self.stage, self.start, self.students)
-        before = jax.device_get(job.state)
+    def step(self, **changed: float) -> Step:
+        """The first step, with some of the stage's numbers changed: ``weight``, ``regression__weight``."""
+        state = self.state()
+        before = jax.device_get(state)
         batch = jax.tree.map(lambda leaf: leaf[None], self.rows)
-        controls = {**job.controls, **{name: np.float32(value) for name, value in changed.items()}}
-        key = stream(self.run.config.seed, NOISE_STREAM, 0)
-        after, metrics = job.make()(job.state, job.frozen, batch, key, controls)
+        key = stream(self.run.config.seed, Stream.NOISE, 0)
+        after, metrics = self.run.step(state, self.frozen, batch, key, with_numbers(self.stage, **changed))
         found = {name: float(value) for name, value in metrics.items()}
-        return Round(before, jax.device_get(after), found)
+        return Step(before, jax.device_get(after), found)
+
+
+def with_numbers(stage: Any, **changed: float) -> Any:
+    """A stage as it is inside the step, with other numbers, which need not be ones that a recipe may have."""
+    settings = jax.tree.map(lambda leaf: leaf, stage)
+    for name, value in changed.items():
+        *parents, last = name.split("__")
+        where = functools.reduce(getattr, parents, settings)
+        assert last in vars(where)
+        vars(where)[last] = np.float32(value)
+    return settings
 
 
 def open_stage(config: Config, *before: str) -> Opened:
@@ -131,10 +154,11 @@ def open_stage(config: Config, *before: str) -> Opened:
     output = open_output(config)
     run = stage_run.open_run(config, output)
     create_output(output, config)
-    fresh, run.scales = fresh_factors(run, ADAPTER_STREAM, 0)
-    students = {name: randomised(fresh, seed) for seed, name in enumerate(before)}
+    run.students = {name: randomised(run.student, seed) for seed, name in enumerate(before)}
+    if before:
+        run.student = run.students[before[-1]]
     (stage,) = config.adapter_stages
-    return Opened(run=run, stage=stage, start=students[before[-1]] if before else fresh, students=students)
+    return Opened(run=run, stage=stage, start=run.student, students=dict(run.students))
 
 
 def randomised(tree: Any, seed: int, scale: float = 0.05) -> Any:
@@ -150,7 +174,7 @@ class ByHand:
         self.opened, self.run, self.taps = opened, opened.run, tuple(taps)
         self.rows = jax.tree.map(np.asarray, opened.rows)
         self.cond: Conditioning = opened.rows["cond"]
-        self.uncond = broadcast(self.run.uncond, self.cond)
+        self.uncond = self.run.base.unconditional(self.run.uncond, self.cond)
         betas = np.linspace(tiny.SCHEDULER["beta_start"] ** 0.5, tiny.SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
         self.abar = np.cumprod(1 - betas)
         self.none = self.adapter(jax.tree.map(jnp.zeros_like, opened.start))
@@ -200,16 +224,16 @@ class ByHand:
         """One DDIM move from t to s."""
         return self.noise(self.clean(x, eps, t), eps, s)
 
-    def drawn(self, key: jax.Array, controls: Controls, method: str) -> Draw:
+    def drawn(self, key: jax.Array, segments: Segments, guidance: tuple[float, float], method: str = "tscd") -> Draw:
         """The times, guidance and noise of a consistency loss."""
         end, _ = METHODS[method]
-        found = draw(key, self.shape, segments_of(controls), controls, self.rows["places"], end)
+        found = draw(key, self.shape, segments, guidance=guidance, indices=self.rows["places"], end=end)
         return jax.tree.map(np.asarray, found)
 
     @property
     def shape(self) -> tuple[int, ...]:
         """Of the batch's latents."""
-        return (len(self.rows["places"]), *self.run.latent_shape)
+        return (len(self.rows["places"]), *self.run.base.latent_shape)
 
     def normal(self, key: jax.Array) -> np.ndarray:
         """Noise by (key, place)."""
@@ -223,10 +247,10 @@ def below(uniform: Any, count: Any) -> np.ndarray:
     return np.minimum(product.astype(np.int32), np.asarray(count) - 1)
 
 
-def logits(judge: Judge, heads: Any, features: Mapping[str, Any]) -> np.ndarray:
+def logits(discriminator: Discriminator, heads: Any, features: Mapping[str, Any]) -> np.ndarray:
     """A discriminator's logits with the places of each head as rows: (heads, B, places)."""
-    found = judge.logits(heads, {tap: jnp.asarray(value) for tap, value in features.items()})
-    return np.asarray([np.asarray(found[tap], np.float64).reshape(len(found[tap]), -1) for tap in judge.taps])
+    found = discriminator.logits(heads, {tap: jnp.asarray(value) for tap, value in features.items()})
+    return np.asarray([np.asarray(found[tap], np.float64).reshape(len(found[tap]), -1) for tap in discriminator.taps])
 
 
 class Counted:
@@ -261,22 +285,22 @@ class Counted:
         return found
 
 
-def counted(opened: Opened, turn: Callable[[Components], Turn], keys: Sequence[jax.Array]) -> list[Any]:
-    """For each key, what a turn's loss says of its calls and what was counted: (metrics, whole calls, half calls).
+def counted(opened: Opened, phase: int, keys: Sequence[jax.Array]) -> list[Any]:
+    """For each key, what a phase's loss says of its calls and what was counted: (metrics, whole calls, half calls).
 
     Args:
         opened: the stage.
-        turn: makes the turn for a model.
+        phase: which one of a step.
         keys: what to draw from; other keys take other steps of a trajectory.
     """
-    job, components = opened.job, opened.run.pipe.components
-    network = Counted(components.unet)
-    loss = turn(dataclasses.replace(components, unet=network)).loss  # type: ignore[arg-type]
+    network = Counted(opened.run.base.components.unet)
+    base = opened.run.base.around(dataclasses.replace(opened.run.base.components, unet=network))  # type: ignore[arg-type]
+    loss = opened.kind.phases(base, opened.stage)[phase].loss
     compiled = quick_jit(lambda *given: loss(*given)[1])
-    found = []
+    found, state = [], opened.state()
     with jax.sharding.use_abstract_mesh(opened.run.mesh.abstract_mesh):
         for key in keys:
-            metrics = compiled(job.state.trainable, job.state.ema, job.frozen, opened.rows, key, job.controls)
+            metrics = compiled(state.trainable, state.ema, opened.frozen, opened.rows, key)
             calls = {name: float(value) for name, value in metrics.items() if name.endswith("calls")}
             found.append((calls, *network.take(len(opened.rows["places"]))))
     return found

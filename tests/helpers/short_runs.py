@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Hashable
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,8 @@ import numpy as np
 import pytest
 
 from hypersd_jax.config import Config, load_config
-from hypersd_jax.stages import jobs, preview
+from hypersd_jax.stages import adapter_student, context, kinds, run
+from hypersd_jax.stages.base import StableDiffusion
 from hypersd_jax.training import Step
 from hypersd_jax.weights.tensors import open_tensors
 
@@ -70,26 +70,28 @@ def half_written(output: Path) -> list[Path]:
     return [path for path in output.rglob("*") if "tmp" in path.name or path.name == ".lock"]
 
 
-_STEPS: dict[Hashable, Step] = {}
+_STEPS: dict[tuple[Any, ...], Step] = {}
 
 
 def share_steps(patch: pytest.MonkeyPatch) -> None:
-    """Runs of one recipe share their training step, which takes far longer to trace than to run."""
+    """Runs of one model share their training step, which takes far longer to trace than to run."""
+    original = kinds.training_step
 
-    def shared(run: jobs.Run, kind: Hashable, make: Callable[[], Step]) -> Step:
-        key = (kind, run.config.model, run.config.lora)
+    def shared(base: StableDiffusion, mesh: Any) -> Step:
+        key = (base.components.folder, base.resolution, json.dumps(dict(base.scheduler_config)), base.dtype)
         if key not in _STEPS:
-            _STEPS[key] = make()
+            _STEPS[key] = original(base, mesh)
         return _STEPS[key]
 
-    patch.setattr(jobs, "_shared", shared)
+    for module in (context, run):
+        patch.setattr(module, "training_step", shared)
 
 
 def draw_cheaply(patch: pytest.MonkeyPatch) -> None:
     """Previews are grey, as grey as the student is large, where a test is not of them."""
 
-    def drawn(run: jobs.Run, stage: Any, student: Any) -> np.ndarray:
+    def drawn(run: Any, stage: Any, student: Any) -> np.ndarray:
         size = sum(float(np.abs(np.asarray(leaf)).sum()) for leaf in jax.tree.leaves(student))
         return np.full((2, 4, 4, 3), size % 1.0, np.float32)
 
-    patch.setattr(preview, "_drawn", drawn)
+    patch.setattr(adapter_student, "_drawn", drawn)

@@ -74,7 +74,7 @@ def draw_theirs(pipe: Any, latents: np.ndarray, **call: Any) -> np.ndarray:
 def test_the_one_step_unet(tmp_path: Path, model: Path, latents: np.ndarray) -> None:
     """LCMScheduler at t = 800 alone, as Hyper-SD's one-step UNet is drawn."""
     opened = open_stage(recipe(tmp_path, model, UNET), "before")
-    stage_run.run_stage(opened.run, 0, opened.stage, opened.start, {})
+    stage_run.run_stage(opened.run, 0, opened.stage)
     folder = opened.run.output.models / "unet"
     expected = draw_theirs(theirs(folder, "LCMScheduler"), latents, num_inference_steps=1, timesteps=[800])
     call: dict[str, Any] = {"sampler": "lcm", "timesteps": [800], "guidance": 0.0, "output": "np", "stepwise": True}

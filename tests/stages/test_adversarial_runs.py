@@ -10,20 +10,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypersd_jax.stages.jobs import stage_judge
-from hypersd_jax.stages.tscd import HEADS, STUDENT
 
 from hypersd_jax.distill import Draw
 from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.stages import train, tscd
-from hypersd_jax.stages.networks import broadcast
+from hypersd_jax.stages import train
+from hypersd_jax.stages.kinds import DISCRIMINATOR, STUDENT
 from hypersd_jax.weights.tensors import open_tensors
 from tests.helpers.score_runs import (
     MIDDLE,
     TOLERANCE,
     ByHand,
     Opened,
-    Round,
+    Step,
     below,
     counted,
     logits,
@@ -66,7 +64,8 @@ class ConsistencyByHand(ByHand):
     """A stage's pair and what is done with it, from the same draws."""
 
     def pair(self, key: jax.Array, student: Any, *, guided: bool) -> Judged:
-        d = self.drawn(key, self.opened.job.controls, self.opened.stage.kind)
+        stage = self.opened.stage
+        d = self.drawn(key, self.opened.frozen.segments, stage.guidance, stage.kind)
         x = self.noise(self.rows["latents"], d.eps, d.t_n)
         teacher = self.guided(x, d.t_n, d.guidance) if guided else self.unet(x, d.t_n)[0]
         before = self.ddim(x, teacher, d.t_n, d.t_prev)
@@ -96,8 +95,8 @@ def pair(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Opened:
 
 
 @pytest.fixture(scope="module")
-def first(pair: Opened) -> Round:
-    return pair.round()
+def first(pair: Opened) -> Step:
+    return pair.step()
 
 
 @pytest.fixture(scope="module")
@@ -105,13 +104,9 @@ def by_hand(pair: Opened) -> ConsistencyByHand:
     return ConsistencyByHand(pair, [MIDDLE])
 
 
-def _judge(opened: Opened) -> Any:
-    return stage_judge(opened.run, opened.stage)
-
-
-def test_the_first_round_by_hand(pair: Opened, first: Round, by_hand: ConsistencyByHand) -> None:
+def test_the_first_round_by_hand(pair: Opened, first: Step, by_hand: ConsistencyByHand) -> None:
     """Both sides, noised on, beside what the step started from; the turn before has let the heads stand."""
-    found, judge, heads = first.metrics, _judge(pair), first.before.trainable[HEADS]
+    found, discriminator, heads = first.metrics, pair.discriminator, first.before.trainable[DISCRIMINATOR]
     judged = by_hand.pair(pair.key(1), by_hand.adapter(pair.start), guided=True)
     assert np.all(judged.draw.t_end <= judged.draw.t_prev)
     assert np.all(judged.t <= judged.draw.t_top)
@@ -121,7 +116,7 @@ def test_the_first_round_by_hand(pair: Opened, first: Round, by_hand: Consistenc
 
     def seen(x: np.ndarray) -> np.ndarray:
         features = by_hand.unet(x, judged.t)[1]
-        return logits(judge, heads, {MIDDLE: np.concatenate([features[MIDDLE], start[MIDDLE]], axis=-1)})
+        return logits(discriminator, heads, {MIDDLE: np.concatenate([features[MIDDLE], start[MIDDLE]], axis=-1)})
 
     fake, real = by_hand.renoised(judged.prediction, judged, 0), by_hand.renoised(judged.target, judged, 1)
     of_fake, of_real, of_bumped = seen(fake), seen(real), seen(real + 0.1 * judged.noises[2])
@@ -135,16 +130,20 @@ def test_the_first_round_by_hand(pair: Opened, first: Round, by_hand: Consistenc
     loss = 0.5 * mse + 0.3 * generator + hinge + 0.1 * slope
     assert loss == pytest.approx(found["loss"], rel=TOLERANCE)
     assert found["grad_norm"] > 0
-    assert found["heads_grad_norm"] > 0
-    assert first.after.trainable.keys() == first.after.opt_state.keys() == {STUDENT, HEADS}
+    assert found["discriminator_grad_norm"] > 0
+    assert first.after.trainable.keys() == first.after.opt_state.keys() == {STUDENT, DISCRIMINATOR}
     assert first.after.ema.keys() == {STUDENT}
 
 
 def test_without_a_distance_the_student_learns_through_the_frozen_features(
-    pair: Opened, first: Round, by_hand: ConsistencyByHand
+    pair: Opened, first: Step, by_hand: ConsistencyByHand
 ) -> None:
-    alone, run = pair.round(distance_weight=0.0, adversarial_weight=1.0), pair.run
-    judged, judge, heads = by_hand.pair(pair.key(1), None, guided=True), _judge(pair), first.before.trainable[HEADS]
+    alone, run = pair.step(distance_weight=0.0, adversarial__weight=1.0), pair.run
+    judged, discriminator, heads = (
+        by_hand.pair(pair.key(1), None, guided=True),
+        pair.discriminator,
+        first.before.trainable[DISCRIMINATOR],
+    )
     params, d = dict(run.pipe.components.params["unet"]), judged.draw
     (a, s), (a_end, s_end) = by_hand.at(d.t_n), by_hand.at(d.t_end)
     ratio = (by_hand.abar[judged.t] / by_hand.abar[d.t_end]).reshape(-1, 1, 1, 1)
@@ -159,39 +158,35 @@ def test_without_a_distance_the_student_learns_through_the_frozen_features(
         eps = unet(x, d.t_n, adapter=by_hand.adapter(factors))
         fake = kept * (a_end * (x - s * eps) / a + s_end * eps) + added
         seen = jnp.concatenate([unet(fake, judged.t, taps=(MIDDLE,))[1][MIDDLE], start], axis=-1)
-        return jnp.mean(jax.nn.relu(1 - judge.logits(heads, {MIDDLE: seen})[MIDDLE]))
+        return jnp.mean(jax.nn.relu(1 - discriminator.logits(heads, {MIDDLE: seen})[MIDDLE]))
 
     wanted = jax.jit(jax.grad(term))(pair.start, *given)
     found = alone.gradient(STUDENT, clip_norm=pair.stage.clip_norm, beta1=pair.stage.beta1)
     assert relative_error(found, wanted) < TOLERANCE
     assert alone.metrics["grad_norm"] > 1e-4
     # The discriminator's own loss gives the student nothing, and the student's term gives the heads nothing.
-    nothing = pair.round(distance_weight=0.0, adversarial_weight=0.0)
+    nothing = pair.step(distance_weight=0.0, adversarial__weight=0.0)
     assert nothing.metrics["grad_norm"] == 0.0
     same_bits(nothing.after.trainable[STUDENT], nothing.before.trainable[STUDENT])
     for other in (alone, nothing):
-        same_bits(first.after.opt_state[HEADS], other.after.opt_state[HEADS])
+        same_bits(first.after.opt_state[DISCRIMINATOR], other.after.opt_state[DISCRIMINATOR])
 
 
 def test_the_logged_calls_are_those_that_are_made(pair: Opened) -> None:
     """Student, teacher twice, target; and the blocks down of both sides and of R1's."""
-    logged = ({"heads_unet_calls": 5.5}, {"unet_calls": 5.5})
+    logged = ({"discriminator_calls": 5.5}, {"calls": 5.5})
     for (calls, whole, half), wanted in zip(_calls(pair), logged, strict=True):
         assert (whole, half) == (4, 3)
         assert calls == wanted
 
 
 def _calls(opened: Opened) -> list[Any]:
-    """Of each turn, what it logs and what was counted."""
-    run, kind = opened.run, tscd.step_kind(opened.stage, first=True)
-    found = []
-    for number in range(opened.stage.adversarial.updates):
-
-        def turn(parts: Any, number: int = number) -> Any:
-            return tscd.make_turns(parts, run.pipe.schedule, kind, _judge(opened))[number]
-
-        found += counted(opened, turn, [opened.key(number)])
-    return found
+    """Of each phase, what it logs and what was counted."""
+    return [
+        found
+        for phase in range(opened.stage.adversarial.updates)
+        for found in counted(opened, phase, [opened.key(phase)])
+    ]
 
 
 # MARK: students that keep their guidance
@@ -208,9 +203,9 @@ def test_the_first_round_with_dropped_prompts_by_hand(keeping: Opened) -> None:
     lines = [json.loads(line) for line in (keeping.run.output.root / "metrics.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"]) for line in lines] == [("keeping", 1), ("keeping", 2)]
     assert [path.stem for path in keeping.run.output.loras.iterdir()] == ["keeping"]
-    hand, judge, key = ConsistencyByHand(keeping, ENCODER), _judge(keeping), keeping.key(0)
-    assert judge.taps == ENCODER
-    heads = keeping.job.state.trainable[HEADS]
+    hand, discriminator, key = ConsistencyByHand(keeping, ENCODER), keeping.discriminator, keeping.key(0)
+    assert discriminator.taps == ENCODER
+    heads = keeping.state().trainable[DISCRIMINATOR]
     mine = [jax.random.fold_in(jax.random.fold_in(key, 2**32 - 2), int(place)) for place in hand.rows["places"]]
     dropped = np.asarray([jax.random.uniform(each) for each in mine]) < 0.5
     assert set(dropped) == {True, False}
@@ -219,7 +214,7 @@ def test_the_first_round_with_dropped_prompts_by_hand(keeping: Opened) -> None:
         judged = hand.pair(key, None, guided=False)
         assert set(judged.draw.guidance) == {1.0}
         of_fake, of_real = (
-            logits(judge, heads, hand.unet(hand.renoised(x, judged, number), judged.t)[1])
+            logits(discriminator, heads, hand.unet(hand.renoised(x, judged, number), judged.t)[1])
             for number, x in enumerate((judged.prediction, judged.target))
         )
         generator = np.logaddexp(0, -of_fake).mean()
@@ -228,7 +223,7 @@ def test_the_first_round_with_dropped_prompts_by_hand(keeping: Opened) -> None:
 
     with_all = losses()
     context = np.where(dropped[:, None, None], hand.uncond.context, hand.cond.context)
-    hand.cond = broadcast(hand.cond._replace(context=jnp.asarray(context)), hand.cond)
+    hand.cond = hand.cond._replace(context=jnp.asarray(context))
     mse, generator, own = losses()
     assert mse == pytest.approx(lines[0]["mse"], rel=TOLERANCE)
     assert abs(with_all[0] / mse - 1) > 10 * TOLERANCE
@@ -240,7 +235,7 @@ def test_the_first_round_with_dropped_prompts_by_hand(keeping: Opened) -> None:
 def test_the_teacher_is_asked_once(keeping: Opened) -> None:
     ((calls, whole, half),) = _calls(keeping)
     assert (whole, half) == (3, 2)
-    assert calls == {"unet_calls": 4}
+    assert calls == {"calls": 4}
 
 
 def test_its_file_says_guidance_and_negative_prompts_work(keeping: Opened, model: Path) -> None:

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
+from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from hypersd_jax.config import ConsistencyStage, load_config
-from hypersd_jax.diffusion import Schedule
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.stages import train, tscd
+from hypersd_jax.stages import train
 from hypersd_jax.stages.export import sampling_header
 from hypersd_jax.weights.tensors import open_tensors
+from tests.helpers.score_runs import open_stage
 from tests.helpers.tiny_model import SCHEDULER, tiny_model
 
 RECIPE = """
@@ -84,25 +87,35 @@ def stage(kind: str, k: int) -> ConsistencyStage:
     return ConsistencyStage(name="a", kind=kind, updates=1, batch_size=1, solver_steps=8, k=k)
 
 
-def test_tcd_is_tscd_with_one_segment() -> None:
+def test_tcd_is_tscd_with_one_segment(tmp_path: Path, model: Path) -> None:
     """The same program on the same numbers; what differs is how the student says it samples."""
-    schedule = Schedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
-    tcd, one = stage("tcd", 1), stage("tscd", 1)
-    assert tscd.step_kind(tcd, first=True) == tscd.step_kind(one, first=True)
-    for ours, theirs in zip(*(tscd.stage_controls(s, schedule, 8).items() for s in (tcd, one)), strict=True):
-        assert ours[0] == theirs[0]
-        np.testing.assert_array_equal(ours[1], theirs[1])
-    headers = [sampling_header(s, SCHEDULER) for s in (tcd, one)]
+    path = tmp_path / "recipe.yaml"
+    path.write_text(RECIPE.format(output=tmp_path / "out", model=model) + STAGE.format(kind="tcd", k=1))
+    opened = open_stage(load_config(path))
+    programs = []
+    for kind in ("tcd", "tscd"):
+        settings = dataclasses.replace(opened.stage, kind=kind, sampler="auto")
+        batch = jax.tree.map(lambda leaf: leaf[None], opened.rows)
+        lowered = opened.run.step.lower(opened.state(), opened.frozen, batch, jax.random.key(0), settings)
+        programs.append(lowered.as_text())
+    assert programs[0] == programs[1]
+    headers = [sampling_header(stage(kind, 1), SCHEDULER) for kind in ("tcd", "tscd")]
     assert [header["sampler"] for header in headers] == ["tcd", "ddim"]
     assert headers[0]["timesteps"] == headers[1]["timesteps"] == "[999]"
 
 
 def test_stages_of_a_method_share_one_compiled_step() -> None:
-    pairs = (("tscd", 8), ("tscd", 1), ("tcd", 1), ("pcm", 8), ("pcm", 1), ("lcm", 1))
-    kinds = [tscd.step_kind(stage(kind, k), first=True) for kind, k in pairs]
-    assert kinds[0] == kinds[1] == kinds[2]
-    assert kinds[3] == kinds[4]
-    assert len(set(kinds)) == 3
+    """Other numbers are the same tree of arguments; another method is another."""
+
+    def shape(kind: str, k: int, **settings: Any) -> Any:
+        leaves, structure = jax.tree.flatten(dataclasses.replace(stage(kind, k), **settings))
+        return structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves)
+
+    like = {"learning_rate": 0.5, "solver_steps": 40, "guidance": (2.0, 3.0), "ema": 0.1, "updates": 7, "name": "b"}
+    assert shape("tscd", 8) == shape("tscd", 1) == shape("tscd", 4, **like)
+    assert shape("pcm", 8) == shape("pcm", 1, batch_size=5, eta=0.5, export="raw", teacher="previous")
+    others = [shape("tscd", 1, **each) for each in ({"distance": "pseudo_huber"}, {"guidance": (1.0, 1.0)})]
+    assert len({shape("tscd", 1), shape("pcm", 1), shape("lcm", 1), *others}) == 5
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypersd_jax.stages.student import compared_samplings, student_sampling
 from PIL import Image
 
 from hypersd_jax import adapters
@@ -259,12 +258,10 @@ def test_a_student_samples_as_its_stage_says() -> None:
     call: dict[str, Any] = {"name": "x", "updates": 1, "batch_size": 1, "eta": 0.5}
     common: dict[str, Any] = {"eta": 0.5, "sampler": "ddim"}
     stage = ConsistencyStage(k=2, solver_steps=8, sampler="ddim", sample_guidance=2.5, **call)
-    assert student_sampling(stage) == {**common, "steps": 2, "guidance": 2.5, "timesteps": None}
-    assert compared_samplings(stage) == (student_sampling(stage),)
+    assert stage.samplings == ({**common, "steps": 2, "guidance": 2.5, "timesteps": None},)
     score = ScoreStage(kind="dmd", times=(800,), steps=(1, 4), sampler="ddim", guidance=7.0, **call)
     one = {**common, "steps": 1, "guidance": 0.0, "timesteps": (800,)}
-    assert student_sampling(score) == one
-    assert compared_samplings(score) == (one, {**one, "steps": 4, "timesteps": None})
+    assert score.samplings == (one, {**one, "steps": 4, "timesteps": None})
 
 
 def test_a_student_like_the_base_gains_nothing(compared: Compared) -> None:

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import pytest
 
 from hypersd_jax.errors import UserError
-from hypersd_jax.stages import preview, train
+from hypersd_jax.stages import adapter_student, train
 from hypersd_jax.training import SkipWatch
 from tests.helpers.score_runs import smaller
 from tests.helpers.short_runs import ADAPTER, WHOLE, recipe, share_steps
@@ -154,9 +154,9 @@ def test_a_student_that_has_hardly_moved_is_exported_with_a_warning(tmp_path, mo
 @pytest.mark.parametrize("rate", [1e-6, 1e-2])
 def test_an_adapter_that_is_not_on_is_a_defect(tmp_path, model, monkeypatch, rate):
     config = recipe(tmp_path, model, f"stages.two.learning_rate={rate}", "stages.two.updates=2")
-    drawn = preview._drawn
+    drawn = adapter_student._drawn
     monkeypatch.setattr(
-        preview, "_drawn", lambda run, stage, student: drawn(run, stage, jax.tree.map(jnp.zeros_like, student))
+        adapter_student, "_drawn", lambda run, stage, student: drawn(run, stage, jax.tree.map(jnp.zeros_like, student))
     )
     for _ in range(2):
         with pytest.raises(RuntimeError, match="its adapter is not on"):

@@ -12,7 +12,7 @@ import pytest
 from hypersd_jax import training
 from hypersd_jax.cli import main
 from hypersd_jax.data import cache as caches
-from hypersd_jax.stages import output, preview, train
+from hypersd_jax.stages import adapter_student, output, train
 from tests.helpers.score_runs import smaller
 from tests.helpers.short_runs import draw_cheaply, half_written, recipe, records, same_tensors, share_steps
 from tests.helpers.tiny_model import tiny_model
@@ -81,8 +81,8 @@ def one_line(arguments: list[str], capsys: pytest.CaptureFixture[str]) -> str:
         (training.Checkpointer, "save", 20_000, 1, "checkpoints/two: a checkpoint cannot be written", None),
         (training.Checkpointer, "save", 20_000, 2, "checkpoints/two: a checkpoint cannot be written", 2),
         (training.Checkpointer, "save", 20_000, 3, "checkpoints/two: a checkpoint cannot be written", 4),
-        (preview, "write_strips", 10, 1, "samples/two.png: cannot be written", 6),
-        (preview, "export_student", 1000, 1, "loras/two.safetensors: cannot be written", 6),
+        (adapter_student, "write_strips", 10, 1, "samples/two.png: cannot be written", 6),
+        (adapter_student, "export_student", 1000, 1, "loras/two.safetensors: cannot be written", 6),
     ],
     ids=("config", "metrics", "first-save", "second-save", "last-save", "preview", "export"),
 )

@@ -21,10 +21,10 @@ from hypersd_jax.config import load_config
 from hypersd_jax.data import open_source
 from hypersd_jax.distill import draw
 from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.stages import consistency, train
 from hypersd_jax.stages import run as stage_run
-from hypersd_jax.stages import train, tscd
-from hypersd_jax.stages.loop import NOISE_STREAM, stream
 from hypersd_jax.stages.output import open_output
+from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.weights.components import Components
 from tests.helpers import tiny_model as tiny
 from tests.helpers.tiny_model import tiny_model
@@ -94,14 +94,15 @@ class FirstUpdate:
         run = stage_run.open_run(found.config, open_output(found.config))
         self.components: Components = run.pipe.components
         self.uncond = run.uncond
-        _, batch, _ = next(stage_run._batches(run, 0, stage, 0))
+        frozen = consistency.frozen(run, stage)
+        _, batch, _ = next(consistency.batches(run, 0, stage, frozen, 0))
         self.batch = jax.tree.map(lambda leaf: np.asarray(leaf[0]), batch)
         source = open_source(found.config.data, resolution=16, seed=found.config.seed)
         captions = source.batch(np.arange(stage.batch_size)).captions
         self.ids, self.empty_ids = run.pipe.prompts.tokenize(captions), run.pipe.prompts.tokenize([""])
-        controls = tscd.stage_controls(stage, run.pipe.schedule, run.grid_length)
-        key = jax.random.fold_in(stream(found.config.seed, NOISE_STREAM, 0), 0)
-        drawn = draw(key, self.batch["latents"].shape, tscd.segments_of(controls), controls, self.batch["places"])
+        key = jax.random.fold_in(stream(found.config.seed, Stream.NOISE, 0), 0)
+        shape, places = self.batch["latents"].shape, self.batch["places"]
+        drawn = draw(key, shape, frozen.segments, guidance=stage.guidance, indices=places)
         self.drawn = jax.tree.map(np.asarray, drawn)
         betas = np.linspace(tiny.SCHEDULER["beta_start"] ** 0.5, tiny.SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
         self.abar = np.cumprod(1 - betas)

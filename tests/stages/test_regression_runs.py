@@ -10,16 +10,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypersd_jax.stages.tscd import STUDENT
 
 from hypersd_jax.distill import draw_trajectory
 from hypersd_jax.stages import run as stage_run
-from hypersd_jax.stages import score
+from hypersd_jax.stages.generator import _batches
+from hypersd_jax.stages.kinds import STUDENT
 from tests.helpers.score_runs import (
     TOLERANCE,
     ByHand,
     Opened,
-    Round,
+    Step,
     below,
     counted,
     open_stage,
@@ -31,7 +31,7 @@ from tests.helpers.score_runs import (
 from tests.helpers.tiny_model import tiny_model
 
 STAGE = """
-  - {name: one, kind: dmd, updates: 1, batch_size: 4, learning_rate: 1.0e-2, weight: 0.0,
+  - {name: one, kind: regression, updates: 1, batch_size: 4, learning_rate: 1.0e-2,
      regression: {steps: 2, weight: 0.2, path_weight: 0.3, path_range: [0.2, 0.8], teacher: early}}
 """
 
@@ -43,8 +43,8 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> Opened:
 
 
 @pytest.fixture(scope="module")
-def first(opened: Opened) -> Round:
-    return opened.round()
+def first(opened: Opened) -> Step:
+    return opened.step()
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def _lead(hand: ByHand, noise: Any, predict: Callable[[np.ndarray, int], np.ndar
     return hand.clean(x, predict(x, 499), 499)
 
 
-def test_its_losses_by_hand(opened: Opened, first: Round, hand: ByHand) -> None:
+def test_its_losses_by_hand(opened: Opened, first: Step, hand: ByHand) -> None:
     drawn, end, times = _draws(opened, hand)
     noise = np.asarray(drawn.noise, np.float64)
     x0 = hand.clean(noise, hand.unet(noise, 999, hand.adapter(opened.start))[0], 999)
@@ -83,7 +83,7 @@ def test_its_losses_by_hand(opened: Opened, first: Round, hand: ByHand) -> None:
 
 def test_the_second_points_gradient(opened: Opened, hand: ByHand) -> None:
     """The term alone, by differentiating it directly: the step that led there has no gradient."""
-    alone = opened.round(regression_weight=0.0, path_weight=1.0)
+    alone = opened.step(regression__weight=0.0, regression__path_weight=1.0)
     drawn, end, times = _draws(opened, hand)
     noise = np.asarray(drawn.noise, np.float64)
     x_t = hand.ddim(noise, hand.unet(noise, 999, hand.adapter(opened.start))[0], 999, times)
@@ -100,30 +100,24 @@ def test_the_second_points_gradient(opened: Opened, hand: ByHand) -> None:
     assert relative_error(found, wanted) < TOLERANCE
 
 
-def test_no_fake_model_is_made_or_called(opened: Opened, first: Round) -> None:
+def test_no_fake_model_is_made_or_called(opened: Opened, first: Step) -> None:
     assert first.after.trainable.keys() == first.after.opt_state.keys() == first.after.ema.keys() == {STUDENT}
-    kind, run = score.score_kind(opened.stage), opened.run
-
-    def turn(parts: Any) -> Any:
-        (only,) = score.make_score_turns(parts, run.pipe.schedule, kind, None, run.latent_shape)
-        return only
-
-    ((calls, whole, half),) = counted(opened, turn, [opened.key(0)])
+    ((calls, whole, half),) = counted(opened, 0, [opened.key(None)])
     # The student twice and the teacher's two steps.
-    assert calls == {"unet_calls": 4.0}
+    assert calls == {"calls": 4.0}
     assert (whole, half) == (4, 0)
 
 
 def test_it_runs(opened: Opened) -> None:
-    stage_run.run_stage(opened.run, 0, opened.stage, opened.start, opened.students)
+    stage_run.run_stage(opened.run, 0, opened.stage)
     assert (opened.run.output.loras / "one.safetensors").is_file()
 
 
 # MARK: pairs that are computed once
 
 PAIRS = """
-  - {name: one, kind: dmd, updates: 6, batch_size: 4, accumulate: 2, learning_rate: 1.0e-2, guidance: 30.0,
-     weight: 0.0, regression: {steps: 2, weight: 0.2, pairs: 8, teacher: base}}
+  - {name: one, kind: regression, updates: 6, batch_size: 4, accumulate: 2, learning_rate: 1.0e-2,
+     guidance: 30.0, regression: {steps: 2, weight: 0.2, pairs: 8, teacher: base}}
 """
 
 
@@ -131,8 +125,10 @@ def test_pairs_are_gone_over_again(tmp_path: Path, opened: Opened) -> None:
     """Two batches serve six updates, in orders of their own; a run that goes on sees the same ones."""
     model = opened.run.config.model.source
     pair = open_stage(recipe(tmp_path, Path(model), PAIRS))
-    feed = stage_run._pairs(pair.run, 0, pair.stage, pair.job)
-    assert feed is not None
+
+    def feed(done: int) -> Any:
+        return pair.kind.batches(pair.run, 0, pair.stage, pair.frozen, done)
+
     fed = list(feed(0))
     assert [each.number for each in fed] == [1, 2, 3, 4, 5, 6]
     for first in (0, 2, 4):
@@ -143,7 +139,7 @@ def test_pairs_are_gone_over_again(tmp_path: Path, opened: Opened) -> None:
     for one, other in zip(again, fed[3:], strict=True):
         same_bits(one.batch, other.batch)
 
-    plain = [batch for _, batch, _ in stage_run._batches(pair.run, 0, pair.stage, 0)]
+    plain = [batch for _, batch, _ in _batches(pair.run, 0, pair.stage, 0)]
     kept = sorted((each.batch for each in fed[:2]), key=lambda batch: not np.array_equal(*_latents(batch, plain[0])))
     noises = np.stack([np.asarray(batch["noise"]) for batch in kept]).reshape(8, -1)
     assert len(np.unique(noises, axis=0)) == 8
@@ -156,9 +152,9 @@ def test_pairs_are_gone_over_again(tmp_path: Path, opened: Opened) -> None:
             end = _lead(hand, rows["noise"], lambda x, time, hand=hand: hand.guided(x, time, 30.0))
             assert relative_error(rows["end"], end) < TOLERANCE
 
-    job = pair.job
-    before = jax.device_get(job.state)
-    _, metrics = job.make()(job.state, job.frozen, fed[0].batch, pair.key(0), job.controls)
+    state = pair.state()
+    before = jax.device_get(state)
+    _, metrics = pair.run.step(state, pair.frozen, fed[0].batch, pair.key(0), pair.stage)
     alpha, sigma = (float(each[0, 0, 0, 0]) for each in hand.at(999))
     expected = []
     for micro in range(2):
@@ -167,7 +163,7 @@ def test_pairs_are_gone_over_again(tmp_path: Path, opened: Opened) -> None:
         eps = hand.unet(noise, 999, hand.adapter(before.trainable[STUDENT]))[0]
         expected.append(np.mean(((noise - sigma * eps) / alpha - end) ** 2))
     assert float(metrics["regression"]) == pytest.approx(np.mean(expected), rel=TOLERANCE)
-    assert float(metrics["unet_calls"]) == 1.0  # the student's; the target costs none
+    assert float(metrics["calls"]) == 1.0  # the student's; the target costs none
 
 
 def _latents(*batches: Any) -> list[np.ndarray]:

@@ -12,15 +12,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypersd_jax.stages.jobs import stage_judge
-from hypersd_jax.stages.tscd import HEADS, STUDENT
 
 from hypersd_jax.config import load_config
 from hypersd_jax.distill import draw_trajectory
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import run as stage_run
-from hypersd_jax.stages import score, train
+from hypersd_jax.stages import train
+from hypersd_jax.stages.kinds import DISCRIMINATOR, FAKE, STUDENT
 from hypersd_jax.stages.output import Output, create_output
 from hypersd_jax.training import Checkpointer, abstract
 from hypersd_jax.weights.tensors import open_tensors
@@ -29,7 +28,7 @@ from tests.helpers.score_runs import (
     TOLERANCE,
     ByHand,
     Opened,
-    Round,
+    Step,
     below,
     counted,
     logits,
@@ -43,7 +42,6 @@ from tests.helpers.score_runs import (
 from tests.helpers.tiny_model import tiny_model
 from tests.helpers.tiny_xl import tiny_xl
 
-FAKE = score.FAKE
 # Every term at once: both teachers of the two terms beside the score, and a discriminator with R1.
 DMD = """
   - {name: dmd, kind: dmd, updates: 4, batch_size: 4, learning_rate: 1.0e-2, ema: 0.5, guidance: 30.0, weight: 0.7,
@@ -66,7 +64,7 @@ UNET = """
 
 
 class ScoreByHand(ByHand):
-    """Both turns of a score stage, from the same draws."""
+    """Both phases of a score stage, from the same draws."""
 
     def sample(self, drawn: Any, student: Any) -> tuple[np.ndarray, np.ndarray, int, int]:
         """(x_0, the point that is judged, the range of the times before it is clipped to the stage's)."""
@@ -111,8 +109,9 @@ class ScoreByHand(ByHand):
 
     def anchor(self, key: jax.Array, student: Any, average: Any, latents: Any) -> float:
         """TSCD's loss of one segment under the guided base."""
-        d = self.drawn(jax.random.fold_in(key, 2**32 - 3), self.opened.job.controls, "tscd")
-        assert set(d.guidance) == {self.opened.stage.guidance}
+        guidance, segments = self.opened.stage.guidance, self.opened.frozen.tables.segments
+        d = self.drawn(jax.random.fold_in(key, 2**32 - 3), segments, (guidance, guidance))
+        assert set(d.guidance) == {guidance}
         x = self.noise(latents, d.eps, d.t_n)
         before = self.ddim(x, self.guided(x, d.t_n, d.guidance), d.t_n, d.t_prev)
         target = self.ddim(before, self.unet(before, d.t_prev, average)[0], d.t_prev, d.t_end)
@@ -130,8 +129,8 @@ def dmd(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Opened:
 
 
 @pytest.fixture(scope="module")
-def first(dmd: Opened) -> Round:
-    return dmd.round()
+def first(dmd: Opened) -> Step:
+    return dmd.step()
 
 
 @pytest.fixture(scope="module")
@@ -139,11 +138,8 @@ def by_hand(dmd: Opened) -> ScoreByHand:
     return ScoreByHand(dmd, [MIDDLE])
 
 
-def test_the_first_losses_of_the_models_beside_by_hand(dmd: Opened, first: Round, by_hand: ScoreByHand) -> None:
-    key, judge = (
-        dmd.key(0),
-        stage_judge(dmd.run, dmd.stage),
-    )
+def test_the_first_losses_of_the_models_beside_by_hand(dmd: Opened, first: Step, by_hand: ScoreByHand) -> None:
+    key, discriminator = dmd.key(0), dmd.discriminator
     fake = by_hand.adapter(first.before.trainable[FAKE])
     loss, x_t, t = by_hand.beside(key, by_hand.adapter(dmd.start), fake)
     assert loss == pytest.approx(first.metrics["fake_mse"], rel=TOLERANCE)
@@ -151,8 +147,10 @@ def test_the_first_losses_of_the_models_beside_by_hand(dmd: Opened, first: Round
 
     real = by_hand.noise(by_hand.rows["latents"], by_hand.normal(jax.random.fold_in(key, 2**32 - 4)), t)
     bumped = real + dmd.stage.adversarial.r1_sigma * by_hand.normal(jax.random.fold_in(key, 2**32 - 5))
-    heads = first.before.trainable[HEADS]
-    of_real, of_fake, of_bumped = (logits(judge, heads, by_hand.unet(x, t, fake)[1]) for x in (real, x_t, bumped))
+    heads = first.before.trainable[DISCRIMINATOR]
+    of_real, of_fake, of_bumped = (
+        logits(discriminator, heads, by_hand.unet(x, t, fake)[1]) for x in (real, x_t, bumped)
+    )
     hinge = np.maximum(1 - of_real, 0).mean() + np.maximum(1 + of_fake, 0).mean()
     assert hinge == pytest.approx(first.metrics["discriminator"], rel=TOLERANCE)
     right = [of_real.mean((0, 2)) > 0, of_fake.mean((0, 2)) < 0]
@@ -161,14 +159,14 @@ def test_the_first_losses_of_the_models_beside_by_hand(dmd: Opened, first: Round
     assert slope.mean() == pytest.approx(first.metrics["r1"], rel=10 * TOLERANCE)
 
 
-def test_the_students_first_losses_by_hand(dmd: Opened, first: Round, by_hand: ScoreByHand) -> None:
-    """The fake model and the heads are those that their own turn has left; the student still stands at its start."""
-    key, stage = dmd.key(1), dmd.stage
+def test_the_students_first_losses_by_hand(dmd: Opened, first: Step, by_hand: ScoreByHand) -> None:
+    """The fake model and the heads are those that their own phase has left; the student still stands at its start."""
+    key = dmd.key(1)
     student, fake = by_hand.adapter(dmd.start), by_hand.adapter(first.after.trainable[FAKE])
     gradient, drawn, x0, x_t, t = by_hand.gap(key, student, fake)
     assert np.abs(gradient).mean() == pytest.approx(first.metrics["score_gap"], rel=TOLERANCE)
-    judge = stage_judge(dmd.run, stage)
-    of_fake = logits(judge, first.after.trainable[HEADS], by_hand.unet(x_t, t, fake)[1])
+    discriminator = dmd.discriminator
+    of_fake = logits(discriminator, first.after.trainable[DISCRIMINATOR], by_hand.unet(x_t, t, fake)[1])
     generator = np.maximum(1 - of_fake, 0).mean()
     assert generator == pytest.approx(first.metrics["generator"], rel=TOLERANCE)
 
@@ -187,12 +185,12 @@ def test_the_students_first_losses_by_hand(dmd: Opened, first: Round, by_hand: S
 
 
 def test_the_adversarial_gradient_runs_through_the_frozen_features(
-    dmd: Opened, first: Round, by_hand: ScoreByHand
+    dmd: Opened, first: Step, by_hand: ScoreByHand
 ) -> None:
     """Of the student's whole loss only the adversarial term is left; its gradient by differentiating that directly."""
-    alone = dmd.round(weight=0.0, regression_weight=0.0, anchor_weight=0.0, adversarial_weight=1.0)
+    alone = dmd.step(weight=0.0, regression__weight=0.0, anchor__weight=0.0, adversarial__weight=1.0)
     run, stage, key = dmd.run, dmd.stage, dmd.key(1)
-    judge = stage_judge(run, stage)
+    discriminator = dmd.discriminator
     drawn = draw_trajectory(key, by_hand.shape, 1, by_hand.rows["places"])
     t = 20 + below(drawn.uniform, 960)
     a, s, last, deviation = (jnp.asarray(v, jnp.float32) for v in (*by_hand.at(t), *by_hand.at(999)))
@@ -204,7 +202,9 @@ def test_the_adversarial_gradient_runs_through_the_frozen_features(
 
         eps = unet(drawn.noise, jnp.full(4, 999), adapter=by_hand.adapter(start))
         x_t = a * (drawn.noise - deviation * eps) / last + s * drawn.eps
-        found = judge.logits(alone.after.trainable[HEADS], unet(x_t, t, adapter=fake, taps=(MIDDLE,))[1])
+        found = discriminator.logits(
+            alone.after.trainable[DISCRIMINATOR], unet(x_t, t, adapter=fake, taps=(MIDDLE,))[1]
+        )
         return jnp.mean(jax.nn.relu(1 - found[MIDDLE]))
 
     value, wanted = jax.jit(jax.value_and_grad(term))(dmd.start)
@@ -213,47 +213,40 @@ def test_the_adversarial_gradient_runs_through_the_frozen_features(
     assert relative_error(found, wanted) < TOLERANCE
     assert alone.metrics["grad_norm"] > 1e-4
     # Whatever the student's loss weighs, the others learn the same; without any term it has no gradient at all.
-    nothing = dmd.round(weight=0.0, regression_weight=0.0, anchor_weight=0.0, adversarial_weight=0.0)
+    nothing = dmd.step(weight=0.0, regression__weight=0.0, anchor__weight=0.0, adversarial__weight=0.0)
     assert nothing.metrics["grad_norm"] == 0.0
     same_bits(nothing.after.trainable[STUDENT], nothing.before.trainable[STUDENT])
-    for player in (FAKE, HEADS):
-        assert first.metrics[f"{player}_grad_norm"] > 0
+    for model in (FAKE, DISCRIMINATOR):
+        assert first.metrics[f"{model}_grad_norm"] > 0
         for other in (alone, nothing):
-            same_bits(first.after.trainable[player], other.after.trainable[player])
+            same_bits(first.after.trainable[model], other.after.trainable[model])
 
 
 def test_the_logged_calls_are_those_that_are_made(dmd: Opened) -> None:
-    kind = score.score_kind(dmd.stage)
-    for number, name in enumerate(("fake_unet_calls", "unet_calls")):
-        ((calls, whole, half),) = counted(dmd, lambda parts: _turns(dmd, parts)[number], [dmd.key(number)])  # noqa: B023
-        assert calls == {name: (whole + half / 2) * (kind.fake_updates if number == 0 else 1)}
+    for phase, name in enumerate(("fake_calls", "calls")):
+        ((calls, whole, half),) = counted(dmd, phase, [dmd.key(phase)])
+        assert calls == {name: (whole + half / 2) * (dmd.stage.fake_updates if phase == 0 else 1)}
         # Student, fake model, and the features of the real side twice; then guidance, regression and anchor.
-        assert (whole, half) == ((2, 2) if number == 0 else (1 + 2 + 1 + 3 + 4, 0))
+        assert (whole, half) == ((2, 2) if phase == 0 else (1 + 2 + 1 + 3 + 4, 0))
 
 
-def _turns(opened: Opened, components: Any) -> Any:
-    kind = score.score_kind(opened.stage)
-    judge = stage_judge(opened.run, opened.stage)
-    return score.make_score_turns(components, opened.run.pipe.schedule, kind, judge, opened.run.latent_shape)
-
-
-def test_only_the_players_are_in_the_state(dmd: Opened, first: Round) -> None:
+def test_only_what_is_trained_is_in_the_state(dmd: Opened, first: Step) -> None:
     state = first.after
-    assert state.trainable.keys() == state.opt_state.keys() == {STUDENT, FAKE, HEADS}
+    assert state.trainable.keys() == state.opt_state.keys() == {STUDENT, FAKE, DISCRIMINATOR}
     assert state.ema.keys() == {STUDENT}
-    student, fake, heads = (size(state.trainable[name]) for name in (STUDENT, FAKE, HEADS))
+    student, fake, heads = (size(state.trainable[name]) for name in (STUDENT, FAKE, DISCRIMINATOR))
     assert student == fake
     # Weights and two moments each, the student's average, three counters of Adam and two of the state.
     assert size(state) == 3 * (student + fake + heads) + student + 5 * 4
     assert heads < student < size(dmd.run.pipe.components.params["unet"])
-    for name in (STUDENT, FAKE, HEADS):
+    for name in (STUDENT, FAKE, DISCRIMINATOR):
         moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), first.before.trainable[name], state.trainable[name])
         assert all(jax.tree.leaves(moved)) or name != STUDENT, name
         assert any(jax.tree.leaves(moved)), name
 
 
 def test_stopped_after_two_rounds_and_gone_on(dmd: Opened, tmp_path: Path) -> None:
-    """All three players end bit for bit where an uninterrupted run ends."""
+    """All three models end bit for bit where an uninterrupted run ends."""
     ends = {}
     for name in ("whole", "resumed"):
         output = Output(tmp_path / name)
@@ -264,10 +257,10 @@ def test_stopped_after_two_rounds_and_gone_on(dmd: Opened, tmp_path: Path) -> No
         else:
             create_output(output, dmd.run.config)
         run = dataclasses.replace(dmd.run, output=output)
-        stage_run.run_stage(run, 0, dmd.stage, dmd.start, dmd.students)
+        stage_run.run_stage(run, 0, dmd.stage)
         with Checkpointer(output.checkpoints("dmd")) as checkpoints:
             assert checkpoints.latest() == 4
-            ends[name], _ = checkpoints.restore(4, abstract(run.mesh, dmd.job.state))
+            ends[name], _ = checkpoints.restore(4, abstract(run.mesh, dmd.state()))
         lines = [json.loads(line) for line in (output.root / "metrics.jsonl").read_text().splitlines()]
         assert [line["step"] for line in lines] == [1, 2, 3, 4]
         assert all(line["skipped"] == 0 for line in lines)
@@ -284,7 +277,7 @@ def test_prompts_alone(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPa
     prompts.write_text("red apple\na cat face\nblue car\n")
     monkeypatch.setattr(stage_run, "open_source", lambda *_args, **_kwargs: pytest.fail("pictures are opened"))
     opened = open_stage(recipe(tmp_path, model, TDM, source=str(prompts)))
-    first, hand = opened.round(), ScoreByHand(opened)
+    first, hand = opened.step(), ScoreByHand(opened)
     assert "latents" not in opened.rows
     student, fake = hand.adapter(opened.start), hand.adapter(first.before.trainable[FAKE])
     assert hand.beside(opened.key(0, 1), student, fake)[0] == pytest.approx(first.metrics["fake_mse"], rel=TOLERANCE)
@@ -293,7 +286,7 @@ def test_prompts_alone(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPa
     anchor = hand.anchor(opened.key(1), student, student, x0)
     assert anchor == pytest.approx(first.metrics["anchor"], rel=TOLERANCE)
     stage_run.check_stages(opened.run)
-    stage_run.run_stage(opened.run, 0, opened.stage, opened.start, {})
+    stage_run.run_stage(opened.run, 0, opened.stage)
     line = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
     assert line["loss"] == pytest.approx(first.metrics["loss"], rel=1e-6)
     assert (tmp_path / "out" / "samples" / "tdm.png").is_file()
@@ -305,18 +298,17 @@ def _calls_of_each_step(opened: Opened) -> None:
     keys = [jax.random.key(seed) for seed in range(6)]
     steps = [int(draw_trajectory(key, (4, 8, 8, 4), 2).step) for key in keys]
     assert set(steps) == {0, 1}
-    for number, name in enumerate(("fake_unet_calls", "unet_calls")):
-        found = counted(opened, lambda parts: _turns(opened, parts)[number], keys)  # noqa: B023
-        for step, (calls, whole, half) in zip(steps, found, strict=True):
-            assert calls == {name: whole * (2 if number == 0 else 1)}
-            assert (whole, half) == (step + 2 if number == 0 else step + 1 + 2 + 1 + 4, 0)
+    for phase, name in enumerate(("fake_calls", "calls")):
+        for step, (calls, whole, half) in zip(steps, counted(opened, phase, keys), strict=True):
+            assert calls == {name: whole * (2 if phase == 0 else 1)}
+            assert (whole, half) == (step + 2 if phase == 0 else step + 1 + 2 + 1 + 4, 0)
 
 
 def test_what_prompts_alone_cannot_do(tmp_path: Path, model: Path) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("red apple\n")
     for stages, overrides, words in (
-        (TDM, ["data.cache=somewhere"], r"data\.cache: no stage of this run reads pictures"),
+        (TDM, ["data.cache=somewhere"], r"data\.cache: no stage of this run reads images"),
         ("  - {name: s, k: 1, solver_steps: 4, updates: 1, batch_size: 4}", [], r"prompts\.txt has no images"),
         (DMD, [], r"prompts\.txt has no images"),
     ):
@@ -332,7 +324,7 @@ def test_what_prompts_alone_cannot_do(tmp_path: Path, model: Path) -> None:
 
 def test_a_round_of_sdxls_shape_by_hand(tmp_path: Path) -> None:
     opened = open_stage(recipe(tmp_path, smaller(tiny_xl(tmp_path / "model")), XL))
-    first, hand = opened.round(), ScoreByHand(opened)
+    first, hand = opened.step(), ScoreByHand(opened)
     assert all(np.isfinite(value) for value in first.metrics.values())
     assert first.metrics["skipped"] == 0
     assert first.metrics["grad_norm"] > 0
@@ -359,11 +351,11 @@ def test_a_round_of_sdxls_shape_by_hand(tmp_path: Path) -> None:
 def test_a_student_of_whole_weights(tmp_path: Path, model: Path) -> None:
     opened = open_stage(recipe(tmp_path, model, UNET), "before")
     components = opened.run.pipe.components
-    masters = opened.job.state.trainable[STUDENT]
+    masters = opened.state().trainable[STUDENT]
     assert {leaf.dtype for leaf in masters.values()} == {np.dtype(np.float32)}
     merged = {path for path, leaf in masters.items() if np.any(leaf != components.params["unet"][path])}
     assert merged == {f"{module}.kernel" for module in opened.start}
-    stage_run.run_stage(opened.run, 0, opened.stage, opened.start, {})
+    stage_run.run_stage(opened.run, 0, opened.stage)
     folder = tmp_path / "out" / "models" / "unet"
     parts = {
         "unet": "diffusion_pytorch_model.safetensors",

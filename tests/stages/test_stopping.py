@@ -18,7 +18,7 @@ from hypersd_jax import training
 from hypersd_jax.cli import main
 from hypersd_jax.config import load_config
 from hypersd_jax.errors import Interrupted, Terminated
-from hypersd_jax.stages import preview, train
+from hypersd_jax.stages import adapter_student, train
 from hypersd_jax.stages.caching import write_cache
 from tests.helpers.score_runs import smaller
 from tests.helpers.short_runs import (
@@ -108,7 +108,9 @@ def test_a_signal_saves_the_update_in_hand(
 def test_while_a_preview_is_drawn_nothing_is_lost(tmp_path, model, undisturbed, monkeypatch):
     config = recipe(tmp_path, model, "log.sample_every=3", "log.checkpoint_every=100")
     with monkeypatch.context() as patch:
-        patch.setattr(preview, "_drawn", call_then_signal(signal.SIGINT, preview._drawn, lambda *_: True))
+        patch.setattr(
+            adapter_student, "_drawn", call_then_signal(signal.SIGINT, adapter_student._drawn, lambda *_: True)
+        )
         with pytest.raises(KeyboardInterrupt, match="at 3 of 6 of two"):
             train(config)
     assert training.newest_step(tmp_path / "out" / "checkpoints" / "two") == 3

@@ -9,8 +9,9 @@ import pytest
 
 from hypersd_jax.config import TeacherStage
 from hypersd_jax.distill import corruption
-from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.stages import teacher
+from hypersd_jax.stages import denoising
+from hypersd_jax.stages.base import StableDiffusion
+from hypersd_jax.training import make_mesh
 from hypersd_jax.weights.components import load_components
 from tests.helpers.tiny_model import tiny_model
 from tests.helpers.tiny_xl import tiny_xl
@@ -23,7 +24,8 @@ CAPTIONS = ["red apple, noto style", "lion", "cat face, blob style", "pear", "do
 @pytest.mark.parametrize("make", [tiny_model, tiny_xl], ids=["sd", "sdxl"])
 def test_the_loss_by_hand(make, tmp_path):
     components = load_components(make(tmp_path / "m"), dtype=jnp.float32)
-    pipe = Pipeline(components, dtype=jnp.float32)
+    base = StableDiffusion(components=components, resolution=None, dtype=jnp.float32, mesh=make_mesh(1, 1))
+    pipe = base.pipe
     params = {name: dict(part) for name, part in components.params.items()}
     key = jax.random.key(3)
     drawn = corruption(key, (ROWS, 8, 8, 4), jnp.arange(ROWS), times=1000, prompt_dropout=0.5)
@@ -33,9 +35,9 @@ def test_the_loss_by_hand(make, tmp_path):
     ids = tuple(map(jnp.asarray, pipe.prompts.tokenize(CAPTIONS)))
     batch = {"latents": latents, "ids": ids, "time_ids": sizes, "places": jnp.arange(ROWS)}
     empty = tuple(map(jnp.asarray, pipe.prompts.tokenize([""])))
-    loss = teacher.make_loss(components, pipe.prompts, pipe.schedule, STAGE, jnp.float32)
+    loss = denoising.make_loss(base, STAGE)
     trained = {name: params[name] for name in ("unet", *components.text_encoders)}
-    found, _ = jax.jit(lambda t: loss(t, None, {"empty": empty}, batch, key, {}))(trained)
+    found, _ = jax.jit(lambda t: loss({"student": t}, None, {"empty": empty}, batch, key))(trained)
 
     cond = pipe.prompts.encode(params, ids)
     nothing = pipe.prompts.encode(params, tuple(jnp.tile(row, (ROWS, 1)) for row in empty))

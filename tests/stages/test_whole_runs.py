@@ -8,13 +8,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypersd_jax.stages.whole import reconstructed
 
 from hypersd_jax.config import Config, load_config, save_config
 from hypersd_jax.data import EmojiSource
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import train
+from hypersd_jax.stages.autoencoder import reconstructed
 from hypersd_jax.weights.tensors import open_tensors
 from tests.helpers.tiny_model import tiny_model
 

@@ -145,7 +145,7 @@ def test_a_swapped_value_is_noticed(run, tmp_path, monkeypatch):
 def test_another_shape_is_named_by_leaf(run, tmp_path):
     with training.Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, run.state, FACTS)
-        with pytest.raises(UserError, match=r"ema/first/bias is float32\[16\] there, float32\[32\] here"):
+        with pytest.raises(UserError, match=r"ema/student/first/bias is float32\[16\] there, float32\[32\] here"):
             checkpointer.restore(1, like(toy.Run(width=32)))
 
 
@@ -160,7 +160,7 @@ def test_facts_are_compared_by_name():
 def test_restored_values_keep_every_bit(run, tmp_path):
     """Subnormals, signed zeros, infinities and nan payloads included."""
     odd = np.array([0x80000000, 1, 0x7F800000, 0x7FC12345, 0x00400000], np.uint32).view(np.float32)
-    state = training.init_state({"odd": odd}, training.make_optimizer(toy.CONFIG))
+    state = training.init_state({"odd": odd}, toy.SETTINGS, averaged=("odd",))
     with training.Checkpointer(tmp_path) as checkpointer:
         checkpointer.save(1, state, FACTS)
         restored, _ = checkpointer.restore(1, training.abstract(run.mesh, state))

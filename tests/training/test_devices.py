@@ -11,7 +11,8 @@ import pytest
 
 ROOT = Path(__file__).parents[2]
 SPLIT = {  # leaf -> its piece under fsdp=4; width 131,200 in all
-    f"{tree}/first/kernel": [8, 32_800] for tree in ("trainable", "ema", "opt_state/1/mu", "opt_state/1/nu")
+    f"{tree}/first/kernel": [8, 32_800]
+    for tree in ("trainable/student", "ema/student", "opt_state/student/1/mu", "opt_state/student/1/nu")
 }
 
 pytestmark = pytest.mark.devices
@@ -45,6 +46,12 @@ def test_large_leaves_are_split_and_stay_so(seen):
         assert piece == [8, SPLIT[leaf][1] // 2]
     assert seen["1x8"]["split_after"].keys() == SPLIT.keys()
     assert seen["1x1"]["split_after"] == seen["8x1"]["split_after"] == {}
+
+
+@pytest.mark.parametrize("shape", ["1x1", "8x1", "2x4", "1x8"])
+def test_every_step_after_the_first_takes_its_program(seen, shape):
+    """The next state lies as the one before."""
+    assert seen[shape]["compiled_later"] == 0
 
 
 @pytest.mark.parametrize("shape", ["1x1", "8x1", "2x4", "1x8"])

@@ -1,4 +1,4 @@
-"""The step on one device: arithmetic, accumulation, the guard against non-finite values, donation."""
+"""A step of one phase with one model on one device: arithmetic, accumulation, randomness, the guard, donation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,10 @@ import optax
 import pytest
 
 from hypersd_jax import training
+from hypersd_jax.training import Phase
 from tests.helpers import toy_training as toy
+
+MESH = training.make_mesh(1, 1)
 
 
 def test_three_steps_equal_the_same_written_by_hand():
@@ -19,30 +22,34 @@ def test_three_steps_equal_the_same_written_by_hand():
     params = ema = toy.trainable()
     reference = optax.chain(optax.clip_by_global_norm(1.0), optax.scale_by_adam(), optax.add_decayed_weights(1e-2))
     opt_state = reference.init(params)
+    differentiate = jax.jit(jax.value_and_grad(toy.make_loss(run.settings), has_aux=True))
     for step in range(3):
         key = jax.random.fold_in(run.key, step)
         rows = jax.tree.map(lambda leaf: leaf[0], toy.batch(step))
-        (value, _), grads = jax.value_and_grad(toy.loss, has_aux=True)(
-            params, ema, toy.frozen(), rows, key, run.controls
-        )
+        (value, metrics), grads = differentiate(params, ema, toy.frozen(), rows, key)
         updates, opt_state = reference.update(grads, opt_state, params)
-        lr = float(training.learning_rate_at(run.controls, step))
+        lr = float(training.learning_rate_at(run.settings, 1e-2, step))
         updates = jax.tree.map(lambda leaf: -lr * leaf, updates)  # noqa: B023
         params = optax.apply_updates(params, updates)
         ema = jax.tree.map(lambda old, new: 0.9 * old + 0.1 * new, ema, params)
-        assert history[step]["loss"] == pytest.approx(float(value), rel=1e-5)
-        assert history[step]["grad_norm"] == pytest.approx(float(optax.tree.norm(grads)), rel=1e-5)
-        assert history[step]["update_norm"] == pytest.approx(float(optax.tree.norm(updates)), rel=1e-5)
-        assert history[step]["param_norm"] == pytest.approx(float(optax.tree.norm(params)), rel=1e-5)
-        assert history[step]["lr"] == pytest.approx(lr, rel=1e-6)
+        by_hand = metrics | {
+            "loss": value,
+            "grad_norm": optax.tree.norm(grads),
+            "update_norm": optax.tree.norm(updates),
+            "param_norm": optax.tree.norm(params),
+            "lr": lr,
+            "skipped": 0,
+        }
+        assert history[step] == pytest.approx({name: float(number) for name, number in by_hand.items()}, rel=1e-5)
     for ours, theirs in ((run.state.trainable, params), (run.state.ema, ema)):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), ours, theirs)
     assert int(run.state.step) == 3
+    assert int(run.state.opt_state["student"][1].count) == 3
 
 
 def test_training_lowers_the_loss():
-    config = training.OptimizerConfig(learning_rate=3e-2)
-    history = toy.Run(config=config, rows=64, jitter=0.0).go(60)
+    steady = {"learning_rate": 3e-2, "warmup": 0, "schedule": "constant", "weight_decay": 0.0}
+    history = toy.Run(rows=64, jitter=0.0, **steady).go(60)
     assert history[-1]["error"] < 0.6 * history[0]["error"]
 
 
@@ -56,8 +63,8 @@ def test_accumulated_gradient_equals_the_big_batch():
     )
 
 
-def test_ema_with_decay_zero_is_the_student():
-    run = toy.Run(ema_decay=0.0)
+def test_ema_with_decay_zero_is_the_model():
+    run = toy.Run(ema=0.0)
     run.go(2)
     toy.assert_same(run.state.ema, run.state.trainable)
 
@@ -67,8 +74,7 @@ def test_a_non_finite_step_changes_only_the_counters(poison):
     run = toy.Run()
     run.go(2)
     before = jax.device_get(run.state)
-    jitter, run.controls["jitter"] = run.controls["jitter"], np.asarray(poison, np.float32)
-    (metrics,) = run.go(1)
+    (metrics,) = run.go(1, jitter=poison)
     after = jax.device_get(run.state)
     for part in ("trainable", "opt_state", "ema"):
         toy.assert_same(getattr(before, part), getattr(after, part))
@@ -76,56 +82,61 @@ def test_a_non_finite_step_changes_only_the_counters(poison):
     assert metrics["skipped"] == 1
     assert metrics["update_norm"] == 0
 
-    run.controls["jitter"] = jitter
     (metrics,) = run.go(1)
     assert np.isfinite(metrics["loss"])
     assert (int(run.state.step), int(run.state.skipped)) == (4, 1)
 
 
-def test_a_non_finite_gradient_under_a_finite_loss_is_skipped_too():
-    def loss(trainable, ema, frozen, batch, key, controls):
-        return jnp.sum(jnp.sqrt(trainable)), {}  # value 0, slope infinite
+def one_step(loss, weights, *, averaged=("a",), seed=0, repeats=1):
+    """One step of a model "a" on a loss of its own."""
+    state = training.init_state({"a": weights}, toy.SETTINGS, averaged=averaged)
+    step = training.make_step(lambda settings: [Phase(models={"a": 1.0}, loss=loss, repeats=repeats)], mesh=MESH)
+    return step(state, {}, {"x": np.zeros((1, 2), np.float32)}, jax.random.key(seed), toy.SETTINGS)
 
-    tx = training.make_optimizer(toy.CONFIG)
-    state = training.init_state(jnp.zeros(3), tx)
-    step = training.make_step(loss, tx, state, {}, mesh=training.make_mesh(1, 1))
-    state, metrics = step(state, {}, {"x": np.zeros((1, 2), np.float32)}, jax.random.key(0), toy.controls())
+
+def test_a_non_finite_gradient_under_a_finite_loss_is_skipped_too():
+    def loss(models, ema, frozen, rows, key):
+        return jnp.sum(jnp.sqrt(models["a"])), {}  # value 0, slope infinite
+
+    state, metrics = one_step(loss, jnp.zeros(3))
     assert float(metrics["loss"]) == 0
     assert int(state.skipped) == 1
-    np.testing.assert_array_equal(state.trainable, np.zeros(3))
+    np.testing.assert_array_equal(state.trainable["a"], np.zeros(3))
 
 
-def test_controls_do_not_recompile():
-    run = toy.Run()
-    run.go(1)
-    before = run.step._cache_size()  # every run in this process shares the step
-    other = training.OptimizerConfig(learning_rate=1.0, warmup_steps=9, schedule="linear", weight_decay=1e-2)
-    run.controls = toy.controls(99, jitter=0.3, ema_decay=0.5, config=other)
-    run.go(1)
-    assert run.step._cache_size() == before
+@pytest.mark.parametrize("repeats", [1, 3])
+def test_the_only_phase_of_one_model_draws_from_the_steps_key(repeats):
+    """Taken once, from that itself; repeated, each time from a key of its own."""
+
+    def loss(models, ema, frozen, rows, key):
+        return jnp.sum(models["a"]), {"drawn": jax.random.uniform(key)}
+
+    _, metrics = one_step(loss, jnp.zeros(3), seed=5, repeats=repeats)
+    key = jax.random.fold_in(jax.random.key(5), 0)  # state.step is 0
+    if repeats == 3:
+        key = jax.random.fold_in(jax.random.fold_in(key, 0), 2)
+    assert float(metrics["drawn"]) == float(jax.random.uniform(key))
 
 
 def test_the_state_is_donated_and_the_callers_arrays_are_not():
     mine = jax.tree.map(jnp.asarray, toy.trainable())
-    tx = training.make_optimizer(toy.CONFIG)
     run = toy.Run()
-    old = training.init_state(mine, tx, run.mesh)
-    run.step(old, run.frozen, toy.batch(0), run.key, run.controls)
+    old = training.init_state(mine, run.settings, averaged=("student",), mesh=run.mesh)
+    run.step(old, run.frozen, toy.batch(0), run.key, run.settings)
     assert all(leaf.is_deleted() for leaf in jax.tree.leaves(old))
     assert not any(leaf.is_deleted() for leaf in jax.tree.leaves((mine, run.frozen)))
+    toy.assert_same(mine, toy.trainable())
 
 
-def test_own_metrics_cannot_be_overwritten():
-    def loss(trainable, ema, frozen, batch, key, controls):
-        return jnp.sum(trainable), {"lr": jnp.float32(0)}
+@pytest.mark.parametrize("name", ["loss", "grad_norm", "update_norm", "param_norm", "lr", "skipped"])
+def test_own_metrics_cannot_be_overwritten(name):
+    def loss(models, ema, frozen, rows, key):
+        return jnp.sum(models["a"]), {name: jnp.float32(0)}
 
-    tx = training.make_optimizer(toy.CONFIG)
-    state = training.init_state(jnp.zeros(3), tx)
-    step = training.make_step(loss, tx, state, {}, mesh=training.make_mesh(1, 1))
-    with pytest.raises(ValueError, match="lr"):
-        step(state, {}, {"x": np.zeros((1, 2), np.float32)}, jax.random.key(0), toy.controls())
+    with pytest.raises(ValueError, match=name):
+        one_step(loss, jnp.zeros(3))
 
 
 def test_master_weights_must_be_float32():
-    with pytest.raises(ValueError, match="bfloat16"):
-        training.init_state({"a": jnp.zeros(3, jnp.bfloat16)}, training.make_optimizer(toy.CONFIG))
+    with pytest.raises(ValueError, match=r"\['a'\]\['b'\].*bfloat16"):
+        training.init_state({"a": {"b": jnp.zeros(3, jnp.bfloat16)}}, toy.SETTINGS, averaged=())

@@ -12,7 +12,7 @@ jax.config.update("jax_num_cpu_devices", devices)
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
 from hypersd_jax.config import load_config
-from hypersd_jax.stages import run as stages
+from hypersd_jax.stages import consistency, train
 from hypersd_jax.weights import placement
 
 placement.SHARD_ABOVE_BYTES = 4096  # so that even a tiny base is split
@@ -22,17 +22,17 @@ def main() -> None:
     """Print how the base and the state are laid out, after a whole run."""
     config = load_config(sys.argv[1], [f"mesh.data={data}", f"mesh.fsdp={fsdp}", f"output_dir={sys.argv[5]}"])
     seen = {}
-    original = stages.finish
+    original = consistency.finish
 
-    def spy(run, stage, student):
+    def spy(run, stage, student, *, trained):
         kernel = run.pipe.components.params["unet"]["mid_block.resnets.0.conv1.kernel"]
         seen["base"] = str(kernel.sharding.spec)
         seen["split"] = sum("fsdp" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(student))
         seen["devices"] = len(kernel.sharding.device_set)
-        original(run, stage, student)
+        original(run, stage, student, trained=trained)
 
-    stages.finish = spy
-    stages.train(config)
+    consistency.finish = spy
+    train(config)
     print(json.dumps(seen))
 
 

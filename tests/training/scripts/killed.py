@@ -28,7 +28,7 @@ def main(folder: Path) -> None:
         with training.MetricsLog(folder, STEPS, "toy", start, tensorboard=False) as log:
             for step in range(start + 1, STEPS + 1):
                 batch = training.put_batch(toy.batch(step - 1), training.batch_sharding(run.mesh, axis=1))
-                run.state, metrics = run.step(run.state, run.frozen, batch, run.key, run.controls)
+                run.state, metrics = run.step(run.state, run.frozen, batch, run.key, run.settings)
                 log.write(step, metrics)
                 log.flush()
                 checkpointer.save(step, run.state, facts)
