@@ -358,7 +358,7 @@ def page() -> str:
     for section in sections():
         parts.append(f"## {section.title}\n")
         if section.text:
-            parts.append(textwrap.fill(section.text, 118, break_long_words=False) + "\n")
+            parts.append(_wrapped(section.text) + "\n")
         rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
         for key in section.keys:
             cells = (f"`{key.name}`", key.value, key.default, key.meaning)
@@ -366,8 +366,12 @@ def page() -> str:
         parts.append("\n".join(rows) + "\n")
         if section.rules:
             parts.append("Refused, with what is printed:\n")
-            parts.append("\n".join(f"* `{rule}`" for rule in section.rules) + "\n")
+            parts.append("\n".join(_wrapped(f"* `{rule}`", "  ") for rule in section.rules) + "\n")
     return "\n".join(parts)
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 118, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def main() -> None:
