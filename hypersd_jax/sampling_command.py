@@ -243,7 +243,7 @@ def picture_texts(
 def _embedded_lora(options: argparse.Namespace) -> list[tuple[Path, float]]:
     """The LoRA that ships for the embedded model and the steps asked for, unless many-step sampling is.
 
-    In 4 and 8 steps the LoRAs of TSCD are better than the unified one, in 2 and 1 it is (README, "Results"), and it
+    In 4 and 8 steps the LoRAs of TSCD are better than the unified one, in 2 and 1 it is (docs/experiments.md), and it
     alone is made for the other numbers. It begins at a timestep of its own, so explicit ones go to TSCD's.
     """
     if options.model != EMBEDDED or options.preset or (options.guidance or 0.0) > 1.0:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import tempfile
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -23,6 +24,9 @@ from tests.helpers.quick import QUICK
 os.environ.setdefault("XLA_FLAGS", " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items()))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", "cpu")
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's `&` has it, which the tests of signals are not of
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 try:  # the torch-free suite runs without it
     import torch
