@@ -20,7 +20,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
-from hypersd_jax.config import Config
+from hypersd_jax.config import Config, kinds
 
 HEAD = """\
 # Configuration
@@ -35,71 +35,8 @@ of `accumulate` times the devices.
 This page is made from the source: `python scripts/configuration_reference.py docs/configuration.md`.
 """
 
-MEANINGS = {
-    "Config.output_dir": "The folder that the run writes to.",
-    "Config.seed": "Seed of every random stream of the run.",
-    "Config.model": "The base model.",
-    "Config.data": "The dataset.",
-    "Config.lora": "The student's adapter.",
-    "Config.mesh": "How the devices share the work.",
-    "Config.log": "What is written while training.",
-    "Config.evaluation": "The comparison after training.",
-    "Config.stages": "Trained in order, each from the student of the one before.",
-    "ModelConfig.source": "A diffusers folder, a single file or a hub id ([files.md](files.md)).",
-    "ModelConfig.dtype": "Of the arithmetic and the frozen weights; `auto`: bfloat16 on TPU and GPU, float32 on CPU.",
-    "ModelConfig.remat": "Recompute activations in the backward pass: less memory, more time.",
-    "DataConfig.source": "`emoji` (embedded), a folder, files, or a hub dataset.",
-    "DataConfig.resolution": "Side of the square in pixels; null: the model's own.",
-    "DataConfig.image_column": "The column of the images.",
-    "DataConfig.caption_column": "The column of the captions.",
-    "DataConfig.crop": "Where an image that was scaled to cover its size is cropped.",
-    "DataConfig.flip": "Mirror each image with probability one half.",
-    "DataConfig.bucket_step": "Aspect buckets: sizes of about that area, in multiples of this; null: squares.",
-    "DataConfig.min_size": "Leave out images with a shorter side, in pixels.",
-    "LoraConfig.rank": "Of every adapted module.",
-    "LogConfig.every": "Training steps from one line of `metrics.jsonl` to the next.",
-    "LogConfig.checkpoint_every": "Training steps between checkpoints.",
-    "LogConfig.checkpoint_minutes": "Minutes after which a checkpoint is saved in any case; 0: never for that reason.",
-    "LogConfig.stop_after_skipped": "Steps in a row without a finite loss and gradient after which the run ends (half "
-    "of the stage where that is fewer).",
-    "LogConfig.tensorboard": "Write `tensorboard/` as well.",
-    "LogConfig.compilation_cache": "Keep compiled programs for later runs.",
-    "StageConfig.name": "Addresses the stage on the command line, and names its files.",
-    "StageConfig.updates": "Training steps.",
-    "StageConfig.accumulate": "Parts that a batch is computed in, one after the other, to save memory.",
-    "StageConfig.learning_rate": "AdamW's, after the warm-up.",
-    "StageConfig.warmup": "Training steps over which the learning rate rises from zero.",
-    "StageConfig.schedule": "The learning rate after the warm-up; `cosine` and `linear` fall to zero at the last step.",
-    "StageConfig.beta1": "AdamW's decay of the first moment.",
-    "StageConfig.beta2": "AdamW's decay of the second moment.",
-    "StageConfig.weight_decay": "AdamW's.",
-    "StageConfig.clip_norm": "Largest norm of the gradient; larger ones are scaled down to it.",
-    "ConsistencyStage.solver_steps": "Size N of the teacher's DDIM grid.",
-    "ConsistencyStage.distance": "Between the student's side and the target's.",
-    "ConsistencyStage.huber_c": "The constant of `pseudo_huber`.",
-    "ConsistencyStage.adversarial": "The adversarial term; null: none.",
-    "ConsistencyStage.offset_noise": "Strength of the offset noise (noise perturbation).",
-    "ConsistencyStage.prompt_dropout": "Share of empty prompts. With guidance [1, 1] the student then keeps reacting "
-    "to guidance and negative prompts.",
-    "ScoreStage.weight": "Of the matching loss. With 0 and no adversarial term there is no fake score model.",
-    "ScoreStage.fake_updates": "Steps of the fake score model, a LoRA of its own, for one of the student.",
-    "ScoreStage.fake_learning_rate": "The fake score model's learning rate.",
-    "ScoreStage.regression": "The regression to a many-step model; null: none.",
-    "ScoreStage.anchor": "The consistency regulariser; null: none.",
-    "ScoreStage.adversarial": "The adversarial term (DMD2); null: none.",
-    "ScoreStage.sampler": "Solver in the header of the exported file; `auto`: lcm for a UNet and for DMD2's few "
-    "steps, else tcd.",
-    "ScoreStage.eta": "Eta in the header of the exported file.",
-    "AutoencoderStage.kind": "Says which kind of stage this is.",
-    "TeacherStage.kind": "Says which kind of stage this is.",
-    "AdversarialConfig.loss": "The discriminator's loss, and the student's adversarial term with it.",
-    "AdversarialConfig.learning_rate": "The discriminator heads' learning rate.",
-    "AdversarialConfig.r1_sigma": "The step over which that slope is taken.",
-    "RegressionConfig.weight": "Of the regression beside the matching loss.",
-    "RegressionConfig.path_range": "Where that second point lies, as shares of the training timesteps.",
-    "AnchorConfig.weight": "Of the consistency regulariser beside the matching loss.",
-}
-"""What no docstring says, by ``Class.key``. A key that begins a sentence of its docstring must not stand here."""
+MEANINGS: dict[str, str] = {}
+"""What no docstring says, by ``Class.key``. A key that its docstring explains must not stand here."""
 
 SHARED = "StageConfig"
 NAMES = {int: "whole number", float: "number", bool: "`true` or `false`", str: "text"}
@@ -297,7 +234,8 @@ def _yaml(value: Any) -> str:
 def classes_in(kind: Any) -> list[type]:
     """The dataclasses that a type names."""
     if dataclasses.is_dataclass(kind):
-        return [typing.cast(type, kind)]
+        cls = typing.cast(type, kind)
+        return list(dict.fromkeys(kinds(cls).values())) or [cls]
     return [cls for each in typing.get_args(kind) if not isinstance(each, str) for cls in classes_in(each)]
 
 
@@ -341,11 +279,11 @@ def sections() -> list[Section]:
 def _section(cls: type, paths: list[str]) -> Section:
     fields = {field.name: field for field in dataclasses.fields(cls)}
     title = ", ".join(f"`{path.removesuffix('.')}`" for path in paths) if paths != [""] else "The top level"
-    if "kind" in fields:
-        choices = typing.get_args(typing.get_type_hints(cls)["kind"])
-        title += f" with `kind: {' | '.join(map(str, choices))}`"
-    elif cls.__name__ == SHARED:
+    if cls.__name__ == SHARED:
         title += ", of every kind"
+    elif "kind" in fields:
+        choices = typing.get_args(typing.get_type_hints(cls)["kind"]) or kinds(cls)
+        title += f" with `kind: {' | '.join(map(str, choices))}`"
     return Section(title, doc_of(cls).general, keys_of(cls), ranges(cls)[1])
 
 

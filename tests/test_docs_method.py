@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from hypersd_jax.config import Config
+from hypersd_jax.config import Config, kinds
 
 PAGE = Path(__file__).parents[1] / "docs" / "method.md"
 CODE = re.compile(r"`([^`]+)`")
@@ -44,9 +44,11 @@ def exists(name: str) -> bool:
 def key_paths(kind: Any, prefix: str = "") -> Iterator[str]:
     """The dotted paths of all keys below a type, without the indices of lists."""
     if dataclasses.is_dataclass(kind):
-        for name, inner in typing.get_type_hints(kind).items():
-            yield f"{prefix}{name}"
-            yield from key_paths(inner, f"{prefix}{name}.")
+        for cls in kinds(kind).values() or [kind]:  # type: ignore[arg-type]
+            hints = typing.get_type_hints(cls)
+            for field in dataclasses.fields(cls):
+                yield f"{prefix}{field.name}"
+                yield from key_paths(hints[field.name], f"{prefix}{field.name}.")
     for inner in typing.get_args(kind):
         yield from key_paths(inner, prefix)
 

@@ -10,13 +10,19 @@ from hypersd_jax.config.fields import derived, static
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AdversarialConfig:
-    """Discriminator heads on the features of a frozen UNet (in score distillation: the fake model's), trained alone.
+    """Discriminator heads on the features of a frozen UNet (in score distillation: the fake score model's).
 
-    ``weight`` is that of the student's adversarial term. ``features``: ``encoder`` (blocks down and middle, a head
-    each: PCM for SDXL), ``all`` (blocks up too: PCM for SD 1.5), ``mid`` (one head on the middle block: DMD2) or
-    ``pair`` (one on the middle blocks of the judged latents and of those that the step started from, side by side:
-    SDXL-Lightning, arXiv 2402.13929). ``updates`` counts the heads' updates to one of the student. ``r1_weight`` is
-    of the penalty on the discriminator's slope at the real side, taken over a step of ``r1_sigma``.
+    Attributes:
+        weight: of the student's adversarial term.
+        loss: the discriminator's loss, and the student's adversarial term with it.
+        features: ``encoder``: a head on each down block and the middle one (PCM for SDXL); ``all``: on the up blocks
+            too (PCM for SD 1.5); ``mid``: one on the middle block (DMD2); ``pair``: one on the middle blocks of the
+            latents in question and of those that the step started from, side by side (SDXL-Lightning, arXiv
+            2402.13929).
+        learning_rate: the discriminator heads' learning rate.
+        updates: steps of the discriminator for one of the student.
+        r1_weight: of the penalty on the discriminator's slope at the real side.
+        r1_sigma: the step over which that slope is taken.
     """
 
     weight: float = 0.1

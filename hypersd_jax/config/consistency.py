@@ -12,22 +12,28 @@ from hypersd_jax.config.stage import Sampling, StageConfig
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ConsistencyStage(StageConfig):
-    """One stage of trajectory-segmented consistency distillation (arXiv 2404.13686, Algorithm 1), or of a rival.
+    """Trajectory-segmented consistency distillation (arXiv 2404.13686, Algorithm 1), or a baseline of it.
 
-    ``kind`` is ``tscd``, or for comparison ``tcd`` (arXiv 2402.19159: TSCD's one-segment loss, trained from the start),
-    ``lcm`` (arXiv 2310.04378: the loss between two estimates of x_0) or ``pcm`` (arXiv 2405.18407: t_end is always the
-    edge of its phase; its adversarial term is ``adversarial``). ``k`` is the number of segments, 1 for ``tcd`` and
-    ``lcm``, and ``solver_steps`` the size N of the teacher's DDIM grid; ``guidance`` is the range, in diffusers'
-    ``guidance_scale``, that the teacher's guidance is drawn from; the target network is the moving average;
-    ``teacher`` chooses between the two readings of the paper: the guided base model in every stage, or the previous
-    stage's student. ``distance_weight`` and ``adversarial.weight`` weigh the two terms of the distance (section 3.1).
-
-    A guidance of [1, 1] leaves the teacher unguided and spares half its calls; with ``prompt_dropout``, the share of
-    empty prompts, the student then follows the conditional and the unconditional field apart, and guidance and negative
-    prompts keep working on it (PCM's ``not_apply_cfg_solver``; Hyper-SD's later CFG LoRAs).
-
-    ``sampler`` (``auto``: that of the method, ddim for ``tscd`` and ``pcm``), ``eta`` and ``sample_guidance`` go into
-    the header of the exported file, so that it samples itself as it was trained.
+    Attributes:
+        kind: ``tscd``; ``tcd`` (arXiv 2402.19159): one segment from the start; ``lcm`` (arXiv 2310.04378): a loss
+            between two estimates of x_0; ``pcm`` (arXiv 2405.18407): the target timestep is always the segment
+            boundary.
+        k: number of segments; 1 for ``tcd`` and ``lcm``.
+        solver_steps: size N of the teacher's DDIM grid.
+        guidance: range of the teacher's guidance scale, in diffusers' convention. [1, 1] leaves the teacher unguided,
+            at half the calls.
+        teacher: whose solver step is learned: the guided base's, or the previous stage's student's.
+        distance: between the student's side and the target's.
+        huber_c: the constant of ``pseudo_huber``.
+        distance_weight: of the distance, beside ``adversarial.weight`` (section 3.1).
+        adversarial: the adversarial term; null: none.
+        offset_noise: strength of the offset noise (noise perturbation).
+        prompt_dropout: share of empty prompts. With guidance [1, 1] the student then keeps reacting to guidance and
+            negative prompts (PCM's ``not_apply_cfg_solver``; Hyper-SD's later CFG LoRAs).
+        sampler: solver in the header of the exported file; ``auto``: ddim for ``tscd`` and ``pcm``, else the method's
+            own.
+        eta: eta in the header of the exported file.
+        sample_guidance: guidance scale in the header of the exported file.
     """
 
     kind: Literal["tscd", "tcd", "lcm", "pcm"] = "tscd"

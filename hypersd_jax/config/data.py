@@ -11,13 +11,24 @@ from hypersd_jax.paths import expanded
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DataConfig:
-    """Image-text pairs: ``emoji`` (ships with the package), or a folder, files or a hub data set (docs/data.md).
+    """Images with captions (docs/data.md).
 
-    ``split`` is the data set's, or ``train``, ``test`` or ``all`` of the embedded pictures. ``white_fraction`` and
-    ``groups`` are of the embedded pictures alone; the rest are of all others. Null columns are found by their usual
-    names. Pictures are scaled to cover ``resolution`` squared and cropped, or with ``bucket_step`` the nearest of the
-    sizes of that area whose sides are multiples of it; those with a side below ``min_size`` are left out.
-    ``cache`` is a folder that `hypersd cache` wrote: rows are read from it, not encoded.
+    ``white_fraction`` and ``groups`` belong to the embedded images, the others but ``source`` and ``split`` to every
+    other dataset. Columns that are null are found by their usual names.
+
+    Attributes:
+        source: ``emoji`` (embedded), a folder, files, or a hub dataset.
+        split: of the dataset; of ``emoji`` one of ``train``, ``test``, ``all``.
+        resolution: side of the square in pixels; null: the model's own.
+        white_fraction: of ``emoji`` alone: the share of white backgrounds.
+        groups: of ``emoji`` alone: which groups of images; null: all.
+        image_column: the column of the images.
+        caption_column: the column of the captions.
+        crop: where an image that was scaled to cover its size is cropped.
+        flip: mirror each image with probability one half.
+        bucket_step: aspect buckets: sizes of about that area, in multiples of this; null: squares.
+        min_size: leave out images with a shorter side, in pixels.
+        cache: a folder that ``hypersd cache`` wrote: examples are read from it, not encoded again.
     """
 
     source: str = "emoji"

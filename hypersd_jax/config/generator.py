@@ -16,14 +16,20 @@ BASE, PREVIOUS = TEACHERS = ("base", "previous")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RegressionConfig:
-    """The MSE between a one-step student and where a many-step model leads from the same noise (Hyper-SD, 3.3).
+    """The MSE between a one-step student and the end of a many-step model's ODE rollout from the same noise.
 
-    ``teacher``: the name of an earlier stage, whose student has absorbed its guidance already; ``previous``, the
-    stage's own start; or ``base``, with the stage's guidance. ``steps`` of its DDIM trajectory. ``path_weight`` is
-    of the MSE at a second point: the student's own deterministic step has led to a time of ``path_range`` (shares of
-    the training times), and from there it is to find the same end, so that more steps correct the first. ``pairs``, a
-    multiple of the batch, is how many samples' noise and end are computed once and gone over again, as DMD's are; 0
-    computes every update's anew.
+    Hyper-SD, arXiv 2404.13686, section 3.3.
+
+    Attributes:
+        weight: of the regression beside the matching loss.
+        path_weight: of the MSE at a second point, which the student's own deterministic step has reached: from there it
+            is to find the same endpoint, so that more steps correct the first.
+        path_range: where that second point lies, as shares of the training timesteps.
+        pairs: how many ODE pairs are computed once and gone over again, as DMD's are, a multiple of the batch; 0
+            computes every step's anew.
+        teacher: an earlier stage by name, whose student has absorbed its guidance; ``previous``, the stage's own start;
+            or ``base``, with the stage's guidance.
+        steps: of its DDIM trajectory.
     """
 
     weight: float = 0.25
@@ -66,9 +72,14 @@ class RegressionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AnchorConfig:
-    """TSCD's loss of one segment, kept on beside score distillation so that the student stays good at more steps.
+    """The consistency regulariser: TSCD's loss of one segment, kept on beside score distillation.
 
-    ``solver_steps`` is its grid; ``teacher``, of its solver steps, as in `RegressionConfig`.
+    It keeps the student good at more steps.
+
+    Attributes:
+        weight: of the consistency regulariser beside the matching loss.
+        solver_steps: size of its grid.
+        teacher: of its solver steps, as in `RegressionConfig`.
     """
 
     weight: float = 1.0
@@ -89,14 +100,19 @@ class AnchorConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratorStage(StageConfig):
-    """What the two kinds share that train a student, a LoRA or a whole UNet, on samples that it makes from noise.
+    """What score distillation and regression share: a student that is trained on samples that it makes from noise.
 
-    ``times`` are the student's input times, 999 for a unified LoRA, 800 for Hyper-SD's one-step UNet. ``student``:
-    ``lora``, or ``unet`` for the whole UNet with float32 master weights, with what came before merged into it; such a
-    stage must be the last. ``guidance`` is the base's, where the base is a teacher. ``data_free`` reads prompts alone:
-    the anchor then stands on the student's own samples. ``steps`` are the step counts that the student is sampled and
-    compared at, with ``sampler`` and ``eta``; empty is the number of ``times``. ``auto`` is lcm for a UNet and for
-    DMD2's few steps, which are trained with fresh noise between them, and else tcd.
+    Attributes:
+        student: ``lora``, or ``unet``: full fine-tuning with float32 master weights, earlier LoRAs merged. Such a stage
+            must be the last.
+        times: the student's input timesteps: 999 for a unified LoRA, 800 for Hyper-SD's one-step UNet.
+        guidance: guidance scale of the base, where the base is a teacher.
+        regression: the regression to a many-step model; null: none.
+        anchor: the consistency regulariser; null: none.
+        data_free: read prompts alone; the consistency regulariser then uses the student's own samples.
+        steps: step counts at which the student is sampled and compared; empty: the number of ``times``.
+        sampler: solver in the header of the exported file; ``auto``: lcm for a UNet and for DMD2's few steps, else tcd.
+        eta: eta in the header of the exported file.
     """
 
     student: Literal["lora", "unet"] = "lora"
@@ -186,13 +202,16 @@ class GeneratorStage(StageConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScoreStage(GeneratorStage):
-    """Score distillation (Hyper-SD, arXiv 2404.13686, section 3.3) of the student that the stages before have made.
+    """Score distillation (arXiv 2404.13686, section 3.3) of the student that the stages before have made.
 
-    ``kind``: ``dmd`` (one of ``times``: arXiv 2311.18828; several: DMD2's few steps, arXiv 2405.14867) or ``tdm``
-    (arXiv 2503.06674: the points of the student's deterministic trajectory are matched, each over its own times).
-    ``guidance`` is the real score's. One update of the student follows ``fake_updates`` of the fake-score model, a LoRA
-    of its own that starts at zero. ``time_range`` is what samples are noised to, as shares of the training times. A
-    ``weight`` of 0 leaves the adversarial term alone.
+    Attributes:
+        kind: ``dmd``: DMD (arXiv 2311.18828) with one of ``times``, DMD2 (arXiv 2405.14867) with several; ``tdm``
+            (arXiv 2503.06674): the points of the student's deterministic trajectory, each over its own timesteps.
+        weight: of the matching loss; 0 leaves the adversarial term alone.
+        time_range: timesteps that samples are noised to, as shares of the training timesteps.
+        fake_updates: steps of the fake score model, a LoRA of its own, for one of the student.
+        fake_learning_rate: the fake score model's learning rate.
+        adversarial: the adversarial term (DMD2); null: none.
     """
 
     kind: Literal["dmd", "tdm"]
@@ -232,9 +251,10 @@ class ScoreStage(GeneratorStage):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RegressionStage(GeneratorStage):
-    """A student that learns where a many-step teacher leads from the same noise, from its anchor, or from both.
+    """A student that is regressed to a many-step teacher's ends, kept by its anchor, or both, without any score.
 
-    What is left of score distillation without the score: no fake-score model is trained.
+    Attributes:
+        kind: ``regression``.
     """
 
     kind: Literal["regression"]

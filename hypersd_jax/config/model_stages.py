@@ -12,11 +12,12 @@ from hypersd_jax.config.stage import StageConfig
 class AutoencoderStage(StageConfig):
     """Training of the autoencoder: L1 between image and reconstruction, plus weighted terms.
 
-    ``part`` is ``all`` of it, or ``decoder``: the latents stay what they were, and with them every UNet that was
-    trained on them (the released "ft-mse" autoencoders of SD 1.x were made so).
-    ``gradient_weight`` is of the L1 between their horizontal and vertical differences, which keeps edges sharp;
-    ``kl_weight`` of the Kullback-Leibler divergence of the latents from N(0, I), a number of a image's latents, which
-    the decoder alone does not change.
+    Attributes:
+        kind: says which kind of stage this is.
+        part: ``decoder`` leaves the latents, and every UNet that was trained on them, as they are (the released
+            "ft-mse" autoencoders of SD 1.x were made so).
+        gradient_weight: of the L1 between horizontal and vertical differences, which keeps edges sharp.
+        kl_weight: of the Kullback-Leibler divergence of the latents from N(0, I).
     """
 
     trains_adapter: ClassVar[bool] = False
@@ -34,12 +35,15 @@ class AutoencoderStage(StageConfig):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TeacherStage(StageConfig):
-    """Ordinary training of UNet and text encoder to predict noise, or what the scheduler's prediction type says.
+    """Ordinary training of UNet and text encoders to predict noise, or what the scheduler's prediction type says.
 
-    ``prediction_type`` makes it another from this stage on, which the model that comes out says of itself: weights that
-    predict epsilon are fine-tuned to predict v, which needs no division by alpha at the noisy end (arXiv 2202.00512,
-    section 4). ``snr_gamma`` is min-SNR weighting's gamma (arXiv 2303.09556; null weighs all times alike);
-    ``prompt_dropout`` is the share of images that are shown without their caption, for classifier-free guidance.
+    Attributes:
+        kind: says which kind of stage this is.
+        prediction_type: what the UNet predicts from this stage on, and the model says of itself: weights that predict
+            epsilon are fine-tuned to predict v, which needs no division by alpha at the noisy end (arXiv 2202.00512,
+            section 4). null: what it predicts now.
+        snr_gamma: gamma of min-SNR weighting (arXiv 2303.09556); null: all timesteps alike.
+        prompt_dropout: share of examples without their caption, for classifier-free guidance.
     """
 
     trains_adapter: ClassVar[bool] = False

@@ -14,10 +14,13 @@ from hypersd_jax.paths import expanded
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """The base model: a diffusers folder, or ``embedded`` for the one that ships with the package.
+    """The base model.
 
-    ``fresh`` names parts (``vae``, ``unet``, ``text_encoder``) whose weights are drawn at random, not read: what is
-    to be trained from nothing. Their configurations must be there all the same.
+    Attributes:
+        source: a diffusers folder, a single file or a hub id (docs/files.md), or ``embedded``.
+        fresh: parts (``vae``, ``unet``, ``text_encoder``) that start from random weights; each needs its configuration.
+        dtype: of the arithmetic and the frozen weights; ``auto``: bfloat16 on TPU and GPU, float32 on CPU.
+        remat: recompute activations in the backward pass: less memory, more time.
     """
 
     source: PathText = "embedded"
@@ -31,7 +34,12 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoraConfig:
-    """The student's adapter on the UNet; ``alpha: null`` means alpha = rank, that is scale 1."""
+    """The student's adapter on the UNet.
+
+    Attributes:
+        rank: of every adapted module.
+        alpha: the scale is alpha / rank; null: alpha = rank, scale 1.
+    """
 
     rank: int = 64
     alpha: float | None = None
@@ -45,9 +53,11 @@ class LoraConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-    """Devices along the two axes; ``data: null`` takes all that ``fsdp`` leaves.
+    """Devices along the two axes.
 
-    ``fsdp: auto`` splits the model over as many devices as there are, up to 8: the greatest common divisor of both.
+    Attributes:
+        data: devices that share the batch; null: all that ``fsdp`` leaves.
+        fsdp: devices that also split the weights; ``auto``: the greatest common divisor of 8 and the devices there are.
     """
 
     data: int | None = None
@@ -56,11 +66,17 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What is written while training; ``sample_every: 0`` draws a grid at the end of each stage only.
+    """What is written while training.
 
-    A checkpoint is saved after ``checkpoint_every`` updates and after ``checkpoint_minutes``, whichever comes first
-    (0 minutes: by updates alone). After ``stop_after_skipped`` updates in a row whose loss or gradient was not finite,
-    or half of the stage where that is fewer, the run ends.
+    Attributes:
+        every: training steps from one line of ``metrics.jsonl`` to the next.
+        sample_every: training steps between preview grids; 0: one at the end of each stage.
+        checkpoint_every: training steps between checkpoints.
+        checkpoint_minutes: minutes after which a checkpoint is saved in any case; 0: never for that reason.
+        stop_after_skipped: steps in a row without a finite loss and gradient after which the run ends (half of the
+            stage where that is fewer).
+        tensorboard: write ``tensorboard/`` as well.
+        compilation_cache: keep compiled programs for later runs.
     """
 
     every: int = 1
@@ -88,10 +104,15 @@ EMBEDDED_SAMPLES, OWN_SAMPLES = 256, 16
 class EvaluationConfig:
     """The comparison of students and teacher after the last stage.
 
-    It is on held-out captions of the embedded images, or on the first captions of a dataset of one's own, several
-    seeds each. ``samples: 0`` leaves it out; null is 256 on the embedded images and 16 on any other dataset.
-    ``guidance`` is the teacher's; null is 4 with the embedded model or images, and else the model's own (7.5, SDXL's
-    is 5). ``batch_size`` is that of all samples generated while and after training.
+    It is on held-out captions of the embedded images, or on the first captions of a dataset of one's own, several seeds
+    each.
+
+    Attributes:
+        samples: of each student and of the teacher; 0 leaves the comparison out; null: 256 on the embedded images, else
+            16.
+        guidance: the teacher's guidance scale; null: 4 with the embedded model or images, else the model's own (7.5,
+            SDXL 5).
+        batch_size: of all samples that are generated while and after training.
     """
 
     samples: int | None = None
@@ -109,10 +130,19 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run: ``stages`` are trained in order, each from the last one's student.
+    """A whole run.
 
-    ``reuse`` names the folder of another run: its first stages, as far as all that made them is the same, are taken
-    over and not trained again.
+    Attributes:
+        output_dir: the folder that the run writes to.
+        reuse: the folder of another run, whose first stages are taken over as far as all that made them is the same.
+        seed: seed of every random stream of the run.
+        model: the base model.
+        data: the dataset.
+        lora: the student's adapter.
+        stages: trained in order, each from the student of the one before.
+        mesh: how the devices share the work.
+        log: what is written while training.
+        evaluation: the comparison after training.
     """
 
     output_dir: str

@@ -24,12 +24,25 @@ class Sampling(TypedDict):
 class StageConfig:
     """What every kind of stage has: its length, AdamW's settings, and the moving average of the weights.
 
-    ``ema`` is the average's decay mu (0: the average is the weights themselves); ``export`` chooses which of the two
-    the stage hands on. ``batch_size`` counts images an update, of which one part in ``accumulate`` is in memory at a
-    time. ``skip`` leaves the stage out.
-
     A kind of stage is a subclass with a ``kind`` of its own. Its instances are arguments of the compiled step too, as
     `config.fields` says.
+
+    Attributes:
+        kind: the stage's method.
+        name: addresses the stage on the command line, and names its files.
+        updates: training steps.
+        batch_size: examples a step.
+        accumulate: parts that a batch is computed in, one after the other, to save memory.
+        learning_rate: AdamW's, after the warm-up.
+        warmup: training steps over which the learning rate rises from zero.
+        schedule: the learning rate after the warm-up; ``cosine`` and ``linear`` fall to zero at the last step.
+        beta1: AdamW's decay of the first moment.
+        beta2: AdamW's decay of the second moment.
+        weight_decay: AdamW's.
+        clip_norm: largest norm of the gradient; larger ones are scaled down to it.
+        ema: decay of the moving average of the weights; 0: the weights themselves.
+        export: which weights are exported and start the next stage: the moving average, or the raw ones.
+        skip: leave the stage out.
     """
 
     trains_adapter: ClassVar[bool] = True

@@ -27,7 +27,7 @@ from hypersd_jax.errors import UserError
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 KEY = jax.random.key(3)
-CONTROLS = {name: np.float32(v) for name, v in {"guidance_min": 3, "guidance_max": 9, "offset_noise": 0}.items()}
+GUIDANCE = (3.0, 9.0)
 SIZE, HUBER_C = 12, 0.05
 ABAR = np.cumprod(1 - np.linspace(0.00085**0.5, 0.012**0.5, 1000) ** 2)
 RTOL = 2e-4  # float32 through x_0 at t = 999, where the prediction's rounding is divided by alpha = 0.068
@@ -47,7 +47,7 @@ def averaged(x, t, cond):
 
 def teacher(x, t, cond, uncond, guidance):
     unguided = network(x, t, uncond)
-    return unguided + guidance.reshape(-1, 1, 1, 1) * (network(x, t, cond) - unguided)
+    return unguided + guidance.reshape(-1, 1, 1, 1) * (network(x, t, cond) - unguided), None
 
 
 class ByHand(NamedTuple):
@@ -84,15 +84,15 @@ class ByHand(NamedTuple):
 def jitted(method, N, k, prediction_type="epsilon", **options):
     schedule = Schedule(**BETAS, prediction_type=prediction_type)
     batch = {"latents": latents(), "cond": jnp.linspace(-1, 1, SIZE), "uncond": jnp.zeros(SIZE)}
-    args = (network, averaged, teacher, batch, KEY, pad_segments(N, k, 50), CONTROLS)
-    return jax.jit(lambda: consistency_loss(method, *args, schedule=schedule, **options))()
+    args = (network, averaged, teacher, batch, KEY, pad_segments(N, k, 50))
+    return jax.jit(lambda: consistency_loss(method, *args, guidance=GUIDANCE, schedule=schedule, **options))()
 
 
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 @pytest.mark.parametrize(("method", "N", "k"), [("tscd", 50, 1), ("lcm", 50, 1), ("pcm", 40, 4)])
 def test_the_loss_is_the_papers(method, N, k, prediction_type):
     loss, metrics = jitted(method, N, k, prediction_type, distance=pseudo_huber(HUBER_C))
-    drawn = draw(KEY, (SIZE, 3, 3, 4), pad_segments(N, k, 50), CONTROLS, end=METHODS[method][0])
+    drawn = draw(KEY, (SIZE, 3, 3, 4), pad_segments(N, k, 50), guidance=GUIDANCE, end=METHODS[method][0])
     drawn = Draw(*(np.asarray(leaf, np.float64 if leaf.dtype == jnp.float32 else np.int64) for leaf in drawn))
     hand = ByHand(prediction_type == "v_prediction")
     prediction, target = hand.sides(method, drawn, np.asarray(latents(), np.float64), np.linspace(-1, 1, SIZE))
@@ -105,7 +105,7 @@ def test_the_loss_is_the_papers(method, N, k, prediction_type):
 def test_tcds_end_is_uniform_over_all_times_below_the_start():
     """One segment: t_b = 0 for every start, so that TCD needs no rule of its own."""
     segments = pad_segments(10, 1, 50)
-    times = jax.tree.map(np.asarray, draw(KEY, (4000, 1, 1, 1), segments, CONTROLS))
+    times = jax.tree.map(np.asarray, draw(KEY, (4000, 1, 1, 1), segments, guidance=GUIDANCE))
     assert np.all((times.t_end >= 0) & (times.t_end <= times.t_prev))
     share = times.t_end[times.t_prev > 0] / times.t_prev[times.t_prev > 0]
     counts, _ = np.histogram(share, bins=10, range=(0, 1))
@@ -117,7 +117,7 @@ def test_tcds_end_is_uniform_over_all_times_below_the_start():
 
 @pytest.mark.parametrize(("N", "k"), [(40, 8), (40, 4), (50, 2), (50, 1)])
 def test_pcms_end_is_the_phases_edge(N, k):
-    drawn = draw(KEY, (500, 1, 1, 1), pad_segments(N, k, 50), CONTROLS, end=edge_end)
+    drawn = draw(KEY, (500, 1, 1, 1), pad_segments(N, k, 50), guidance=GUIDANCE, end=edge_end)
     t_n, _, t_b = segment_bounds(N, k)
     edges = dict(zip(t_n.tolist(), t_b.tolist(), strict=True))
     assert np.asarray(drawn.t_end).tolist() == [edges[t] for t in np.asarray(drawn.t_n).tolist()]
@@ -135,7 +135,9 @@ def test_both_rules_meet_where_a_segment_is_one_step():
 def test_the_other_draws_are_the_same_for_all_methods():
     """So that methods are compared on the same starts, noise and guidance."""
     segments = pad_segments(40, 4, 50)
-    uniform, edge = (draw(KEY, (SIZE, 3, 3, 4), segments, CONTROLS, end=end) for end in (uniform_end, edge_end))
+    uniform, edge = (
+        draw(KEY, (SIZE, 3, 3, 4), segments, guidance=GUIDANCE, end=end) for end in (uniform_end, edge_end)
+    )
     jax.tree.map(np.testing.assert_array_equal, uniform._replace(t_end=0), edge._replace(t_end=0))
     assert np.any(uniform.t_end != edge.t_end)
 
@@ -165,7 +167,11 @@ def test_at_the_trajectorys_end_lcms_target_is_the_teachers_step():
     def silent(x, t, cond):
         return 1e3 * jnp.ones_like(x)
 
-    pair = lcm_pair(network, silent, lambda x, t, c, u, g: network(x, t, c), batch, drawn, schedule=Schedule(**BETAS))
+    def tutor(x, t, cond, _uncond, _guidance):
+        return network(x, t, cond), t
+
+    pair = lcm_pair(network, silent, tutor, batch, drawn, schedule=Schedule(**BETAS))
+    assert pair.seen.tolist() == [19]
     hand = ByHand(v=False)
     x = np.asarray(pair.x_t, np.float64)
     step = hand.move(x, network(x, np.asarray([19]), np.ones(1), np), np.asarray([19]), np.asarray([0]))
@@ -180,10 +186,10 @@ def test_only_the_student_is_differentiated(method):
         student, target = (lambda x, t, cond, n=name: scales[n] * network(x, t, cond) for name in ("student", "target"))
 
         def tutor(x, t, cond, _uncond, _guidance):
-            return scales["teacher"] * network(x, t, cond)
+            return scales["teacher"] * network(x, t, cond), None
 
-        args = (student, target, tutor, batch, KEY, pad_segments(40, 1, 50), CONTROLS)
-        return consistency_loss(method, *args, schedule=Schedule(**BETAS))[0]
+        args = (student, target, tutor, batch, KEY, pad_segments(40, 1, 50))
+        return consistency_loss(method, *args, guidance=GUIDANCE, schedule=Schedule(**BETAS))[0]
 
     gradient = jax.jit(jax.grad(loss))({"student": 1.0, "target": 1.0, "teacher": 1.0})
     assert gradient["student"] != 0
@@ -191,7 +197,7 @@ def test_only_the_student_is_differentiated(method):
 
 
 def test_clipping_is_refused():
-    drawn = draw(KEY, (SIZE, 3, 3, 4), pad_segments(10, 1, 10), CONTROLS)
+    drawn = draw(KEY, (SIZE, 3, 3, 4), pad_segments(10, 1, 10), guidance=GUIDANCE)
     with pytest.raises(UserError, match="clip_sample"):
         lcm_pair(
             network,

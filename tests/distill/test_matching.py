@@ -1,4 +1,4 @@
-"""Distribution matching: the surrogate's gradient, and what the fake-score model learns."""
+"""Distribution matching: the surrogate's gradient, the whole term by hand, and what the fake-score model learns."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from hypersd_jax.distill import (
     matching_loss,
     mse,
     noised,
+    score_term,
 )
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -45,8 +46,8 @@ def raw(x0, kind):
     return from_x0_eps(x0, (X_T - ALPHA * x0) / SIGMA, jnp.float32(ALPHA), jnp.float32(SIGMA), kind)
 
 
-def matching(x0, real, fake, kind="epsilon", weights=None, x_t=X_T):
-    return matching_loss(clean(x0), x_t, T, real, fake, schedule=SCHEDULES[kind], weights=weights)
+def matching(x0, real, fake, kind="epsilon", x_t=X_T):
+    return matching_loss(clean(x0), x_t, T, real, fake, schedule=SCHEDULES[kind])
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -101,21 +102,100 @@ def test_descent_leads_to_the_teachers_distribution():
     assert np.all(np.ptp(gradient, axis=(1, 2, 3)) < 1e-3 * gradient.mean(axis=(1, 2, 3)))
 
 
-def test_padded_samples_count_for_nothing():
-    weights = jnp.asarray([1.0, 1.0, 1.0, 0.0])
-    real, fake = raw(REAL, "epsilon"), raw(FAKE, "epsilon")
+ON_THE_WAY = 279  # the time at which a student's samples stand that have noise in them
+COND = np.asarray([-1.0, -0.3, 0.4, 1.1], np.float32)
+DRAWN = draw_trajectory(jax.random.key(3), SHAPE, 1)._replace(
+    uniform=jnp.asarray([0.01, 0.31, 0.72, 0.99], jnp.float32)
+)
 
-    def run(fake):
-        return jax.value_and_grad(lambda x0: matching(x0, real, fake, weights=weights), has_aux=True)(X0)
 
-    (value, metrics), gradient = run(fake)
-    jax.tree.map(np.testing.assert_array_equal, ((value, metrics), gradient), run(fake.at[3].set(9.0)))
-    assert not np.any(gradient[3])
-    expected = np.asarray(dmd_gradient(X0, REAL, FAKE))[:3]
-    assert float(metrics["score_gap"]) == pytest.approx(np.mean(np.abs(expected)), rel=1e-4)
-    full = fake_loss(fake[:3], X_T[:3], T[:3], jnp.float32(SIGMA[:3]), EPS[:3], schedule=SCHEDULE)
-    padded = fake_loss(fake, X_T, T, jnp.float32(SIGMA), EPS, schedule=SCHEDULE, weights=weights)
-    assert float(padded) == pytest.approx(float(full), rel=1e-6)
+def network(x, t, cond, np=jnp):
+    return np.tanh(0.7 * x + cond.reshape(-1, 1, 1, 1) + t.reshape(-1, 1, 1, 1) / 1000)
+
+
+def sample_at(x0, x, noisy):
+    alpha, sigma = (float(part) ** 0.5 for part in (ABAR[ON_THE_WAY], 1 - ABAR[ON_THE_WAY])) if noisy else (1.0, 0.0)
+    low, high = (ON_THE_WAY, 640) if noisy else (20, 979)
+    return Sample(x0, x, jnp.float32(alpha), jnp.float32(sigma), jnp.int32(low), jnp.int32(high))
+
+
+def term(sample, kind="epsilon", *, judged=False, scales=(1.0, 1.0)):
+    """The term, its metrics and the features, and how often and with what the two models were asked."""
+    asked = []
+
+    def real(x, t, cond):
+        asked.append(("real", x, t, cond))
+        return scales[0] * network(x, t, cond)
+
+    def fake(x, t, cond):
+        asked.append(("fake", x, t, cond))
+        return scales[1] * network(x, t, -cond), {"mid": 3.0 * x}
+
+    found = score_term(sample, DRAWN, real, fake, COND, schedule=SCHEDULES[kind], judged=judged)
+    return *found, asked
+
+
+def by_hand(sample, kind="epsilon"):
+    """x_t, t, the share of the sample in x_t, and DMD's gradient, float64."""
+    x0, x, eps = (np.asarray(each, np.float64) for each in (sample.x0, sample.x, DRAWN.eps))
+    low, high = int(sample.low), int(sample.high)
+    t = low + np.floor(np.asarray(DRAWN.uniform, np.float64) * (high - low + 1)).astype(int)
+    alpha, sigma = (float(part) ** 0.5 for part in (ABAR[low], 1 - ABAR[low])) if float(sample.sigma) else (1.0, 0.0)
+    alpha_t, sigma_t = at(t)
+    share = alpha_t / alpha
+    x_t = share * x + np.sqrt(sigma_t**2 - share**2 * sigma**2) * eps
+
+    def estimate(cond):
+        output = network(x_t, t, cond.astype(np.float64), np)
+        return (x_t - sigma_t * output) / alpha_t if kind == "epsilon" else alpha_t * x_t - sigma_t * output
+
+    real, fake = estimate(COND), estimate(-COND)
+    return x_t, t, share, (fake - real) / np.mean(np.abs(x0 - real), axis=(1, 2, 3), keepdims=True)
+
+
+@pytest.mark.parametrize("judged", [False, True], ids=["alone", "judged"])
+@pytest.mark.parametrize("noisy", [False, True], ids=["clean", "on-the-trajectory"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_score_term_is_the_one_by_hand(kind, noisy, judged):
+    sample = sample_at(X0, 0.8 * X0 + 0.1 * EPS if noisy else X0, noisy)
+    loss, metrics, features, asked = term(sample, kind, judged=judged)
+    x_t, t, _, gradient = by_hand(sample, kind)
+    assert [who for who, *_ in asked] == ["real", "fake"]
+    for _, x, times, cond in asked:
+        np.testing.assert_allclose(x, x_t, rtol=1e-5, atol=1e-5)
+        np.testing.assert_array_equal(times, t)
+        assert cond is COND
+    assert float(loss) == pytest.approx(0.5 * np.mean(gradient**2), rel=1e-4)
+    assert set(metrics) == {"score_gap"}
+    assert float(metrics["score_gap"]) == pytest.approx(np.mean(np.abs(gradient)), rel=1e-4)
+    np.testing.assert_allclose(features["mid"], 3 * x_t, rtol=1e-5, atol=3e-5)
+    assert (loss.shape, loss.dtype) == ((), jnp.float32)
+
+
+@pytest.mark.parametrize("judged", [False, True], ids=["alone", "judged"])
+def test_the_score_term_pulls_the_estimate_of_x0_alone(judged):
+    """Not the point that is noised, nor either model, also where features carry a gradient."""
+    start = 0.8 * X0 + 0.1 * EPS
+
+    def loss(x0, x, scales):
+        return term(sample_at(x0, x, True), judged=judged, scales=scales)[0]
+
+    of_x0, of_x, of_models = jax.grad(loss, argnums=(0, 1, 2))(X0, start, (1.0, 1.0))
+    gradient = by_hand(sample_at(X0, start, True))[-1]
+    np.testing.assert_allclose(of_x0, gradient / X0.size, rtol=1e-3, atol=1e-6)
+    assert not np.any(of_x)
+    assert of_models == (0, 0)
+
+
+@pytest.mark.parametrize("judged", [False, True], ids=["alone", "judged"])
+def test_features_carry_the_students_gradient_where_they_are_judged(judged):
+    def total(x):
+        return jnp.sum(term(sample_at(X0, x, True), judged=judged)[2]["mid"])
+
+    start = 0.8 * X0 + 0.1 * EPS
+    share = by_hand(sample_at(X0, start, True))[2]
+    expected = 3 * share * np.ones(SHAPE) if judged else np.zeros(SHAPE)
+    np.testing.assert_allclose(jax.grad(total)(start), expected, rtol=1e-5)
 
 
 def test_on_clean_samples_the_fake_model_learns_to_denoise():
@@ -137,7 +217,6 @@ def test_both_prediction_types_have_the_same_losses():
     assert values[0][0] == pytest.approx(by_hand, rel=1e-5)
 
 
-POINT = 279  # the time at which the student's samples stand, with noise in them
 MEAN, SPREAD = 0.4, 0.6
 
 
@@ -150,10 +229,10 @@ def test_the_expected_gradient_vanishes_at_the_true_score(noisy):
     """
     shape = (64, 64, 64, 1)
     drawn = draw_trajectory(jax.random.key(2), shape, 1)
-    alpha, sigma = (float(part) ** 0.5 for part in (ABAR[POINT], 1 - ABAR[POINT])) if noisy else (1.0, 0.0)
+    alpha, sigma = (float(part) ** 0.5 for part in (ABAR[ON_THE_WAY], 1 - ABAR[ON_THE_WAY])) if noisy else (1.0, 0.0)
     width = (alpha**2 * SPREAD**2 + sigma**2) ** 0.5
     x = alpha * MEAN + width * drawn.noise
-    low, high = (POINT, 640) if noisy else (20, 979)
+    low, high = (ON_THE_WAY, 640) if noisy else (20, 979)
     sample = Sample(x, x, jnp.float32(alpha), jnp.float32(sigma), jnp.int32(low), jnp.int32(high))
     x_t, t, b = noised(sample, drawn, SCHEDULE)
     alpha_t, sigma_t = at(t)

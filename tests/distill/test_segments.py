@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from hypersd_jax.diffusion import solver_table
-from hypersd_jax.distill import pad_segments, segment_bounds
+from hypersd_jax.distill import Segments, pad_segments, segment_bounds
 from hypersd_jax.errors import UserError
 
 VALID = [(N, k) for N in (8, 40, 50, 100, 200, 250, 500, 1000) for k in (1, 2, 4, 8) if N % k == 0]
@@ -67,7 +67,7 @@ def test_bad_input(N, k, key):
 def test_the_top_is_the_last_start_of_the_segment(N, k):
     """Which is the edge that the next segment ends on."""
     padded = pad_segments(N, k, N)
-    t_n, t_b, t_top = (padded[name] for name in ("t_n", "t_b", "t_top"))
+    t_n, t_b, t_top = padded.t_n, padded.t_b, padded.t_top
     assert t_top.dtype == np.int32
     assert t_top.shape == (N,)
     assert np.all(t_n <= t_top)
@@ -78,16 +78,17 @@ def test_the_top_is_the_last_start_of_the_segment(N, k):
 
 def test_the_tops_of_40_points_in_8_segments():
     padded = pad_segments(40, 8, 50)
-    assert padded["t_top"][:11].tolist() == [124] * 5 + [249] * 5 + [374]
-    assert padded["t_top"][35:].tolist() == [999] * 15  # the padding repeats the last
+    assert padded.t_top[:11].tolist() == [124] * 5 + [249] * 5 + [374]
+    assert padded.t_top[35:].tolist() == [999] * 15  # the padding repeats the last
 
 
 def test_padding():
     padded = pad_segments(8, 4, 50)
-    assert padded["count"] == 8
-    for name, values in zip(("t_n", "t_prev", "t_b"), segment_bounds(8, 4), strict=True):
-        assert padded[name].dtype == np.int32
-        assert padded[name].shape == (50,)
-        np.testing.assert_array_equal(padded[name][:8], values)
+    assert isinstance(padded, Segments)
+    assert (padded.size, padded.size.shape, padded.size.dtype) == (8, (), np.int32)
+    for found, values in zip(padded[:3], segment_bounds(8, 4), strict=True):
+        assert found.dtype == np.int32
+        assert found.shape == (50,)
+        np.testing.assert_array_equal(found[:8], values)
     with pytest.raises(UserError, match="solver_steps"):
         pad_segments(40, 4, 8)

@@ -8,14 +8,14 @@ import numpy as np
 import pytest
 
 from hypersd_jax.diffusion import PREDICTION_TYPES, Schedule, from_x0_eps, guided, move, to_x0_eps
-from hypersd_jax.distill import Draw, batch_mean, consistency_loss, mse, pad_segments, pseudo_huber, tscd_pair
+from hypersd_jax.distill import Draw, consistency_loss, mse, pad_segments, pseudo_huber, tscd_pair
 from hypersd_jax.distill import draw as eager_draw
 from hypersd_jax.errors import UserError
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULE = Schedule(**BETAS)
 KEY = jax.random.key(7)
-CONTROLS = {name: np.float32(v) for name, v in {"guidance_min": 3, "guidance_max": 9, "offset_noise": 0.1}.items()}
+DRAWING = {"guidance": (3.0, 9.0), "offset_noise": 0.1}
 MEAN = 0.3
 SHAPE = (16, 3, 3, 4)
 LENGTH = 1000  # of the padded segments; one shape and one length for most tests, since compiling takes their time
@@ -24,9 +24,9 @@ draw = jax.jit(eager_draw, static_argnums=1)
 
 def loss_of(student, target, tutor, N=40, k=4, schedule=SCHEDULE):
     """The loss of 16 samples, from draws that all tests compile once."""
-    times = draw(KEY, SHAPE, pad_segments(N, k, LENGTH), CONTROLS)
+    times = draw(KEY, SHAPE, pad_segments(N, k, LENGTH), **DRAWING)
     pair = tscd_pair(student, target, tutor, batch_of(16), times, schedule=schedule)
-    return batch_mean(mse(pair.prediction, pair.target))
+    return jnp.mean(mse(pair.prediction, pair.target))
 
 
 def batch_of(size, seed=0):
@@ -43,7 +43,7 @@ def network(x, t, cond):
 
 
 def teacher(x, t, cond, uncond, guidance):
-    return guided(network(x, t, uncond), network(x, t, cond), guidance)
+    return guided(network(x, t, uncond), network(x, t, cond), guidance), None
 
 
 def gaussian(spread):
@@ -57,7 +57,7 @@ def gaussian(spread):
 
 
 def ignoring_guidance(predict):
-    return lambda x, t, cond, uncond, guidance: predict(x, t, cond)
+    return lambda x, t, cond, uncond, guidance: (predict(x, t, cond), None)
 
 
 def psi(x, output, t, s, schedule=SCHEDULE):
@@ -80,7 +80,7 @@ def test_pair_is_equation_12():
     pair = tscd_pair(network, lambda x, t, c: 0.9 * network(x, t, c), teacher, batch, times, schedule=SCHEDULE)
     x = move(batch["latents"], times.eps, *at(times.t_n))
     np.testing.assert_array_equal(pair.x_t, x)
-    guided_output = teacher(x, times.t_n, batch["cond"], batch["uncond"], times.guidance)
+    guided_output, _ = teacher(x, times.t_n, batch["cond"], batch["uncond"], times.guidance)
     xhat = psi(x, guided_output, times.t_n, times.t_prev)
     student = psi(x, network(x, times.t_n, batch["cond"]), times.t_n, times.t_end)
     target = psi(xhat, 0.9 * network(xhat, times.t_prev, batch["cond"]), times.t_prev, times.t_end)
@@ -88,11 +88,26 @@ def test_pair_is_equation_12():
     np.testing.assert_allclose(pair.target, target, rtol=1e-6)
 
 
+def test_what_the_teachers_call_gives_beside_is_seen():
+    """As it is, whatever it is."""
+    times, batch = drawn([999, 24], [974, 0], [880, 0]), batch_of(2)
+
+    def seeing(x, t, cond, uncond, guidance):
+        return teacher(x, t, cond, uncond, guidance)[0], {"features": 2 * x, "times": t}
+
+    pair, plain = (tscd_pair(network, network, each, batch, times, schedule=SCHEDULE) for each in (seeing, teacher))
+    np.testing.assert_array_equal(pair.seen["features"], 2 * pair.x_t)
+    np.testing.assert_array_equal(pair.seen["times"], times.t_n)
+    assert plain.seen is None
+    jax.tree.map(np.testing.assert_array_equal, pair._replace(seen=None), plain)
+
+
 def test_end_at_t_prev_makes_the_target_the_teachers_step():
     times = drawn([999, 499, 24], [974, 474, 0], [974, 474, 0])
     batch = batch_of(3)
     pair = tscd_pair(network, network, teacher, batch, times, schedule=SCHEDULE)
-    xhat = psi(pair.x_t, teacher(pair.x_t, times.t_n, batch["cond"], batch["uncond"], times.guidance), *times[:2])
+    output, _ = teacher(pair.x_t, times.t_n, batch["cond"], batch["uncond"], times.guidance)
+    xhat = psi(pair.x_t, output, *times[:2])
     np.testing.assert_allclose(pair.target, xhat, rtol=1e-5, atol=1e-6)
     # One sample with room left is enough for the target network to be asked again, and changes nothing for the others.
     other = tscd_pair(
@@ -112,7 +127,7 @@ def test_one_solver_step_a_segment_runs_no_target_network():
 
     for N, expected in ((8, 0), (40, 1)):
         calls.clear()
-        times = draw(KEY, SHAPE, pad_segments(N, 8, LENGTH), CONTROLS)
+        times = draw(KEY, SHAPE, pad_segments(N, 8, LENGTH), **DRAWING)
         jax.jit(lambda times: tscd_pair(network, counted, teacher, batch_of(16), times, schedule=SCHEDULE))(times)
         jax.effects_barrier()
         assert len(calls) == expected
@@ -120,32 +135,33 @@ def test_one_solver_step_a_segment_runs_no_target_network():
 
 def test_one_solver_step_a_segment_ends_on_the_segment_boundary():
     """With N = k every start has t_prev = t_b, which leaves t_end no choice: the PCM case."""
-    times = draw(KEY, SHAPE, pad_segments(8, 8, LENGTH), CONTROLS)
+    times = draw(KEY, SHAPE, pad_segments(8, 8, LENGTH), **DRAWING)
     np.testing.assert_array_equal(times.t_end, times.t_prev)
     np.testing.assert_array_equal(times.t_end, np.maximum(np.asarray(times.t_n) - 125, 0))
 
 
 def test_draws_stay_in_their_segments_and_reach_both_ends():
     segments = pad_segments(40, 4, LENGTH)
-    times = jax.tree.map(np.asarray, draw(KEY, (4000, 1, 1, 2), segments, CONTROLS))
-    start = np.searchsorted(segments["t_n"][:40], times.t_n)
-    np.testing.assert_array_equal(segments["t_n"][start], times.t_n)
-    np.testing.assert_array_equal(segments["t_prev"][start], times.t_prev)
-    low = segments["t_b"][start]
+    times = jax.tree.map(np.asarray, draw(KEY, (4000, 1, 1, 2), segments, **DRAWING))
+    start = np.searchsorted(segments.t_n[:40], times.t_n)
+    np.testing.assert_array_equal(segments.t_n[start], times.t_n)
+    np.testing.assert_array_equal(segments.t_prev[start], times.t_prev)
+    np.testing.assert_array_equal(segments.t_top[start], times.t_top)
+    low = segments.t_b[start]
     assert np.all((low <= times.t_end) & (times.t_end <= times.t_prev))
     assert np.unique(start).size == 40
     assert np.bincount(start).std() < 1.5 * np.sqrt(100)
     narrow = times.t_prev - low == 25
     assert set(times.t_end[narrow] - low[narrow]) == set(range(26))
-    assert times.guidance.min() >= 3
-    assert times.guidance.max() <= 9
+    assert 3 <= times.guidance.min() < 3.1
+    assert 8.9 < times.guidance.max() <= 9
     assert times.guidance.mean() == pytest.approx(6, abs=0.1)
 
 
 def test_offset_noise_is_one_shift_a_channel():
     shape, segments = (2000, 4, 4, 2), pad_segments(8, 1, LENGTH)
-    plain = draw(KEY, shape, segments, {**CONTROLS, "offset_noise": np.float32(0)}).eps
-    shift = np.asarray(draw(KEY, shape, segments, CONTROLS).eps - plain)
+    plain = draw(KEY, shape, segments, guidance=(3.0, 9.0)).eps
+    shift = np.asarray(draw(KEY, shape, segments, **DRAWING).eps - plain)
     assert float(plain.std()) == pytest.approx(1, abs=0.01)
     assert np.ptp(shift, axis=(1, 2)).max() < 1e-6
     assert shift[:, 0, 0].std() == pytest.approx(0.1, rel=0.05)
@@ -154,25 +170,11 @@ def test_offset_noise_is_one_shift_a_channel():
 
 def test_randomness_depends_on_key_and_index_only():
     segments = pad_segments(40, 4, LENGTH)
-    whole = draw(KEY, SHAPE, segments, CONTROLS)
-    part = draw(KEY, (5, *SHAPE[1:]), segments, CONTROLS, np.arange(3, 8))
+    whole = draw(KEY, SHAPE, segments, **DRAWING)
+    part = draw(KEY, (5, *SHAPE[1:]), segments, **DRAWING, indices=np.arange(3, 8))
     jax.tree.map(lambda a, b: np.testing.assert_array_equal(a[3:8], b), whole, part)
     assert not np.array_equal(whole.eps[0], whole.eps[1])
-    assert not np.array_equal(whole.eps, draw(jax.random.key(8), SHAPE, segments, CONTROLS).eps)
-
-
-def test_padded_samples_count_for_nothing():
-    def loss(latents, weights):
-        batch, segments = {**batch_of(16), "latents": latents}, pad_segments(40, 4, LENGTH)
-        args = (network, network, teacher, batch, KEY, segments, CONTROLS)
-        return consistency_loss("tscd", *args, schedule=SCHEDULE, weights=weights)
-
-    latents, weights = batch_of(16)["latents"], jnp.ones(16).at[11:].set(0.0)
-    run = jax.jit(loss)
-    full, ragged, other = run(latents, jnp.ones(16)), run(latents, weights), run(latents.at[11:].set(5.0), weights)
-    assert full[0] != ragged[0]
-    jax.tree.map(np.testing.assert_array_equal, ragged, other)
-    assert jnp.isfinite(run(latents, jnp.zeros(16))[0])
+    assert not np.array_equal(whole.eps, draw(jax.random.key(8), SHAPE, segments, **DRAWING).eps)
 
 
 def test_only_the_student_is_differentiated():
@@ -200,7 +202,7 @@ def test_the_exact_solution_of_the_teachers_ode_has_almost_no_loss():
     score = gaussian(spread)
 
     def loss(N):
-        times = draw(KEY, SHAPE, pad_segments(N, 1, LENGTH), CONTROLS)
+        times = draw(KEY, SHAPE, pad_segments(N, 1, LENGTH), **DRAWING)
 
         def jump(x, t, cond):
             # the raw output whose DDIM move to t_end lands on the exact ODE solution: x - alpha MEAN scales with
@@ -225,7 +227,7 @@ def test_a_wrapped_network_has_the_same_loss(prediction_type):
         return from_x0_eps(*to_x0_eps(network(x, t, cond), x, *at(t), "epsilon"), *at(t), prediction_type)
 
     def wrapped_teacher(x, t, cond, uncond, guidance):
-        return guided(wrapped(x, t, uncond), wrapped(x, t, cond), guidance)
+        return guided(wrapped(x, t, uncond), wrapped(x, t, cond), guidance), None
 
     other = Schedule(**BETAS, prediction_type=prediction_type)
     expected = loss_of(network, network, teacher)
@@ -236,12 +238,13 @@ def test_stages_share_one_compiled_step():
     traces = []
 
     @jax.jit
-    def step(batch, key, segments, controls):
+    def step(batch, segments, guidance, offset_noise):
         traces.append(1)
-        return consistency_loss("tscd", network, network, teacher, batch, key, segments, controls, schedule=SCHEDULE)[0]
+        options = {"guidance": guidance, "offset_noise": offset_noise, "schedule": SCHEDULE}
+        return consistency_loss("tscd", network, network, teacher, batch, KEY, segments, **options)[0]
 
     losses = [
-        float(step(batch_of(16), KEY, pad_segments(N, k, LENGTH), {**CONTROLS, "guidance_max": np.float32(9 + k)}))
+        float(step(batch_of(16), pad_segments(N, k, LENGTH), np.float32([3, 9 + k]), 0.1 * k))
         for N, k in [(40, 8), (40, 4), (40, 2), (50, 1)]
     ]
     assert len(traces) == 1
@@ -249,9 +252,10 @@ def test_stages_share_one_compiled_step():
 
 
 def test_distance_and_metrics():
-    args = (network, network, teacher, batch_of(16), KEY, pad_segments(40, 4, LENGTH), CONTROLS)
-    loss, metrics = jax.jit(lambda: consistency_loss("tscd", *args, schedule=SCHEDULE, distance=pseudo_huber(1e-3)))()
-    times = draw(KEY, SHAPE, args[5], CONTROLS)
+    args = (network, network, teacher, batch_of(16), KEY, pad_segments(40, 4, LENGTH))
+    options = {**DRAWING, "schedule": SCHEDULE, "distance": pseudo_huber(1e-3)}
+    loss, metrics = jax.jit(lambda: consistency_loss("tscd", *args, **options))()
+    times = draw(KEY, SHAPE, args[5], **DRAWING)
     pair = tscd_pair(*args[:4], times, schedule=SCHEDULE)
     difference, target = np.asarray(pair.prediction - pair.target, np.float64), np.asarray(pair.target)
     np.testing.assert_allclose(loss, np.mean(np.sqrt(difference**2 + 1e-6) - 1e-3), rtol=1e-5)
