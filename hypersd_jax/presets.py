@@ -115,7 +115,7 @@ def from_header(metadata: Mapping[str, str], file: str) -> Preset:
     """What the sampling settings in a LoRA's safetensors header say; keys it lacks stay None.
 
     Args:
-        metadata: the header's, ours (`lora_header.is_ours`).
+        metadata: the header's, ours (`weights.lora.header.is_ours`).
         file: for the error.
 
     Raises:

@@ -26,7 +26,7 @@ from hypersd_jax.stages.score import score_controls, score_kind
 from hypersd_jax.stages.tscd import stage_controls, step_kind
 from hypersd_jax.training import make_mesh
 from hypersd_jax.weights.components import assets
-from hypersd_jax.weights.folder import read_json
+from hypersd_jax.weights.diffusers.component import read_json
 from hypersd_jax.weights.hub import parse_id
 
 RECIPES = recipes.recipe_files()

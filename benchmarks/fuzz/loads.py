@@ -20,11 +20,11 @@ from hypersd_jax.models.vae_config import VaeConfig
 from hypersd_jax.pipeline.prompting import require_embedded
 from hypersd_jax.weights.assembly import networks, parse
 from hypersd_jax.weights.components import open_model
-from hypersd_jax.weights.controlnet_folder import load_controlnet
-from hypersd_jax.weights.folder import read_json, read_params
+from hypersd_jax.weights.diffusers.component import read_json, read_params
+from hypersd_jax.weights.diffusers.controlnet import load_controlnet
+from hypersd_jax.weights.diffusers.vae import load_vae
 from hypersd_jax.weights.lora import read_lora
 from hypersd_jax.weights.tokenizers import tokenizer_files
-from hypersd_jax.weights.vae_folder import load_vae
 
 
 class Unsound(Exception):

@@ -112,7 +112,7 @@ def _lora(options: argparse.Namespace) -> None:
     checks.check_source(options.source)
     _check_base(options)
 
-    from hypersd_jax.weights.lora_convert import convert_lora
+    from hypersd_jax.weights.lora.convert import convert_lora
 
     convert_lora(options.source, options.destination, options.to, base=options.base, family=options.family)
     print(options.destination)
@@ -137,7 +137,7 @@ def _merge(options: argparse.Namespace) -> None:
     checks.check_loras(options.loras)
     _check_base(options)
 
-    from hypersd_jax.weights.lora_merge import merge_loras
+    from hypersd_jax.weights.lora.merge import merge_loras
 
     loras = [parse_lora(text) for text in options.loras]
     settings = {"rank": options.rank, "to": options.to, "base": options.base, "family": options.family}
@@ -149,7 +149,7 @@ def _extract(options: argparse.Namespace) -> None:
     checks.check_model(options.tuned)
     checks.check_target_file(options.destination)
 
-    from hypersd_jax.weights.lora_extract import extract_lora
+    from hypersd_jax.weights.lora.extract import extract_lora
 
     print(extract_lora(options.base, options.tuned, options.destination, rank=options.rank, to=options.to))
 

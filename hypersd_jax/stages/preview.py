@@ -26,7 +26,7 @@ from hypersd_jax.stages.export import (
 from hypersd_jax.stages.jobs import Run
 from hypersd_jax.stages.result_files import write_strips
 from hypersd_jax.stages.student import student_sampling
-from hypersd_jax.weights.folder import host
+from hypersd_jax.weights.diffusers.component import host
 
 NAME = "preview"
 

@@ -40,7 +40,7 @@ from hypersd_jax.stages.student import compared_samplings
 from hypersd_jax.stages.whole import open_whole, train_whole
 from hypersd_jax.training import StopSignals, make_mesh, newest_step
 from hypersd_jax.weights.components import load_components
-from hypersd_jax.weights.folder import fingerprint
+from hypersd_jax.weights.diffusers.component import fingerprint
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What no check beforehand can find out."""

@@ -47,8 +47,8 @@ from hypersd_jax.training import (
     optimizer_controls,
 )
 from hypersd_jax.weights.components import Components, load_components
-from hypersd_jax.weights.folder import fingerprint, host
-from hypersd_jax.weights.model_folder import save_model
+from hypersd_jax.weights.diffusers.component import fingerprint, host
+from hypersd_jax.weights.diffusers.model import save_model
 
 Params = dict[str, dict[str, jax.Array]]
 # How many pictures the latents' standard deviation is taken over, and how many are encoded at a time.

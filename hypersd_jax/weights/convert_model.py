@@ -17,11 +17,11 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.paths import expanded
 from hypersd_jax.weights.assembly import Shapes, networks, parse
 from hypersd_jax.weights.components import open_model
-from hypersd_jax.weights.folder import cast
+from hypersd_jax.weights.diffusers.component import cast
+from hypersd_jax.weights.diffusers.model import require_free, write_folder
 from hypersd_jax.weights.hub import fetch_lora
 from hypersd_jax.weights.keys import torch_key
 from hypersd_jax.weights.lora import LoraFile, read_lora
-from hypersd_jax.weights.model_folder import require_free, write_folder
 from hypersd_jax.weights.single_file import write_single_file
 
 MODEL_LAYOUTS = ("diffusers", "single-file")

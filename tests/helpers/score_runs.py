@@ -28,7 +28,7 @@ from hypersd_jax.stages.output import create_output, open_output
 from hypersd_jax.stages.tscd import segments_of
 from hypersd_jax.training import Controls, Turn
 from hypersd_jax.weights.components import Components
-from hypersd_jax.weights.folder import save_params
+from hypersd_jax.weights.diffusers.component import save_params
 from tests.helpers import tiny_model as tiny
 from tests.helpers.quick import quick_jit
 

@@ -16,9 +16,9 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.weights import open_tensors, read_lora, write_lora
 from hypersd_jax.weights.components import load_components
 from hypersd_jax.weights.convert_model import convert_model
-from hypersd_jax.weights.model_folder import save_model
+from hypersd_jax.weights.diffusers.model import save_model
 from hypersd_jax.weights.single_file import save_single_file
-from hypersd_jax.weights.single_file_configs import Generation
+from hypersd_jax.weights.single_file.configs import Generation
 from hypersd_jax.weights.tensors import save_tensors
 from tests.helpers.lora_files import random_adapter
 from tests.helpers.single_files import plain_file, read_all, rewritten

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from hypersd_jax.errors import UserError
-from hypersd_jax.weights import lora_kohya, lora_peft
-from hypersd_jax.weights.lora_kinds import Kind, fits_weight, kind_of
+from hypersd_jax.weights.lora import kohya, peft
+from hypersd_jax.weights.lora.kinds import Kind, fits_weight, kind_of
 from hypersd_jax.weights.tensors import TensorFile
 
 Shapes = Mapping[str, Mapping[str, Any]]
@@ -55,7 +55,7 @@ class Slot:
         name: the module as the file spells it, without component.
         layout: "kohya", "kohya-sgm", "ComfyUI", "OneTrainer", "PEFT" or "diffusers".
         component: as the file names it; None where it does not.
-        keys: ``{role of `lora_kinds`: key}``.
+        keys: ``{role of `kinds`: key}``.
     """
 
     name: str
@@ -96,7 +96,7 @@ def assign(tensors: TensorFile, shapes: Shapes) -> tuple[Slots, list[str]]:
     left_out = [key for key in tensors.keys() if key.startswith(LEFT_OUT)]  # noqa: SIM118
     keys = [key for key in tensors.keys() if not key.startswith(LEFT_OUT)]  # noqa: SIM118
     _refuse_unsupported(tensors.path, keys)
-    index, norms = lora_kohya.module_index(shapes), lora_kohya.module_index(shapes, "scale")
+    index, norms = kohya.module_index(shapes), kohya.module_index(shapes, "scale")
     bare = _component_of_bare_keys(tensors, shapes)
     slots: Slots = {}
     unknown: list[str] = []
@@ -127,23 +127,23 @@ def assign(tensors: TensorFile, shapes: Shapes) -> tuple[Slots, list[str]]:
     return slots, left_out
 
 
-Index = Mapping[str, lora_kohya.Target]
+Index = Mapping[str, kohya.Target]
 Found = tuple[tuple[str, str] | None, str, Slot]
 """The module that a key belongs to, None where the base has none such; its role; and the slot that it would begin."""
 
 
 def _kohya_slot(key: str, index: Index, norms: Index) -> Found | None:
     """A key with kohya's factors, under any program's names; None for other keys."""
-    parsed = lora_kohya.parse(key)
+    parsed = kohya.parse(key)
     if parsed is None:
         return None
     name, role = parsed
-    target = lora_kohya.find(index, name)
+    target = kohya.find(index, name)
     if target is None and role in ("full", "bias"):
-        target = lora_kohya.find(norms, name)
-    if target is None and lora_peft.parse(key) is not None:  # PEFT's alpha, of a module without a name in the index
+        target = kohya.find(norms, name)
+    if target is None and peft.parse(key) is not None:  # PEFT's alpha, of a module without a name in the index
         return None
-    slot = Slot(name=name, layout=lora_kohya.layout_of(name, target))
+    slot = Slot(name=name, layout=kohya.layout_of(name, target))
     return None if target is None else (target.component, target.module), role, slot
 
 
@@ -156,26 +156,26 @@ def _dotted_slot(key: str, shapes: Shapes, bare: str, index: Index) -> Found | N
         bare: the component of keys that name none.
         index: of names that are not diffusers' paths.
     """
-    dotted = lora_peft.parse(key)
+    dotted = peft.parse(key)
     if dotted is None:
         return None
     component = dotted.component or bare
-    module = lora_peft.locate(component, dotted.module, shapes.get(component, {}))
+    module = peft.locate(component, dotted.module, shapes.get(component, {}))
     slot = Slot(name=dotted.module, layout=dotted.layout, component=dotted.component)
     if module is not None:
         return (component, module), dotted.role, slot
-    target = lora_kohya.find(index, f"{component}.{dotted.module}") or lora_kohya.find(index, dotted.module)
+    target = kohya.find(index, f"{component}.{dotted.module}") or kohya.find(index, dotted.module)
     return None if target is None else (target.component, target.module), dotted.role, slot
 
 
 def _component_of_bare_keys(tensors: TensorFile, shapes: Shapes) -> str:
     """Which component the keys without one belong to: the first that has all their modules with the right widths."""
     keys = tensors.keys()
-    parsed = [(key, dotted) for key in keys if (dotted := lora_peft.parse(key)) and not dotted.component]
+    parsed = [(key, dotted) for key in keys if (dotted := peft.parse(key)) and not dotted.component]
 
     def has_all(component: str) -> bool:
         for key, dotted in parsed:
-            module = lora_peft.locate(component, dotted.module, shapes[component])
+            module = peft.locate(component, dotted.module, shapes[component])
             if module is None:
                 return False
             if dotted.role == "down" and tensors.shape(key)[1:2] != shapes[component][module + ".kernel"].shape[-2:-1]:
@@ -237,8 +237,8 @@ def _family_hint(tensors: TensorFile, shapes: Shapes) -> str:
 
 def _attended(tensors: TensorFile, key: str) -> int | None:
     """How many inputs the key's module has, if it is one that attends to the text and the key tells."""
-    kohya, dotted = lora_kohya.parse(key), lora_peft.parse(key)
-    name, role = kohya or ((dotted.module, dotted.role) if dotted else ("", ""))
+    underscored, dotted = kohya.parse(key), peft.parse(key)
+    name, role = underscored or ((dotted.module, dotted.role) if dotted else ("", ""))
     shape = tensors.shape(key)
     if name.endswith(("attn2_to_k", "attn2.to_k")) and role in ("down", "hada_w1_b") and len(shape) > 1:
         return shape[1]

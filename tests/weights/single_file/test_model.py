@@ -17,9 +17,8 @@ from hypersd_jax.models.clip_text import ClipTextConfig
 from hypersd_jax.models.unet import UNetConfig
 from hypersd_jax.models.vae import VaeConfig
 from hypersd_jax.weights import families
-from hypersd_jax.weights import single_file_keys as keys
 from hypersd_jax.weights.components import load_components
-from hypersd_jax.weights.single_file import load_single_file, open_single_file
+from hypersd_jax.weights.single_file import keys, load_single_file, open_single_file
 from tests.helpers.single_files import Tensors, passengers, plain_file, plain_model, read_all, rewritten
 
 IN = f"{keys.UNET}input_blocks.0.0.weight"

@@ -17,7 +17,7 @@ import numpy as np
 from hypersd_jax.errors import UserError, shown
 from hypersd_jax.paths import expanded
 from hypersd_jax.weights.assembly import Components, Description, HostParams, Shapes, StoredModel, text_names
-from hypersd_jax.weights.folder import read_json, read_params, save_params
+from hypersd_jax.weights.diffusers.component import read_json, read_params, save_params
 from hypersd_jax.weights.keys import Kind
 from hypersd_jax.weights.tokenizers import tokenizer_files
 

@@ -10,16 +10,16 @@ import numpy as np
 
 from hypersd_jax.adapters import Adapter, Truncated, concatenate, difference_delta, low_rank, reduced, scaled
 from hypersd_jax.errors import UserError
-from hypersd_jax.weights import lora_header
-from hypersd_jax.weights.lora import LoraFile, write_lora
-from hypersd_jax.weights.lora_convert import (
+from hypersd_jax.weights.lora import header
+from hypersd_jax.weights.lora.convert import (
     Source,
     check_layout,
     common_dtype,
     read_alike,
     text_encoders_of,
 )
-from hypersd_jax.weights.lora_energy import EnergyReport, check_rank
+from hypersd_jax.weights.lora.energy import EnergyReport, check_rank
+from hypersd_jax.weights.lora.file import LoraFile, write_lora
 
 
 def merge_loras(
@@ -38,7 +38,7 @@ def merge_loras(
 
     Args:
         files: ``[(file or folder, scale), ...]``; one alone may be given, to compress or rescale it.
-        dst: the file to write. Its header: see `lora_header.merged`; `merged_from` is added.
+        dst: the file to write. Its header: see `header.merged`; `merged_from` is added.
         rank: of every module, None for the sum of the files' ranks.
         to: "kohya", "kohya-sgm" or "peft".
         base: see `convert_lora`.
@@ -78,7 +78,7 @@ def merge_loras(
         merged,
         layout=to,
         metadata={"merged_from": [f"{Path(source).name}@{scale:g}" for source, scale in files]},
-        carried=lora_header.merged([lora.metadata for lora in loras]),
+        carried=header.merged([lora.metadata for lora in loras]),
         dtype=common_dtype(loras),
         text_encoders=text_encoders_of(shapes),
         shapes=shapes,

@@ -13,10 +13,10 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.weights.assembly import HostParams, networks, parse
 from hypersd_jax.weights.components import open_model
 from hypersd_jax.weights.keys import torch_key, torch_shape
-from hypersd_jax.weights.lora import write_lora
-from hypersd_jax.weights.lora_convert import Source, check_layout, text_encoders_of
-from hypersd_jax.weights.lora_energy import EnergyReport, check_rank
-from hypersd_jax.weights.lora_match import COMPONENTS, listing
+from hypersd_jax.weights.lora.convert import Source, check_layout, text_encoders_of
+from hypersd_jax.weights.lora.energy import EnergyReport, check_rank
+from hypersd_jax.weights.lora.file import write_lora
+from hypersd_jax.weights.lora.match import COMPONENTS, listing
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 """The modules of a text encoder's layers, which every reader of LoRAs knows."""

@@ -18,9 +18,9 @@ from hypersd_jax.models.clip_text import ClipTextConfig, clip_text
 from hypersd_jax.models.clip_vision import ClipVisionConfig, clip_vision
 from hypersd_jax.models.functional import Network, Params, Shapes
 from hypersd_jax.paths import expanded
-from hypersd_jax.weights.clip_file import guess_config
-from hypersd_jax.weights.folder import STEMS, cast, component_files, read_finite, read_json, require_fit
+from hypersd_jax.weights.diffusers.component import STEMS, cast, component_files, read_finite, read_json, require_fit
 from hypersd_jax.weights.keys import from_torch, torch_key, torch_shape
+from hypersd_jax.weights.single_file.clip import guess_config
 from hypersd_jax.weights.tensors import TensorFile, open_tensors
 from hypersd_jax.weights.tokenizers import CLIP_TOKENS, END, TokenizerFiles, clip_tokenizer
 

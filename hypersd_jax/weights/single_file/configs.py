@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from hypersd_jax.errors import UserError, shown
 from hypersd_jax.weights import families
-from hypersd_jax.weights.single_file_keys import CLIP, CLIP_XL, OPEN_CLIP, OPEN_CLIP_XL, UNET, VAE
+from hypersd_jax.weights.single_file.keys import CLIP, CLIP_XL, OPEN_CLIP, OPEN_CLIP_XL, UNET, VAE
 
 Generation = Literal["sd1", "sd2", "sdxl"]
 Sizes = Mapping[str, tuple[int, ...]]

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from hypersd_jax.errors import UserError
-from hypersd_jax.weights.lora_match import listing
+from hypersd_jax.weights.lora.match import listing
 
 
 @dataclass(frozen=True, kw_only=True)

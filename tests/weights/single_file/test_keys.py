@@ -13,12 +13,12 @@ from hypersd_jax.models.clip_text import ClipTextConfig
 from hypersd_jax.models.unet import UNetConfig
 from hypersd_jax.models.vae import VaeConfig
 from hypersd_jax.weights import families
-from hypersd_jax.weights import single_file_keys as keys
 from hypersd_jax.weights.assembly import Description, Structure, networks
 from hypersd_jax.weights.keys import torch_shape
-from hypersd_jax.weights.single_file import places_of
-from hypersd_jax.weights.single_file_configs import component_configs, generation, prediction_type
-from hypersd_jax.weights.single_file_notes import untold
+from hypersd_jax.weights.single_file import keys
+from hypersd_jax.weights.single_file.configs import component_configs, generation, prediction_type
+from hypersd_jax.weights.single_file.model import places_of
+from hypersd_jax.weights.single_file.notes import untold
 
 FILE = Path("model.safetensors")
 KINDS = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypersd_jax.weights.folder import cast, read_finite, require_fit
+from hypersd_jax.weights.diffusers.component import cast, read_finite, require_fit
 from hypersd_jax.weights.keys import from_torch, torch_key, torch_shape
-from hypersd_jax.weights.single_file_keys import Stored
+from hypersd_jax.weights.single_file.keys import Stored
 from hypersd_jax.weights.tensors import TensorFile
 
 Shapes = Mapping[str, jax.ShapeDtypeStruct]

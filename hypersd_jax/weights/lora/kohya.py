@@ -22,9 +22,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from hypersd_jax.weights.lora_factors import common_rank, to_torch
-from hypersd_jax.weights.lora_kinds import LOHA, LOKR
-from hypersd_jax.weights.lora_sgm import SDXL_ONLY, sgm_names, spellings
+from hypersd_jax.weights.lora.factors import common_rank, to_torch
+from hypersd_jax.weights.lora.kinds import LOHA, LOKR
+from hypersd_jax.weights.lora.sgm import SDXL_ONLY, sgm_names, spellings
 
 ROLES = {
     "lora_down.weight": "down",

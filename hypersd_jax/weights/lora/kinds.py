@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from hypersd_jax.weights.lora_factors import fits, fold_mid, from_torch
+from hypersd_jax.weights.lora.factors import fits, fold_mid, from_torch
 
 Shape = tuple[int, ...]
 

@@ -9,7 +9,7 @@ from typing import Any
 from hypersd_jax.errors import UserError
 from hypersd_jax.weights import families
 from hypersd_jax.weights.assembly import Description, Structure, parse
-from hypersd_jax.weights.single_file_configs import Generation, Sizes, component_configs
+from hypersd_jax.weights.single_file.configs import Generation, Sizes, component_configs
 
 # Of each part, what bears on a picture and lies in no tensor.
 _TEXT = ("num_attention_heads", "hidden_act", "layer_norm_eps")

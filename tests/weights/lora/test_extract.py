@@ -16,7 +16,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.weights import read_lora
 from hypersd_jax.weights.convert_model import convert_model
 from hypersd_jax.weights.families import adaptable_shapes
-from hypersd_jax.weights.lora_extract import TEXT_TARGETS, extract_lora
+from hypersd_jax.weights.lora.extract import TEXT_TARGETS, extract_lora
 from tests.helpers.lora_files import random_adapter
 from tests.helpers.tiny_model import TEXT, UNET, tiny_model
 

@@ -17,11 +17,11 @@ from hypersd_jax.models.controlnet import controlnet
 from hypersd_jax.models.controlnet_config import ControlNetConfig
 from hypersd_jax.models.functional import Network, Params
 from hypersd_jax.models.unet_config import UNetConfig
-from hypersd_jax.weights.controlnet_file import open_controlnet_file
-from hypersd_jax.weights.folder import read_json, read_params
+from hypersd_jax.weights.diffusers.component import read_json, read_params
 from hypersd_jax.weights.hub import fetch_model
-from hypersd_jax.weights.part_file import Read, Shapes
 from hypersd_jax.weights.placement import batch_sharding, leaf_sharding
+from hypersd_jax.weights.single_file.component import Read, Shapes
+from hypersd_jax.weights.single_file.controlnet import open_controlnet_file
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

@@ -3,30 +3,24 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from hypersd_jax.errors import UserError
+from hypersd_jax.models.autoencoder import AnyVaeConfig, read_vae_config, vae_network
 from hypersd_jax.models.functional import Network, Params
-from hypersd_jax.models.vae import VaeConfig, vae
-from hypersd_jax.models.vae_tiny import tiny_vae
-from hypersd_jax.models.vae_tiny_config import NAME as TINY
 from hypersd_jax.models.vae_tiny_config import TinyVaeConfig
-from hypersd_jax.weights.folder import read_json, read_params
+from hypersd_jax.weights.diffusers.component import read_json, read_params
 from hypersd_jax.weights.hub import fetch_model
 from hypersd_jax.weights.keys import canonical_key, drop_pointwise
-from hypersd_jax.weights.part_file import Read, read_part
 from hypersd_jax.weights.placement import leaf_sharding
-from hypersd_jax.weights.single_file_keys import IGNORED, VAE, Stored, canonical, vae_places
+from hypersd_jax.weights.single_file.component import Read, read_part
+from hypersd_jax.weights.single_file.keys import IGNORED, VAE, Stored, canonical, vae_places
 from hypersd_jax.weights.tensors import open_tensors
-
-AnyVaeConfig = VaeConfig | TinyVaeConfig
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -36,18 +30,6 @@ class LoadedVae:
     config: AnyVaeConfig
     network: Network
     params: Params
-
-
-def read_vae_config(values: Mapping[str, Any]) -> AnyVaeConfig:
-    """Read the config.json of an autoencoder of either kind, which `_class_name` tells."""
-    return TinyVaeConfig.from_dict(values) if values.get("_class_name") == TINY else VaeConfig.from_dict(values)
-
-
-def vae_network(config: AnyVaeConfig, *, dtype: Any) -> Network:
-    """Describe an autoencoder of either kind; one that says `force_upcast` is float32 where `dtype` is float16."""
-    if config.force_upcast and jnp.dtype(dtype) == jnp.float16:
-        dtype = jnp.float32
-    return tiny_vae(config, dtype=dtype) if isinstance(config, TinyVaeConfig) else vae(config, dtype=dtype)
 
 
 def load_vae(

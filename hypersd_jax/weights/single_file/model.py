@@ -1,7 +1,7 @@
 """A whole model in one .safetensors file, in the layout of the original Stable Diffusion programs: read and written.
 
 Such a file holds weights only. What else a model is made of is taken, in this order, from the caller, from a header
-entry that `save_single_file` writes, or from the tensors (`single_file_configs`); the tokenizer is CLIP's.
+entry that `save_single_file` writes, or from the tensors (`configs`); the tokenizer is CLIP's.
 """
 
 from __future__ import annotations
@@ -21,7 +21,6 @@ from hypersd_jax.errors import UserError, shown
 from hypersd_jax.models.functional import Network
 from hypersd_jax.models.vae_tiny_config import TinyVaeConfig
 from hypersd_jax.weights import families
-from hypersd_jax.weights import single_file_keys as keys
 from hypersd_jax.weights.assembly import (
     Components,
     Description,
@@ -34,12 +33,13 @@ from hypersd_jax.weights.assembly import (
     networks,
     parse,
 )
-from hypersd_jax.weights.folder import cast, host, read_finite, require_fit
+from hypersd_jax.weights.diffusers.component import cast, host, read_finite, require_fit
 from hypersd_jax.weights.keys import from_torch, to_torch, torch_key, torch_shape
-from hypersd_jax.weights.single_file_configs import Generation, Sizes, component_configs, generation, prediction_type
-from hypersd_jax.weights.single_file_header import pad_token, read_header, unusual_tokenizers, write_header
-from hypersd_jax.weights.single_file_keys import Stored
-from hypersd_jax.weights.single_file_notes import untold
+from hypersd_jax.weights.single_file import keys
+from hypersd_jax.weights.single_file.configs import Generation, Sizes, component_configs, generation, prediction_type
+from hypersd_jax.weights.single_file.header import pad_token, read_header, unusual_tokenizers, write_header
+from hypersd_jax.weights.single_file.keys import Stored
+from hypersd_jax.weights.single_file.notes import untold
 from hypersd_jax.weights.tensors import TensorFile, open_tensors, save_tensors
 from hypersd_jax.weights.tokenizers import CLIP_TOKENS, clip_tokenizer
 

@@ -24,7 +24,7 @@ import numpy as np
 
 from hypersd_jax.errors import UserError, short, shown
 from hypersd_jax.files import decoded
-from hypersd_jax.weights.lora_factors import common_rank, to_torch
+from hypersd_jax.weights.lora.factors import common_rank, to_torch
 
 HEADER_KEY = "lora_adapter_metadata"
 CONFIG_NAME = "adapter_config.json"

@@ -16,18 +16,18 @@ import numpy as np
 
 from hypersd_jax.adapters import Adapter, Differences
 from hypersd_jax.errors import UserError
-from hypersd_jax.weights import lora_header, lora_kohya, lora_peft
-from hypersd_jax.weights.lora_factors import is_finite
-from hypersd_jax.weights.lora_kinds import decode, rank_of
-from hypersd_jax.weights.lora_match import COMPONENTS, Shapes, Slot, assign, listing, weight_shape
-from hypersd_jax.weights.lora_sgm import SDXL_ONLY, sgm_names
+from hypersd_jax.weights.lora import header, kohya, peft
+from hypersd_jax.weights.lora.factors import is_finite
+from hypersd_jax.weights.lora.kinds import decode, rank_of
+from hypersd_jax.weights.lora.match import COMPONENTS, Shapes, Slot, assign, listing, weight_shape
+from hypersd_jax.weights.lora.sgm import SDXL_ONLY, sgm_names
 from hypersd_jax.weights.tensors import TensorFile, open_tensors, save_tensors
 
 LAYOUTS = ("kohya", "kohya-sgm", "peft")
 
 # Header entries about the very factors they came with; a file written anew states its own.
 _ABOUT_FACTORS = (
-    lora_peft.HEADER_KEY,
+    peft.HEADER_KEY,
     "ss_network_module",
     "ss_network_dim",
     "ss_network_alpha",
@@ -111,7 +111,7 @@ def read_lora(path: str | os.PathLike[str], shapes: Shapes) -> LoraFile:
     Every tensor of the file is used or the file is refused: a LoRA that matches in part gives wrong images silently.
 
     Args:
-        path: a .safetensors file in any layout of `lora_kohya` and `lora_peft`, or a folder that holds one.
+        path: a .safetensors file in any layout of `kohya` and `peft`, or a folder that holds one.
         shapes: ``{component: {parameter path: object with .shape}}`` of the base.
 
     Returns:
@@ -125,7 +125,7 @@ def read_lora(path: str | os.PathLike[str], shapes: Shapes) -> LoraFile:
     with open_tensors(file) as tensors:
         metadata = tensors.metadata
         slots, left_out = assign(tensors, shapes)
-        configs = lora_peft.read_configs(file, metadata) if any(slot.dotted for slot in slots.values()) else {}
+        configs = peft.read_configs(file, metadata) if any(slot.dotted for slot in slots.values()) else {}
         adapters: dict[str, Adapter] = {}
         differences: dict[str, dict[str, dict[str, np.ndarray]]] = {}
         ranks: list[int] = []
@@ -186,7 +186,7 @@ def write_lora(
     """Writes a LoRA file whose alpha equals its rank: the adapter's scale is folded into the up factors.
 
     So a reader that ignores alpha applies the same strength as one that honours it (where ranks differ, see
-    `lora_kohya.encode`).
+    `kohya.encode`).
 
     Args:
         path: where to; replaced atomically.
@@ -194,7 +194,7 @@ def write_lora(
         layout: "kohya" (diffusers block names), "kohya-sgm" (SDXL under sgm's names, as kohya's trainers write it) or
             "peft" (as diffusers saves it).
         metadata: more header entries; what is not a string is written as JSON. Among them may be sampling settings
-            (`lora_header.SETTINGS`), which are then marked as ours.
+            (`header.SETTINGS`), which are then marked as ours.
         carried: the header of the file that this one is made from, of this package or any other.
         dtype: of the stored factors: float32, float16 or ml_dtypes.bfloat16.
         text_encoders: how many text encoders the base has (SDXL: 2), where `adapters` does not show it.
@@ -216,18 +216,18 @@ def write_lora(
     try:
         for component, adapter in adapters.items():
             if layout == "peft":
-                tensors |= lora_peft.encode(component, adapter, dtype=dtype)
+                tensors |= peft.encode(component, adapter, dtype=dtype)
             else:
-                tensors |= lora_kohya.encode(component, adapter, dtype=dtype, text_encoders=text_encoders, names=names)
+                tensors |= kohya.encode(component, adapter, dtype=dtype, text_encoders=text_encoders, names=names)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
-    entries = {**lora_header.carried(carried or {}), **lora_header.marked(metadata or {})}
+    entries = {**header.carried(carried or {}), **header.marked(metadata or {})}
     given = {name: value for name, value in entries.items() if name not in _ABOUT_FACTORS}
-    header = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
+    texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
     if layout != "peft" and shapes is not None:
-        header = {**lora_kohya.base_version(shapes), **header}
-    describe = lora_peft.describe if layout == "peft" else lora_kohya.describe
-    save_tensors(path, tensors, {"format": "pt", **header, **describe(adapters)})
+        texts = {**kohya.base_version(shapes), **texts}
+    describe = peft.describe if layout == "peft" else kohya.describe
+    save_tensors(path, tensors, {"format": "pt", **texts, **describe(adapters)})
 
 
 def weights_file(path: Path) -> Path:
@@ -265,7 +265,7 @@ def _scale(
     where = f"{tensors.path}: {next(iter(slot.keys.values()))}"
     if config.get("use_dora") and not slot.kind.dora:
         raise UserError(f"{where}: the LoRA's own configuration says DoRA, but it has no lora_magnitude_vector")
-    return lora_peft.scale_of(config, slot.name, rank or 0, where)
+    return peft.scale_of(config, slot.name, rank or 0, where)
 
 
 def _layouts(slots: Mapping[tuple[str, str], Slot]) -> set[str]:

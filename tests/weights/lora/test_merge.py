@@ -15,7 +15,7 @@ from hypersd_jax.adapters import Adapter, concatenate, low_rank, scaled
 from hypersd_jax.errors import UserError
 from hypersd_jax.weights import open_tensors, read_lora, write_lora
 from hypersd_jax.weights.families import adaptable_shapes
-from hypersd_jax.weights.lora_merge import merge_loras
+from hypersd_jax.weights.lora.merge import merge_loras
 from tests.helpers.configs import TINY
 from tests.helpers.lora_files import TEXT_TARGETS, assert_same_delta, dotted_tensors, random_adapter
 from tests.helpers.lora_kinds import ours, random_kind

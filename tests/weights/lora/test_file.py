@@ -12,8 +12,9 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 from hypersd_jax.adapters import scaled, target_paths
-from hypersd_jax.weights import lora_kohya, open_tensors, read_lora, write_lora
+from hypersd_jax.weights import open_tensors, read_lora, write_lora
 from hypersd_jax.weights.families import adaptable_shapes
+from hypersd_jax.weights.lora import kohya
 from tests.helpers.configs import SD15, SDXL, TINY_XL
 from tests.helpers.lora_files import (
     TEXT_TARGETS,
@@ -288,7 +289,7 @@ def test_files_are_as_large_as_the_published_hyper_sd_loras(family: dict, sizes:
             "up": np.broadcast_to(np.float32(0), (64, kernel[-1])),
             "scale": np.ones(64, np.float32),
         }
-        for key, value in lora_kohya.encode("unet", {path: entry}, dtype=np.float32, text_encoders=1):
+        for key, value in kohya.encode("unet", {path: entry}, dtype=np.float32, text_encoders=1):
             described[key] = ("F32", value.shape, value.nbytes)
     data = sum(size for _, _, size in described.values())
     for form, expected in sizes.items():

@@ -9,8 +9,8 @@ from typing import Any
 
 from hypersd_jax.errors import UserError
 from hypersd_jax.weights.assembly import Description, Structure, is_xl, text_names
-from hypersd_jax.weights.model_folder import PIPELINES
-from hypersd_jax.weights.single_file_configs import Generation
+from hypersd_jax.weights.diffusers.model import PIPELINES
+from hypersd_jax.weights.single_file.configs import Generation
 from hypersd_jax.weights.tensors import TensorFile
 from hypersd_jax.weights.tokenizers import TokenizerFiles, is_clip_tokenizer
 

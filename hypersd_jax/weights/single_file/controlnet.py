@@ -15,8 +15,8 @@ from typing import Any
 from hypersd_jax.errors import UserError
 from hypersd_jax.models.controlnet_config import ControlNetConfig
 from hypersd_jax.models.unet_config import UNetConfig
-from hypersd_jax.weights.part_file import Read, read_part
-from hypersd_jax.weights.single_file_keys import UNET, Stored, unet_places
+from hypersd_jax.weights.single_file.component import Read, read_part
+from hypersd_jax.weights.single_file.keys import UNET, Stored, unet_places
 from hypersd_jax.weights.tensors import TensorFile, open_tensors
 
 Spelling = Callable[[str], str]

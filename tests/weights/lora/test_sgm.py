@@ -13,9 +13,10 @@ from safetensors.numpy import load_file, save_file
 
 from hypersd_jax.adapters import target_paths
 from hypersd_jax.errors import UserError
-from hypersd_jax.weights import convert_lora, lora_kohya, read_lora, write_lora
+from hypersd_jax.weights import convert_lora, read_lora, write_lora
 from hypersd_jax.weights.families import adaptable_shapes
-from hypersd_jax.weights.lora_sgm import sgm_names
+from hypersd_jax.weights.lora import kohya
+from hypersd_jax.weights.lora.sgm import sgm_names
 from tests.helpers.configs import SD15, SD21, SDXL, TINY_TEXT, TINY_UNET
 from tests.helpers.lora_files import TEXT_TARGETS, assert_same_delta, dotted_tensors, kohya_tensors, random_adapter
 from tests.helpers.lora_readers import comfyui_keys, ldm_modules, webui_key
@@ -54,9 +55,7 @@ def names_written(shapes: dict[str, Any], names: dict[str, str] | None) -> dict[
             "up": np.broadcast_to(np.float32(0), (1, shapes[module + ".kernel"].shape[-1])),
             "scale": np.ones(1, np.float32),
         }
-        keys = [
-            key for key, _ in lora_kohya.encode("unet", {module: entry}, dtype=np.float16, text_encoders=1, names=names)
-        ]
+        keys = [key for key, _ in kohya.encode("unet", {module: entry}, dtype=np.float16, text_encoders=1, names=names)]
         stems = {key.partition(".")[0] for key in keys}
         assert len(keys) == 3
         assert len(stems) == 1

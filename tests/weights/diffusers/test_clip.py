@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from hypersd_jax.errors import UserError
-from hypersd_jax.weights.clip_folder import load_clip_model, read_configs
+from hypersd_jax.weights.diffusers.clip import load_clip_model, read_configs
 from hypersd_jax.weights.keys import from_torch, torch_key
 from hypersd_jax.weights.tensors import save_tensors
 from tests.helpers.tiny_clip import CONFIG, tiny_clip, tiny_tensors

@@ -14,8 +14,8 @@ import pytest
 from hypersd_jax.errors import UserError
 from hypersd_jax.models.unet import UNetConfig, unet
 from hypersd_jax.weights.components import load_components
-from hypersd_jax.weights.folder import save_params
-from hypersd_jax.weights.model_folder import save_model
+from hypersd_jax.weights.diffusers.component import save_params
+from hypersd_jax.weights.diffusers.model import save_model
 from tests.helpers.tiny_model import tiny_model
 
 

@@ -12,13 +12,13 @@ import jax
 import numpy as np
 
 from hypersd_jax.errors import UserError
-from hypersd_jax.weights import lora_kohya, lora_peft
 from hypersd_jax.weights.components import EMBEDDED, open_model
+from hypersd_jax.weights.diffusers.component import read_json
 from hypersd_jax.weights.families import FAMILIES, Shapes, adaptable_shapes
-from hypersd_jax.weights.folder import read_json
 from hypersd_jax.weights.hub import fetch_configs, fetch_lora
-from hypersd_jax.weights.lora import LAYOUTS, LoraFile, LoraReport, read_lora, weights_file, write_lora
-from hypersd_jax.weights.lora_match import COMPONENTS
+from hypersd_jax.weights.lora import kohya, peft
+from hypersd_jax.weights.lora.file import LAYOUTS, LoraFile, LoraReport, read_lora, weights_file, write_lora
+from hypersd_jax.weights.lora.match import COMPONENTS
 from hypersd_jax.weights.tensors import open_tensors
 
 Source = str | os.PathLike[str]
@@ -146,8 +146,8 @@ def _own_shapes(sources: Sequence[Source]) -> Shapes | None:
         factors: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
         with open_tensors(weights_file(fetch_lora(source))) as tensors:
             for key in tensors.keys():  # noqa: SIM118
-                parsed = lora_peft.parse(key)
-                if parsed is None or key.startswith(lora_kohya.UNSPELLED):
+                parsed = peft.parse(key)
+                if parsed is None or key.startswith(kohya.UNSPELLED):
                     return None
                 factors.setdefault((parsed.component or "unet", parsed.module), {})[parsed.role] = tensors.shape(key)
         for (component, module), shape in factors.items():
