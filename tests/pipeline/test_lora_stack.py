@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
+from hypersd_jax.pipeline.lora_stack import LoraStack, Params
 from hypersd_jax.weights.families import adaptable_shapes
 from hypersd_jax.weights.lora import write_lora
-from hypersd_jax.weights.lora_stack import LoraStack, Params
 from tests.helpers.configs import TINY
 from tests.helpers.lora_files import random_adapter
 from tests.helpers.lora_kinds import ours, random_kind
