@@ -141,7 +141,7 @@ def read_header(metadata: Mapping[str, str]) -> tuple[Preset, dict[str, str]]:
 
 
 def _sampler(text: str) -> str:
-    from hypersd_jax.diffusion.solvers import SOLVERS  # with JAX, for which the list of presets does not wait
+    from hypersd_jax.diffusion import SOLVERS  # with NumPy, for which the list of presets does not wait
 
     name = text.strip('"')
     if name not in SOLVERS:

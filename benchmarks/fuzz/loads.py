@@ -12,8 +12,8 @@ import numpy as np
 from benchmarks.fuzz import bases
 from hypersd_jax import presets
 from hypersd_jax.conditioning import PromptEncoder, load_tokenizer
+from hypersd_jax.diffusion import SOLVERS, solver_table
 from hypersd_jax.diffusion.schedule import Schedule
-from hypersd_jax.diffusion.solvers import SOLVERS, solver_table
 from hypersd_jax.errors import UserError
 from hypersd_jax.models.unet_config import UNetConfig
 from hypersd_jax.models.vae_config import VaeConfig

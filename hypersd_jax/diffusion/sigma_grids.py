@@ -1,4 +1,4 @@
-"""Which noise levels the solvers euler, euler_a and dpmpp_2m visit, and at which timesteps.
+"""Which noise levels the sigma-space solvers visit, and at which timesteps: the grids of Euler and of DPM-Solver++.
 
 A noise level is s_t = sigma_t / alpha_t, the "sigma" of arXiv 2206.00364 and of a scheduler_config.json.
 """
@@ -7,14 +7,17 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from scipy.special import betaincinv
 
-from hypersd_jax.diffusion.grids import SPACINGS, checked_steps, listed, spaced
-from hypersd_jax.diffusion.schedule import Schedule, require_name
+from hypersd_jax.diffusion.grids import checked_steps, listed, spaced
+from hypersd_jax.diffusion.names import require_name
+from hypersd_jax.diffusion.record import Request
 from hypersd_jax.errors import UserError, shown
+
+if TYPE_CHECKING:
+    from hypersd_jax.diffusion.schedule import Schedule
 
 RESPACINGS = ("use_karras_sigmas", "use_exponential_sigmas", "use_beta_sigmas")
 
@@ -26,7 +29,7 @@ class LevelGrid:
     Attributes:
         timesteps: float64 (n,), what the network is told at each step; may be fractional.
         levels: float64 (n + 1,), the level before each step and, last, after all.
-        spacing: the spacing that the scheduler is set to, also where it did not make the grid.
+        spacing: the spacing that the solver is set to, also where it did not make the grid.
     """
 
     timesteps: np.ndarray
@@ -49,20 +52,14 @@ def schedule_levels(schedule: Schedule) -> np.ndarray:
     return np.sqrt((1 - abar) / abar)
 
 
-def euler_grid(
-    schedule: Schedule,
-    config: Mapping[str, Any],
-    steps: int | None,
-    spacing: str | None,
-    timesteps: Sequence[int] | None,
-) -> LevelGrid:
+def euler_grid(request: Request) -> LevelGrid:
     """The grid of diffusers' EulerDiscreteScheduler; timesteps of "linspace" and of respaced levels are fractional."""
-    spacing = _spacing(spacing, config)
+    schedule, config, timesteps, spacing = request.schedule, request.config, request.timesteps, str(request.spacing)
     total, every = schedule.num_train_timesteps, schedule_levels(schedule)
     if timesteps is not None:
-        grid = listed(timesteps, steps, total).astype(np.float64)
+        grid = listed(timesteps, request.steps, total).astype(np.float64)
     else:
-        grid = spaced(steps, spacing, schedule)
+        grid = spaced(request.steps, spacing, schedule)
     n, how = len(grid), _respacing(config, timesteps)
     interpolation = require_name(
         "scheduler_config: interpolation_type", config.get("interpolation_type") or "linear", ("linear", "log_linear")
@@ -82,23 +79,17 @@ def euler_grid(
     return LevelGrid(timesteps=grid, levels=levels, spacing=spacing)
 
 
-def dpmpp_grid(
-    schedule: Schedule,
-    config: Mapping[str, Any],
-    steps: int | None,
-    spacing: str | None,
-    timesteps: Sequence[int] | None,
-) -> LevelGrid:
+def dpmpp_grid(request: Request) -> LevelGrid:
     """The grid of diffusers' DPMSolverMultistepScheduler: n of n + 1 spaced points, whole timesteps throughout."""
-    spacing = _spacing(spacing, config)
+    schedule, config, timesteps, spacing = request.schedule, request.config, request.timesteps, str(request.spacing)
     total, every = schedule.num_train_timesteps, schedule_levels(schedule)
     how = _respacing(config, timesteps)
     if timesteps is not None:
-        grid = listed(timesteps, steps, total)
+        grid = listed(timesteps, request.steps, total)
     else:
         lowest = _number(config, "lambda_min_clipped", -np.inf)
         reach = total - int(np.searchsorted(-np.log(every[::-1]), lowest))  # lambda = -log s, clipped from below
-        n = checked_steps(steps, total, "num_train_timesteps")
+        n = checked_steps(request.steps, total, "num_train_timesteps")
         if spacing == "linspace":
             grid = np.round(np.linspace(0, reach - 1, n + 1))[::-1][:-1]
         elif spacing == "leading":
@@ -118,12 +109,6 @@ def dpmpp_grid(
         grid = np.floor(found)
     levels = np.append(levels, _last_level(config, every))
     return LevelGrid(timesteps=grid.astype(np.float64), levels=levels, spacing=spacing)
-
-
-def _spacing(spacing: str | None, config: Mapping[str, Any]) -> str:
-    if spacing is not None:
-        return spacing
-    return require_name("scheduler_config: timestep_spacing", config.get("timestep_spacing") or "linspace", SPACINGS)
 
 
 def _respacing(config: Mapping[str, Any], timesteps: Sequence[int] | None) -> str | None:
@@ -146,6 +131,8 @@ def _respaced(how: str, high: float, low: float, n: int, config: Mapping[str, An
         return (high ** (1 / 7) + ramp * (low ** (1 / 7) - high ** (1 / 7))) ** 7
     if how == "use_exponential_sigmas":
         return np.exp(np.linspace(np.log(high), np.log(low), n))
+    from scipy.special import betaincinv  # longer to import than NumPy, and seldom asked for
+
     return low + betaincinv(0.6, 0.6, 1 - ramp) * (high - low)
 
 
