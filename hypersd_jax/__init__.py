@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from hypersd_jax.pipeline import Pipeline
     from hypersd_jax.png_text import save_pictures
     from hypersd_jax.stages import train
-    from hypersd_jax.weights.convert_model import convert_model
+    from hypersd_jax.weights.conversion import convert_model
     from hypersd_jax.weights.lora.convert import convert_lora
     from hypersd_jax.weights.lora.extract import extract_lora
     from hypersd_jax.weights.lora.merge import merge_loras
@@ -44,7 +44,7 @@ _HOMES = {
     "Pipeline": "pipeline",
     "UserError": "errors",
     "convert_lora": "weights.lora.convert",
-    "convert_model": "weights.convert_model",
+    "convert_model": "weights.conversion",
     "extract_lora": "weights.lora.extract",
     "load_config": "config",
     "merge_loras": "weights.lora.merge",

@@ -125,7 +125,7 @@ def _model(options: argparse.Namespace) -> None:
         checks.check_target_file(options.destination)
 
     from hypersd_jax.pipeline import parse_dtype
-    from hypersd_jax.weights.convert_model import convert_model
+    from hypersd_jax.weights.conversion import convert_model
 
     dtype = None if options.dtype is None else parse_dtype(options.dtype)
     loras = [parse_lora(text) for text in options.lora]

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from hypersd_jax.diffusion.grids import SPACINGS as SPACINGS
 from hypersd_jax.diffusion.parts import last_part as last_part
@@ -16,6 +15,7 @@ from hypersd_jax.diffusion.schedule import PREDICTION_TYPES as PREDICTION_TYPES
 from hypersd_jax.diffusion.schedule import Schedule as Schedule
 from hypersd_jax.diffusion.solvers import injects_noise as injects_noise
 from hypersd_jax.diffusion.solvers import solver_table as solver_table
+from hypersd_jax.lazy import lazily
 
 if TYPE_CHECKING:
     from hypersd_jax.diffusion.guidance import guided as guided
@@ -28,16 +28,12 @@ if TYPE_CHECKING:
     from hypersd_jax.diffusion.sampling import begin as begin
     from hypersd_jax.diffusion.sampling import sample as sample
 
-# The modules that need JAX, which the command line does not wait for when it checks a solver's name.
-_HOMES = {
-    "guided": "guidance",
-    **dict.fromkeys(("from_x0_eps", "move", "to_x0_eps"), "prediction"),
-    **dict.fromkeys(("Known", "State", "advance", "begin", "sample"), "sampling"),
-}
-
-
-def __getattr__(name: str) -> Any:
-    """Import what computes with JAX on first use."""
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+# What computes with JAX, which the command line does not wait for when it checks a solver's name.
+__getattr__ = lazily(
+    __name__,
+    {
+        "guided": "guidance",
+        **dict.fromkeys(("from_x0_eps", "move", "to_x0_eps"), "prediction"),
+        **dict.fromkeys(("Known", "State", "advance", "begin", "sample"), "sampling"),
+    },
+)

@@ -22,7 +22,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from hypersd_jax.models.functional import Network
 from hypersd_jax.weights import families, write_lora
 from hypersd_jax.weights.components import load_components
-from hypersd_jax.weights.convert_model import convert_model
+from hypersd_jax.weights.conversion import convert_model
 from tests.helpers.lora_files import TEXT_TARGETS, random_adapter
 from tests.helpers.tiny_pipelines import tiny_sd, tiny_sdxl
 from tests.helpers.torch_weights import perturb, relative_error

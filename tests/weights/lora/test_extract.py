@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from hypersd_jax.adapters import TARGETS_14, delta, target_paths
 from hypersd_jax.errors import UserError
 from hypersd_jax.weights import read_lora
-from hypersd_jax.weights.convert_model import convert_model
+from hypersd_jax.weights.conversion import convert_model
 from hypersd_jax.weights.families import adaptable_shapes
 from hypersd_jax.weights.lora.extract import TEXT_TARGETS, extract_lora
 from tests.helpers.lora_files import random_adapter

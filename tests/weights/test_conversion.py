@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 import json
 import warnings
 from pathlib import Path
@@ -13,9 +12,9 @@ import numpy as np
 import pytest
 
 from hypersd_jax.errors import UserError
-from hypersd_jax.weights import open_tensors, read_lora, write_lora
+from hypersd_jax.weights import conversion, open_tensors, read_lora, write_lora
 from hypersd_jax.weights.components import load_components
-from hypersd_jax.weights.convert_model import convert_model
+from hypersd_jax.weights.conversion import convert_model
 from hypersd_jax.weights.diffusers.model import save_model
 from hypersd_jax.weights.single_file import save_single_file
 from hypersd_jax.weights.single_file.configs import Generation
@@ -241,8 +240,7 @@ def test_loras_by_hub_id(folder: Path, tmp_path: Path, monkeypatch: pytest.Monke
     file = tmp_path / "cached.safetensors"
     write_lora(file, {"unet": random_adapter(load_components(folder, dtype=jnp.float32).shapes["unet"], 0)})
     asked: list[str] = []
-    module = importlib.import_module("hypersd_jax.weights.convert_model")  # the package names the function so
-    monkeypatch.setattr(module, "fetch_lora", lambda source: asked.append(source) or file)
+    monkeypatch.setattr(conversion, "fetch_lora", lambda source: asked.append(source) or file)
     for name, source in (("hub", "owner/name@main"), ("local", file)):
         convert_model(folder, tmp_path / f"{name}.safetensors", "single-file", loras=[(source, 0.5)])
     assert asked == ["owner/name@main", file]
