@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hypersd_jax.commands import checks, parsing
-from hypersd_jax.commands.parsing import DTYPES, LORA_LAYOUTS, Parser
+from hypersd_jax.commands.parsing import DTYPES, Names, Parser, lora_layouts
 from hypersd_jax.paths import parse_lora
 
 _EPILOG = """\
@@ -38,7 +38,7 @@ def _add_lora(kinds: Any) -> None:
     )
     parser.add_argument("source", type=parsing.source, metavar="IN", help="a file, a PEFT folder, or a hub id")
     parser.add_argument("destination", type=parsing.source, metavar="OUT", help="a .safetensors file")
-    parser.add_argument("--to", required=True, choices=LORA_LAYOUTS, help="the layout to write")
+    _add_layout(parser, required=True)
     _add_base(parser)
     parser.set_defaults(run=_lora)
 
@@ -77,7 +77,7 @@ def _add_merge(kinds: Any) -> None:
     parser.add_argument(
         "--rank", type=parsing.whole(), help="compress to this rank (default: the exact sum, of the summed rank)"
     )
-    parser.add_argument("--to", default="kohya", choices=LORA_LAYOUTS, help="the layout to write")
+    _add_layout(parser, default="kohya")
     _add_base(parser)
     parser.set_defaults(run=_merge)
 
@@ -93,8 +93,14 @@ def _add_extract(kinds: Any) -> None:
     parser.add_argument("tuned", type=parsing.source, metavar="TUNED", help="a model of the same shapes")
     parser.add_argument("destination", type=parsing.source, metavar="OUT", help="a .safetensors file")
     parser.add_argument("--rank", type=parsing.whole(), required=True, help="of every module")
-    parser.add_argument("--to", default="kohya", choices=LORA_LAYOUTS, help="the layout to write")
+    _add_layout(parser, default="kohya")
     parser.set_defaults(run=_extract)
+
+
+def _add_layout(parser: argparse.ArgumentParser, **more: Any) -> None:
+    parser.add_argument(
+        "--to", choices=Names(lora_layouts), metavar="LAYOUT", help="the layout to write: %(choices)s", **more
+    )
 
 
 def _add_base(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,6 @@ from hypersd_jax.paths import expanded, parse_lora
 from hypersd_jax.presets import PRESETS
 
 DTYPES = ("float32", "bfloat16", "float16")
-LORA_LAYOUTS = ("kohya", "kohya-sgm", "peft")
 
 # What other programs call an option, where its name here is not near.
 _SYNONYMS = {
@@ -173,6 +172,13 @@ def _samplers() -> Iterable[str]:
     from hypersd_jax.diffusion import SOLVERS
 
     return SOLVERS
+
+
+def lora_layouts() -> Iterable[str]:
+    """The names of the LoRA layouts that are written."""
+    from hypersd_jax.weights.lora.registry import written_layouts
+
+    return written_layouts()
 
 
 def _spacings() -> Iterable[str]:

@@ -16,9 +16,9 @@ from hypersd_jax.weights.components import EMBEDDED, open_model
 from hypersd_jax.weights.diffusers.component import read_json
 from hypersd_jax.weights.families import FAMILIES, Shapes, adaptable_shapes
 from hypersd_jax.weights.hub import fetch_configs, fetch_lora
-from hypersd_jax.weights.lora import kohya, peft
-from hypersd_jax.weights.lora.file import LAYOUTS, LoraFile, LoraReport, read_lora, weights_file, write_lora
-from hypersd_jax.weights.lora.match import COMPONENTS
+from hypersd_jax.weights.lora.file import LoraFile, LoraReport, read_lora, weights_file, write_lora
+from hypersd_jax.weights.lora.layout import COMPONENTS, Key
+from hypersd_jax.weights.lora.registry import LAYOUTS, check_layout
 from hypersd_jax.weights.tensors import open_tensors
 
 Source = str | os.PathLike[str]
@@ -39,7 +39,7 @@ def convert_lora(
     Args:
         src: a file or folder that `read_lora` understands, or its hub id.
         dst: the file to write.
-        to: "kohya", "kohya-sgm" or "peft".
+        to: a layout that is written (`registry.written_layouts`).
         base: a model as `open_model` reads it, whose shapes the LoRA is read against.
         family: "sd15", "sd21" or "sdxl" instead of a model. With neither, the family that the file fits is found.
 
@@ -66,12 +66,6 @@ def convert_lora(
         shapes=shapes,
     )
     return lora.report
-
-
-def check_layout(to: str) -> None:
-    """UserError unless `to` is a layout that is written."""
-    if to not in LAYOUTS:
-        raise UserError(f"LoRA layout {to!r}: choose one of {', '.join(LAYOUTS)}")
 
 
 def text_encoders_of(shapes: Mapping[str, Any]) -> int:
@@ -146,8 +140,8 @@ def _own_shapes(sources: Sequence[Source]) -> Shapes | None:
         factors: dict[tuple[str, str], dict[str, tuple[int, ...]]] = {}
         with open_tensors(weights_file(fetch_lora(source))) as tensors:
             for key in tensors.keys():  # noqa: SIM118
-                parsed = peft.parse(key)
-                if parsed is None or key.startswith(kohya.UNSPELLED):
+                parsed = _spelled(key)
+                if parsed is None:
                     return None
                 factors.setdefault((parsed.component or "unet", parsed.module), {})[parsed.role] = tensors.shape(key)
         for (component, module), shape in factors.items():
@@ -156,3 +150,9 @@ def _own_shapes(sources: Sequence[Source]) -> Shapes | None:
             kernel = (*shape["down"][2:], shape["down"][1], shape["up"][0])
             shapes.setdefault(component, {})[module + ".kernel"] = jax.ShapeDtypeStruct(kernel, np.float32)
     return shapes
+
+
+def _spelled(key: str) -> Key | None:
+    """What a key says by itself, in the first layout that reads it without a base."""
+    readings = (layout.spelled(key) for layout in LAYOUTS.values() if layout.spelled is not None)
+    return next((reading for reading in readings if reading is not None), None)

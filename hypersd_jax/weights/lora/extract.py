@@ -13,10 +13,12 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.weights.assembly import HostParams, networks, parse
 from hypersd_jax.weights.components import open_model
 from hypersd_jax.weights.keys import torch_key, torch_shape
-from hypersd_jax.weights.lora.convert import Source, check_layout, text_encoders_of
+from hypersd_jax.weights.lora.convert import Source, text_encoders_of
 from hypersd_jax.weights.lora.energy import EnergyReport, check_rank
 from hypersd_jax.weights.lora.file import write_lora
-from hypersd_jax.weights.lora.match import COMPONENTS, listing
+from hypersd_jax.weights.lora.layout import COMPONENTS
+from hypersd_jax.weights.lora.match import listing
+from hypersd_jax.weights.lora.registry import check_layout
 
 TEXT_TARGETS = ("q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2")
 """The modules of a text encoder's layers, which every reader of LoRAs knows."""
@@ -35,7 +37,7 @@ def extract_lora(
         tuned: another of the same shapes.
         dst: the file to write.
         rank: of every module, cut to the kernel's smaller side.
-        to: "kohya", "kohya-sgm" or "peft".
+        to: a layout that is written (`registry.written_layouts`).
         dtype: of the written factors.
 
     Returns:

@@ -16,25 +16,13 @@ import numpy as np
 
 from hypersd_jax.adapters import Adapter, Differences
 from hypersd_jax.errors import UserError
-from hypersd_jax.weights.lora import header, kohya, peft
+from hypersd_jax.weights.lora import header
 from hypersd_jax.weights.lora.factors import is_finite
 from hypersd_jax.weights.lora.kinds import decode, rank_of
-from hypersd_jax.weights.lora.match import COMPONENTS, Shapes, Slot, assign, listing, weight_shape
-from hypersd_jax.weights.lora.sgm import SDXL_ONLY, sgm_names
+from hypersd_jax.weights.lora.layout import COMPONENTS, Destination, Shapes, Slot, Strength
+from hypersd_jax.weights.lora.match import assign, listing, weight_shape
+from hypersd_jax.weights.lora.registry import LAYOUTS, check_layout
 from hypersd_jax.weights.tensors import TensorFile, open_tensors, save_tensors
-
-LAYOUTS = ("kohya", "kohya-sgm", "peft")
-
-# Header entries about the very factors they came with; a file written anew states its own.
-_ABOUT_FACTORS = (
-    peft.HEADER_KEY,
-    "ss_network_module",
-    "ss_network_dim",
-    "ss_network_alpha",
-    "ss_network_args",
-    "sshs_model_hash",
-    "sshs_legacy_hash",
-)
 
 
 @dataclass(frozen=True, kw_only=True, repr=False)
@@ -111,7 +99,7 @@ def read_lora(path: str | os.PathLike[str], shapes: Shapes) -> LoraFile:
     Every tensor of the file is used or the file is refused: a LoRA that matches in part gives wrong images silently.
 
     Args:
-        path: a .safetensors file in any layout of `kohya` and `peft`, or a folder that holds one.
+        path: a .safetensors file in any of `registry.LAYOUTS`, or a folder that holds one.
         shapes: ``{component: {parameter path: object with .shape}}`` of the base.
 
     Returns:
@@ -125,7 +113,8 @@ def read_lora(path: str | os.PathLike[str], shapes: Shapes) -> LoraFile:
     with open_tensors(file) as tensors:
         metadata = tensors.metadata
         slots, left_out = assign(tensors, shapes)
-        configs = peft.read_configs(file, metadata) if any(slot.dotted for slot in slots.values()) else {}
+        layouts = {slot.layout.name: slot.layout for slot in slots.values()}
+        strengths = {name: each.strengths(file, metadata) for name, each in layouts.items() if each.strengths}
         adapters: dict[str, Adapter] = {}
         differences: dict[str, dict[str, dict[str, np.ndarray]]] = {}
         ranks: list[int] = []
@@ -138,11 +127,11 @@ def read_lora(path: str | os.PathLike[str], shapes: Shapes) -> LoraFile:
             not_finite += [slot.keys[role] for role, value in values.items() if not is_finite(value)]
             dtypes |= {value.dtype.name for value in values.values()}
             rank = rank_of(slot.shapes(tensors))
-            scale, alpha = _scale(tensors, slot, rank, configs)
+            scale, alpha = _scale(tensors, slot, rank, strengths.get(slot.layout.name))
             ranks += [] if rank is None else [rank]
             scales.append(scale)
             alphas += [] if alpha is None else [alpha]
-            if slot.dotted and "magnitude" in values:
+            if slot.layout.flat_magnitude and "magnitude" in values:
                 values["magnitude"] = values["magnitude"].reshape(-1)
             entry = decode(slot.kind, values, weight_shape(shapes, component, module))
             if slot.kind.is_adapter:
@@ -191,8 +180,8 @@ def write_lora(
     Args:
         path: where to; replaced atomically.
         adapters: ``{component: adapter}`` with NumPy or JAX leaves.
-        layout: "kohya" (diffusers block names), "kohya-sgm" (SDXL under sgm's names, as kohya's trainers write it) or
-            "peft" (as diffusers saves it).
+        layout: one of `registry.written_layouts`: "kohya" (diffusers block names), "kohya-sgm" (SDXL under sgm's names,
+            as kohya's trainers write it), "peft" (as diffusers saves it).
         metadata: more header entries; what is not a string is written as JSON. Among them may be sampling settings
             (`header.SETTINGS`), which are then marked as ours.
         carried: the header of the file that this one is made from, of this package or any other.
@@ -205,29 +194,27 @@ def write_lora(
             finite in `dtype`.
     """
     adapters = {component: jax.device_get(adapter) for component, adapter in adapters.items() if adapter}
-    if layout not in LAYOUTS:
-        raise UserError(f"LoRA layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
+    check_layout(layout)
     if not adapters or not set(adapters) <= set(COMPONENTS):
         raise UserError(f"{path}: nothing to write among the components {', '.join(adapters) or '(none)'}")
     if text_encoders is None:
         text_encoders = 2 if "text_encoder_2" in adapters else 1
-    names = _sgm_names(path, shapes) if layout == "kohya-sgm" else None
+    record, to = LAYOUTS[layout], Destination(dtype=dtype, text_encoders=text_encoders, shapes=shapes)
+    assert record.encode is not None  # as `check_layout` has seen
     tensors: dict[str, np.ndarray] = {}
     try:
         for component, adapter in adapters.items():
-            if layout == "peft":
-                tensors |= peft.encode(component, adapter, dtype=dtype)
-            else:
-                tensors |= kohya.encode(component, adapter, dtype=dtype, text_encoders=text_encoders, names=names)
+            tensors |= record.encode(component, adapter, to)
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     entries = {**header.carried(carried or {}), **header.marked(metadata or {})}
-    given = {name: value for name, value in entries.items() if name not in _ABOUT_FACTORS}
+    # A file that is written anew states its own factors.
+    about_factors = {name for each in LAYOUTS.values() for name in each.about_factors}
+    given = {name: value for name, value in entries.items() if name not in about_factors}
     texts = {name: value if isinstance(value, str) else json.dumps(value) for name, value in given.items()}
-    if layout != "peft" and shapes is not None:
-        texts = {**kohya.base_version(shapes), **texts}
-    describe = peft.describe if layout == "peft" else kohya.describe
-    save_tensors(path, tensors, {"format": "pt", **texts, **describe(adapters)})
+    if shapes is not None:
+        texts = {**record.about_base(shapes), **texts}
+    save_tensors(path, tensors, {"format": "pt", **texts, **record.describe(adapters)})
 
 
 def weights_file(path: Path) -> Path:
@@ -243,17 +230,8 @@ def weights_file(path: Path) -> Path:
     return found[0]
 
 
-def _sgm_names(path: str | os.PathLike[str], shapes: Shapes | None) -> dict[str, str]:
-    unet = {} if shapes is None else shapes.get("unet", {})
-    if SDXL_ONLY not in unet:
-        raise UserError(f"{path}: only SDXL's LoRAs have sgm block names (kohya-sgm); write this one as kohya")
-    return sgm_names({parameter.rpartition(".")[0] for parameter in unet})
-
-
-def _scale(
-    tensors: TensorFile, slot: Slot, rank: int | None, configs: Mapping[str | None, Mapping[str, Any]]
-) -> tuple[float, float | None]:
-    """(scale, alpha) of one module: from its alpha tensor, else from PEFT's configuration, else 1 and None."""
+def _scale(tensors: TensorFile, slot: Slot, rank: int | None, strength: Strength | None) -> tuple[float, float | None]:
+    """(scale, alpha) of one module: from its alpha tensor, else as its layout states it, else 1 and None."""
     if "alpha" in slot.keys:
         key = slot.keys["alpha"]
         value = tensors.read(key)
@@ -261,17 +239,15 @@ def _scale(
             raise UserError(f"{tensors.path}: {key} is not one finite number")
         alpha = float(value.item())
         return (1.0, None) if rank is None else (alpha / rank, alpha)
-    config = configs.get(slot.component, {}) if slot.dotted and rank is not None else {}
-    where = f"{tensors.path}: {next(iter(slot.keys.values()))}"
-    if config.get("use_dora") and not slot.kind.dora:
-        raise UserError(f"{where}: the LoRA's own configuration says DoRA, but it has no lora_magnitude_vector")
-    return peft.scale_of(config, slot.name, rank or 0, where)
+    if strength is None or rank is None:
+        return 1.0, None
+    return strength(slot, rank, f"{tensors.path}: {next(iter(slot.keys.values()))}")
 
 
 def _layouts(slots: Mapping[tuple[str, str], Slot]) -> set[str]:
     """Of the UNet's keys, where there are any: the text encoders' are named alike in both of kohya's namings."""
-    unet = {slot.layout for (component, _), slot in slots.items() if component == "unet"}
-    return unet or {slot.layout for slot in slots.values()}
+    unet = {slot.first.layout for (component, _), slot in slots.items() if component == "unet"}
+    return unet or {slot.first.layout for slot in slots.values()}
 
 
 def _span(values: tuple[float, float]) -> str:

@@ -18,13 +18,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
+from hypersd_jax.errors import UserError
 from hypersd_jax.weights.lora.factors import common_rank, to_torch
 from hypersd_jax.weights.lora.kinds import LOHA, LOKR
+from hypersd_jax.weights.lora.layout import Destination, Found, Key, Layout, Match, Shapes
 from hypersd_jax.weights.lora.sgm import SDXL_ONLY, sgm_names, spellings
+from hypersd_jax.weights.lora.unsupported import unsupported
+
+if TYPE_CHECKING:
+    from hypersd_jax.adapters import Adapter
+    from hypersd_jax.weights.tensors import TensorFile
 
 ROLES = {
     "lora_down.weight": "down",
@@ -104,6 +111,26 @@ def find(index: Mapping[str, Target], name: str) -> Target | None:
     return index.get(name.replace(".", "_"))
 
 
+def matcher(_: TensorFile, shapes: Shapes) -> Match:
+    """Match keys with kohya's factors, under any program's names, with the modules of a base."""
+    index, norms = module_index(shapes), module_index(shapes, "scale")
+
+    def match(key: str) -> Found | None:
+        parsed = parse(key)
+        if parsed is None or unsupported(key):
+            return None
+        name, role = parsed
+        target = find(index, name)
+        if target is None and role in ("full", "bias"):
+            target = find(norms, name)
+        return Found(
+            key=Key(component=None, module=name, role=role, layout=layout_of(name, target)),
+            target=None if target is None else (target.component, target.module),
+        )
+
+    return match
+
+
 def layout_of(name: str, target: Target | None) -> str:
     """What a layout is called in which a module with kohya's factors has this name."""
     if name.startswith(_COMFY):
@@ -171,3 +198,34 @@ def _underscored(component: str, module: str) -> str:
 def _prefixed(module: str) -> str:
     """A text encoder's module with transformers' `text_model.`."""
     return module if module.startswith(("text_model.", "text_projection")) else "text_model." + module
+
+
+def _encode(component: str, adapter: Adapter, to: Destination) -> Iterator[tuple[str, np.ndarray]]:
+    return encode(component, adapter, dtype=to.dtype, text_encoders=to.text_encoders)
+
+
+def _encode_sgm(component: str, adapter: Adapter, to: Destination) -> Iterator[tuple[str, np.ndarray]]:
+    unet = {} if to.shapes is None else to.shapes.get("unet", {})
+    if SDXL_ONLY not in unet:
+        raise UserError("only SDXL's LoRAs have sgm block names (kohya-sgm); write this one as kohya")
+    names = sgm_names({parameter.rpartition(".")[0] for parameter in unet})
+    return encode(component, adapter, dtype=to.dtype, text_encoders=to.text_encoders, names=names)
+
+
+KOHYA = Layout(
+    name="kohya",
+    matcher=matcher,
+    encode=_encode,
+    describe=describe,
+    about_base=base_version,
+    about_factors=(
+        "ss_network_module",
+        "ss_network_dim",
+        "ss_network_alpha",
+        "ss_network_args",
+        "sshs_model_hash",
+        "sshs_legacy_hash",
+    ),
+)
+KOHYA_SGM = Layout(name="kohya-sgm", encode=_encode_sgm, describe=describe, about_base=base_version)
+"""Keys under sgm's names are read as kohya's."""

@@ -13,13 +13,13 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.weights.lora import header
 from hypersd_jax.weights.lora.convert import (
     Source,
-    check_layout,
     common_dtype,
     read_alike,
     text_encoders_of,
 )
 from hypersd_jax.weights.lora.energy import EnergyReport, check_rank
 from hypersd_jax.weights.lora.file import LoraFile, write_lora
+from hypersd_jax.weights.lora.registry import check_layout
 
 
 def merge_loras(
@@ -40,7 +40,7 @@ def merge_loras(
         files: ``[(file or folder, scale), ...]``; one alone may be given, to compress or rescale it.
         dst: the file to write. Its header: see `header.merged`; `merged_from` is added.
         rank: of every module, None for the sum of the files' ranks.
-        to: "kohya", "kohya-sgm" or "peft".
+        to: a layout that is written (`registry.written_layouts`).
         base: see `convert_lora`.
         family: see `convert_lora`.
 

@@ -12,23 +12,28 @@ fields prefixed by component; a PEFT folder keeps it in adapter_config.json; whe
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from hypersd_jax.errors import UserError, short, shown
 from hypersd_jax.files import decoded
+from hypersd_jax.weights.lora import kohya
 from hypersd_jax.weights.lora.factors import common_rank, to_torch
+from hypersd_jax.weights.lora.layout import COMPONENTS, Found, Key, Layout, Match, Shapes, Slot, Strength
+from hypersd_jax.weights.lora.unsupported import unsupported
+
+if TYPE_CHECKING:
+    from hypersd_jax.weights.tensors import TensorFile
 
 HEADER_KEY = "lora_adapter_metadata"
 CONFIG_NAME = "adapter_config.json"
-COMPONENTS = ("unet", "text_encoder_2", "text_encoder")
 
 # (pattern, module, name of the layout); the group `role` says which factor it is.
 _SPELLINGS = tuple(
@@ -60,17 +65,7 @@ _SLOW = re.compile(r"\)[*+{]|([*+{].*){4}", re.DOTALL)
 _FLOAT32_MAX = float(np.finfo(np.float32).max)
 
 
-@dataclass(frozen=True, kw_only=True)
-class DottedKey:
-    """What a dotted key says: `component` is None where the key does not name one."""
-
-    component: str | None
-    module: str
-    role: str
-    layout: str
-
-
-def parse(key: str) -> DottedKey | None:
+def parse(key: str) -> Key | None:
     """The component, module path and role of a key; None where it follows none of the layouts above."""
     for pattern, replacement, layout in _SPELLINGS:
         match = pattern.match(key)
@@ -79,8 +74,32 @@ def parse(key: str) -> DottedKey | None:
             role = _ROLES.get(match["role"], match["role"])
             component = next((component for component in COMPONENTS if name.startswith(component + ".")), None)
             module = name.removeprefix(f"{component}.").removeprefix("base_model.model.")
-            return DottedKey(component=component, module=module, role=role, layout=layout)
+            return Key(component=component, module=module, role=role, layout=layout)
     return None
+
+
+def spelled(key: str) -> Key | None:
+    """Parse a key that gives its module's path as diffusers has it; None for any other."""
+    return None if key.startswith(kohya.UNSPELLED) else parse(key)
+
+
+def matcher(tensors: TensorFile, shapes: Shapes) -> Match:
+    """Match keys with PEFT's or diffusers' factors with the modules of a base."""
+    bare = _component_of_bare_keys(tensors, shapes)
+    index = functools.cache(functools.partial(kohya.module_index, shapes))  # of names that are not diffusers' paths
+
+    def match(text: str) -> Found | None:
+        key = parse(text)
+        if key is None or unsupported(text):
+            return None
+        component = key.component or bare
+        module = locate(component, key.module, shapes.get(component, {}))
+        if module is not None:
+            return Found(key=key, target=(component, module))
+        target = kohya.find(index(), f"{component}.{key.module}") or kohya.find(index(), key.module)
+        return Found(key=key, target=None if target is None else (target.component, target.module))
+
+    return match
 
 
 def locate(component: str, module: str, parameters: Mapping[str, Any]) -> str | None:
@@ -125,6 +144,19 @@ def read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str | None, di
             if slow := next(filter(_SLOW.search, patterns), None):
                 raise UserError(f"{where}: {name} holds {shown(slow)}, which could take for ever to match")
     return configs
+
+
+def strengths(file: Path, metadata: Mapping[str, str]) -> Strength:
+    """Read how strongly a file's modules apply, from its header or the configuration beside it."""
+    configs = read_configs(file, metadata)
+
+    def strength(slot: Slot, rank: int, where: str) -> tuple[float, float | None]:
+        config = configs.get(slot.first.component, {})
+        if config.get("use_dora") and not slot.kind.dora:
+            raise UserError(f"{where}: the LoRA's own configuration says DoRA, but it has no lora_magnitude_vector")
+        return scale_of(config, slot.first.module, rank, where)
+
+    return strength
 
 
 def scale_of(config: Mapping[str, Any], module: str, rank: int, where: str) -> tuple[float, float | None]:
@@ -179,6 +211,23 @@ def describe(adapters: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[st
     return {HEADER_KEY: json.dumps(fields, sort_keys=True)}
 
 
+def _component_of_bare_keys(tensors: TensorFile, shapes: Shapes) -> str:
+    """Which component the keys without one belong to: the first that has all their modules with the right widths."""
+    keys = tensors.keys()
+    parsed = [(text, key) for text in keys if (key := parse(text)) and not key.component]
+
+    def has_all(component: str) -> bool:
+        for text, key in parsed:
+            module = locate(component, key.module, shapes[component])
+            if module is None:
+                return False
+            if key.role == "down" and tensors.shape(text)[1:2] != shapes[component][module + ".kernel"].shape[-2:-1]:
+                return False
+        return True
+
+    return next((component for component in COMPONENTS if component in shapes and has_all(component)), "unet")
+
+
 def _prefixed(component: str, module: str) -> str:
     if component == "unet" or module.startswith(("text_model.", "text_projection")):
         return module
@@ -214,3 +263,15 @@ def _patterned(patterns: Any, module: str, default: Any) -> Any:
         if matches:
             return value
     return default
+
+
+PEFT = Layout(
+    name="peft",
+    matcher=matcher,
+    spelled=spelled,
+    strengths=strengths,
+    flat_magnitude=True,  # PEFT's of convolutions are (1, out, 1, 1)
+    encode=lambda component, adapter, to: encode(component, adapter, dtype=to.dtype),
+    describe=describe,
+    about_factors=(HEADER_KEY,),
+)
