@@ -1,9 +1,9 @@
-"""Rewards by name."""
+"""The rewards by name: the one place to change, besides its own file, when a reward is added."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,8 +15,21 @@ from hypersd_jax.rewards.clip_score import load_clip
 Reward = Callable[[Any, Sequence[str]], np.ndarray]
 """``(images, prompts) -> scores (B,) float32``, the higher the better."""
 
-REWARDS: Mapping[str, Callable[[str | os.PathLike[str]], Reward]] = {"clip": load_clip}
-"""What loads the reward of each name from a path."""
+Loader = Callable[[str | os.PathLike[str]], Reward]
+"""What reads a reward's weights from a folder or a file."""
+
+REWARDS: dict[str, Loader] = {"clip": load_clip}
+
+
+def register_reward(name: str, loader: Loader) -> None:
+    """Add a reward to those that `load` knows.
+
+    Raises:
+        ValueError: another reward has that name.
+    """
+    if name in REWARDS:
+        raise ValueError(f"there is a reward named {name!r} already")
+    REWARDS[name] = loader
 
 
 def load(name: str, path: str | os.PathLike[str]) -> Reward:
