@@ -18,10 +18,10 @@ if TYPE_CHECKING:
     from hypersd_jax.pipeline import Pipeline
     from hypersd_jax.png_text import save_pictures
     from hypersd_jax.stages import train
-    from hypersd_jax.weights.convert_model import convert_model
-    from hypersd_jax.weights.lora_convert import convert_lora
-    from hypersd_jax.weights.lora_extract import extract_lora
-    from hypersd_jax.weights.lora_merge import merge_loras
+    from hypersd_jax.weights.conversion import convert_model
+    from hypersd_jax.weights.lora.convert import convert_lora
+    from hypersd_jax.weights.lora.extract import extract_lora
+    from hypersd_jax.weights.lora.merge import merge_loras
 
 __version__ = "0.1.0"
 __all__ = [
@@ -43,11 +43,11 @@ __all__ = [
 _HOMES = {
     "Pipeline": "pipeline",
     "UserError": "errors",
-    "convert_lora": "weights.lora_convert",
-    "convert_model": "weights.convert_model",
-    "extract_lora": "weights.lora_extract",
+    "convert_lora": "weights.lora.convert",
+    "convert_model": "weights.conversion",
+    "extract_lora": "weights.lora.extract",
     "load_config": "config",
-    "merge_loras": "weights.lora_merge",
+    "merge_loras": "weights.lora.merge",
     "save_pictures": "png_text",
     "train": "stages",
 }

@@ -24,22 +24,14 @@ from typing import Any
 from PIL import ExifTags, Image
 from PIL.PngImagePlugin import PngInfo
 
-from hypersd_jax.diffusion.level_grids import RESPACINGS
-from hypersd_jax.diffusion.solvers import WITH_ETA
+from hypersd_jax.diffusion import SOLVERS
+from hypersd_jax.diffusion.sigma_grids import RESPACINGS
 from hypersd_jax.errors import UserError
 from hypersd_jax.paths import IMAGE_SUFFIXES as SUFFIXES
 from hypersd_jax.paths import expanded
 from hypersd_jax.presets import Preset
 from hypersd_jax.weights.tensors import replacing
 
-SAMPLERS = {
-    "ddim": "DDIM",
-    "tcd": "TCD",
-    "lcm": "LCM",
-    "euler": "Euler",
-    "euler_a": "Euler a",
-    "dpmpp_2m": "DPM++ 2M",
-}
 # The web UI's nearest by timesteps: its DDIM schedule is the leading one, its Uniform k-diffusion's, which is linspace.
 SCHEDULES = {"trailing": "SGM Uniform", "leading": "DDIM", "linspace": "Uniform"}
 _RESPACED = dict(zip(RESPACINGS, ("Karras", "Exponential", "Beta"), strict=True))
@@ -81,17 +73,18 @@ def parameters_text(
         more: other keys with their values, after the known ones; None and "" are left out.
     """
     guidance = settings.guidance or 0.0
+    solver = SOLVERS[str(settings.sampler)]
     values: dict[str, Any] = {
         "Steps": settings.steps,
-        "Sampler": SAMPLERS[str(settings.sampler)],
+        "Sampler": solver.webui_name,
         "Schedule type": schedule_type(settings, scheduler_config or {}),
         "CFG scale": f"{guidance if guidance > 1 else 1:g}",
         "Seed": seed % 2**32,
         "Size": f"{size[0]}x{size[1]}",
         "Model": model,
     }
-    if settings.sampler in WITH_ETA:
-        values["Eta DDIM" if settings.sampler == "ddim" else "Eta"] = f"{settings.eta or 0.0:g}"
+    if solver.has_eta:
+        values[solver.webui_eta] = f"{settings.eta or 0.0:g}"
     if settings.timesteps is not None:
         values["Timesteps"] = ", ".join(map(str, settings.timesteps))
     values |= more or {}
@@ -106,18 +99,15 @@ def parameters_text(
 
 
 def schedule_type(settings: Preset, scheduler_config: Mapping[str, Any]) -> str | None:
-    """The web UI's name of a spacing; None for explicit timesteps and for the grid of tcd and lcm, which have none."""
+    """The web UI's name of a spacing; None for explicit timesteps and for the distillation grid, which have none."""
     if settings.timesteps is not None:
         return None
-    if settings.sampler in ("euler", "dpmpp_2m"):
+    solver = SOLVERS[str(settings.sampler)]
+    if solver.respaces:
         for key, name in _RESPACED.items():
             if scheduler_config.get(key):
                 return name
-    spacing = settings.spacing
-    if spacing is None and settings.sampler == "ddim":
-        spacing = "trailing"
-    if spacing is None and settings.sampler not in WITH_ETA and settings.sampler != "lcm":
-        spacing = scheduler_config.get("timestep_spacing") or "linspace"
+    spacing = settings.spacing or solver.spacing_in(scheduler_config)
     return None if spacing is None else SCHEDULES[spacing]
 
 

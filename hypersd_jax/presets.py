@@ -115,7 +115,7 @@ def from_header(metadata: Mapping[str, str], file: str) -> Preset:
     """What the sampling settings in a LoRA's safetensors header say; keys it lacks stay None.
 
     Args:
-        metadata: the header's, ours (`lora_header.is_ours`).
+        metadata: the header's, ours (`weights.lora.header.is_ours`).
         file: for the error.
 
     Raises:
@@ -141,7 +141,7 @@ def read_header(metadata: Mapping[str, str]) -> tuple[Preset, dict[str, str]]:
 
 
 def _sampler(text: str) -> str:
-    from hypersd_jax.diffusion.solvers import SOLVERS  # with JAX, for which the list of presets does not wait
+    from hypersd_jax.diffusion import SOLVERS  # with NumPy, for which the list of presets does not wait
 
     name = text.strip('"')
     if name not in SOLVERS:

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from hypersd_jax.diffusion.solvers import WITH_ETA
+from hypersd_jax.diffusion import SOLVERS
 from hypersd_jax.errors import UserError
 from hypersd_jax.files import decoded, lines_of
 from hypersd_jax.paths import parse_lora
@@ -161,7 +161,7 @@ def used_line(
         str(settings.sampler),
         f"{settings.steps} step{'s' if settings.steps != 1 else ''}",
         f"guidance {settings.guidance or 0:g}",
-        f"eta {settings.eta or 0:g}" if settings.sampler in WITH_ETA else None,
+        f"eta {settings.eta or 0:g}" if SOLVERS[str(settings.sampler)].has_eta else None,
         f"spacing {settings.spacing}" if settings.spacing else None,
         f"timesteps {','.join(map(str, settings.timesteps))}" if settings.timesteps else None,
         f"seed {options.seed}",

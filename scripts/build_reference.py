@@ -13,7 +13,7 @@ from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.recipes import find_recipe
 from hypersd_jax.stages.reference import compute_reference, reference_identity, save_reference
 from hypersd_jax.weights.components import assets
-from hypersd_jax.weights.folder import fingerprint
+from hypersd_jax.weights.diffusers.component import fingerprint
 
 
 def main() -> None:

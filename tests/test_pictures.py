@@ -19,7 +19,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.models import ControlNetConfig, TinyVaeConfig, UNetConfig, VaeConfig, controlnet, tiny_vae, unet, vae
 from hypersd_jax.pipeline import Pipeline, pictures
 from hypersd_jax.weights import write_lora
-from hypersd_jax.weights.folder import save_params
+from hypersd_jax.weights.diffusers.component import save_params
 from tests.helpers.compilations import Compilations
 from tests.helpers.lora_files import random_adapter
 from tests.helpers.lora_kinds import random_kind

@@ -17,7 +17,7 @@ from hypersd_jax import adapters
 from hypersd_jax.errors import UserError
 from hypersd_jax.models import UNetConfig, unet
 from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.weights.folder import save_params
+from hypersd_jax.weights.diffusers.component import save_params
 from tests.helpers.compilations import Compilations
 from tests.helpers.tiny_model import UNET, tiny_model
 

@@ -11,12 +11,13 @@ from PIL import Image
 from safetensors.numpy import load_file, save_file
 
 from hypersd_jax.cli import main
+from hypersd_jax.diffusion import SOLVERS
 from hypersd_jax.errors import UserError
 from hypersd_jax.models.unet import UNetConfig, unet
 from hypersd_jax.paths import parse_lora
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.pipeline.arguments import NotFiniteWarning
-from hypersd_jax.png_text import SAMPLERS, SCHEDULES, lora_hash
+from hypersd_jax.png_text import SCHEDULES, lora_hash
 from hypersd_jax.weights.lora import write_lora
 from tests.helpers.infotext import Infotext, parse, text_of
 from tests.helpers.lora_files import random_adapter
@@ -51,7 +52,7 @@ def drawn_again(pipe: Pipeline, text: Infotext, **more) -> np.ndarray:
     """The last picture of a call with nothing but what the text says."""
     values = text.values
     i, j = map(int, values["Image"].split("."))
-    names = {name: key for key, name in SAMPLERS.items()}
+    names = {solver.webui_name: name for name, solver in SOLVERS.items()}
     spacings = {name: key for key, name in SCHEDULES.items()}
     images = pipe(
         [""] * i + [text.bare_prompt],

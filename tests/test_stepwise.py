@@ -10,7 +10,7 @@ import pytest
 
 from hypersd_jax.models import ControlNetConfig, controlnet
 from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.weights.folder import save_params
+from hypersd_jax.weights.diffusers.component import save_params
 from tests.helpers.tiny_model import UNET, tiny_model
 
 PROMPT = "red apple, fluent flat style"

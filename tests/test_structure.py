@@ -14,6 +14,7 @@ PACKAGE = ROOT / "hypersd_jax"
 
 # From the ground up: a room imports only what stands before it.
 ROOMS = (
+    "lazy",
     "errors",
     "paths",
     "progress",
@@ -43,12 +44,13 @@ ROOMS = (
 )
 # Rooms that see less than everything before them.
 ONLY = {
+    "lazy": set(),
     "errors": set(),
     "paths": {"errors"},
     "progress": set(),
     "files": set(),
     "compilation": {"errors", "paths"},
-    "diffusion": {"errors"},
+    "diffusion": {"lazy", "errors"},
     "adapters": {"errors"},
     "distill": {"errors", "diffusion"},
 }

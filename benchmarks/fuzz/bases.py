@@ -21,7 +21,9 @@ from hypersd_jax.models.unet import UNetConfig, unet
 from hypersd_jax.models.vae import VaeConfig, vae
 from hypersd_jax.models.vae_tiny import tiny_vae
 from hypersd_jax.models.vae_tiny_config import TinyVaeConfig
-from hypersd_jax.weights import assembly, controlnet_folder, families, vae_folder
+from hypersd_jax.weights import assembly, families
+from hypersd_jax.weights.diffusers import controlnet as controlnet_folder
+from hypersd_jax.weights.diffusers import vae as vae_folder
 from hypersd_jax.weights.keys import torch_key, torch_shape
 from hypersd_jax.weights.tokenizers import END, START, TokenizerFiles
 

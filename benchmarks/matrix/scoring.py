@@ -18,7 +18,7 @@ from hypersd_jax.pipeline import Pipeline, parse_dtype
 from hypersd_jax.stages.appraisal import look, make_appraiser
 from hypersd_jax.stages.reference import MANY_STEPS, draw, get_reference, measure, reference_identity
 from hypersd_jax.weights.components import load_components
-from hypersd_jax.weights.folder import fingerprint
+from hypersd_jax.weights.diffusers.component import fingerprint
 
 SHOWN = 8
 """Prompts in the grid of pictures."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from hypersd_jax.commands import checks, parsing
-from hypersd_jax.commands.parsing import DTYPES, LORA_LAYOUTS, Parser
+from hypersd_jax.commands.parsing import DTYPES, Names, Parser, lora_layouts
 from hypersd_jax.paths import parse_lora
 
 _EPILOG = """\
@@ -38,7 +38,7 @@ def _add_lora(kinds: Any) -> None:
     )
     parser.add_argument("source", type=parsing.source, metavar="IN", help="a file, a PEFT folder, or a hub id")
     parser.add_argument("destination", type=parsing.source, metavar="OUT", help="a .safetensors file")
-    parser.add_argument("--to", required=True, choices=LORA_LAYOUTS, help="the layout to write")
+    _add_layout(parser, required=True)
     _add_base(parser)
     parser.set_defaults(run=_lora)
 
@@ -77,7 +77,7 @@ def _add_merge(kinds: Any) -> None:
     parser.add_argument(
         "--rank", type=parsing.whole(), help="compress to this rank (default: the exact sum, of the summed rank)"
     )
-    parser.add_argument("--to", default="kohya", choices=LORA_LAYOUTS, help="the layout to write")
+    _add_layout(parser, default="kohya")
     _add_base(parser)
     parser.set_defaults(run=_merge)
 
@@ -93,8 +93,14 @@ def _add_extract(kinds: Any) -> None:
     parser.add_argument("tuned", type=parsing.source, metavar="TUNED", help="a model of the same shapes")
     parser.add_argument("destination", type=parsing.source, metavar="OUT", help="a .safetensors file")
     parser.add_argument("--rank", type=parsing.whole(), required=True, help="of every module")
-    parser.add_argument("--to", default="kohya", choices=LORA_LAYOUTS, help="the layout to write")
+    _add_layout(parser, default="kohya")
     parser.set_defaults(run=_extract)
+
+
+def _add_layout(parser: argparse.ArgumentParser, **more: Any) -> None:
+    parser.add_argument(
+        "--to", choices=Names(lora_layouts), metavar="LAYOUT", help="the layout to write: %(choices)s", **more
+    )
 
 
 def _add_base(parser: argparse.ArgumentParser) -> None:
@@ -112,7 +118,7 @@ def _lora(options: argparse.Namespace) -> None:
     checks.check_source(options.source)
     _check_base(options)
 
-    from hypersd_jax.weights.lora_convert import convert_lora
+    from hypersd_jax.weights.lora.convert import convert_lora
 
     convert_lora(options.source, options.destination, options.to, base=options.base, family=options.family)
     print(options.destination)
@@ -125,7 +131,7 @@ def _model(options: argparse.Namespace) -> None:
         checks.check_target_file(options.destination)
 
     from hypersd_jax.pipeline import parse_dtype
-    from hypersd_jax.weights.convert_model import convert_model
+    from hypersd_jax.weights.conversion import convert_model
 
     dtype = None if options.dtype is None else parse_dtype(options.dtype)
     loras = [parse_lora(text) for text in options.lora]
@@ -137,7 +143,7 @@ def _merge(options: argparse.Namespace) -> None:
     checks.check_loras(options.loras)
     _check_base(options)
 
-    from hypersd_jax.weights.lora_merge import merge_loras
+    from hypersd_jax.weights.lora.merge import merge_loras
 
     loras = [parse_lora(text) for text in options.loras]
     settings = {"rank": options.rank, "to": options.to, "base": options.base, "family": options.family}
@@ -149,7 +155,7 @@ def _extract(options: argparse.Namespace) -> None:
     checks.check_model(options.tuned)
     checks.check_target_file(options.destination)
 
-    from hypersd_jax.weights.lora_extract import extract_lora
+    from hypersd_jax.weights.lora.extract import extract_lora
 
     print(extract_lora(options.base, options.tuned, options.destination, rank=options.rank, to=options.to))
 

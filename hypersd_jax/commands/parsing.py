@@ -7,7 +7,7 @@ import difflib
 import math
 import re
 import textwrap
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -15,10 +15,7 @@ from hypersd_jax.config import SYNONYMS
 from hypersd_jax.paths import expanded, parse_lora
 from hypersd_jax.presets import PRESETS
 
-SAMPLERS = ("ddim", "tcd", "lcm", "euler", "euler_a", "dpmpp_2m")
-SPACINGS = ("trailing", "leading", "linspace")
 DTYPES = ("float32", "bfloat16", "float16")
-LORA_LAYOUTS = ("kohya", "kohya-sgm", "peft")
 
 # What other programs call an option, where its name here is not near.
 _SYNONYMS = {
@@ -49,6 +46,19 @@ _SYNONYMS = {
     "h": "height",
     "precision": "dtype",
 }
+
+
+class Names(Iterable[str]):
+    """Names that a registry holds, read only where an option with such a name is checked or explained.
+
+    So the help of one command does not wait for the imports of another's registry.
+    """
+
+    def __init__(self, read: Callable[[], Iterable[str]]) -> None:
+        self._read = read
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._read())
 
 
 class Parser(argparse.ArgumentParser):
@@ -135,9 +145,9 @@ def add_settings(group: Any) -> None:
     """The options that say how to sample."""
     group.add_argument("--preset", metavar="NAME", help="settings by name, listed below")
     group.add_argument("--steps", type=whole(1), help="sampling steps")
-    group.add_argument("--sampler", choices=SAMPLERS, metavar="NAME", help=", ".join(SAMPLERS))
-    group.add_argument("--spacing", choices=SPACINGS, metavar="NAME", help=", ".join(SPACINGS))
-    group.add_argument("--eta", type=decimal, help="share of fresh noise of ddim and tcd, 0 to 1")
+    group.add_argument("--sampler", choices=Names(_samplers), metavar="NAME", help="%(choices)s")
+    group.add_argument("--spacing", choices=Names(_spacings), metavar="NAME", help="%(choices)s")
+    group.add_argument("--eta", type=decimal, help="share of fresh noise, 0 to 1, of the samplers that have one")
     group.add_argument("--guidance", type=decimal, metavar="SCALE", help="classifier-free guidance; 0 or 1 is off")
 
 
@@ -156,6 +166,25 @@ def preset_list() -> str:
     """The names of the presets, for the end of a help text."""
     lines = textwrap.wrap(", ".join(PRESETS), 100, break_on_hyphens=False)
     return "presets:\n" + "\n".join(f"  {line}" for line in lines)
+
+
+def _samplers() -> Iterable[str]:
+    from hypersd_jax.diffusion import SOLVERS
+
+    return SOLVERS
+
+
+def lora_layouts() -> Iterable[str]:
+    """The names of the LoRA layouts that are written."""
+    from hypersd_jax.weights.lora.registry import written_layouts
+
+    return written_layouts()
+
+
+def _spacings() -> Iterable[str]:
+    from hypersd_jax.diffusion import SPACINGS
+
+    return SPACINGS
 
 
 def _long_names(action: argparse.Action) -> list[str]:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from hypersd_jax.diffusion.schedule import Schedule
 from hypersd_jax.errors import UserError, shown
+
+if TYPE_CHECKING:
+    from hypersd_jax.diffusion.schedule import Schedule
 
 SPACINGS = ("trailing", "leading", "linspace")
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from hypersd_jax.diffusion.rows import Table
+from hypersd_jax.diffusion.record import Table
 from hypersd_jax.errors import UserError
 
 

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from hypersd_jax.diffusion.schedule import PREDICTION_TYPES, require_name
+from hypersd_jax.diffusion.names import require_name
+from hypersd_jax.diffusion.schedule import PREDICTION_TYPES
 
 
 def _f32(value: ArrayLike) -> jax.Array:

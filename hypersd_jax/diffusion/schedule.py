@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
+from hypersd_jax.diffusion.names import require_name
+from hypersd_jax.diffusion.registry import SOLVERS
 from hypersd_jax.errors import UserError, shown
 
 PREDICTION_TYPES = ("epsilon", "v_prediction", "sample")
@@ -17,24 +18,6 @@ BETA_SCHEDULES = ("linear", "scaled_linear", "squaredcos_cap_v2")
 
 MOST_TIMESTEPS = 100_000
 """Of one schedule, whose tables are made whole; Stable Diffusion has 1000."""
-
-# What diffusers assumes for a key that the file leaves out depends on the class that reads the file; the classes of the
-# solvers that are not listed assume what Schedule does.
-_LATENT_DIFFUSION_BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-_SOLVER_DEFAULTS: dict[str, dict[str, Any]] = {
-    "ddim": {"clip_sample": True},
-    "tcd": _LATENT_DIFFUSION_BETAS,
-    "lcm": _LATENT_DIFFUSION_BETAS,
-}
-
-
-def require_name(key: str, name: object, valid: Iterable[str]) -> str:
-    """`name` if it is one of `valid`, else a UserError that names `key` and the nearest valid spelling."""
-    valid = tuple(valid)
-    if isinstance(name, str) and name in valid:
-        return name
-    nearest = difflib.get_close_matches(str(name)[:80], valid, n=1, cutoff=0.0)[0]
-    raise UserError(f"{key}: unknown value {shown(name)}; did you mean {nearest!r}? (valid: {', '.join(valid)})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -115,7 +98,7 @@ class Schedule:
 
         Args:
             config: the parsed file. Keys that belong to one sampler only are not read here.
-            solver: a solver's name: absent keys take the defaults of the diffusers class of that name, as
+            solver: a key of `SOLVERS`: absent keys take the defaults of that solver's class in diffusers, as
                 `XScheduler.from_config(pipe.scheduler.config)` does. None: the dataclass defaults.
 
         Raises:
@@ -126,7 +109,7 @@ class Schedule:
             raise UserError(f"scheduler_config: _class_name={class_name} is a flow-matching schedule, not supported")
         if config.get("thresholding"):
             raise UserError("scheduler_config: thresholding=true is not supported (it is unsuitable for latents)")
-        defaults = _SOLVER_DEFAULTS.get(solver or "", {})
+        defaults = SOLVERS[solver].defaults if solver is not None else {}
         settings: dict[str, Any] = {}
         for field in dataclasses.fields(cls):
             value = config.get(field.name, defaults.get(field.name))

@@ -15,7 +15,7 @@ from hypersd_jax.models.controlnet import residual_scales
 from hypersd_jax.models.functional import Network
 from hypersd_jax.pipeline import arguments, pictures
 from hypersd_jax.pipeline.programs import Guides
-from hypersd_jax.weights.controlnet_folder import LoadedControlNet
+from hypersd_jax.weights.diffusers.controlnet import LoadedControlNet
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -29,16 +29,16 @@ from hypersd_jax.paths import expanded
 from hypersd_jax.pipeline import arguments, pictures, programs
 from hypersd_jax.pipeline.arguments import Callback, parse_dtype, to_pil
 from hypersd_jax.pipeline.guides import Controls, PictureGuides
+from hypersd_jax.pipeline.lora_stack import LoraStack
 from hypersd_jax.pipeline.naming import described, refuse_unknown
 from hypersd_jax.pipeline.prompting import make_prompt_encoder
 from hypersd_jax.pipeline.settings import resolve_settings, table_for
 from hypersd_jax.weights.components import Components, load_components
-from hypersd_jax.weights.controlnet_folder import LoadedControlNet, load_controlnet
+from hypersd_jax.weights.diffusers.controlnet import LoadedControlNet, load_controlnet
+from hypersd_jax.weights.diffusers.vae import load_vae
 from hypersd_jax.weights.hub import fetch_lora
 from hypersd_jax.weights.lora import LoraReport
-from hypersd_jax.weights.lora_stack import LoraStack
 from hypersd_jax.weights.placement import batch_sharding
-from hypersd_jax.weights.vae_folder import load_vae
 
 
 class Pipeline:

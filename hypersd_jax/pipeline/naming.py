@@ -12,8 +12,8 @@ from jax.sharding import Mesh
 
 from hypersd_jax.config import nearest
 from hypersd_jax.errors import UserError
+from hypersd_jax.pipeline.lora_stack import LoadedLora
 from hypersd_jax.weights.components import EMBEDDED, Components, assets
-from hypersd_jax.weights.lora_stack import LoadedLora
 
 # diffusers' arguments of a call and of `from_pretrained`, and what to do instead.
 _OTHER_NAMES = {

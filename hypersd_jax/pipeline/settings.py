@@ -11,10 +11,10 @@ import numpy as np
 from hypersd_jax import presets
 from hypersd_jax.diffusion import solver_table
 from hypersd_jax.errors import UserError, short
+from hypersd_jax.pipeline.lora_stack import LoadedLora
 from hypersd_jax.presets import Preset
-from hypersd_jax.weights import lora_header
 from hypersd_jax.weights.components import Components
-from hypersd_jax.weights.lora_stack import LoadedLora
+from hypersd_jax.weights.lora import header as lora_header
 
 
 def resolve_settings(

@@ -22,7 +22,7 @@ from hypersd_jax.errors import UserError, shown
 from hypersd_jax.models.clip_text import LEGACY_EOS
 from hypersd_jax.models.functional import Network
 from hypersd_jax.rewards.preprocess import ImageSteps, preprocess
-from hypersd_jax.weights.clip_folder import LoadedClip, load_clip_model
+from hypersd_jax.weights.diffusers.clip import LoadedClip, load_clip_model
 
 SCALE = 100.0
 # Pictures that are looked at together.

@@ -24,7 +24,7 @@ from hypersd_jax.stages.export import (
     with_unet,
 )
 from hypersd_jax.stages.result_files import write_strips
-from hypersd_jax.weights.folder import host
+from hypersd_jax.weights.diffusers.component import host
 
 NAME = "preview"
 

@@ -11,7 +11,7 @@ from hypersd_jax.config import DataConfig, to_dict
 from hypersd_jax.data import Source
 from hypersd_jax.data.opening import EMOJI
 from hypersd_jax.weights.components import Components
-from hypersd_jax.weights.folder import fingerprint
+from hypersd_jax.weights.diffusers.component import fingerprint
 
 # Which rows are drawn, how often and in which order, changes no row.
 FREE_KEYS = ("cache", "white_fraction", "groups")

@@ -22,7 +22,7 @@ from hypersd_jax.stages.prompt_feeding import PromptInputs
 from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import Step, StopSignals
 from hypersd_jax.weights.components import Components
-from hypersd_jax.weights.folder import fingerprint
+from hypersd_jax.weights.diffusers.component import fingerprint
 
 Factors = dict[str, dict[str, jax.Array]]
 """An adapter's trained part: down and up by module."""

@@ -24,7 +24,7 @@ from hypersd_jax.evaluation import SPECS, features, seen_by
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.pipeline.arguments import NotFiniteWarning, about_not_finite, not_finite
 from hypersd_jax.presets import Preset
-from hypersd_jax.weights.folder import fingerprint
+from hypersd_jax.weights.diffusers.component import fingerprint
 from hypersd_jax.weights.tensors import replacing
 
 # What a stopped run loses at most; whatever --batch-size is, since pictures do not depend on it.

@@ -19,9 +19,9 @@ from hypersd_jax.diffusion import solver_table
 from hypersd_jax.errors import UserError
 from hypersd_jax.stages.output import Output
 from hypersd_jax.weights.components import Components
-from hypersd_jax.weights.folder import host
+from hypersd_jax.weights.diffusers.component import host
+from hypersd_jax.weights.diffusers.model import save_model
 from hypersd_jax.weights.lora import write_lora
-from hypersd_jax.weights.model_folder import save_model
 
 # The grid of the TCD and LCM samplers, on which a unified LoRA without an anchor is drawn.
 UNIFIED_GRID = 50

@@ -19,8 +19,8 @@ from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.export import require_finite, require_finite_images
 from hypersd_jax.stages.result_files import write_strips
 from hypersd_jax.weights.components import Components
-from hypersd_jax.weights.folder import host
-from hypersd_jax.weights.model_folder import save_model
+from hypersd_jax.weights.diffusers.component import host
+from hypersd_jax.weights.diffusers.model import save_model
 
 
 def check_model(run: Run, stage: StageConfig) -> None:

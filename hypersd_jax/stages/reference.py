@@ -37,7 +37,7 @@ from hypersd_jax.evaluation import (
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages.appraisal import Item, Pictures, look, make_appraiser
 from hypersd_jax.weights.components import assets
-from hypersd_jax.weights.folder import fingerprint
+from hypersd_jax.weights.diffusers.component import fingerprint
 
 MANY_STEPS = 25
 FEW_STEPS = (8, 4, 2, 1)

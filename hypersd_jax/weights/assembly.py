@@ -15,12 +15,12 @@ from jax.sharding import Mesh
 
 from hypersd_jax.config import nearest
 from hypersd_jax.errors import UserError
+from hypersd_jax.models.autoencoder import AnyVaeConfig, read_vae_config, vae_network
 from hypersd_jax.models.clip_text import ClipTextConfig, clip_text
 from hypersd_jax.models.functional import Network
 from hypersd_jax.models.unet import UNetConfig, unet
 from hypersd_jax.weights.placement import batch_sharding, leaf_sharding
 from hypersd_jax.weights.tokenizers import TokenizerFiles
-from hypersd_jax.weights.vae_folder import AnyVaeConfig, read_vae_config, vae_network
 
 Params = dict[str, jax.Array]
 Shapes = Mapping[str, jax.ShapeDtypeStruct]

@@ -15,8 +15,8 @@ from hypersd_jax.paths import require_model_folder
 from hypersd_jax.weights.assembly import Components as Components
 from hypersd_jax.weights.assembly import Params as Params
 from hypersd_jax.weights.assembly import StoredModel, load
+from hypersd_jax.weights.diffusers.model import open_folder
 from hypersd_jax.weights.hub import fetch_model
-from hypersd_jax.weights.model_folder import open_folder
 from hypersd_jax.weights.single_file import open_single_file
 
 EMBEDDED = "embedded"

@@ -29,7 +29,7 @@ from huggingface_hub.errors import (
 from hypersd_jax.errors import UserError
 from hypersd_jax.paths import HubId, expanded, require_id
 from hypersd_jax.paths import parse_id as parse_id
-from hypersd_jax.weights.folder import HALF, STEMS
+from hypersd_jax.weights.diffusers.component import HALF, STEMS
 from hypersd_jax.weights.keys import Kind
 from hypersd_jax.weights.tensors import PICKLE_SUFFIXES, pickle_message
 

@@ -26,7 +26,7 @@ from hypersd_jax.stages.kinds import STUDENT, Kind, kind_of
 from hypersd_jax.stages.output import create_output, open_output
 from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import TrainState, init_state
-from hypersd_jax.weights.folder import save_params
+from hypersd_jax.weights.diffusers.component import save_params
 from tests.helpers import tiny_model as tiny
 from tests.helpers.quick import quick_jit
 

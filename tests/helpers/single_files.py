@@ -10,11 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypersd_jax.weights import families
-from hypersd_jax.weights import single_file_keys as keys
 from hypersd_jax.weights.assembly import Description, networks, parse
-from hypersd_jax.weights.single_file import write_single_file
-from hypersd_jax.weights.single_file_configs import Generation
-from hypersd_jax.weights.single_file_header import pad_token
+from hypersd_jax.weights.single_file import keys, write_single_file
+from hypersd_jax.weights.single_file.configs import Generation
+from hypersd_jax.weights.single_file.header import pad_token
 from hypersd_jax.weights.tensors import open_tensors, save_tensors
 from hypersd_jax.weights.tokenizers import clip_tokenizer
 

@@ -11,8 +11,8 @@ import numpy as np
 
 from hypersd_jax.models.clip_text import clip_text
 from hypersd_jax.models.clip_vision import clip_vision
-from hypersd_jax.weights.clip_folder import read_configs
 from hypersd_jax.weights.components import assets
+from hypersd_jax.weights.diffusers.clip import read_configs
 from hypersd_jax.weights.keys import to_torch, torch_key
 from hypersd_jax.weights.tensors import save_tensors
 

@@ -13,7 +13,7 @@ from hypersd_jax.models.clip_text import ClipTextConfig, clip_text
 from hypersd_jax.models.unet import UNetConfig, unet
 from hypersd_jax.models.vae import VaeConfig, vae
 from hypersd_jax.weights.components import assets
-from hypersd_jax.weights.folder import save_params
+from hypersd_jax.weights.diffusers.component import save_params
 
 UNET: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from hypersd_jax.models.clip_text import ClipTextConfig, clip_text
 from hypersd_jax.models.unet import UNetConfig, unet
-from hypersd_jax.weights.folder import save_params
+from hypersd_jax.weights.diffusers.component import save_params
 from tests.helpers import tiny_model as tiny
 from tests.helpers.tiny_model import tiny_model
 

@@ -22,8 +22,8 @@ from hypersd_jax.models import (
     sum_residuals,
     unet,
 )
-from hypersd_jax.weights.controlnet_folder import load_controlnet
-from hypersd_jax.weights.folder import save_params
+from hypersd_jax.weights.diffusers.component import save_params
+from hypersd_jax.weights.diffusers.controlnet import load_controlnet
 from tests.helpers.quick import quick_jit
 
 UNET: dict[str, Any] = {

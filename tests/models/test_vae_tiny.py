@@ -13,8 +13,9 @@ import pytest
 
 from hypersd_jax.errors import UserError
 from hypersd_jax.models import TinyVaeConfig, VaeConfig, tiny_vae
-from hypersd_jax.weights.folder import save_params
-from hypersd_jax.weights.vae_folder import load_vae, read_vae_config, vae_network
+from hypersd_jax.models.autoencoder import read_vae_config, vae_network
+from hypersd_jax.weights.diffusers.component import save_params
+from hypersd_jax.weights.diffusers.vae import load_vae
 from tests.helpers.quick import quick_jit
 
 SMALL: dict[str, Any] = {

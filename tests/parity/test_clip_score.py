@@ -123,7 +123,7 @@ def test_a_folder_of_before_4_31_and_one_file(pair, tmp_path):
 
 def test_configurations_are_read_as_transformers_reads_them(tmp_path):
     """Whatever the towers' parts say of the joint space, and where things are said twice."""
-    from hypersd_jax.weights.clip_folder import read_configs
+    from hypersd_jax.weights.diffusers.clip import read_configs
 
     stated = {
         "model_type": "clip",

@@ -23,7 +23,7 @@ from hypersd_jax.models import (
     sum_residuals,
     unet,
 )
-from hypersd_jax.weights.controlnet_folder import load_controlnet
+from hypersd_jax.weights.diffusers.controlnet import load_controlnet
 from tests.helpers.quick import quick_jit
 from tests.helpers.torch_weights import params_from_torch, perturb, relative_error
 

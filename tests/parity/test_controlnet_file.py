@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from hypersd_jax.errors import UserError
 from hypersd_jax.models import ControlNetConfig, UNetConfig, residual_scales
-from hypersd_jax.weights.controlnet_folder import LoadedControlNet, load_controlnet
+from hypersd_jax.weights.diffusers.controlnet import LoadedControlNet, load_controlnet
 from tests.helpers.quick import quick_jit
 from tests.helpers.torch_weights import params_from_torch, perturb, relative_error
 

@@ -14,7 +14,7 @@ from hypersd_jax.models.clip_text import ClipTextConfig, clip_text
 from hypersd_jax.models.unet import UNetConfig, unet
 from hypersd_jax.models.vae import VaeConfig, vae
 from hypersd_jax.weights import component_files, fingerprint, load_params, open_tensors, read_json, save_params
-from hypersd_jax.weights.folder import STEMS
+from hypersd_jax.weights.diffusers.component import STEMS
 from hypersd_jax.weights.tensors import save_tensors
 
 torch = pytest.importorskip("torch")

@@ -18,8 +18,8 @@ from safetensors.numpy import load_file, save_file
 
 from hypersd_jax.adapters import Adapter
 from hypersd_jax.weights import write_lora
-from hypersd_jax.weights.lora_merge import merge_loras
-from hypersd_jax.weights.lora_sgm import sgm_names
+from hypersd_jax.weights.lora.merge import merge_loras
+from hypersd_jax.weights.lora.sgm import sgm_names
 from tests.helpers.lora_files import TEXT_TARGETS, dotted_tensors, kohya_tensors, random_adapter
 from tests.helpers.lora_kinds import dora, random_kind
 from tests.helpers.lora_pictures import ANOTHER, TOLERANCE, Both

@@ -22,11 +22,11 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 from hypersd_jax.models.functional import Network
 from hypersd_jax.weights import families, write_lora
 from hypersd_jax.weights.components import load_components
-from hypersd_jax.weights.convert_model import convert_model
+from hypersd_jax.weights.conversion import convert_model
 from tests.helpers.lora_files import TEXT_TARGETS, random_adapter
 from tests.helpers.tiny_pipelines import tiny_sd, tiny_sdxl
 from tests.helpers.torch_weights import perturb, relative_error
-from tests.weights.test_single_file_keys import KINDS, VAE_CONFIG, layout
+from tests.weights.single_file.test_keys import KINDS, VAE_CONFIG, layout
 
 # A tiny model is no model of its family; the note that says so has its test elsewhere.
 pytestmark = pytest.mark.filterwarnings("ignore:.*only this package reads these from the file")

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from hypersd_jax.errors import UserError
 from hypersd_jax.models import TinyVaeConfig, VaeConfig
-from hypersd_jax.weights.vae_folder import load_vae
+from hypersd_jax.weights.diffusers.vae import load_vae
 from tests.helpers.torch_weights import params_from_torch, perturb
 
 CONFIG: dict[str, Any] = {

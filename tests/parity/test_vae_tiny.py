@@ -15,7 +15,7 @@ torch = pytest.importorskip("torch")
 from diffusers import AutoencoderKL, AutoencoderTiny
 
 from hypersd_jax.models import TinyVaeConfig, VaeConfig, tiny_vae
-from hypersd_jax.weights.vae_folder import load_vae
+from hypersd_jax.weights.diffusers.vae import load_vae
 from tests.helpers.quick import quick_jit
 from tests.helpers.torch_weights import params_from_torch, perturb, relative_error
 

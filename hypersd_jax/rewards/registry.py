@@ -1,0 +1,47 @@
+"""The rewards by name: the one place to change, besides its own file, when a reward is added."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from hypersd_jax.config import nearest
+from hypersd_jax.errors import UserError
+from hypersd_jax.rewards.clip_score import load_clip
+
+Reward = Callable[[Any, Sequence[str]], np.ndarray]
+"""``(images, prompts) -> scores (B,) float32``, the higher the better."""
+
+Loader = Callable[[str | os.PathLike[str]], Reward]
+"""What reads a reward's weights from a folder or a file."""
+
+REWARDS: dict[str, Loader] = {"clip": load_clip}
+
+
+def register_reward(name: str, loader: Loader) -> None:
+    """Add a reward to those that `load` knows.
+
+    Raises:
+        ValueError: another reward has that name.
+    """
+    if name in REWARDS:
+        raise ValueError(f"there is a reward named {name!r} already")
+    REWARDS[name] = loader
+
+
+def load(name: str, path: str | os.PathLike[str]) -> Reward:
+    """The reward of a name, with the weights at a path.
+
+    Args:
+        name: a key of `REWARDS`: ``clip``, the CLIP score by any `CLIPModel` (`clip_score.load_clip`).
+        path: folder or file of the weights.
+
+    Raises:
+        UserError: no reward has this name, or one line naming what is wrong with the weights.
+    """
+    if name not in REWARDS:
+        raise UserError(f"{name!r} is not a reward{nearest(str(name), REWARDS)}")
+    return REWARDS[name](path)

@@ -1,0 +1,1 @@
+"""Models in folders, as diffusers and transformers keep them: a `config.json` and safetensors for each component."""
