@@ -15,7 +15,7 @@ import pytest
 
 from hypersd_jax.compilation import trim
 from hypersd_jax.weights.tensors import open_tensors
-from tests.helpers.tiny_model import tiny_model
+from tests.helpers.tiny_model import smaller, tiny_model
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = """
@@ -32,7 +32,7 @@ RECIPE = """
 model: {model}
 data: {{source: emoji, resolution: 16}}
 lora: {{rank: 4}}
-log: {{sample_every: 1, tensorboard: false}}
+log: {{tensorboard: false}}
 evaluation: {{samples: 3, batch_size: 3}}
 stages:
   - {{name: timed, kind: dmd, times: [800], updates: 2, batch_size: 2, learning_rate: 1.0e-3, fake_updates: 2}}
@@ -67,7 +67,7 @@ def run(cache: Path | str, *commands: Sequence[Any], **environment: str) -> Ran:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
+    return smaller(tiny_model(tmp_path_factory.mktemp("model")))
 
 
 def sample(model: Path, output: Path, steps: int = 2, *more: Any) -> list[Any]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +17,6 @@ from hypersd_jax import adapters
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import Config, load_config
 from hypersd_jax.distill import METHODS, Draw, Segments, draw
-from hypersd_jax.models.unet import UNetConfig, unet
 from hypersd_jax.stages import run as stage_run
 from hypersd_jax.stages.adversarial import Discriminator, make_discriminator
 from hypersd_jax.stages.context import Run
@@ -26,7 +24,6 @@ from hypersd_jax.stages.kinds import STUDENT, Kind, kind_of
 from hypersd_jax.stages.output import create_output, open_output
 from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import TrainState, init_state
-from hypersd_jax.weights.diffusers.component import save_params
 from tests.helpers import tiny_model as tiny
 from tests.helpers.quick import quick_jit
 
@@ -43,25 +40,6 @@ stages:
 TOLERANCE = 1e-4
 """Relative, of a float32 number that two programs compute."""
 MIDDLE = "mid_block"
-
-
-def smaller(folder: Path) -> Path:
-    """A tiny model with a UNet of one level: a round holds a dozen of them, which compile in half the time.
-
-    Its weights are larger, so that prompts matter more.
-    """
-    name = folder / "unet" / "config.json"
-    config = {
-        **json.loads(name.read_text()),
-        "block_out_channels": [16],
-        "down_block_types": ["DownBlock2D"],
-        "up_block_types": ["UpBlock2D"],
-    }
-    network = unet(UNetConfig.from_dict(config), dtype=jnp.float32)
-    for old in name.parent.glob("*"):
-        old.unlink()
-    save_params(name.parent, network.init(0, gain=2.0), config=config, component_kind="unet")
-    return folder
 
 
 def recipe(folder: Path, model: Path, stages: str, *overrides: str, source: str = "emoji") -> Config:

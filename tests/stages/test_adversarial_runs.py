@@ -29,9 +29,8 @@ from tests.helpers.score_runs import (
     recipe,
     relative_error,
     same_bits,
-    smaller,
 )
-from tests.helpers.tiny_model import tiny_model
+from tests.helpers.tiny_model import smaller, tiny_model
 
 # The heads hardly move, so that their second update is seen from where the first began.
 PAIR = """

@@ -18,7 +18,7 @@ from hypersd_jax.stages import train
 from hypersd_jax.stages.export import sampling_header
 from hypersd_jax.weights.tensors import open_tensors
 from tests.helpers.score_runs import open_stage
-from tests.helpers.tiny_model import SCHEDULER, tiny_model
+from tests.helpers.tiny_model import SCHEDULER, smaller, tiny_model
 
 RECIPE = """
 output_dir: {output}
@@ -39,7 +39,7 @@ SAMPLERS = {"lcm": "lcm", "pcm": "ddim"}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
+    return smaller(tiny_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")

@@ -21,7 +21,7 @@ from hypersd_jax.stages.feeding import Inputs
 from hypersd_jax.training import make_mesh
 from hypersd_jax.weights.components import load_components
 from tests.helpers.picture_sets import encoded, with_sidecars
-from tests.helpers.tiny_model import tiny_model
+from tests.helpers.tiny_model import smaller, tiny_model
 
 RECIPE = """
 output_dir: {output}
@@ -38,7 +38,7 @@ STAGE = "{name: s, k: 2, solver_steps: 8, updates: 3, batch_size: 4, accumulate:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
+    return smaller(tiny_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")

@@ -14,9 +14,8 @@ import pytest
 from hypersd_jax.errors import UserError
 from hypersd_jax.stages import adapter_student, train
 from hypersd_jax.training import SkipWatch
-from tests.helpers.score_runs import smaller
 from tests.helpers.short_runs import ADAPTER, WHOLE, recipe, share_steps
-from tests.helpers.tiny_model import tiny_model
+from tests.helpers.tiny_model import smaller, tiny_model
 
 DIVERGED = ["stages.0.learning_rate=1e6", "stages.0.updates=40", "log.stop_after_skipped=5", "log.checkpoint_every=100"]
 PLAYERS = ADAPTER.replace("ema: 0.5", "ema: 0.5, adversarial: {features: mid}")

@@ -13,9 +13,8 @@ from hypersd_jax import training
 from hypersd_jax.cli import main
 from hypersd_jax.data import cache as caches
 from hypersd_jax.stages import adapter_student, output, train
-from tests.helpers.score_runs import smaller
 from tests.helpers.short_runs import draw_cheaply, half_written, recipe, records, same_tensors, share_steps
-from tests.helpers.tiny_model import tiny_model
+from tests.helpers.tiny_model import smaller, tiny_model
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -12,9 +12,8 @@ from hypersd_jax.config import Config, load_config
 from hypersd_jax.errors import UserError
 from hypersd_jax.stages import train
 from hypersd_jax.training import newest_step
-from tests.helpers.score_runs import smaller
 from tests.helpers.short_runs import ADAPTER, TWO, WHOLE, draw_cheaply, recipe, records, same_tensors, share_steps
-from tests.helpers.tiny_model import tiny_model
+from tests.helpers.tiny_model import smaller, tiny_model
 
 SCORE = """
   - {name: two, kind: dmd, updates: 6, batch_size: 4, learning_rate: 1.0e-2, ema: 0.5, fake_updates: 1, weight: 1.0,

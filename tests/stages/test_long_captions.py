@@ -10,7 +10,7 @@ from PIL import Image
 
 from hypersd_jax import compilation
 from hypersd_jax.cli import main
-from tests.helpers.tiny_model import tiny_model
+from tests.helpers.tiny_model import smaller, tiny_model
 
 # The tiny model's encoder reads 22 tokens; a character of these is three. Not one caption has as many characters.
 HAN = "".join(chr(0x4E05 + 37 * i) for i in range(9))
@@ -40,7 +40,7 @@ def config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         Image.fromarray(np.full((16, 16, 3), 60 * number, np.uint8)).save(data / f"{number}.png")
         (data / f"{number}.txt").write_text(caption, encoding="utf-8")
     path = tmp_path / "recipe.yaml"
-    path.write_text(RECIPE.format(output=tmp_path / "out", model=tiny_model(tmp_path / "model"), data=data))
+    path.write_text(RECIPE.format(output=tmp_path / "out", model=smaller(tiny_model(tmp_path / "model")), data=data))
     return path
 
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from hypersd_jax.weights.tensors import open_tensors
-from tests.helpers.tiny_model import tiny_model
+from tests.helpers.tiny_model import smaller, tiny_model
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -49,7 +49,7 @@ def run(folder: Path, recipe: Path, devices: int, data: int, fsdp: int) -> tuple
 @pytest.mark.devices
 def test_eight_devices_train_what_one_does(tmp_path: Path) -> None:
     recipe = tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE.format(model=tiny_model(tmp_path / "model")))
+    recipe.write_text(RECIPE.format(model=smaller(tiny_model(tmp_path / "model"))))
     alone, expected = run(tmp_path, recipe, 1, 1, 1)
     assert alone["devices"] == 1
     layout, found = run(tmp_path, recipe, 8, 4, 2)

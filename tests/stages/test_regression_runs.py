@@ -26,9 +26,8 @@ from tests.helpers.score_runs import (
     recipe,
     relative_error,
     same_bits,
-    smaller,
 )
-from tests.helpers.tiny_model import tiny_model
+from tests.helpers.tiny_model import smaller, tiny_model
 
 STAGE = """
   - {name: one, kind: regression, updates: 1, batch_size: 4, learning_rate: 1.0e-2,

@@ -34,7 +34,7 @@ def pretend(config: Config, updates: dict[str, int] | None = None) -> None:
     """What a run leaves after so many updates of its stages, by name (None: all of them)."""
     output = open_output(config)
     create_output(output, config)
-    state = training.init_state(toy.trainable(), training.make_optimizer(toy.CONFIG))
+    state = toy.fresh()
     for number, stage in enumerate(config.adapter_stages):
         done = stage.updates if updates is None else updates.get(stage.name, 0)
         if not done:

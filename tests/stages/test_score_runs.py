@@ -37,9 +37,8 @@ from tests.helpers.score_runs import (
     relative_error,
     same_bits,
     size,
-    smaller,
 )
-from tests.helpers.tiny_model import tiny_model
+from tests.helpers.tiny_model import smaller, tiny_model
 from tests.helpers.tiny_xl import tiny_xl
 
 # Every term at once: both teachers of the two terms beside the score, and a discriminator with R1.

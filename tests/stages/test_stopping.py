@@ -20,7 +20,6 @@ from hypersd_jax.config import load_config
 from hypersd_jax.errors import Interrupted, Terminated
 from hypersd_jax.stages import adapter_student, train
 from hypersd_jax.stages.caching import write_cache
-from tests.helpers.score_runs import smaller
 from tests.helpers.short_runs import (
     ADAPTER,
     WHOLE,
@@ -31,7 +30,7 @@ from tests.helpers.short_runs import (
     same_tensors,
     share_steps,
 )
-from tests.helpers.tiny_model import tiny_model
+from tests.helpers.tiny_model import smaller, tiny_model
 
 ROOT = Path(__file__).parents[2]
 STUDENT = {"two": "loras/two.safetensors", "s": "model/vae/diffusion_pytorch_model.safetensors"}

@@ -19,7 +19,7 @@ from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import train
 from hypersd_jax.training import Checkpointer
 from hypersd_jax.weights.tensors import open_tensors
-from tests.helpers.tiny_model import tiny_model
+from tests.helpers.tiny_model import smaller, tiny_model
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -38,7 +38,7 @@ stages:
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
+    return smaller(tiny_model(tmp_path_factory.mktemp("model")))
 
 
 def recipe(folder: Path, model: Path, *overrides: str, teacher: str = "base") -> Config:
