@@ -33,6 +33,8 @@ from hypersd_jax.weights.components import load_components
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """What no check beforehand can find out."""
+STATE = "by model"
+"""How the state in a checkpoint is laid out; of another layout it cannot be restored."""
 
 
 def train(config: Config, *, command: str | None = None, alone: bool = False) -> Path:
@@ -165,6 +167,7 @@ def run_stage(run: Run, index: int, stage: StageConfig) -> None:
         config = of_length(run.config, stage, updates)
         return {
             "stage": stage.name,
+            "state": STATE,
             "base": run.base_fingerprint,
             "settings": to_dict(config.active_stages[index]),
             "seed": run.config.seed,
