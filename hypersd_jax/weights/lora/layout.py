@@ -116,8 +116,8 @@ class Layout:
             for layouts that state alpha in tensors alone.
         flat_magnitude: whether DoRA's magnitude has one number for each output whatever its shape.
         encode: names and tensors of one component's adapter, the scale folded in.
-        describe: header entries about adapters as written; they go before anything that the caller states.
-        about_base: header entries about a base of these shapes, which the caller may state otherwise.
+        describe: header entries about adapters as written; they override the caller's.
+        about_base: header entries about a base of these shapes; the caller's override them.
         about_factors: header keys that describe the factors they came with, so that no other file may carry them on.
     """
 
