@@ -167,6 +167,7 @@ def test_a_shared_stage_is_trained_once(tmp_path: Path, fake: FakeTraining) -> N
     for recipe in matrix.recipes:
         folder = run_folder(recipe_config(matrix, recipe, 0, root), root, "base")
         configs.append(recipe_config(matrix, recipe, 0, folder))
+        assert configs[-1].output_dir == str(folder)
     promised: set[str] = set()
     assert [missing_updates(config, root, "base", promised) for config in configs] == [10, 9, 7]
     fake.killed_after = 1

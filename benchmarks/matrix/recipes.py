@@ -121,7 +121,7 @@ def read_matrix(path: Path) -> Matrix:
 def recipe_config(matrix: Matrix, recipe: Recipe, seed: int, output: Path) -> Config:
     """The whole configuration of one run."""
     stages = [f"stages={json.dumps(recipe.stages)}"] if recipe.stages else []
-    fixed = [*FIXED, f"seed={seed}", f"output_dir={json.dumps(str(output))}"]
+    fixed = [*FIXED, f"seed={seed}", f"output_dir={output}"]
     try:
         return load_config(find_recipe(matrix.base), [*stages, *matrix.overrides, *recipe.overrides, *fixed])
     except UserError as error:
