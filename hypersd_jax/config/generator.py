@@ -92,11 +92,6 @@ class AnchorConfig:
         if self.solver_steps < 1:
             raise ValueError(f"solver_steps must be at least 1, not {self.solver_steps}")
 
-    @derived
-    def from_base(self) -> bool:
-        """Whether its teacher is the base, with the stage's guidance."""
-        return self.teacher == BASE
-
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratorStage(StageConfig):

@@ -57,7 +57,7 @@ def consistency_loss(
         schedule: the base model's; static.
         offset_noise: strength of a per-channel normal shift added to eps.
         distance: (prediction, target) -> (B,).
-        distance_weight: of the distance, where there is an ``extra`` term beside it.
+        distance_weight: of the distance.
         indices: see `draw`.
         extra: (pair) -> (a term of the loss, weighted already, and its metrics), such as the adversarial one.
 
@@ -69,7 +69,7 @@ def consistency_loss(
     drawing: dict[str, Any] = {"guidance": guidance, "offset_noise": offset_noise, "indices": indices, "end": end}
     drawn = draw(key, jnp.shape(batch["latents"]), segments, **drawing)
     pair = make_pair(student_fn, target_fn, teacher_fn, batch, drawn, schedule=schedule)
-    loss = jnp.mean(distance(pair.prediction, pair.target))
+    loss = jnp.asarray(distance_weight, jnp.float32) * jnp.mean(distance(pair.prediction, pair.target))
     metrics = {
         "target_calls": pair.target_calls,
         "mse": jnp.mean(mse(pair.prediction, pair.target)),
@@ -77,6 +77,6 @@ def consistency_loss(
     }
     if extra is not None:
         term, more = extra(pair)
-        loss = jnp.asarray(distance_weight, jnp.float32) * loss + term
+        loss = loss + term
         metrics |= more
     return loss, jax.lax.stop_gradient(metrics)

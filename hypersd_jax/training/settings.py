@@ -90,6 +90,9 @@ def _parts(cls: type) -> tuple[dict[str, Any], tuple[str, ...]]:
         kinds = set(_kinds(hints[field.name]))
         role = field.metadata.get(ROLE)
         if role == OUTSIDE:
+            for base in cls.__mro__:  # its default is an attribute of the class, and would pass for the setting inside
+                if field.name in vars(base):
+                    delattr(base, field.name)
             continue
         if role != STATIC and any(dataclasses.is_dataclass(kind) for kind in kinds):
             leaves[field.name] = None
