@@ -144,7 +144,6 @@ def make_run(
         preview_prompts=(),
         uncond=Conditioning(*uncond),
         source=None,
-        inputs=None,
         prompt_inputs=None,
         step=training_step(base, model.mesh),
         stop=StopSignals(),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -41,7 +42,6 @@ class Run:
         preview_prompts: the data's first ones.
         uncond: the unconditional, one row.
         source: images and captions, where a stage reads them.
-        inputs: how they become latents and conditioning.
         prompt_inputs: how prompts alone do, where a stage reads them alone.
         scales: of the student's factors.
         student: the factors that the next stage starts from.
@@ -58,7 +58,6 @@ class Run:
     preview_prompts: tuple[str, ...]
     uncond: Conditioning | None
     source: Source | None
-    inputs: Inputs | None
     prompt_inputs: PromptInputs | None
     step: Step
     stop: StopSignals
@@ -71,11 +70,24 @@ class Run:
         """The base as it is sampled from."""
         return self.base.pipe
 
+    @functools.cached_property
+    def inputs(self) -> Inputs | None:
+        """How the images become latents and conditioning; None where no stage reads any.
+
+        Raises:
+            UserError: the cache is missing, unfinished, or of another model.
+        """
+        if self.source is None:
+            return None
+        base = self.base
+        trained = () if self.config.adapter_stages else tuple(base.components.text_encoders)
+        return Inputs(self.config, self.source, base.components, base.prompts, base.mesh, base.dtype, trained=trained)
+
     def go_on_with(self, components: Components) -> None:
         """Let the stages that follow start from another model of the same structure."""
         self.base = self.base.around(components)
         self.base_fingerprint = fingerprints(self.config, components)
-        self.inputs = open_inputs(self.config, self.source, self.base)
+        self.__dict__.pop("inputs", None)
         self.step = training_step(self.base, self.mesh)
 
     @property
@@ -106,15 +118,3 @@ def fingerprints(config: Config, components: Components) -> Any:
     if config.adapter_stages:
         return fingerprint(components.params["unet"])
     return {name: fingerprint(part) for name, part in components.params.items()}
-
-
-def open_inputs(config: Config, source: Source | None, base: StableDiffusion) -> Inputs | None:
-    """How the run's images become latents and conditioning; None where no stage reads any.
-
-    Raises:
-        UserError: the cache is missing, unfinished, or of another model.
-    """
-    if source is None:
-        return None
-    trained = () if config.adapter_stages else tuple(base.components.text_encoders)
-    return Inputs(config, source, base.components, base.prompts, base.mesh, base.dtype, trained=trained)

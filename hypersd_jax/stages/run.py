@@ -17,7 +17,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import parse_dtype
 from hypersd_jax.stages.base import StableDiffusion
 from hypersd_jax.stages.comparison import compare
-from hypersd_jax.stages.context import Run, fingerprints, open_inputs
+from hypersd_jax.stages.context import Run, fingerprints
 from hypersd_jax.stages.export import sampling_table, student_path
 from hypersd_jax.stages.feeding import telling_of_cut_captions
 from hypersd_jax.stages.inputs import unconditional
@@ -115,6 +115,7 @@ def open_run(config: Config, output: Output, stop: StopSignals | None = None) ->
         prompts = open_prompts(config.data, seed=config.seed)
     texts = source or prompts
     assert texts is not None
+    assert base.latent_shape  # refused here, where the resolution does not suit the autoencoder
     run = Run(
         config=config,
         output=output,
@@ -124,7 +125,6 @@ def open_run(config: Config, output: Output, stop: StopSignals | None = None) ->
         preview_prompts=tuple(texts.preview_prompts),
         uncond=unconditional(components, base.prompts, dtype, mesh) if config.adapter_stages else None,
         source=source,
-        inputs=open_inputs(config, source, base),
         prompt_inputs=PromptInputs(prompts, components, base.prompts, mesh, dtype, resolution=resolution)
         if prompts
         else None,
@@ -155,6 +155,7 @@ def check_stages(run: Run) -> None:
             for sampling in stage.samplings:
                 sampling_table(stage, sampling, dict(components.scheduler_config))
         earlier.append(stage.name)
+    assert run.inputs or not run.source  # opened, and refused where a cache does not fit
 
 
 def run_stage(run: Run, index: int, stage: StageConfig) -> None:

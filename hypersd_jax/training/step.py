@@ -67,9 +67,10 @@ def make_step(phases: Callable[[Any], Sequence[Phase]], *, mesh: Mesh) -> Step:
     shape (accumulate, B, ...), split over the mesh along B, so that one micro-batch is in memory at a time; key; and
     the stage's settings (`Settings`, registered by `step_argument`).
 
-    The only phase of a single model, taken once, draws from `fold_in(key, state.step)`, and elsewhere phase i's r-th repetition from
-    `fold_in(fold_in(fold_in(key, state.step), i), r)`: the same after a restart and in every micro-batch. A loss tells
-    its rows apart by something in the batch, so that `accumulate` does not change what they draw.
+    The only phase of a single model, taken once, draws from `fold_in(key, state.step)`, and elsewhere phase i's r-th
+    repetition from `fold_in(fold_in(fold_in(key, state.step), i), r)`: the same after a restart and in every
+    micro-batch. A loss tells its rows apart by something in the batch, so that `accumulate` does not change what they
+    draw.
 
     A step with a loss or gradient that is not finite changes nothing but two counters: `skipped`, and `step`, so that
     the next one draws other noise. Metrics: the losses' own (those of a repeated phase from its last time); loss,

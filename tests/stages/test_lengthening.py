@@ -94,7 +94,11 @@ def test_a_lengthening_that_ends_early_leaves_no_stale_student(tmp_path, model, 
     """Between the last checkpoint and the export, where a student of fewer updates would pass for the new one."""
     out = train(recipe(tmp_path, model, "stages.0.updates=2"))
     with monkeypatch.context() as patch:
-        patch.setattr("hypersd_jax.stages.run.finish", lambda *_: (_ for _ in ()).throw(RuntimeError("cut off")))
+
+        def cut_off(*_given: object, **_more: object) -> None:
+            raise RuntimeError("cut off")
+
+        patch.setattr("hypersd_jax.stages.consistency.finish", cut_off)
         with pytest.raises(RuntimeError, match="cut off"):
             train(again(tmp_path, "stages.0.updates=4"))
     assert newest_step(out / "checkpoints" / "two") == 4
