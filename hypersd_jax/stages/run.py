@@ -115,7 +115,7 @@ def open_run(config: Config, output: Output, stop: StopSignals | None = None) ->
         prompts = open_prompts(config.data, seed=config.seed)
     texts = source or prompts
     assert texts is not None
-    assert base.latent_shape  # refused here, where the resolution does not suit the autoencoder
+    _ = base.latent_shape  # refused here, where the resolution does not suit the autoencoder
     run = Run(
         config=config,
         output=output,
@@ -155,7 +155,7 @@ def check_stages(run: Run) -> None:
             for sampling in stage.samplings:
                 sampling_table(stage, sampling, dict(components.scheduler_config))
         earlier.append(stage.name)
-    assert run.inputs or not run.source  # opened, and refused where a cache does not fit
+    _ = run.inputs  # opened here, and refused where a cache does not fit
 
 
 def run_stage(run: Run, index: int, stage: StageConfig) -> None:
