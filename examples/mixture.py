@@ -54,15 +54,15 @@ class Mixture:
         points = x.reshape(-1, 2)
         alpha, sigma = (jnp.asarray(each)[t][:, None] for each in (self.schedule.alpha, self.schedule.sigma))
         variance = (alpha * SPREAD) ** 2 + sigma**2
-        offsets = points[:, None] - alpha[:, None] * weights["means"]
+        offsets = points[:, None] - alpha[:, None] * weights["means"][None]
         share = jax.nn.softmax(-0.5 * jnp.sum(offsets**2, axis=-1) / variance, axis=-1)
-        clean = weights["means"] + (alpha * SPREAD**2 / variance)[:, None] * offsets
+        clean = weights["means"][None] + (alpha * SPREAD**2 / variance)[:, None] * offsets
         mean = jnp.sum(share[..., None] * clean, axis=1)
         if adapter is not None:
             inputs = jnp.concatenate([points, 2.0 * t[:, None] / LAST - 1.0], axis=-1)
-            features = jnp.cos(inputs @ self._frequencies + self._phases) * (2.0 / FEATURES) ** 0.5
+            features = jnp.cos(inputs @ self._frequencies + self._phases[None]) * (2.0 / FEATURES) ** 0.5
             part = adapter["to_out.0"]
-            mean = mean + ((features @ part["down"]) * part["scale"]) @ part["up"]
+            mean = mean + ((features @ part["down"]) * part["scale"][None]) @ part["up"]
         return mean.reshape(x.shape), {}
 
     def unconditional(self, row: Any, cond: Any) -> Any:

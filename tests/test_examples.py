@@ -29,7 +29,7 @@ def load(path: Path) -> Any:
 def test_the_mixture() -> None:
     """TSCD and DMD bring a toy's one step nearer to its data by the code that trains Stable Diffusion."""
     mixture = load(ROOT / "examples" / "mixture.py")
-    found = mixture.run(200)
+    found = mixture.run(400)
     far = {name: mixture.energy_distance(points[:500], found["data"][:500]) for name, points in found.items()}
     assert far["teacher, 50 steps"] < 0.02
     assert far["teacher, 1 step"] > 0.5

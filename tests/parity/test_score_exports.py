@@ -17,8 +17,8 @@ from hypersd_jax import adapters
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import run as stage_run
 from hypersd_jax.stages.export import export_student
-from tests.helpers.score_runs import open_stage, recipe, smaller
-from tests.helpers.tiny_model import tiny_model
+from tests.helpers.score_runs import open_stage, recipe
+from tests.helpers.tiny_model import smaller, tiny_model
 from tests.helpers.torch_weights import relative_error
 
 PROMPTS = ["red apple, fluent flat style", "a cat face, noto style, blue background"]

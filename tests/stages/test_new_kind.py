@@ -47,4 +47,4 @@ def test_it_trains_between_the_packages_own(tmp_path: Path) -> None:
         assert (file.metadata["steps"], file.metadata["sampler"]) == ("4", "ddim")
     recipe.write_text(RECIPE.format(output=output, model=model, guidance="many"))
     refused = run(recipe)
-    assert "stages.0.guidance must be a number, not 'many'" in refused.stderr
+    assert "stages.0.guidance must be a finite number, not 'many'" in refused.stderr
