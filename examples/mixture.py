@@ -1,4 +1,4 @@
-"""The method in two dimensions, where everything can be seen: ``python examples/mixture.py``, two minutes on a CPU.
+"""The method in two dimensions, where everything can be seen: ``python examples/mixture.py``, half a minute on a CPU.
 
 The base is no network but the exact denoiser of a mixture of Gaussians, E[x_0 | x_t]; its adapter is a low-rank head
 on fixed random features. TSCD and DMD train it by the code that trains Stable Diffusion: `Mixture` is all that they see
