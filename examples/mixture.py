@@ -127,7 +127,10 @@ def run(updates: int) -> dict[str, np.ndarray]:
         ("TSCD then DMD, 1 step", matched, 1),
     ):
         adapter = None if lora is None else join(lora, scales)
-        predict = lambda x, t, cond, adapter=adapter: base.predict(base.weights, x, t, cond, adapter=adapter)[0]  # noqa: E731
+
+        def predict(x: jax.Array, t: jax.Array, cond: Any, adapter: Any = adapter) -> jax.Array:
+            return base.predict(base.weights, x, t, cond, adapter=adapter)[0]
+
         found[name] = endpoint(predict, noise, None, jnp.asarray(table[steps]), schedule=base.schedule)
     return {name: np.asarray(points).reshape(-1, 2) for name, points in found.items()}
 
