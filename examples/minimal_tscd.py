@@ -36,19 +36,17 @@ PROMPTS = ["red apple", "lion, noto style", "panda, blue background", "cat face"
 def main() -> None:
     """Train, sample, and write the LoRA and a strip of images."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="embedded", help="a Stable Diffusion 1.x or 2.x model")
     parser.add_argument("--updates", type=int, default=60)
     parser.add_argument("--output", type=Path, default=Path("outputs/minimal-tscd"))
     options = parser.parse_args()
     options.output.mkdir(parents=True, exist_ok=True)
 
     # The frozen base: a UNet, an autoencoder and a text encoder, each a pure function of its parameters.
-    pipe = hs.Pipeline.from_pretrained("embedded")
+    pipe = hs.Pipeline.from_pretrained(options.model)
     model = pipe.components
-    unet, vae, text = (
-        dict(model.params["unet"]),
-        dict(model.params["vae"]),
-        {"text_encoder": model.params["text_encoder"]},
-    )
+    unet, vae = dict(model.params["unet"]), dict(model.params["vae"])
+    text = {"text_encoder": model.params["text_encoder"]}
     source = open_source(DataConfig(), resolution=pipe.native_size[0], seed=0, batch_size=BATCH)
 
     @jax.jit

@@ -2,9 +2,16 @@
 
 from __future__ import annotations
 
+import ctypes
+import gc
 import os
 import signal
+import sys
 import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
@@ -34,6 +41,28 @@ except ImportError:
     pass
 else:
     torch.set_num_threads(1)
+
+
+# A worker that is larger than this forgets its programs before the next file; below it, files share the small ones.
+_LARGE = 1.2 * 2**30
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs() -> Iterator[None]:
+    """Every file compiles programs of its own, which would fill a worker's memory file by file."""
+    yield
+    if _resident() < _LARGE:
+        return
+    jax.clear_caches()
+    gc.collect()
+    if sys.platform == "linux":
+        ctypes.CDLL(None).malloc_trim(0)  # the compiler leaves holes that the C library would keep
+
+
+def _resident() -> float:
+    """Bytes that this process holds now; as many as there can be where the system does not say."""
+    statm = Path("/proc/self/statm")
+    return int(statm.read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm.exists() else float("inf")
 
 
 def pytest_unconfigure() -> None:

@@ -33,10 +33,12 @@ model: {model}
 data: {{source: emoji, resolution: 16}}
 lora: {{rank: 4}}
 log: {{tensorboard: false}}
-evaluation: {{samples: 3, batch_size: 3}}
+evaluation: {{samples: {samples}, batch_size: 3}}
 stages:
-  - {{name: timed, kind: dmd, times: [800], updates: 2, batch_size: 2, learning_rate: 1.0e-3, fake_updates: 2}}
+  - {{name: timed, {stage}, updates: 2, batch_size: 2, learning_rate: 1.0e-3}}
 """
+TSCD = "k: 1, solver_steps: 4"
+DMD = "kind: dmd, times: [800], fake_updates: 2"
 
 
 class Ran(NamedTuple):
@@ -95,9 +97,10 @@ def test_a_second_process_samples_without_compiling(tmp_path: Path, model: Path)
         assert a == b
 
 
-def test_a_second_process_trains_without_compiling(tmp_path: Path, model: Path) -> None:
+@pytest.mark.parametrize(("stage", "samples"), [(TSCD, 0), pytest.param(DMD, 3, marks=pytest.mark.slow)])
+def test_a_second_process_trains_without_compiling(tmp_path: Path, model: Path, stage: str, samples: int) -> None:
     cache, recipe = tmp_path / "cache", tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE.format(model=model))
+    recipe.write_text(RECIPE.format(model=model, stage=stage, samples=samples))
     ran = [
         run(cache, ["train", "--config", recipe, f"output_dir={tmp_path / name}"], PYTHONHASHSEED=seed)
         for name, seed in (("a", "1"), ("b", "2"))

@@ -12,6 +12,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.helpers.tiny_model import smaller, tiny_model
+
 ROOT = Path(__file__).parents[1]
 NOTEBOOK = ROOT / "examples" / "sampling.ipynb"
 
@@ -37,12 +39,16 @@ def test_the_mixture() -> None:
     assert far["TSCD then DMD, 1 step"] < 0.5 * far["TSCD, 1 step"]
 
 
-def test_minimal_tscd(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("model", ["tiny", pytest.param("embedded", marks=pytest.mark.slow)])
+def test_minimal_tscd(
+    model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = ROOT / "examples" / "minimal_tscd.py"
     assert len(path.read_text().splitlines()) <= 120
-    monkeypatch.setattr("sys.argv", [str(path), "--updates", "2", "--output", str(tmp_path)])
+    side, given = (64, []) if model == "embedded" else (16, ["--model", str(smaller(tiny_model(tmp_path / "model")))])
+    monkeypatch.setattr("sys.argv", [str(path), *given, "--updates", "2", "--output", str(tmp_path)])
     load(path).main()
-    assert Image.open(tmp_path / "before-and-after.png").size == (6 * 64, 2 * 64)
+    assert Image.open(tmp_path / "before-and-after.png").size == (6 * side, 2 * side)
     assert (tmp_path / "student.safetensors").is_file()
     assert "loss: " in capsys.readouterr().out
 
@@ -81,6 +87,7 @@ def test_what_is_kept() -> None:
     assert str(ROOT) not in NOTEBOOK.read_text(encoding="utf-8")
 
 
+@pytest.mark.slow
 def test_it_runs_from_top_to_bottom(tmp_path: Path) -> None:
     fresh = load(ROOT / "scripts" / "run_notebook.py").executed(NOTEBOOK, tmp_path)
     kept = nbformat.read(NOTEBOOK, as_version=4)
