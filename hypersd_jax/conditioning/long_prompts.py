@@ -70,14 +70,14 @@ def find_cut(tokenizer: Any, prompt: str, room: int) -> Cut | None:
     return Cut(prompt, prompt[tokens["offset_mapping"][room][0] :], room)
 
 
-def warn_of_cuts(cuts: Sequence[Cut], what: str = "prompt") -> None:
-    """Warn of cut prompts, in one line however many there are."""
+def warn_of_cuts(cuts: Sequence[Cut], what: str = "prompt", stacklevel: int = 3) -> None:
+    """Warn of cut prompts, in one line however many there are; ``stacklevel`` is that of `warnings.warn`."""
     for cut in cuts[:1]:
         if len(cuts) == 1:
             text = f"the {what} is longer than {cut.room} tokens; ignored: {shown(cut.ignored)}"
         else:
             text = f"{len(cuts)} {what}s are longer than {cut.room} tokens; ignored, {example(cut)}"
-        warnings.warn(text, LongPromptWarning, stacklevel=3)
+        warnings.warn(text, LongPromptWarning, stacklevel=stacklevel)
 
 
 def example(cut: Cut) -> str:
