@@ -1,4 +1,4 @@
-"""An adapter written into the weights themselves, and taken out again bit for bit."""
+"""An adapter written into the weights themselves."""
 
 from __future__ import annotations
 
@@ -39,13 +39,3 @@ def merge(params: Mapping[str, jax.Array], adapter: Adapter, scale: float | jax.
 @jax.jit
 def _merged_kernel(kernel: jax.Array, entry: Mapping[str, Array], factor: jax.Array) -> jax.Array:
     return (kernel.astype(jnp.float32) + factor * delta(entry)).astype(kernel.dtype)
-
-
-def fuse(params: Mapping[str, jax.Array], adapter: Adapter) -> tuple[Params, Params]:
-    """(weights with the adapter inside, the kernels they replaced, for `unfuse`)."""
-    return merge(params, adapter), {path + ".kernel": params[path + ".kernel"] for path in adapter}
-
-
-def unfuse(params: Mapping[str, jax.Array], backup: Mapping[str, jax.Array]) -> Params:
-    """The weights as they were before `fuse`, bit for bit: the kept kernels are put back, nothing is subtracted."""
-    return {**params, **backup}

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hypersd_jax.diffusion.grids import SPACINGS as SPACINGS
-from hypersd_jax.diffusion.parts import last_part as last_part
-from hypersd_jax.diffusion.parts import noise_range as noise_range
+from hypersd_jax.diffusion.last_steps import last_steps as last_steps
 from hypersd_jax.diffusion.record import Request as Request
 from hypersd_jax.diffusion.record import Solver as Solver
 from hypersd_jax.diffusion.registry import SOLVERS as SOLVERS

@@ -15,7 +15,6 @@ from hypersd_jax.diffusion.solvers import injects_noise
 from hypersd_jax.errors import UserError
 
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
-Callback = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 
 
 class State(NamedTuple):
@@ -61,7 +60,6 @@ def advance(
     *,
     prediction_type: str,
     known: Known | None = None,
-    callback: Callback | None = None,
 ) -> State:
     """The state after a table's rows, all of them or a slice of one or more; arguments as those of `sample`."""
     rows = {key: jnp.asarray(value) for key, value in table.items() if np.ndim(value) == 1}
@@ -72,7 +70,6 @@ def advance(
         rows["noise"] = jnp.asarray(noise, jnp.float32)
         if rows["noise"].shape != (steps, *state.x.shape):
             raise UserError(f"noise must have the shape {(steps, *state.x.shape)}, not {rows['noise'].shape}")
-    rows["step"] = jnp.arange(steps, dtype=jnp.int32)
     kept = None if known is None else jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), known)
 
     def body(state: State, row: dict[str, jax.Array]) -> tuple[State, None]:
@@ -87,8 +84,6 @@ def advance(
         if kept is not None:
             picture = row["known_x0"] * kept.clean + row["known_noise"] * kept.noise
             x = (1 - kept.mask) * picture + kept.mask * x
-        if callback is not None:
-            jax.debug.callback(callback, row["step"], row["timesteps"], x)
         return State(x=x, x0=x0), None
 
     final, _ = jax.lax.scan(body, state, rows)
@@ -104,7 +99,6 @@ def sample(
     prediction_type: str,
     clean: ArrayLike | None = None,
     known: Known | None = None,
-    callback: Callback | None = None,
 ) -> jax.Array:
     """Integrates from standard normal latents to clean ones by the rows of a `solver_table`.
 
@@ -120,7 +114,6 @@ def sample(
         clean: latents (B, h, w, C) of a picture to start from, noised by `latents` to the level of the first step; None
             starts from noise alone.
         known: what inpainting puts back after each step, noised to that step's level.
-        callback: called on the host as (step, timestep, latents after the step), for progress and previews.
 
     Returns:
         The last latents, float32 (B, h, w, C), still multiplied by the VAE's scaling factor.
@@ -129,4 +122,4 @@ def sample(
         UserError: noise is missing or has another number of rows than the table.
     """
     state = begin(table, latents, clean)
-    return advance(predict, table, state, noise, prediction_type=prediction_type, known=known, callback=callback).x
+    return advance(predict, table, state, noise, prediction_type=prediction_type, known=known).x

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from hypersd_jax.diffusion.grids import SPACINGS
+from hypersd_jax.diffusion.last_steps import last_steps
 from hypersd_jax.diffusion.names import require_name
-from hypersd_jax.diffusion.parts import last_part
 from hypersd_jax.diffusion.record import Request, Solver, Table
 from hypersd_jax.diffusion.registry import SOLVERS
 from hypersd_jax.diffusion.schedule import Schedule
@@ -48,7 +48,7 @@ def solver_table(
             lcm, and for the others the configuration's `timestep_spacing`, else linspace.
         scheduler_config: the model's scheduler_config.json, of any diffusers class.
         timesteps: explicit timesteps, descending and below T, in place of the spacing.
-        strength: above 0, at most 1: the share of the n steps, the last ones, that are left (`parts.last_part`).
+        strength: above 0, at most 1: the share of the n steps, the last ones, that are left (`last_steps`).
 
     Returns:
         "timesteps" (n,): int32, or float32 where a solver visits fractional ones.
@@ -82,7 +82,7 @@ def solver_table(
         eta=eta,
     )
     grid, columns = solver.coefficients(request)
-    return last_part(_finished(schedule, grid, columns), strength)
+    return last_steps(_finished(schedule, grid, columns), strength)
 
 
 def injects_noise(table: Mapping[str, Any]) -> bool:

@@ -176,18 +176,6 @@ def test_merge_adds_in_float32_and_rounds_once(dtype: jnp.dtype) -> None:
         np.testing.assert_array_equal(np.asarray(merged[path]), expected)
 
 
-def test_fuse_and_unfuse_give_the_base_back_bit_for_bit() -> None:
-    adapter = random_adapter(0, rank=3)
-    params = random_params(jnp.bfloat16, 1e-3)
-    fused, backup = adapters.fuse(params, adapter)
-    assert set(backup) == {path + ".kernel" for path in adapter}
-    assert not np.array_equal(fused[LINEAR + ".kernel"], params[LINEAR + ".kernel"])
-    restored = adapters.unfuse(fused, backup)
-    assert list(restored) == list(params)
-    for path, leaf in params.items():
-        np.testing.assert_array_equal(np.asarray(restored[path]).view(np.uint16), np.asarray(leaf).view(np.uint16))
-
-
 def test_merging_an_unknown_module_names_it() -> None:
     with pytest.raises(KeyError, match=r"somewhere\.else"):
         adapters.merge({}, {"somewhere.else": random_adapter(0, rank=2)[LINEAR]})

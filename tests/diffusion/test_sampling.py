@@ -156,19 +156,6 @@ def test_noise_is_checked():
     )
 
 
-def test_callback_sees_each_step():
-    seen = []
-    table = solver_table("ddim", 4, scheduler_config=SD)
-
-    def callback(step, timestep, latents):
-        seen.append((int(step), int(timestep), np.asarray(latents)))
-
-    got = sample(predict, table, LATENTS, None, prediction_type="epsilon", callback=callback)
-    jax.effects_barrier()
-    assert [(step, t) for step, t, _ in sorted(seen, key=lambda s: s[0])] == [(0, 999), (1, 749), (2, 499), (3, 249)]
-    np.testing.assert_array_equal(max(seen, key=lambda s: s[0])[2], got)
-
-
 def test_half_precision_network_keeps_a_float32_carry():
     table = solver_table("ddim", 4, scheduler_config=SD)
 
