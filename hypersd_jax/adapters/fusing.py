@@ -14,14 +14,14 @@ Params = dict[str, jax.Array]
 
 
 def delta(entry: Mapping[str, Array]) -> jax.Array:
-    """What one adapted module adds to its kernel: down (..., in, r), up (r, out) -> (..., in, out), float32."""
+    """Compute what an adapted module adds to its kernel: down (..., in, r), up (r, out) -> (..., in, out), float32."""
     down = entry["down"].astype(jnp.float32)
     up = entry["up"].astype(jnp.float32) * entry["scale"].astype(jnp.float32)[:, None]
     return lax.dot_general(down, up, (((down.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
 
 
 def merge(params: Mapping[str, jax.Array], adapter: Adapter, scale: float | jax.Array = 1.0) -> Params:
-    """Weights with the adapter inside: W + scale * delta, added in float32 and rounded once to W's dtype.
+    """Write an adapter into weights: W + scale * delta, added in float32 and rounded once to W's dtype.
 
     Raises:
         KeyError: the adapter names a module that `params` does not hold.

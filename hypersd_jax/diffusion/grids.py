@@ -1,4 +1,4 @@
-"""Which integer timesteps a sampler visits: spaced over the schedule, picked from the distillation grid, or listed."""
+"""Integer timesteps of a sampler: spaced over the schedule, picked from the distillation grid, or listed."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ TokenIds = tuple[np.ndarray, ...]
 
 
 class NegativeIds(NamedTuple):
-    """What the unconditional of a batch is made of.
+    """Negative prompts of a batch, tokenized.
 
     Attributes:
         ids: token ids of the negative prompts, "" where there is none; None where `zeros` is true for all.
@@ -36,7 +36,7 @@ class NegativeIds(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ActiveModel:
-    """What a call computes with.
+    """Networks with the weights and LoRAs of one call, and the programs that run them.
 
     Attributes:
         components: networks and configurations of the base.

@@ -79,12 +79,12 @@ def checked(name: str, value: Any, shape: tuple[int, ...]) -> np.ndarray:
 
 
 def listed(value: Any) -> list[Any]:
-    """One or several, as a list; a text is one."""
+    """Make a list of one or several values; a text is one."""
     return list(value) if isinstance(value, Iterable) and not isinstance(value, str) else [value]
 
 
 def texts(name: str, value: Any, *kinds: type) -> list[Any]:
-    """One or several values of these kinds, as a list."""
+    """Make a list of one or several values, and refuse other kinds than these."""
     texts = listed(value)
     if not texts:
         raise UserError(f"{name}: none given")

@@ -29,7 +29,7 @@ def image_size(name: str, value: Any, factor: int) -> tuple[int, int]:
 
 
 def read_images(name: str, value: Any, size: tuple[int, int]) -> np.ndarray:
-    """One or several images as (N, H, W, 3) float32 in 0..1.
+    """Read one or several images as (N, H, W, 3) float32 in 0..1.
 
     Args:
         name: the argument's, for messages.
@@ -44,7 +44,7 @@ def read_images(name: str, value: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def read_masks(name: str, value: Any, size: tuple[int, int]) -> np.ndarray:
-    """One or several masks as (N, H, W, 1) float32, 1 where to paint (white, 0.5 and above), 0 where to keep.
+    """Read one or several masks as (N, H, W, 1) float32: 1 where to paint (white, 0.5 and above), 0 where to keep.
 
     Arguments as for `read_images`; of an image what is transparent is kept, and arrays are (H, W) or (N, H, W), with or
     without a last axis of 1.
@@ -54,7 +54,7 @@ def read_masks(name: str, value: Any, size: tuple[int, int]) -> np.ndarray:
 
 
 def at_latent_size(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A mask (N, H, W, 1) at the size of the latents, (N, h, w, 1): the nearest pixel, as diffusers takes it."""
+    """Resize a mask (N, H, W, 1) to the size of the latents, (N, h, w, 1), by the nearest pixel, as diffusers does."""
     rows, columns = (np.arange(new) * old // new for new, old in zip(size, mask.shape[1:3], strict=True))
     return mask[:, rows][:, :, columns]
 
@@ -62,7 +62,7 @@ def at_latent_size(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def for_prompts(
     name: str, batch: np.ndarray, prompts: int, encode: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> np.ndarray:
-    """One image for each prompt: a single one for all, which is encoded once, or one for each."""
+    """Give each prompt an image: the single one of all, which is encoded once, or its own."""
     if len(batch) not in (1, prompts):
         raise UserError(f"{name}: {len(batch)} given for {prompts} prompts")
     batch = batch if encode is None else encode(batch)

@@ -1,4 +1,4 @@
-"""What a pipeline has loaded: a base with named LoRAs, ControlNets, and perhaps another autoencoder."""
+"""The loaded parts of a pipeline: a base with named LoRAs, ControlNets, and perhaps another autoencoder."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ class LoadedModel:
         self._loras.set_scale(name, scale)
 
     def unload_lora(self, name: str | None = None) -> None:
-        """Take one LoRA out, or all of them."""
+        """Remove one LoRA, or all of them."""
         self._require_unfused("unload_lora")
         self._loras.remove(name)
 
@@ -163,7 +163,7 @@ class LoadedModel:
         self._controlnets[name or str(source)] = found
 
     def unload_controlnet(self, name: str | None = None) -> None:
-        """Take one ControlNet out, or all of them."""
+        """Remove one ControlNet, or all of them."""
         if name is None:
             self._controlnets.clear()
         elif self._controlnets.pop(name, None) is None:

@@ -41,7 +41,7 @@ class Round:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Plan:
-    """All that `run` needs.
+    """A call, laid out for `run`.
 
     Attributes:
         settings: resolved.

@@ -1,4 +1,4 @@
-"""What the pipeline compiles: text encoding, the solver's scan over the UNet, the autoencoder, and the noise of a seed.
+"""The compiled programs: text encoding, the solver's scan over the UNet, the autoencoder, and the noise of a seed.
 
 Each program is compiled once for each shape. Prompt, seed, guidance above 1, eta, timesteps, LoRA and LoRA scale enter
 them as arrays, so changing one compiles nothing.
@@ -80,7 +80,7 @@ def compile_programs(components: Components, prompts: PromptEncoder, dtype: Any,
 
 
 def with_autoencoder(programs: Programs, components: Components, dtype: Any, mesh: Mesh | None) -> Programs:
-    """The same programs, with those of another autoencoder."""
+    """Replace the programs of the autoencoder by those of another."""
     bare = dataclasses.replace(components, params={})
     return dataclasses.replace(programs, **_autoencoder_programs(bare, _compiler(dtype, mesh)))
 

@@ -86,7 +86,7 @@ def in_order(rounds: Sequence[Round], results: Sequence[np.ndarray]) -> np.ndarr
 
 
 class Progress:
-    """Tells a callback of every finished step of a call.
+    """Progress of a call, reported to a callback after every finished step.
 
     A step is waited for once the next one has been handed to the devices, so that they never stand idle between two.
     """

@@ -28,7 +28,7 @@ from hypersd_jax.weights.lora import header as lora_header
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Settings:
-    """How to sample, with every default filled in.
+    """Sampling settings with every default filled in.
 
     Attributes:
         sampler: the solver, a key of `SOLVERS`.
@@ -58,7 +58,7 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class CallSettings(Settings):
-    """How a call samples, with every default filled in; with prompts and images, all that its result depends on.
+    """Settings of a call with every default filled in: with prompts and images, all that its result depends on.
 
     Attributes:
         seed: of the noise.
@@ -224,7 +224,7 @@ def _stated(explicit: Preset, preset: str | None, loras: Iterable[LoadedLora], c
 
 
 def _own_entries(lora: LoadedLora) -> Mapping[str, str]:
-    """The header's entries that speak of sampling; what was given in memory does, unless it is some file's header."""
+    """The header's entries about sampling; those given in memory are ours, unless they are some file's header."""
     of_a_file = any(key == "format" or key.startswith(("ss_", "modelspec.")) for key in lora.metadata)
     return lora.metadata if lora.origin is None and not of_a_file else lora_header.stated(lora.metadata)
 

@@ -80,7 +80,7 @@ def test_init_is_jittable_and_starts_at_zero_delta() -> None:
     assert down.std() == pytest.approx(bound / np.sqrt(3), rel=0.1)
 
 
-def test_default_alpha_is_the_rank_and_draws_depend_on_the_path_alone() -> None:
+def test_default_alpha_is_the_rank_and_values_depend_on_the_path_alone() -> None:
     whole = adapters.init(jax.random.key(3), SHAPES, rank=4)
     part = adapters.init(jax.random.key(3), SHAPES, rank=4, targets=("to_q",))
     np.testing.assert_array_equal(whole[LINEAR]["scale"], np.ones(4))

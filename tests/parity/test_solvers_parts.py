@@ -1,4 +1,4 @@
-"""Image to image, inpainting and two models in turn: parts of a schedule by diffusers' pipelines' own rules."""
+"""Image to image and inpainting: the last steps of a schedule by diffusers' pipelines' own rules."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def compare(name, config, steps, strength, monkeypatch, *, known=False, custom=N
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("config", ["sd15", "sdxl"])
-def test_from_a_picture(name, config, monkeypatch):
+def test_from_an_image(name, config, monkeypatch):
     for steps, strength in itertools.product((1, 2, 4, 8, 25, 50), STRENGTHS):
         compare(name, CONFIGS[config], steps, strength, monkeypatch)
 
@@ -81,7 +81,7 @@ def test_custom_timesteps(name, monkeypatch):
 
 
 def test_inpainting_from_noise_alone(monkeypatch):
-    """At strength 1 the inpainting pipelines start from noise, and still put the picture back."""
+    """At strength 1 the inpainting pipelines start from noise, and still put the image back."""
     for name in SCHEDULERS:
         config = {"prediction_type": "epsilon", **CONFIGS["sdxl"]}
         scheduler = scheduler_of(name, config, 8)
