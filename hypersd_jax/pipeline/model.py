@@ -233,7 +233,7 @@ class Pipeline(LoadedModel):
             (B, h, w, C): noise, v or x_0, as ``pipe.schedule.prediction_type`` says.
 
         Raises:
-            UserError: shapes that do not fit each other or the UNet.
+            UserError: shapes that do not fit each other or the UNet, or guidance without its unconditional.
         """
         channels, shape = self.components.unet_config.in_channels, np.shape(x)
         if len(shape) != 4 or shape[-1] != channels:
@@ -243,6 +243,8 @@ class Pipeline(LoadedModel):
                 raise UserError(f"{name} is of {len(given.context)} prompts, but x has batch size {shape[0]}")
         if np.shape(t) not in ((), shape[:1]):
             raise UserError(f"t has shape {np.shape(t)}, not () or {shape[:1]}")
+        if guidance > 1 and unconditional is None and not self.components.unet_config.time_cond_proj_dim:
+            raise UserError(f"guidance={guidance:g} needs an unconditional, see encode_prompts")
         model = self._active()
         t = jnp.broadcast_to(jnp.asarray(t), shape[:1])
         return model.predict(model.on_mesh(jnp.asarray(x)), t, conditioning, unconditional, np.float32(guidance))

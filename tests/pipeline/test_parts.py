@@ -122,6 +122,7 @@ def test_a_call_shows_its_arguments() -> None:
         (lambda pipe, cond: pipe.predict(IMAGES, 1, cond), r"x has shape \(2, 16, 16, 3\), not \(B, h, w, 4\)"),
         (lambda pipe, cond: pipe.predict(np.zeros((1, 8, 8, 4)), 1, cond), "conditioning is of 2 prompts, but x has"),
         (lambda pipe, cond: pipe.predict(np.zeros((2, 8, 8, 4)), [1, 2, 3], cond), r"t has shape \(3,\)"),
+        (lambda pipe, cond: pipe.predict(np.zeros((2, 8, 8, 4)), 1, cond, guidance=2), "guidance=2 needs an uncond"),
         (lambda pipe, cond: pipe.decode(IMAGES), r"latents have shape \(2, 16, 16, 3\), not \(B, h, w, 4\)"),
         (lambda pipe, cond: pipe.encode_images(2 * IMAGES), r"images holds values outside 0\.\.1"),
         (lambda pipe, cond: pipe.encode_images(IMAGES[:, :1]), "height=0 must be a positive multiple"),
