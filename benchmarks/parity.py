@@ -29,7 +29,7 @@ SUBJECTS = {
     "Networks": ("unet", "vae", "vae_tiny", "clip_text", "controlnet", "lite0", "tiling", "long_prompts"),
     "Solvers": ("solvers", "solvers_levels", "solvers_parts"),
     "Files": ("folder_roundtrip", "single_file", "vae_file", "controlnet_file", "lora_files"),
-    "Pipelines": ("pipeline", "pipeline_loras", "lora_pictures", "picture_pipelines", "control_pipelines"),
+    "Pipelines": ("pipeline", "pipeline_loras", "lora_images", "image_pipelines", "control_pipelines"),
 }
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers", "peft", "numpy")
 

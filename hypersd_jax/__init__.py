@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from hypersd_jax.config import load_config
     from hypersd_jax.errors import UserError
     from hypersd_jax.pipeline import Pipeline
-    from hypersd_jax.png_text import save_pictures
+    from hypersd_jax.png_text import save_images
     from hypersd_jax.stages import train
     from hypersd_jax.weights.conversion import convert_model
     from hypersd_jax.weights.lora.convert import convert_lora
@@ -36,7 +36,7 @@ __all__ = [
     "load_config",
     "merge_loras",
     "rewards",
-    "save_pictures",
+    "save_images",
     "train",
 ]
 
@@ -48,7 +48,7 @@ _HOMES = {
     "extract_lora": "weights.lora.extract",
     "load_config": "config",
     "merge_loras": "weights.lora.merge",
-    "save_pictures": "png_text",
+    "save_images": "png_text",
     "train": "stages",
 }
 

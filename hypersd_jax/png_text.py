@@ -1,4 +1,4 @@
-"""What a picture was drawn with, written into its file as AUTOMATIC1111's web UI does, which others read as well.
+"""The settings of an image, written into its file as AUTOMATIC1111's web UI does, which others read as well.
 
     PROMPT <lora:NAME:SCALE>
     Negative prompt: ...
@@ -29,7 +29,7 @@ from hypersd_jax.diffusion.sigma_grids import RESPACINGS
 from hypersd_jax.errors import UserError
 from hypersd_jax.paths import IMAGE_SUFFIXES as SUFFIXES
 from hypersd_jax.paths import expanded
-from hypersd_jax.presets import Preset
+from hypersd_jax.pipeline import CallSettings, Settings
 from hypersd_jax.weights.tensors import replacing
 
 # The web UI's nearest by timesteps: its DDIM schedule is the leading one, its Uniform k-diffusion's, which is linspace.
@@ -40,7 +40,7 @@ _CHUNK = 1 << 20
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class UsedLora:
-    """A LoRA that a picture was drawn with: its name without folder and suffix, its scale, its `lora_hash`."""
+    """A LoRA that an image was sampled with: its name without folder and suffix, its scale, its `lora_hash`."""
 
     name: str
     scale: float
@@ -49,42 +49,36 @@ class UsedLora:
 
 def parameters_text(
     prompt: str,
-    settings: Preset,
+    settings: CallSettings,
     *,
-    seed: int,
-    size: tuple[int, int],
     model: str,
     negative: str | None = None,
-    scheduler_config: Mapping[str, Any] | None = None,
     loras: Sequence[UsedLora] = (),
     more: Mapping[str, Any] | None = None,
 ) -> str:
-    """The text of one picture.
+    """Compose the text of one image.
 
     Args:
         prompt: its prompt; the LoRAs are added to it, as the web UI's users write them.
-        settings: what it was drawn with, as `Pipeline.settings` resolves it.
-        seed: the call's; written modulo 2^32, as it is used (a negative one means a random one there).
-        size: width and height in pixels.
+        settings: the call's, as `Pipeline.generate` returns them. The seed is written modulo 2^32, as it is used (a
+            negative one means a random one there).
         model: its name, see `name_of`.
-        negative: the negative prompt where guidance made use of it.
-        scheduler_config: the model's, which says how steps are spaced where the settings do not.
+        negative: the negative prompt, which is written where guidance makes use of it.
         loras: in the order they were loaded.
         more: other keys with their values, after the known ones; None and "" are left out.
     """
-    guidance = settings.guidance or 0.0
-    solver = SOLVERS[str(settings.sampler)]
+    solver = SOLVERS[settings.sampler]
     values: dict[str, Any] = {
         "Steps": settings.steps,
         "Sampler": solver.webui_name,
-        "Schedule type": schedule_type(settings, scheduler_config or {}),
-        "CFG scale": f"{guidance if guidance > 1 else 1:g}",
-        "Seed": seed % 2**32,
-        "Size": f"{size[0]}x{size[1]}",
+        "Schedule type": schedule_type(settings),
+        "CFG scale": f"{settings.guidance if settings.guidance > 1 else 1:g}",
+        "Seed": settings.seed % 2**32,
+        "Size": f"{settings.width}x{settings.height}",
         "Model": model,
     }
     if solver.has_eta:
-        values[solver.webui_eta] = f"{settings.eta or 0.0:g}"
+        values[solver.webui_eta] = f"{settings.eta:g}"
     if settings.timesteps is not None:
         values["Timesteps"] = ", ".join(map(str, settings.timesteps))
     values |= more or {}
@@ -92,23 +86,19 @@ def parameters_text(
     values["Version"] = f"hypersd_jax {metadata.version('hypersd_jax')}"
 
     lines = [" ".join([prompt, *(f"<lora:{lora.name}:{lora.scale:g}>" for lora in loras)])]
-    if negative:
+    if negative and settings.guided:
         lines.append(f"Negative prompt: {negative}")
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in values.items() if value not in (None, "")))
     return "\n".join(lines).strip()
 
 
-def schedule_type(settings: Preset, scheduler_config: Mapping[str, Any]) -> str | None:
+def schedule_type(settings: Settings) -> str | None:
     """The web UI's name of a spacing; None for explicit timesteps and for the distillation grid, which have none."""
     if settings.timesteps is not None:
         return None
-    solver = SOLVERS[str(settings.sampler)]
-    if solver.respaces:
-        for key, name in _RESPACED.items():
-            if scheduler_config.get(key):
-                return name
-    spacing = settings.spacing or solver.spacing_in(scheduler_config)
-    return None if spacing is None else SCHEDULES[spacing]
+    if settings.respacing is not None:
+        return _RESPACED[settings.respacing]
+    return None if settings.spacing is None else SCHEDULES[settings.spacing]
 
 
 def name_of(source: str | os.PathLike[str]) -> str:
@@ -134,44 +124,44 @@ def lora_hash(file: str | os.PathLike[str]) -> str:
     return digest.hexdigest()[:12]
 
 
-def picture_paths(path: str | os.PathLike[str], count: int) -> list[Path]:
-    """Where that many pictures go: one to ``path`` itself, several to ``path-000``, ..."""
+def image_paths(path: str | os.PathLike[str], count: int) -> list[Path]:
+    """The files of that many images: one is ``path`` itself, several are ``path-000``, ..."""
     path = Path(path)
     if count == 1:
         return [path]
     return [path.with_name(f"{path.stem}-{index:03d}{path.suffix}") for index in range(count)]
 
 
-def save_pictures(
+def save_images(
     images: Sequence[Image.Image], path: str | os.PathLike[str], texts: Sequence[str] | None = None
 ) -> list[Path]:
-    """Save one picture as ``path``, several as `picture_paths` says, each with its text (`parameters_text`) inside.
+    """Save one image as ``path``, several as `image_paths` says, each with its text (`parameters_text`) inside.
 
     Args:
-        images: RGB pictures.
+        images: RGB images.
         path: ends in .png, .jpg, .jpeg or .webp; its folder is made.
-        texts: one for each picture; None writes none.
+        texts: one for each image; None writes none.
 
     Returns:
         the files, each of which appears whole or not at all.
 
     Raises:
-        UserError: another suffix, not one text for each picture, or a file that cannot be written.
+        UserError: another suffix, not one text for each image, or a file that cannot be written.
     """
     path = expanded(Path(path))
     if path.suffix.lower() not in SUFFIXES:
         raise UserError(f"{path}: must end in .png, .jpg or .webp")
     if texts is not None and len(texts) != len(images):
-        raise UserError(f"{path}: {len(texts)} texts for {len(images)} pictures")
-    paths = picture_paths(path, len(images))
+        raise UserError(f"{path}: {len(texts)} texts for {len(images)} images")
+    paths = image_paths(path, len(images))
     kind = Image.registered_extensions()[path.suffix.lower()]
-    for index, (image, place) in enumerate(zip(images, paths, strict=True)):
+    for index, (image, file) in enumerate(zip(images, paths, strict=True)):
         options = {} if texts is None else _embedded(texts[index], png=kind == "PNG")
-        with replacing(place) as temporary:
+        with replacing(file) as temporary:
             try:
                 image.save(temporary, format=kind, **options)
             except ValueError as error:  # a text or a side too long for the format
-                raise UserError(f"{place}: cannot be written ({error})") from None
+                raise UserError(f"{file}: cannot be written ({error})") from None
     return paths
 
 

@@ -23,7 +23,7 @@ from hypersd_jax.errors import UserError, short, shown
 class Preset:
     """``None`` leaves the choice to what comes next in line: LoRA header, LoRA file name, then the base's default.
 
-    ``prediction_type`` is what the weights output, where that is not what the base's scheduler configuration says.
+    ``prediction_type`` is what the weights output, where the base's scheduler configuration has another.
     """
 
     sampler: str | None = None
@@ -99,7 +99,7 @@ def name_for_file(file: str | Path) -> str | None:
 
 
 def preset_for_file(file: str | Path) -> Preset:
-    """What a released file is sampled with, by its name; nothing, all None, for any other file."""
+    """The settings of a released file, recognised by its name; all None for any other file."""
     name = name_for_file(file)
     return Preset() if name is None else PRESETS[name]
 
@@ -112,7 +112,7 @@ def find(name: str) -> Preset:
 
 
 def from_header(metadata: Mapping[str, str], file: str) -> Preset:
-    """What the sampling settings in a LoRA's safetensors header say; keys it lacks stay None.
+    """Read the sampling settings in a LoRA's safetensors header; keys it lacks stay None.
 
     Args:
         metadata: the header's, ours (`weights.lora.header.is_ours`).
@@ -128,7 +128,7 @@ def from_header(metadata: Mapping[str, str], file: str) -> Preset:
 
 
 def read_header(metadata: Mapping[str, str]) -> tuple[Preset, dict[str, str]]:
-    """The settings of a header that can be read, and why the others cannot, by key."""
+    """Read the settings of a header: those that can be read, and why the others cannot, by key."""
     values: dict[str, Any] = {}
     unreadable = {}
     for key, read in _READ.items():

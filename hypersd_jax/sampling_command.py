@@ -1,4 +1,4 @@
-"""What ``python sample.py`` does: load, draw, save."""
+"""The command behind ``python sample.py``: load, sample, save."""
 
 from __future__ import annotations
 
@@ -17,18 +17,17 @@ from hypersd_jax.diffusion import SOLVERS
 from hypersd_jax.errors import UserError
 from hypersd_jax.files import decoded, lines_of
 from hypersd_jax.paths import parse_lora
-from hypersd_jax.pipeline import Pipeline, to_pil
-from hypersd_jax.pipeline.arguments import NotFiniteWarning, about_not_finite, not_finite, share
+from hypersd_jax.pipeline import CallSettings, Pipeline, to_pil
+from hypersd_jax.pipeline.arguments import NotFiniteWarning, about_not_finite, not_finite
 from hypersd_jax.png_text import (
     SUFFIXES,
     UsedLora,
+    image_paths,
     lora_hash,
     name_of,
     parameters_text,
-    picture_paths,
-    save_pictures,
+    save_images,
 )
-from hypersd_jax.presets import Preset
 from hypersd_jax.progress import COMPILING, begin_clock
 from hypersd_jax.weights.components import EMBEDDED, assets
 from hypersd_jax.weights.lora import LoraReport, weights_file
@@ -42,12 +41,12 @@ EMBEDDED_PROMPTS = (
 EMBEDDED_STEPS = 4
 # Of the few-step LoRAs; more steps are the model's own.
 MOST_STEPS = 8
-# Pictures drawn in one program; more go in rounds.
+# Images sampled in one program; more go in rounds.
 ROUND = 32
 
 
 def run_sample(options: argparse.Namespace) -> None:
-    """Draw what the options of ``hypersd sample`` ask for, and save it.
+    """Sample what the options of ``hypersd sample`` ask for, and save it.
 
     The embedded model without ``--lora`` takes the LoRA that ships for the number of steps asked for (4 by default).
 
@@ -55,7 +54,6 @@ def run_sample(options: argparse.Namespace) -> None:
         UserError: one line naming the option or file at fault.
     """
     prompts = read_prompts(options.prompt, options.prompts_file, embedded=options.model == EMBEDDED)
-    timesteps = _timesteps(options.timesteps)
     latents = _latents(options.latents)
     if options.output.suffix.lower() not in SUFFIXES:
         raise UserError(f"--output {options.output}: must end in .png, .jpg or .webp")
@@ -63,10 +61,10 @@ def run_sample(options: argparse.Namespace) -> None:
     pipe = Pipeline.from_pretrained(options.model, dtype=options.dtype)
     if options.vae:
         pipe.load_vae(options.vae)
-    for place, source in enumerate(options.controlnet):
-        pipe.load_controlnet(source, name=f"{place}: {source}")
-    # Named by place: the same file may be given twice, at two scales.
-    reports = [pipe.load_lora(file, scale, name=f"{place}: {file}") for place, (file, scale) in enumerate(loras)]
+    # Named by number: the same file may be given twice, at two scales.
+    for number, source in enumerate(options.controlnet):
+        pipe.load_controlnet(source, name=f"{number}: {source}")
+    reports = [pipe.load_lora(file, scale, name=f"{number}: {file}") for number, (file, scale) in enumerate(loras)]
 
     arguments: dict[str, Any] = {
         "steps": options.steps,
@@ -75,7 +73,7 @@ def run_sample(options: argparse.Namespace) -> None:
         "eta": options.eta,
         "guidance": options.guidance,
         "preset": options.preset,
-        "timesteps": timesteps,
+        "timesteps": _timesteps(options.timesteps),
         "height": options.height,
         "width": options.width,
         "seed": options.seed,
@@ -98,7 +96,7 @@ def run_sample(options: argparse.Namespace) -> None:
                 begin_clock(bar, "sampling", step)
             bar.update(step - bar.n)
 
-        images: np.ndarray = pipe(
+        images, settings = pipe.generate(
             prompts,
             options.negative_prompt,
             num_images=options.num_images,
@@ -112,9 +110,8 @@ def run_sample(options: argparse.Namespace) -> None:
     for report in reports:
         print(report, file=sys.stderr)
     used = used_loras(loras, reports)
-    settings = resolved(pipe, options)
-    print(used_line(settings, options, used, images.shape, seconds), file=sys.stderr)
-    save_finite(images, options, picture_texts(pipe, options, settings, prompts, images.shape, used), pipe.dtype)
+    print(used_line(settings, options, used, len(images), seconds), file=sys.stderr)
+    save_finite(images, options, image_texts(options, settings, prompts, used), pipe.dtype)
 
 
 def save_finite(images: np.ndarray, options: argparse.Namespace, texts: Sequence[str], dtype: Any) -> None:
@@ -124,49 +121,35 @@ def save_finite(images: np.ndarray, options: argparse.Namespace, texts: Sequence
         UserError: after that, where some are not finite.
     """
     broken = not_finite(images)
-    for index, path in enumerate(picture_paths(options.output, len(images))):
+    for index, path in enumerate(image_paths(options.output, len(images))):
         if index not in broken:
-            save_pictures(to_pil(images[index : index + 1]), path, [texts[index]])
+            save_images(to_pil(images[index : index + 1]), path, [texts[index]])
             print(path)
     if broken:
         kept = "" if len(broken) == len(images) else "; the others are saved"
         raise UserError(about_not_finite(broken, len(images), dtype) + kept)
 
 
-def resolved(pipe: Pipeline, options: argparse.Namespace) -> Preset:
-    """The settings that the options, the LoRAs and the model make."""
-    timesteps = _timesteps(options.timesteps)
-    return pipe.settings(
-        options.preset,
-        steps=len(timesteps) if timesteps is not None and options.steps is None else options.steps,
-        sampler=options.sampler,
-        eta=options.eta,
-        guidance=options.guidance,
-        spacing=options.spacing,
-        timesteps=None if timesteps is None else tuple(timesteps),
-    )
-
-
 def used_line(
-    settings: Preset,
+    settings: CallSettings,
     options: argparse.Namespace,
     loras: Sequence[UsedLora],
-    shape: tuple[int, ...],
+    count: int,
     seconds: float,
 ) -> str:
-    """One line of what images (B, H, W, 3) were sampled with."""
+    """One line on the settings that a number of images were sampled with."""
     parts = [
         f"model {name_of(options.model)}",
         "LoRA " + (" + ".join(f"{lora.name}@{lora.scale:g}" for lora in loras) or "none"),
-        str(settings.sampler),
+        settings.sampler,
         f"{settings.steps} step{'s' if settings.steps != 1 else ''}",
-        f"guidance {settings.guidance or 0:g}",
-        f"eta {settings.eta or 0:g}" if SOLVERS[str(settings.sampler)].has_eta else None,
+        f"guidance {settings.guidance:g}",
+        f"eta {settings.eta:g}" if SOLVERS[settings.sampler].has_eta else None,
         f"spacing {settings.spacing}" if settings.spacing else None,
         f"timesteps {','.join(map(str, settings.timesteps))}" if settings.timesteps else None,
-        f"seed {options.seed}",
-        f"{shape[2]}x{shape[1]}",
-        f"{shape[0]} image{'s' if shape[0] != 1 else ''} in {seconds:.1f} s",
+        f"seed {settings.seed}",
+        f"{settings.width}x{settings.height}",
+        f"{count} image{'s' if count != 1 else ''} in {seconds:.1f} s",
     ]
     return "sampled with " + ", ".join(part for part in parts if part)
 
@@ -191,52 +174,40 @@ def read_prompts(given: list[str] | None, file: Path | None, *, embedded: bool) 
 
 
 def used_loras(loras: Sequence[tuple[Path, float]], reports: Sequence[LoraReport]) -> list[UsedLora]:
-    """What the pictures' texts say of LoRAs: as they were asked for, and where they were found."""
+    """Names and scales of the LoRAs as they were asked for, and hashes of the files that were found."""
     return [
         UsedLora(name=name_of(file), scale=scale, hash=lora_hash(weights_file(Path(report.file))))
         for (file, scale), report in zip(loras, reports, strict=True)
     ]
 
 
-def picture_texts(
-    pipe: Pipeline,
-    options: argparse.Namespace,
-    settings: Preset,
-    prompts: Sequence[str],
-    shape: tuple[int, ...],
-    loras: Sequence[UsedLora],
+def image_texts(
+    options: argparse.Namespace, settings: CallSettings, prompts: Sequence[str], loras: Sequence[UsedLora]
 ) -> list[str]:
-    """What each of the images (B, H, W, 3) was sampled with, by the resolved settings; for `save_pictures`.
+    """Compose the text of each image of a call, for `save_images`.
 
-    ``Image: i.j`` is its place, picture j of prompt i, both from 0: with the seed, what its noise was drawn from.
+    ``Image: i.j`` says that it is image j of prompt i, both from 0: with the seed, what its noise was generated from.
     """
-    embeds_guidance = bool(pipe.components.unet_config.time_cond_proj_dim)
-    guided = (settings.guidance or 0.0) > 1.0 and not embeds_guidance
-    strength = share(options.strength, options.image, options.mask, default=0.3 if pipe.components.is_xl else 0.8)
-    scales = options.control_scale or [1.0]
-    scales = scales if len(scales) > 1 else scales * len(options.controlnet)
     more: dict[str, Any] = {
         "VAE": name_of(options.vae) if options.vae else None,
-        "Denoising strength": f"{strength:g}" if options.image else None,
+        "Denoising strength": f"{settings.strength:g}" if options.image else None,
         "Latents": options.latents,
-        "Long prompts": options.long_prompts if options.long_prompts != "cut" else None,
+        "Long prompts": settings.long_prompts if settings.long_prompts != "cut" else None,
     }
-    for place, (source, scale) in enumerate(zip(options.controlnet, scales, strict=False)):
-        mode = ", Control Mode: ControlNet is more important" if options.guess_mode else ""
-        more[f"ControlNet {place}"] = f"Model: {name_of(source)}, Weight: {scale:g}{mode}"
+    for number, (source, scale) in enumerate(zip(options.controlnet, settings.control_scales, strict=True)):
+        mode = ", Control Mode: ControlNet is more important" if settings.guess_mode else ""
+        more[f"ControlNet {number}"] = f"Model: {name_of(source)}, Weight: {scale:g}{mode}"
     return [
         parameters_text(
-            prompts[index // options.num_images],
+            prompt,
             settings,
-            seed=options.seed,
-            size=(shape[2], shape[1]),
             model=name_of(options.model),
-            negative=options.negative_prompt if guided else None,
-            scheduler_config=pipe.components.scheduler_config,
+            negative=options.negative_prompt,
             loras=loras,
-            more={**more, "Image": f"{index // options.num_images}.{index % options.num_images}"},
+            more={**more, "Image": f"{i}.{j}"},
         )
-        for index in range(shape[0])
+        for i, prompt in enumerate(prompts)
+        for j in range(settings.num_images)
     ]
 
 

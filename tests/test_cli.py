@@ -1,4 +1,4 @@
-"""The command line: pictures that appear, one line for what is wrong, and the exit status."""
+"""The command line: images that appear, one line for what is wrong, and the exit status."""
 
 from __future__ import annotations
 
@@ -30,23 +30,23 @@ def status(*arguments: str) -> int:
     return 0
 
 
-def test_several_pictures_with_their_prompts_inside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_images_with_their_prompts_inside(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("red apple, fluent flat style\n\nlion, blob style\n")
-    output = tmp_path / "out" / "picture.png"
+    output = tmp_path / "out" / "image.png"
     arguments = ["sample", "--prompts-file", str(prompts), "--num-images", "2", "--steps", "1", "--seed", "4"]
     assert status(*arguments, "--output", str(output)) == 0
     printed = capsys.readouterr()
-    paths = [tmp_path / "out" / f"picture-{i:03d}.png" for i in range(4)]
+    paths = [tmp_path / "out" / f"image-{i:03d}.png" for i in range(4)]
     assert printed.out.split() == [str(path) for path in paths]
     assert "kohya LoRA" in printed.err  # the shipped one-step student
-    pictures = [Image.open(path) for path in paths]
-    assert [picture.size for picture in pictures] == [(64, 64)] * 4
-    assert [picture.text["parameters"].split(" <lora:")[0] for picture in pictures] == [
+    images = [Image.open(path) for path in paths]
+    assert [image.size for image in images] == [(64, 64)] * 4
+    assert [image.text["parameters"].split(" <lora:")[0] for image in images] == [
         *["red apple, fluent flat style"] * 2,
         *["lion, blob style"] * 2,
     ]
-    assert np.abs(np.asarray(pictures[0], int) - np.asarray(pictures[1], int)).max() > 30
+    assert np.abs(np.asarray(images[0], int) - np.asarray(images[1], int)).max() > 30
     assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [path.name for path in paths]
 
 
@@ -108,7 +108,7 @@ def test_a_student_ships_for_each_step_count(steps: int) -> None:
         (["sample", "--lora", "nothing.safetensors"], "nothing.safetensors"),
         (["sample", "--timesteps", "999,x"], "--timesteps 999,x"),
         (["sample", "--latents", "nothing.npy"], "--latents nothing.npy"),
-        (["sample", "--output", "picture.txt"], "--output picture.txt"),
+        (["sample", "--output", "image.txt"], "--output image.txt"),
         (["sample", "--prompts-file", "nothing.txt"], "--prompts-file nothing.txt"),
         (["train", "--config", "nothing.yaml"], "nothing.yaml"),
         (["train", "sed=1"], "unknown key sed; did you mean seed?"),

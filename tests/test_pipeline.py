@@ -17,6 +17,7 @@ from hypersd_jax import adapters
 from hypersd_jax.errors import UserError
 from hypersd_jax.models import UNetConfig, unet
 from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.pipeline.plan import seed_noise
 from hypersd_jax.weights.diffusers.component import save_params
 from tests.helpers.compilations import Compilations
 from tests.helpers.tiny_model import UNET, tiny_model
@@ -78,7 +79,7 @@ def test_what_compiles_nothing(clean: Pipeline, compilations: Compilations) -> N
     assert np.abs(last - first).max() > 0
 
 
-def test_a_picture_depends_on_seed_prompt_and_place_alone(clean: Pipeline) -> None:
+def test_an_image_depends_on_seed_prompt_and_index_alone(clean: Pipeline) -> None:
     prompts = [PROMPT, "a cat face", "lion, blob style"]
     together = clean(prompts, num_images=2, seed=5, **CALL)
     in_rounds = clean(prompts, num_images=2, seed=5, batch_size=4, **CALL)
@@ -88,14 +89,14 @@ def test_a_picture_depends_on_seed_prompt_and_place_alone(clean: Pipeline) -> No
     assert np.abs(together[0] - together[1]).max() > 0.1
 
 
-def test_more_steps_extend_the_noise_and_none_is_drawn_in_vain(clean: Pipeline) -> None:
+def test_more_steps_extend_the_noise_and_none_is_generated_in_vain(clean: Pipeline) -> None:
     index = np.zeros(1, np.int64)
 
-    def drawn(steps: int, amount: float) -> tuple[np.ndarray, np.ndarray]:
+    def noise(steps: int, amount: float) -> tuple[np.ndarray, np.ndarray]:
         table = {"alpha": np.ones(steps), "c_noise": np.full(steps, amount)}
-        return clean._noise(3, index, index, (4, 4, 2), table)
+        return seed_noise(clean._programs, 3, index, index, (4, 4, 2), table)
 
-    (start, short), (same_start, long), (_, none) = drawn(2, 1.0), drawn(5, 1.0), drawn(2, 0.0)
+    (start, short), (same_start, long), (_, none) = noise(2, 1.0), noise(5, 1.0), noise(2, 0.0)
     np.testing.assert_array_equal(start, same_start)
     np.testing.assert_array_equal(short, long[:2])
     assert np.abs(long[3] - long[4]).max() > 1
@@ -103,7 +104,7 @@ def test_more_steps_extend_the_noise_and_none_is_drawn_in_vain(clean: Pipeline) 
     assert none.shape == short.shape
 
 
-def test_lora_scale_changes_the_picture_and_zero_does_not(clean: Pipeline) -> None:
+def test_lora_scale_changes_the_image_and_zero_does_not(clean: Pipeline) -> None:
     base = clean(PROMPT, **CALL)
     clean.add_lora("a", lora(clean, 4, 0), scale=0.0)
     np.testing.assert_allclose(clean(PROMPT, **CALL), base, atol=1e-5)
@@ -115,7 +116,7 @@ def test_lora_scale_changes_the_picture_and_zero_does_not(clean: Pipeline) -> No
     assert np.abs(whole - half).max() > 1e-2
 
 
-def test_fused_draws_as_unfused_and_comes_back_bit_for_bit(clean: Pipeline) -> None:
+def test_fused_samples_as_unfused_and_comes_back_bit_for_bit(clean: Pipeline) -> None:
     clean.add_lora("a", lora(clean, 4, 0))
     clean.add_lora("b", lora(clean, 3, 2), scale=-0.4)
     kept = {name: np.asarray(value) for name, value in clean._params["unet"].items()}
@@ -138,7 +139,7 @@ def test_header_settings_are_used_and_explicit_ones_win(clean: Pipeline) -> None
     plan = clean.settings(steps=4)
     assert (plan.steps, plan.sampler, plan.timesteps) == (4, "tcd", None)
     plan = clean.settings(sampler="lcm")
-    assert (plan.sampler, plan.eta, plan.timesteps) == ("lcm", None, None)
+    assert (plan.sampler, plan.eta, plan.timesteps) == ("lcm", 0.0, None)
     plan = clean.settings(preset="hyper-sd15-4steps")
     assert (plan.steps, plan.sampler, plan.guidance) == (4, "ddim", 0.0)
     clean.unload_lora()
@@ -223,15 +224,12 @@ def test_a_negative_prompt_without_guidance_warns(clean: Pipeline) -> None:
 def test_negatives_of_which_some_are_none(clean: Pipeline) -> None:
     """Where the model's unconditional is zeros, None stays zeros beside another's text."""
     xl_like = Pipeline(dataclasses.replace(clean.components, zero_unconditional=True), dtype=jnp.float32)
-    size = xl_like._latent_size(None, None)
-    cond = xl_like._condition([PROMPT] * 2, size)
-    mixed = xl_like._unconditional([None, "x"], size, cond).context
+    mixed = xl_like.encode_prompts([PROMPT] * 2, [None, "x"])[1].context
     np.testing.assert_array_equal(mixed[0], 0)
-    np.testing.assert_array_equal(mixed[1], xl_like._condition(["", "x"], size).context[1])
-    np.testing.assert_array_equal(xl_like._unconditional([None] * 2, size, cond).context, 0)
-    np.testing.assert_array_equal(
-        clean._unconditional([None, "x"], size, cond).context, clean._condition(["", "x"], size).context
-    )
+    empty = clean.encode_prompts(["", "x"]).context
+    np.testing.assert_array_equal(mixed[1], empty[1])
+    np.testing.assert_array_equal(xl_like.encode_prompts([PROMPT] * 2, [None])[1].context, 0)
+    np.testing.assert_array_equal(clean.encode_prompts([PROMPT] * 2, [None, "x"])[1].context, empty)
 
 
 class Recorder:
@@ -249,7 +247,7 @@ class Recorder:
 
 
 def test_embedded_guidance(tmp_path: Path) -> None:
-    """Guidance as the UNet's input: another picture by one call a step, of the same program."""
+    """Guidance as the UNet's input: another image by one call a step, of the same program."""
     config = {**UNET, "time_cond_proj_dim": 7, "sample_size": [8, 6]}
     network = unet(UNetConfig.from_dict(config))
     save_params(tiny_model(tmp_path) / "unet", network.init(0), config=config, component_kind="unet")

@@ -1,7 +1,8 @@
-"""The text inside pictures, read back by the web UI's rules."""
+"""The text inside images, read back by the web UI's rules."""
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 
@@ -12,22 +13,42 @@ from safetensors.numpy import save_file
 
 from hypersd_jax.diffusion import SOLVERS
 from hypersd_jax.errors import UserError
-from hypersd_jax.png_text import UsedLora, lora_hash, name_of, parameters_text, save_pictures, schedule_type
+from hypersd_jax.pipeline import CallSettings
+from hypersd_jax.pipeline.settings import fill_in
+from hypersd_jax.png_text import UsedLora, lora_hash, name_of, parameters_text, save_images, schedule_type
 from hypersd_jax.presets import Preset
 from tests.helpers.infotext import parse, text_of
 
-DDIM = Preset(sampler="ddim", steps=4, eta=0.0, guidance=0.0, spacing="trailing")
+DDIM = Preset(sampler="ddim", steps=4)
+GUIDED = Preset(sampler="ddim", steps=4, guidance=3.0)
 LORAS = (
     UsedLora(name="fast", scale=1.0, hash="0123456789ab"),
     UsedLora(name="style", scale=-0.25, hash="cdef01234567"),
 )
 
 
-def text(prompt: str = "a cat", settings: Preset = DDIM, **more) -> str:
-    return parameters_text(prompt, settings, **{"seed": 7, "size": (512, 768), "model": "sd15", **more})
+def settings(stated: Preset = DDIM, config: dict | None = None, **more) -> CallSettings:
+    """Those of a call with these settings, on a model with this scheduler configuration."""
+    call = {
+        "seed": 7,
+        "num_images": 1,
+        "height": 768,
+        "width": 512,
+        "strength": 1.0,
+        "control_scales": (),
+        "guess_mode": False,
+        "long_prompts": "cut",
+        "tiled": False,
+    }
+    filled = fill_in(stated, config or {}, embeds_guidance=False)
+    return CallSettings(**dataclasses.asdict(filled), **{**call, **more})
 
 
-def picture(size: tuple[int, int] = (8, 8)) -> Image.Image:
+def text(prompt: str = "a cat", stated: Preset = DDIM, seed: int = 7, **more) -> str:
+    return parameters_text(prompt, settings(stated, seed=seed), **{"model": "sd15", **more})
+
+
+def image(size: tuple[int, int] = (8, 8)) -> Image.Image:
     return Image.fromarray(np.random.default_rng(0).integers(0, 256, (*size, 3), np.uint8))
 
 
@@ -69,7 +90,7 @@ def test_any_value_comes_back(value: str):
     "prompt", ["a cat", "two\nlines", "Steps: 3, Sampler: x, Seed: 1", 'he said: "é, 漢"', "(a:1.2), b"]
 )
 def test_prompts_come_back(prompt: str):
-    found = parse(text(prompt, negative="ugly, Steps: 9\nbad: hands", loras=LORAS))
+    found = parse(text(prompt, GUIDED, negative="ugly, Steps: 9\nbad: hands", loras=LORAS))
     assert found.bare_prompt == prompt
     assert found.loras == [("fast", 1.0), ("style", -0.25)]
     assert found.negative == "ugly, Steps: 9\nbad: hands"
@@ -78,12 +99,12 @@ def test_prompts_come_back(prompt: str):
 
 def test_an_empty_prompt():
     assert parse(text("")).prompt == ""
-    found = parse(text("", negative="ugly"))
+    found = parse(text("", GUIDED, negative="ugly"))
     assert (found.prompt, found.negative) == ("", "ugly")
 
 
 def test_every_solver_has_a_name():
-    names = {name: parse(text(settings=Preset(sampler=name, steps=4))).values["Sampler"] for name in SOLVERS}
+    names = {name: parse(text(stated=Preset(sampler=name, steps=4))).values["Sampler"] for name in SOLVERS}
     assert names == {
         "ddim": "DDIM",
         "tcd": "TCD",
@@ -95,7 +116,7 @@ def test_every_solver_has_a_name():
 
 
 @pytest.mark.parametrize(
-    ("settings", "config", "name"),
+    ("stated", "config", "name"),
     [
         (Preset(sampler="ddim"), {"timestep_spacing": "leading"}, "SGM Uniform"),
         (Preset(sampler="ddim", spacing="leading"), {}, "DDIM"),
@@ -110,20 +131,20 @@ def test_every_solver_has_a_name():
         (Preset(sampler="ddim"), {"use_karras_sigmas": True}, "SGM Uniform"),
     ],
 )
-def test_schedule_type(settings: Preset, config: dict, name: str | None):
-    assert schedule_type(settings, config) == name
+def test_schedule_type(stated: Preset, config: dict, name: str | None):
+    assert schedule_type(settings(dataclasses.replace(stated, steps=2), config)) == name
 
 
 def test_numbers_as_they_are_used():
-    settings = Preset(sampler="tcd", steps=2, eta=0.3, guidance=7.5, timesteps=(999, 499))
-    values = parse(text(settings=settings, seed=-1)).values
+    stated = Preset(sampler="tcd", steps=2, eta=0.3, guidance=7.5, timesteps=(999, 499))
+    values = parse(text(stated=stated, seed=-1)).values
     assert values["Seed"] == str(2**32 - 1)
     assert values["CFG scale"] == "7.5"
     assert values["Eta"] == "0.3"
     assert values["Timesteps"] == "999, 499"
     assert "Schedule type" not in values
-    assert parse(text(settings=Preset(sampler="euler", steps=2, guidance=1.0))).values["CFG scale"] == "1"
-    assert "Eta" not in parse(text(settings=Preset(sampler="euler", steps=2))).values
+    assert parse(text(stated=Preset(sampler="euler", steps=2, guidance=1.0))).values["CFG scale"] == "1"
+    assert "Eta" not in parse(text(stated=Preset(sampler="euler", steps=2))).values
 
 
 def test_names():
@@ -145,33 +166,33 @@ def test_a_loras_hash_is_of_its_tensors_alone(tmp_path: Path):
 @pytest.mark.parametrize("suffix", [".png", ".jpg", ".jpeg", ".webp", ".PNG"])
 def test_the_text_is_in_the_file(tmp_path: Path, suffix: str):
     texts = [text("é漢 \U0001f34e"), text("plain")]
-    paths = save_pictures([picture()] * 2, tmp_path / "new" / f"out{suffix}", texts)
+    paths = save_images([image()] * 2, tmp_path / "new" / f"out{suffix}", texts)
     assert paths == [tmp_path / "new" / f"out-00{i}{suffix}" for i in range(2)]
     assert [text_of(path) for path in paths] == texts
     assert sorted((tmp_path / "new").iterdir()) == paths
     assert [Image.open(path).size for path in paths] == [(8, 8)] * 2
 
 
-def test_one_picture_without_a_text(tmp_path: Path):
-    assert save_pictures([picture()], tmp_path / "out.png") == [tmp_path / "out.png"]
-    with Image.open(tmp_path / "out.png") as image:
-        assert np.array_equal(np.asarray(image), np.asarray(picture()))
-        assert image.text == {}
+def test_one_image_without_a_text(tmp_path: Path):
+    assert save_images([image()], tmp_path / "out.png") == [tmp_path / "out.png"]
+    with Image.open(tmp_path / "out.png") as saved:
+        assert np.array_equal(np.asarray(saved), np.asarray(image()))
+        assert saved.text == {}
 
 
 def test_a_text_that_is_no_unicode(tmp_path: Path):
-    (path,) = save_pictures([picture()], tmp_path / "out.png", [text("a\udcffb")])
+    (path,) = save_images([image()], tmp_path / "out.png", [text("a\udcffb")])
     assert parse(text_of(path)).prompt == "a?b"
 
 
 def test_what_cannot_be_written_leaves_nothing(tmp_path: Path):
     for name, texts, words in (
         ("out.gif", None, "must end in"),
-        ("out.png", ["one", "two"], "2 texts for 1 pictures"),
+        ("out.png", ["one", "two"], "2 texts for 1 images"),
         ("out.jpg", ["long " * 20_000], "out.jpg: cannot be written"),
         ("file/out.png", ["x"], "cannot be written"),
     ):
         (tmp_path / "file").write_text("in the way")
         with pytest.raises(UserError, match=words):
-            save_pictures([picture()], tmp_path / name, texts)
+            save_images([image()], tmp_path / name, texts)
         assert [path.name for path in tmp_path.iterdir()] == ["file"]

@@ -158,7 +158,7 @@ def test_the_home_folder_in_python(model: Path, tmp_path: Path, monkeypatch: pyt
     hs.extract_lora("~/model", "~/tuned", "~/b.safetensors", rank=2)
     hs.convert_lora("~/b.safetensors", "~/c.safetensors", "peft", base="~/model")
     hs.merge_loras([("~/a.safetensors", 0.5), ("~/c.safetensors", 1)], "~/d.safetensors", base="~/model")
-    assert hs.save_pictures([Image.new("RGB", (8, 8))], "~/e.png") == [home / "e.png"]
+    assert hs.save_images([Image.new("RGB", (8, 8))], "~/e.png") == [home / "e.png"]
     written = ["a.safetensors", "b.safetensors", "c.safetensors", "d.safetensors", "e.png", "model"]
     assert sorted(path.name for path in home.iterdir()) == [*written, "model.safetensors", "tuned"]
     pipe = hs.Pipeline.from_pretrained("~/model")

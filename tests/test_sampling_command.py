@@ -1,4 +1,4 @@
-"""``hypersd sample``: its pictures say what they were drawn with, and can be drawn again from it."""
+"""``hypersd sample``: its images hold their settings, and can be sampled again from them."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ def loras(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return folder / "fast.safetensors", folder / "style.safetensors"
 
 
-def drawn(output: Path, *arguments: str) -> list[Infotext]:
-    """The texts of the pictures that a command makes."""
+def sampled(output: Path, *arguments: str) -> list[Infotext]:
+    """The texts of the images that a command makes."""
     main(["sample", *arguments, "--output", str(output)])
     return [parse(text_of(path)) for path in sorted(output.parent.glob(f"{output.stem}*"))]
 
 
-def drawn_again(pipe: Pipeline, text: Infotext, **more) -> np.ndarray:
-    """The last picture of a call with nothing but what the text says."""
+def sampled_again(pipe: Pipeline, text: Infotext, **more) -> np.ndarray:
+    """The last image of a call with nothing but what the text says."""
     values = text.values
     i, j = map(int, values["Image"].split("."))
     names = {solver.webui_name: name for name, solver in SOLVERS.items()}
@@ -71,11 +71,11 @@ def drawn_again(pipe: Pipeline, text: Infotext, **more) -> np.ndarray:
     return np.asarray(images[-1])
 
 
-def test_a_picture_is_drawn_again_from_its_text(tmp_path: Path, model: Path, loras: tuple[Path, Path]) -> None:
+def test_an_image_is_sampled_again_from_its_text(tmp_path: Path, model: Path, loras: tuple[Path, Path]) -> None:
     fast, style = loras
     output = tmp_path / "out.png"
     prompts = [f"--prompt={prompt}" for prompt in PROMPTS]
-    texts = drawn(
+    texts = sampled(
         output,
         "--model",
         str(model),
@@ -100,44 +100,46 @@ def test_a_picture_is_drawn_again_from_its_text(tmp_path: Path, model: Path, lor
     pipe = Pipeline.from_pretrained(model)
     for name, scale in texts[3].loras:
         pipe.load_lora(style.with_name(f"{name}.safetensors"), scale)
-    pictures = [np.asarray(Image.open(path)) for path in sorted(tmp_path.iterdir())]
-    again = drawn_again(pipe, texts[3])
+    images = [np.asarray(Image.open(path)) for path in sorted(tmp_path.iterdir())]
+    again = sampled_again(pipe, texts[3])
     # Another batch size may round a last bit otherwise.
-    assert np.abs(again.astype(int) - pictures[3]).max() <= 1
-    assert np.abs(again.astype(int) - pictures[2]).max() > 20
+    assert np.abs(again.astype(int) - images[3]).max() <= 1
+    assert np.abs(again.astype(int) - images[2]).max() > 20
 
 
 @pytest.mark.filterwarnings("default:negative_prompt is ignored")
 def test_guidance_presets_and_spacing(tmp_path: Path, model: Path) -> None:
     arguments = ["--model", str(model), "--prompt=a cat", "--negative-prompt=ugly: yes, very"]
-    (text,) = drawn(tmp_path / "guided.webp", *arguments, "--guidance=3.5", "--steps=2", "--sampler=euler", "--seed=1")
+    (text,) = sampled(
+        tmp_path / "guided.webp", *arguments, "--guidance=3.5", "--steps=2", "--sampler=euler", "--seed=1"
+    )
     assert text.negative == "ugly: yes, very"
     assert [text.values[key] for key in ("CFG scale", "Sampler", "Schedule type")] == ["3.5", "Euler", "Uniform"]
     assert "Lora hashes" not in text.values
     assert text.prompt == "a cat"
 
-    (text,) = drawn(tmp_path / "preset.jpg", *arguments, "--preset=sdxl-lightning-2steps")
-    assert text.negative == ""  # it had no part in the picture
+    (text,) = sampled(tmp_path / "preset.jpg", *arguments, "--preset=sdxl-lightning-2steps")
+    assert text.negative == ""  # it had no part in the image
     shown = [text.values[key] for key in ("Steps", "CFG scale", "Sampler", "Schedule type")]
     assert shown == ["2", "1", "Euler", "SGM Uniform"]
 
-    (text,) = drawn(tmp_path / "own.png", *arguments[:3], "--preset=sdxl-lightning-4steps", "--timesteps=900,400")
+    (text,) = sampled(tmp_path / "own.png", *arguments[:3], "--preset=sdxl-lightning-4steps", "--timesteps=900,400")
     assert (text.values["Steps"], text.values["Timesteps"]) == ("2", "900, 400")
     assert "Schedule type" not in text.values
 
 
-def test_a_start_picture_and_a_mask(tmp_path: Path, model: Path) -> None:
+def test_a_start_image_and_a_mask(tmp_path: Path, model: Path) -> None:
     rng = np.random.default_rng(0)
     start, mask = tmp_path / "start.png", tmp_path / "mask.png"
     Image.fromarray(rng.integers(0, 256, (16, 16, 3), np.uint8)).save(start)
     Image.fromarray(np.eye(16, dtype=np.uint8) * 255).save(mask)
     arguments = ["--model", str(model), "--prompt=a cat", "--steps=5", "--guidance=0", "--image", str(start)]
-    (text,) = drawn(tmp_path / "img.png", *arguments)
+    (text,) = sampled(tmp_path / "img.png", *arguments)
     assert text.values["Denoising strength"] == "0.8"
     assert text.values["Steps"] == "5"
-    again = drawn_again(Pipeline.from_pretrained(model), text, image=start, strength=0.8)
+    again = sampled_again(Pipeline.from_pretrained(model), text, image=start, strength=0.8)
     assert np.abs(again.astype(int) - np.asarray(Image.open(tmp_path / "img.png"))).max() <= 1
-    (text,) = drawn(tmp_path / "painted.png", *arguments, "--mask", str(mask))
+    (text,) = sampled(tmp_path / "painted.png", *arguments, "--mask", str(mask))
     assert text.values["Denoising strength"] == "1"
 
 
@@ -145,7 +147,7 @@ def test_other_parts_are_named(tmp_path: Path, model: Path) -> None:
     latents = tmp_path / "start.npy"
     np.save(latents, np.zeros((1, 8, 8, 4), np.float32))
     arguments = ["--model", str(model), "--prompt=a cat", "--steps=1", "--guidance=0", "--long-prompts=chunk"]
-    (text,) = drawn(tmp_path / "out.png", *arguments, "--vae", str(model / "vae"), "--latents", str(latents))
+    (text,) = sampled(tmp_path / "out.png", *arguments, "--vae", str(model / "vae"), "--latents", str(latents))
     shown = [text.values[key] for key in ("VAE", "Latents", "Long prompts")]
     assert shown == ["vae", str(latents), "chunk"]
     assert "Denoising strength" not in text.values
@@ -159,7 +161,7 @@ def test_a_style_after_a_fast_lora_leaves_its_settings(
     header = {"steps": "1500 / 3000", "sampler": "prodigy", "guidance": "none", "timesteps": "uniform", "eta": "auto"}
     save_file(load_file(style), foreign, {"format": "pt", "ss_network_dim": "4", **header})
     given = ["--lora", str(fast), "--lora", f"{style}@0.25", "--lora", f"{foreign}@0.25"]
-    (text,) = drawn(tmp_path / "out.png", "--model", str(model), "--prompt=a cat", *given)
+    (text,) = sampled(tmp_path / "out.png", "--model", str(model), "--prompt=a cat", *given)
     assert [text.values[key] for key in ("Steps", "Sampler", "Eta", "CFG scale")] == ["2", "TCD", "0.4", "1"]
     printed = capsys.readouterr()
     assert printed.out == f"{tmp_path / 'out.png'}\n"
@@ -167,7 +169,7 @@ def test_a_style_after_a_fast_lora_leaves_its_settings(
     assert f"{used}seed 0, 16x16, 1 image in " in printed.err
     # A call that gives its settings is not stopped by another program's header.
     call = ["--steps=1", "--guidance=0", "--sampler=lcm", "--lora", str(foreign)]
-    (text,) = drawn(tmp_path / "own.png", "--model", str(model), "--prompt=a cat", *call)
+    (text,) = sampled(tmp_path / "own.png", "--model", str(model), "--prompt=a cat", *call)
     assert [text.values[key] for key in ("Steps", "Sampler")] == ["1", "LCM"]
 
 

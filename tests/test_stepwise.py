@@ -1,4 +1,4 @@
-"""A call with a callback runs single steps from the host, one without a scan: the same pictures."""
+"""A call with a callback runs single steps from the host, one without a scan: the same images."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ STEPWISE: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", STEPWISE)
-def test_a_callback_changes_no_picture(pipe: Pipeline, folder: Path, name: str) -> None:
+def test_a_callback_changes_no_image(pipe: Pipeline, folder: Path, name: str) -> None:
     """With one the steps are single programs, without one a scan: the same to the bit on a CPU."""
     call = {"steps": 3, "guidance": 0.0, "output": "np", **STEPWISE[name]}
     if "control_image" in call:

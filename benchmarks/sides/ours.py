@@ -30,7 +30,7 @@ def load() -> Mapping[str, Callable[[], object]]:
         pipe(PROMPT, steps=1, guidance=0.0, height=pixels, width=pixels, latents=latents, output="np")
 
     def text() -> None:
-        jax.block_until_ready(pipe._condition([PROMPT], (side, side)))
+        jax.block_until_ready(pipe.encode_prompts(PROMPT, height=pixels, width=pixels))
 
     call = jax.jit(
         lambda params, x, t, cond: pipe.components.unet(params, x, t, cond.context, **cond.unet_kwargs()),
@@ -38,11 +38,11 @@ def load() -> Mapping[str, Callable[[], object]]:
     )
 
     def unet() -> None:
-        cond = pipe._condition([PROMPT], (side, side))
+        cond = pipe.encode_prompts(PROMPT, height=pixels, width=pixels)
         call(pipe._params["unet"], latents, jnp.full((1,), 999), cond).block_until_ready()
 
     def decode() -> None:
-        np.asarray(pipe._decode(pipe._params["vae"], latents, tiled=False))
+        pipe.decode(latents)
 
     return {"picture": picture, "text": text, "text+unet": unet, "decode": decode}
 

@@ -11,9 +11,7 @@ from hypersd_jax.adapters.differences import Differences as Differences
 from hypersd_jax.adapters.differences import altered as altered
 from hypersd_jax.adapters.differences import difference_delta as difference_delta
 from hypersd_jax.adapters.fusing import delta as delta
-from hypersd_jax.adapters.fusing import fuse as fuse
 from hypersd_jax.adapters.fusing import merge as merge
-from hypersd_jax.adapters.fusing import unfuse as unfuse
 from hypersd_jax.adapters.lora import BUCKETS as BUCKETS
 from hypersd_jax.adapters.lora import TARGETS_14 as TARGETS_14
 from hypersd_jax.adapters.lora import Adapter as Adapter

@@ -84,7 +84,7 @@ def _save(
 def _gradients(
     strides: tuple[int, int], pads: Pads, precision: lax.Precision | None, saved: Any, g: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Of the input: g, spread by the strides, with the turned kernel; of the kernel: the input with g as its kernel."""
+    """Gradients: of the input, g spread by the strides with the turned kernel; of the kernel, the input with g."""
     x, kernel = saved
     of_input, of_kernel = [], []
     for axis in (0, 1):

@@ -61,7 +61,7 @@ def altered(params: Mapping[str, jax.Array], stack: Sequence[tuple[Differences, 
 
 
 def difference_delta(entry: Entry) -> jax.Array:
-    """What an entry adds to its weight before any magnitude is applied: float32, in the weight's layout."""
+    """Compute what an entry adds to its weight before any magnitude is applied: float32, in the weight's layout."""
     values = {name: jnp.asarray(value, jnp.float32) for name, value in entry.items()}
     if "full" in values:
         delta = values["full"]
@@ -100,7 +100,7 @@ def _product(down: jax.Array, up: jax.Array) -> jax.Array:
 
 
 def _kronecker(left: jax.Array, right: jax.Array) -> jax.Array:
-    """(in1, out1) and (..., in2, out2) -> (..., in1 in2, out1 out2)."""
+    """Kronecker product of (in1, out1) and (..., in2, out2): (..., in1 in2, out1 out2)."""
     blocks = jnp.einsum("ab,...cd->...acbd", left, right, precision=lax.Precision.HIGHEST)
     *window, in_1, in_2, out_1, out_2 = blocks.shape
     return blocks.reshape(*window, in_1 * in_2, out_1 * out_2)

@@ -1,4 +1,4 @@
-"""An adapter written into the weights themselves, and taken out again bit for bit."""
+"""An adapter written into the weights themselves."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ Params = dict[str, jax.Array]
 
 
 def delta(entry: Mapping[str, Array]) -> jax.Array:
-    """What one adapted module adds to its kernel: down (..., in, r), up (r, out) -> (..., in, out), float32."""
+    """Compute what an adapted module adds to its kernel: down (..., in, r), up (r, out) -> (..., in, out), float32."""
     down = entry["down"].astype(jnp.float32)
     up = entry["up"].astype(jnp.float32) * entry["scale"].astype(jnp.float32)[:, None]
     return lax.dot_general(down, up, (((down.ndim - 1,), (0,)), ((), ())), precision=lax.Precision.HIGHEST)
 
 
 def merge(params: Mapping[str, jax.Array], adapter: Adapter, scale: float | jax.Array = 1.0) -> Params:
-    """Weights with the adapter inside: W + scale * delta, added in float32 and rounded once to W's dtype.
+    """Write an adapter into weights: W + scale * delta, added in float32 and rounded once to W's dtype.
 
     Raises:
         KeyError: the adapter names a module that `params` does not hold.
@@ -39,13 +39,3 @@ def merge(params: Mapping[str, jax.Array], adapter: Adapter, scale: float | jax.
 @jax.jit
 def _merged_kernel(kernel: jax.Array, entry: Mapping[str, Array], factor: jax.Array) -> jax.Array:
     return (kernel.astype(jnp.float32) + factor * delta(entry)).astype(kernel.dtype)
-
-
-def fuse(params: Mapping[str, jax.Array], adapter: Adapter) -> tuple[Params, Params]:
-    """(weights with the adapter inside, the kernels they replaced, for `unfuse`)."""
-    return merge(params, adapter), {path + ".kernel": params[path + ".kernel"] for path in adapter}
-
-
-def unfuse(params: Mapping[str, jax.Array], backup: Mapping[str, jax.Array]) -> Params:
-    """The weights as they were before `fuse`, bit for bit: the kept kernels are put back, nothing is subtracted."""
-    return {**params, **backup}

@@ -9,7 +9,7 @@ arXiv 2106.09685, W' = W + (alpha / r) B A, with A = down and B = up):
 ``scale`` holds alpha / r times the user's scale for each rank component. Being a vector, it lets several LoRAs with
 their own scales be one adapter of the summed rank, exactly (`concatenate`), and lets zeros pad a rank (`pad`).
 Leaves are JAX or NumPy arrays. `scaled`, `concatenate` and `pad` keep NumPy leaves on the host, where an adapter read
-from a file is combined without compiling anything and then placed once.
+from a file is combined without compiling anything and then put on the devices once.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def init(
 ) -> Adapter:
     """A fresh adapter whose delta is zero: `down` uniform in +-1/sqrt(fan_in) as in PEFT and kohya, `up` zero.
 
-    A module's draw depends on `key` and its path only, so adding a target leaves the others as they were.
+    A module's values depend on `key` and its path only, so adding a target leaves the others as they were.
 
     Args:
         key: a JAX random key.
@@ -93,7 +93,7 @@ def init(
         raise UserError(f"LoRA rank {rank}: it must be at least 1")
     scale = 1.0 if alpha is None else alpha / rank
     kernels = {path: tuple(shapes[path + ".kernel"].shape) for path in paths}
-    downs = _draw(key, tuple((path, (*kernel[:-1], rank)) for path, kernel in kernels.items()))
+    downs = _uniform(key, tuple((path, (*kernel[:-1], rank)) for path, kernel in kernels.items()))
     return {
         path: {
             "down": downs[path],
@@ -105,22 +105,22 @@ def init(
 
 
 @functools.partial(jax.jit, static_argnums=1)
-def _draw(key: jax.Array, downs: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, jax.Array]:
-    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for each (path, shape of down), one draw for all modules of one shape.
+def _uniform(key: jax.Array, downs: tuple[tuple[str, tuple[int, ...]], ...]) -> dict[str, jax.Array]:
+    """U(-1/sqrt(fan_in), 1/sqrt(fan_in)) for each (path, shape of down), all modules of one shape at once.
 
     SDXL at one rank has 788 modules in 17 shapes; a generator for each module takes ten times as long to compile.
     """
     groups: dict[tuple[int, ...], list[str]] = {}
     for path, shape in downs:
         groups.setdefault(shape, []).append(path)
-    drawn: dict[str, jax.Array] = {}
+    found: dict[str, jax.Array] = {}
     for shape, paths in groups.items():
         bound = 1.0 / math.sqrt(math.prod(shape[:-1]))
         hashes = np.array([zlib.crc32(path.encode()) for path in paths], np.uint32)
         keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, hashes)
-        draw = functools.partial(jax.random.uniform, shape=shape, dtype=jnp.float32, minval=-bound, maxval=bound)
-        drawn |= dict(zip(paths, jax.vmap(draw)(keys), strict=True))
-    return drawn
+        generate = functools.partial(jax.random.uniform, shape=shape, dtype=jnp.float32, minval=-bound, maxval=bound)
+        found |= dict(zip(paths, jax.vmap(generate)(keys), strict=True))
+    return found
 
 
 def scaled(adapter: Adapter, scale: float | jax.Array) -> Adapter:
@@ -130,7 +130,7 @@ def scaled(adapter: Adapter, scale: float | jax.Array) -> Adapter:
 
 
 def concatenate(adapters: Sequence[Adapter]) -> Adapter:
-    """One adapter whose delta is the sum of the deltas of all: ranks are laid side by side, modules united."""
+    """Join adapters to one whose delta is the sum of theirs: ranks are laid side by side, modules united."""
     entries: dict[str, list[dict[str, Array]]] = {}
     for adapter in adapters:
         for path, entry in adapter.items():
@@ -179,7 +179,7 @@ def pad(adapter: Adapter, buckets: Sequence[int] = BUCKETS) -> Adapter:
 
 
 def split(adapter: Adapter) -> tuple[dict[str, dict[str, Array]], dict[str, Array]]:
-    """(factors ``{path: {"down", "up"}}``, scales ``{path: (r,)}``): the trainable part and the constant one."""
+    """Split an adapter into its trainable factors ``{path: {"down", "up"}}`` and its scales ``{path: (r,)}``."""
     factors = {path: {"down": entry["down"], "up": entry["up"]} for path, entry in adapter.items()}
     return factors, {path: entry["scale"] for path, entry in adapter.items()}
 

@@ -24,7 +24,7 @@ def low_rank(delta: np.ndarray, rank: int) -> Truncated:
 
     The space of the `rank` largest singular values comes from the eigenvectors of the smaller Gram matrix in float64,
     which for SDXL's (1280, 10240) takes a twentieth of a full SVD's time; the entry is the exact projection onto it.
-    Singular values below 1e-8 of the largest are not told from rounding.
+    Singular values below 1e-8 of the largest cannot be told from rounding.
 
     Args:
         delta: (in, out), or (kh, kw, in, out), which is taken as (kh kw in, out) as in LoCon.

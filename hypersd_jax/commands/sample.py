@@ -17,7 +17,7 @@ examples:
   python sample.py --steps 4 --prompt "red apple, fluent flat style" --output apple.png
   python sample.py --model PATH/TO/stable-diffusion-v1-5 --lora style.safetensors@0.7 --prompt "a lighthouse at dusk"
 
-What no option says comes from the preset, else the LoRA's header or name, else the model's many-step default.
+Settings that no option gives come from the preset, else the LoRA's header or name, else the model's many-step default.
 
 """
 

@@ -1,4 +1,4 @@
-"""Prompts longer than a text encoder reads at once: several windows of it, or what is cut off and how that is said.
+"""Prompts longer than a text encoder reads at once: several windows of it, or what is cut off, and the warning of it.
 
 CLIP has room for S = 77 tokens, two of which mark begin and end. A longer prompt is cut into pieces of S - 2 tokens,
 each of which is marked and padded like a prompt of its own, so no piece sees what stands in another.
@@ -32,7 +32,7 @@ class Cut(NamedTuple):
 
 
 OnCut = Callable[[Sequence[Cut]], None]
-"""What is done about the cut prompts of a call, each of which is there once."""
+"""A function that handles the cut prompts of a call, each of which is there once."""
 
 
 def bare_tokens(tokenizer: Any, prompt: str) -> list[int]:
@@ -42,7 +42,7 @@ def bare_tokens(tokenizer: Any, prompt: str) -> list[int]:
 
 
 def window_count(tokenizer: Any, prompts: Sequence[str], length: int) -> int:
-    """How many windows of `length` tokens the longest of the prompts fills, at least 1."""
+    """Count the windows of `length` tokens that the longest of the prompts fills, at least 1."""
     return max((math.ceil(len(bare_tokens(tokenizer, p)) / (length - 2)) for p in prompts), default=1) or 1
 
 
@@ -50,9 +50,9 @@ def in_windows(tokenizer: Any, prompts: Sequence[str], length: int, windows: int
     """Token ids (B, windows, length) int32; what does not fit is left out, and what is left over are empty windows."""
     ids = np.full((len(prompts), windows, length), tokenizer.pad_token_id, np.int32)
     ids[:, :, 0] = tokenizer.bos_token_id
-    for row, prompt in zip(ids, prompts, strict=True):
+    for windows_of, prompt in zip(ids, prompts, strict=True):
         tokens = bare_tokens(tokenizer, prompt)
-        for i, window in enumerate(row):
+        for i, window in enumerate(windows_of):
             piece = tokens[i * (length - 2) : (i + 1) * (length - 2)]
             window[1 : len(piece) + 1] = piece
             window[len(piece) + 1] = tokenizer.eos_token_id
@@ -60,7 +60,7 @@ def in_windows(tokenizer: Any, prompts: Sequence[str], length: int, windows: int
 
 
 def find_cut(tokenizer: Any, prompt: str, room: int) -> Cut | None:
-    """What is left out of a prompt of which `room` tokens are read; None where that is all of it.
+    """Find what is left out of a prompt of which `room` tokens are read; None where that is all of it.
 
     Of a character whose tokens are read in part, the whole character counts as left out.
     """
@@ -70,43 +70,43 @@ def find_cut(tokenizer: Any, prompt: str, room: int) -> Cut | None:
     return Cut(prompt, prompt[tokens["offset_mapping"][room][0] :], room)
 
 
-def warn_of_cuts(cuts: Sequence[Cut], what: str = "prompt") -> None:
-    """Warn of cut prompts, in one line however many there are."""
+def warn_of_cuts(cuts: Sequence[Cut], what: str = "prompt", stacklevel: int = 3) -> None:
+    """Warn of cut prompts, in one line however many there are; ``stacklevel`` is that of `warnings.warn`."""
     for cut in cuts[:1]:
         if len(cuts) == 1:
             text = f"the {what} is longer than {cut.room} tokens; ignored: {shown(cut.ignored)}"
         else:
             text = f"{len(cuts)} {what}s are longer than {cut.room} tokens; ignored, {example(cut)}"
-        warnings.warn(text, LongPromptWarning, stacklevel=3)
+        warnings.warn(text, LongPromptWarning, stacklevel=stacklevel)
 
 
 def example(cut: Cut) -> str:
-    """A cut prompt as an example: what of it is not read."""
+    """Show a cut prompt as an example: its beginning, and what is not read."""
     return f"for example of {shown(cut.prompt[:40])}: {shown(cut.ignored)}"
 
 
 @contextmanager
 def already_warned() -> Iterator[None]:
-    """Silence `LongPromptWarning`, where all prompts of a run have been looked at before."""
+    """Silence `LongPromptWarning`, where all prompts of a run have been checked before."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", LongPromptWarning)
         yield
 
 
 class CutCounter:
-    """Counts the captions of a run that are cut, each once; takes part as `OnCut`, in any thread."""
+    """A count of the captions of a run that are cut, each once; an `OnCut` for any thread."""
 
     def __init__(self) -> None:
         self._seen: set[int] = set()
         self._first: Cut | None = None
 
     def __call__(self, cuts: Sequence[Cut]) -> None:
-        """Count those that are new."""
+        """Count the cut prompts that are new."""
         self._seen.update(hash(cut.prompt) for cut in cuts)
         self._first = self._first or next(iter(cuts), None)
 
     def report(self) -> str | None:
-        """One line on what was cut; None where nothing was."""
+        """Summarise what was cut in one line; None where nothing was."""
         if self._first is None:
             return None
         count, room = len(self._seen), self._first.room

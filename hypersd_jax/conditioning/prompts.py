@@ -1,7 +1,7 @@
-"""From prompts to what the UNet is conditioned on: token ids, then text embeddings.
+"""From prompts to the conditioning of the UNet: token ids, then text embeddings.
 
 SD 1.x and 2.x use one text encoder's last hidden state. SDXL joins the penultimate hidden states of two encoders and
-adds the second one's pooled projection and six numbers about the picture's size ("micro-conditioning",
+adds the second one's pooled projection and six numbers about the image's size ("micro-conditioning",
 arXiv 2307.01952, section 2.2).
 """
 
@@ -34,7 +34,7 @@ _TOKENIZING = threading.Lock()
 
 
 class Conditioning(NamedTuple):
-    """What the UNet reads beside latents: ``context`` (B, S, D); SDXL also ``pooled`` (B, P), ``time_ids`` (B, 6)."""
+    """Conditioning of the UNet: ``context`` (B, S, D); SDXL also ``pooled`` (B, P), ``time_ids`` (B, 6)."""
 
     context: jax.Array
     pooled: jax.Array | None = None
@@ -48,7 +48,7 @@ class Conditioning(NamedTuple):
 
 
 def size_ids(height: int, width: int, batch: int) -> np.ndarray:
-    """SDXL's time ids of uncropped pictures, (B, 6): original (h, w), crop (top, left), target (h, w) in pixels."""
+    """SDXL's time ids of uncropped images, (B, 6): original (h, w), crop (top, left), target (h, w) in pixels."""
     return np.tile(np.asarray([height, width, 0, 0, height, width], np.float32), (batch, 1))
 
 
@@ -94,20 +94,20 @@ class PromptEncoder:
     caption_cuts: CutCounter = dataclasses.field(default_factory=CutCounter, compare=False)
 
     def windows(self, prompts: Sequence[str]) -> int:
-        """How many windows of S tokens the longest prompt fills; negative prompts that go with them need as many."""
+        """Count the windows of S tokens that the longest prompt fills; its negative prompts need as many."""
         pairs = zip(self.tokenizers, self.lengths, strict=True)
         return max(window_count(tokenizer, prompts, length) for tokenizer, length in pairs)
 
     def tokenize(
         self, prompts: Sequence[str], *, windows: int | None = None, on_cut: OnCut = warn_of_cuts
     ) -> tuple[np.ndarray, ...]:
-        """Token ids for each encoder, int32; text that does not fit is cut.
+        """Tokenize prompts for each encoder, int32; text that does not fit is cut.
 
         Args:
             prompts: B texts.
             windows: None: ids (B, S), what one reading of the encoder holds. n: ids (B, n, S), read apart by `encode`
                 and joined, as A1111 and ComfyUI read long prompts; shorter prompts end in empty windows.
-            on_cut: told of the prompts that are cut, if any are; by default it warns.
+            on_cut: called with the prompts that are cut, if any are; by default it warns.
         """
         ids: list[np.ndarray] = []
         cuts: dict[str, Cut] = {}
@@ -116,7 +116,7 @@ class PromptEncoder:
                 if windows is None:
                     found = tokenizer(list(prompts), padding="max_length", max_length=length, truncation=True)
                     ids.append(np.asarray(found["input_ids"], np.int32))
-                    # Nothing is cut where padding follows; a full row is either cut or just fits.
+                    # Nothing is cut where padding follows; a full sequence is either cut or just fits.
                     masks = zip(prompts, found["attention_mask"], strict=True)
                     long = [prompt for prompt, mask in masks if all(mask)]
                 else:
@@ -132,11 +132,11 @@ class PromptEncoder:
         return tuple(ids)
 
     def tokenize_captions(self, captions: Sequence[str]) -> tuple[np.ndarray, ...]:
-        """As `tokenize`, for the captions of a dataset: those that are cut are counted, not warned of one by one."""
+        """Tokenize the captions of a dataset; those that are cut are counted, not warned of one by one."""
         return self.tokenize(captions, on_cut=self.caption_cuts)
 
     def cuts(self, prompts: Sequence[str]) -> list[Cut]:
-        """What `tokenize` would cut off these prompts, each once."""
+        """Find what `tokenize` would cut off these prompts, each once."""
         found: list[Cut] = []
         if prompts:
             self.tokenize(list(dict.fromkeys(prompts)), on_cut=found.extend)
@@ -150,7 +150,7 @@ class PromptEncoder:
         adapters: Mapping[str, Any] | None = None,
         dtype: Any = None,
     ) -> Conditioning:
-        """Text embeddings of token ids, a pure function to be traced; ``adapters`` are LoRAs by encoder name.
+        """Compute text embeddings of token ids; pure, to be traced; ``adapters`` are LoRAs by encoder name.
 
         Of ids in n windows the contexts are joined, (B, n * S, D), and the pooled vector is that of the first window.
         """

@@ -5,8 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hypersd_jax.diffusion.grids import SPACINGS as SPACINGS
-from hypersd_jax.diffusion.parts import last_part as last_part
-from hypersd_jax.diffusion.parts import noise_range as noise_range
+from hypersd_jax.diffusion.last_steps import last_steps as last_steps
 from hypersd_jax.diffusion.record import Request as Request
 from hypersd_jax.diffusion.record import Solver as Solver
 from hypersd_jax.diffusion.registry import SOLVERS as SOLVERS
@@ -19,8 +18,8 @@ from hypersd_jax.lazy import lazily
 
 if TYPE_CHECKING:
     from hypersd_jax.diffusion.guidance import guided as guided
+    from hypersd_jax.diffusion.prediction import add_noise as add_noise
     from hypersd_jax.diffusion.prediction import from_x0_eps as from_x0_eps
-    from hypersd_jax.diffusion.prediction import move as move
     from hypersd_jax.diffusion.prediction import to_x0_eps as to_x0_eps
     from hypersd_jax.diffusion.sampling import Known as Known
     from hypersd_jax.diffusion.sampling import State as State
@@ -33,7 +32,7 @@ __getattr__ = lazily(
     __name__,
     {
         "guided": "guidance",
-        **dict.fromkeys(("from_x0_eps", "move", "to_x0_eps"), "prediction"),
+        **dict.fromkeys(("add_noise", "from_x0_eps", "to_x0_eps"), "prediction"),
         **dict.fromkeys(("Known", "State", "advance", "begin", "sample"), "sampling"),
     },
 )

@@ -1,4 +1,4 @@
-"""Which integer timesteps a sampler visits: spaced over the schedule, picked from the distillation grid, or listed."""
+"""Integer timesteps of a sampler: spaced over the schedule, picked from the distillation grid, or listed."""
 
 from __future__ import annotations
 
@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     from hypersd_jax.diffusion.schedule import Schedule
 
 SPACINGS = ("trailing", "leading", "linspace")
+# Points of the grid that LCM, TCD and their successors are distilled on, where nothing says otherwise.
+ORIGINAL_STEPS = 50
 
 
 def spaced(steps: int | None, spacing: str, schedule: Schedule) -> np.ndarray:
@@ -36,7 +38,7 @@ def spaced(steps: int | None, spacing: str, schedule: Schedule) -> np.ndarray:
 
 def from_origin(steps: int | None, config: Mapping[str, Any], total: int) -> np.ndarray:
     """n points, evenly spaced in index, of the distillation grid k-1, 2k-1, ..., with k = T // origin; int64 (n,)."""
-    origin = config.get("original_inference_steps") or 50
+    origin = config.get("original_inference_steps") or ORIGINAL_STEPS
     if not isinstance(origin, int) or not 1 <= origin <= total:
         raise UserError(f"scheduler_config: original_inference_steps must be in 1..{total}, not {shown(origin)}")
     n = checked_steps(steps, origin, "original_inference_steps")
@@ -61,9 +63,14 @@ def listed(timesteps: Sequence[int], steps: int | None, total: int) -> np.ndarra
 
 def checked_steps(steps: int | None, most: int, limit: str) -> int:
     """`steps` as an int in 1..most; else a `UserError` that says what sets the limit."""
-    if steps is None or isinstance(steps, bool) or not hasattr(steps, "__index__"):
-        raise UserError(f"steps must be an integer, not {shown(steps)}")
-    n = operator.index(steps)
+    n = whole_steps(steps)
     if not 1 <= n <= most:
         raise UserError(f"steps must be in 1..{most} ({limit}), not {n}")
     return n
+
+
+def whole_steps(steps: int | None) -> int:
+    """`steps` as an int; else a `UserError`."""
+    if steps is None or isinstance(steps, bool) or not hasattr(steps, "__index__"):
+        raise UserError(f"steps must be an integer, not {shown(steps)}")
+    return operator.index(steps)

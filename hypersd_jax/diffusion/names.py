@@ -1,4 +1,4 @@
-"""Names that a caller or a file may say, and the refusal of any other."""
+"""Names that a caller or a file may give, and the refusal of any other."""
 
 from __future__ import annotations
 

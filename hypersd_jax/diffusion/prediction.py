@@ -1,4 +1,4 @@
-"""What a network output means: conversions between epsilon, v and x_0, and the move along the trajectory.
+"""Conversions of a network's output between epsilon, v and x_0, and the noising of latents.
 
 All in float32: at t = 999 an epsilon prediction is divided by alpha = 0.068, which half precision does not survive.
 `alpha` and `sigma` are scalars or arrays with explicit trailing axes, such as (B, 1, 1, 1).
@@ -21,7 +21,7 @@ def _f32(value: ArrayLike) -> jax.Array:
 def to_x0_eps(
     output: ArrayLike, x: ArrayLike, alpha: ArrayLike, sigma: ArrayLike, prediction_type: str
 ) -> tuple[jax.Array, jax.Array]:
-    """The clean-latent and noise estimates that a network output at x = alpha x_0 + sigma eps stands for.
+    """Convert a network's output at x = alpha x_0 + sigma eps to estimates of clean latents and noise.
 
     Args:
         output: raw network output (B, h, w, C), any float dtype.
@@ -43,7 +43,7 @@ def to_x0_eps(
 
 
 def from_x0_eps(x0: ArrayLike, eps: ArrayLike, alpha: ArrayLike, sigma: ArrayLike, prediction_type: str) -> jax.Array:
-    """The network output, float32, that `to_x0_eps` reads as (x0, eps): the regression target of a denoiser."""
+    """Convert clean latents and noise to the network output, float32, that means them: a denoiser's target."""
     require_name("prediction_type", prediction_type, PREDICTION_TYPES)
     x0, eps, alpha, sigma = _f32(x0), _f32(eps), _f32(alpha), _f32(sigma)
     if prediction_type == "epsilon":
@@ -53,8 +53,8 @@ def from_x0_eps(x0: ArrayLike, eps: ArrayLike, alpha: ArrayLike, sigma: ArrayLik
     return alpha * eps - sigma * x0
 
 
-def move(x0: ArrayLike, eps: ArrayLike, alpha_s: ArrayLike, sigma_s: ArrayLike) -> jax.Array:
-    """alpha_s x_0 + sigma_s eps, float32.
+def add_noise(x0: ArrayLike, eps: ArrayLike, alpha_s: ArrayLike, sigma_s: ArrayLike) -> jax.Array:
+    """Noise clean latents: alpha_s x_0 + sigma_s eps, float32.
 
     With a model's estimates this is Psi(x_t, f, s) of Hyper-SD Eq. 1, one deterministic DDIM step to time s; with
     data and fresh noise it is the forward process. From t to t it is the identity: no c_skip, c_out are needed.

@@ -1,4 +1,4 @@
-"""The solvers by name, one record each: the one place to change when a solver is added."""
+"""The solvers by name, one record each: the one file to change when a solver is added."""
 
 from __future__ import annotations
 

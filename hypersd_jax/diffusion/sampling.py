@@ -15,22 +15,21 @@ from hypersd_jax.diffusion.solvers import injects_noise
 from hypersd_jax.errors import UserError
 
 Predict = Callable[[jax.Array, jax.Array], jax.Array]
-Callback = Callable[[np.ndarray, np.ndarray, np.ndarray], None]
 
 
 class State(NamedTuple):
-    """What goes from one step to the next: latents ``x`` and the last estimate ``x0`` of clean ones, (B, h, w, C)."""
+    """State between two steps: latents ``x`` and the last estimate ``x0`` of clean ones, (B, h, w, C)."""
 
     x: jax.Array
     x0: jax.Array
 
 
 class Known(NamedTuple):
-    """The part of a picture that inpainting keeps.
+    """The part of an image that inpainting keeps.
 
     Attributes:
-        mask: (B, h, w, 1) or (B, h, w, C): 1 where the sampler paints, 0 where the picture stays.
-        clean: the picture's latents (B, h, w, C), multiplied by the VAE's scaling factor.
+        mask: (B, h, w, 1) or (B, h, w, C): 1 where the sampler paints, 0 where the image stays.
+        clean: the image's latents (B, h, w, C), multiplied by the VAE's scaling factor.
         noise: standard normal (B, h, w, C), the same at every step; diffusers takes the start's.
     """
 
@@ -40,7 +39,7 @@ class Known(NamedTuple):
 
 
 def begin(table: Mapping[str, ArrayLike], latents: ArrayLike, clean: ArrayLike | None = None) -> State:
-    """The state before a table's first step: noise alone, or clean latents (B, h, w, C) noised to its level.
+    """Make the state before a table's first step: noise alone, or clean latents (B, h, w, C) noised to its level.
 
     `latents` are standard normal (B, h, w, C); a later part of a table goes on from the state that `advance` returned.
     """
@@ -61,37 +60,33 @@ def advance(
     *,
     prediction_type: str,
     known: Known | None = None,
-    callback: Callback | None = None,
 ) -> State:
-    """The state after a table's rows, all of them or a slice of one or more; arguments as those of `sample`."""
-    rows = {key: jnp.asarray(value) for key, value in table.items() if np.ndim(value) == 1}
-    steps = rows["timesteps"].shape[0]
+    """Take the steps of a table, all of them or a slice of one or more; arguments as those of `sample`."""
+    coefficients = {key: jnp.asarray(value) for key, value in table.items() if np.ndim(value) == 1}
+    steps = coefficients["timesteps"].shape[0]
     if noise is None and not isinstance(table["c_noise"], jax.core.Tracer) and injects_noise(table):
         raise UserError("noise: this sampler injects noise, but none was given")
     if noise is not None:
-        rows["noise"] = jnp.asarray(noise, jnp.float32)
-        if rows["noise"].shape != (steps, *state.x.shape):
-            raise UserError(f"noise must have the shape {(steps, *state.x.shape)}, not {rows['noise'].shape}")
-    rows["step"] = jnp.arange(steps, dtype=jnp.int32)
+        coefficients["noise"] = jnp.asarray(noise, jnp.float32)
+        if coefficients["noise"].shape != (steps, *state.x.shape):
+            raise UserError(f"noise must have the shape {(steps, *state.x.shape)}, not {coefficients['noise'].shape}")
     kept = None if known is None else jax.tree.map(lambda array: jnp.asarray(array, jnp.float32), known)
 
-    def body(state: State, row: dict[str, jax.Array]) -> tuple[State, None]:
+    def body(state: State, step: dict[str, jax.Array]) -> tuple[State, None]:
         x = state.x
-        x_in = row["c_in"] * x
-        output = predict(x_in, jnp.full(x.shape[:1], row["timesteps"]))
-        x0, eps = to_x0_eps(output, x_in, row["alpha"], row["sigma"], prediction_type)
-        x0 = jnp.clip(x0, -row["clip"], row["clip"])
-        x = row["c_x0"] * x0 + row["c_eps"] * eps + row["c_x"] * x + row["c_x0_prev"] * state.x0
+        x_in = step["c_in"] * x
+        output = predict(x_in, jnp.full(x.shape[:1], step["timesteps"]))
+        x0, eps = to_x0_eps(output, x_in, step["alpha"], step["sigma"], prediction_type)
+        x0 = jnp.clip(x0, -step["clip"], step["clip"])
+        x = step["c_x0"] * x0 + step["c_eps"] * eps + step["c_x"] * x + step["c_x0_prev"] * state.x0
         if noise is not None:
-            x = x + row["c_noise"] * row["noise"]
+            x = x + step["c_noise"] * step["noise"]
         if kept is not None:
-            picture = row["known_x0"] * kept.clean + row["known_noise"] * kept.noise
-            x = (1 - kept.mask) * picture + kept.mask * x
-        if callback is not None:
-            jax.debug.callback(callback, row["step"], row["timesteps"], x)
+            noised = step["known_x0"] * kept.clean + step["known_noise"] * kept.noise
+            x = (1 - kept.mask) * noised + kept.mask * x
         return State(x=x, x0=x0), None
 
-    final, _ = jax.lax.scan(body, state, rows)
+    final, _ = jax.lax.scan(body, state, coefficients)
     return final
 
 
@@ -104,9 +99,8 @@ def sample(
     prediction_type: str,
     clean: ArrayLike | None = None,
     known: Known | None = None,
-    callback: Callback | None = None,
 ) -> jax.Array:
-    """Integrates from standard normal latents to clean ones by the rows of a `solver_table`.
+    """Integrate from standard normal latents to clean ones by the update coefficients of a `solver_table`.
 
     The table's arrays are data, not constants: under `jax.jit` another eta or another timestep list of the same length
     reuses the compiled program.
@@ -115,18 +109,17 @@ def sample(
         predict: (x (B, h, w, C) float32, t (B,)) -> raw network output, guidance already applied.
         table: what `solver_table` returns.
         latents: standard normal (B, h, w, C).
-        noise: standard normal (n, B, h, w, C), row i for step i; None for a table that injects none.
+        noise: standard normal (n, B, h, w, C), entry i for step i; None for a table that injects none.
         prediction_type: "epsilon", "v_prediction" or "sample".
-        clean: latents (B, h, w, C) of a picture to start from, noised by `latents` to the level of the first step; None
+        clean: latents (B, h, w, C) of an image to start from, noised by `latents` to the level of the first step; None
             starts from noise alone.
         known: what inpainting puts back after each step, noised to that step's level.
-        callback: called on the host as (step, timestep, latents after the step), for progress and previews.
 
     Returns:
         The last latents, float32 (B, h, w, C), still multiplied by the VAE's scaling factor.
 
     Raises:
-        UserError: noise is missing or has another number of rows than the table.
+        UserError: noise is missing or has another number of steps than the table.
     """
     state = begin(table, latents, clean)
-    return advance(predict, table, state, noise, prediction_type=prediction_type, known=known, callback=callback).x
+    return advance(predict, table, state, noise, prediction_type=prediction_type, known=known).x

@@ -1,4 +1,4 @@
-"""Which noise levels the sigma-space solvers visit, and at which timesteps: the grids of Euler and of DPM-Solver++.
+"""The noise levels that sigma-space solvers visit, and their timesteps: the grids of Euler and of DPM-Solver++.
 
 A noise level is s_t = sigma_t / alpha_t, the "sigma" of arXiv 2206.00364 and of a scheduler_config.json.
 """
@@ -27,7 +27,7 @@ class LevelGrid:
     """n steps between n + 1 levels.
 
     Attributes:
-        timesteps: float64 (n,), what the network is told at each step; may be fractional.
+        timesteps: float64 (n,), the network's input at each step; may be fractional.
         levels: float64 (n + 1,), the level before each step and, last, after all.
         spacing: the spacing that the solver is set to, also where it did not make the grid.
     """

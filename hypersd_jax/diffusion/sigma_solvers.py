@@ -32,7 +32,7 @@ def dpmpp_2m(request: Request) -> tuple[np.ndarray, Table]:
 
 
 def _euler(grid: LevelGrid, down: np.ndarray) -> Table:
-    """Columns of an Euler step to the levels `down`, and of the noise from there to the grid's."""
+    """Update coefficients of an Euler step to the levels `down`, and of the noise from there to the grid's."""
     now, then = grid.levels[:-1], grid.levels[1:]
     alpha, sigma = _alpha_sigma(now)
     most = grid.levels.max()
@@ -49,7 +49,7 @@ def _euler(grid: LevelGrid, down: np.ndarray) -> Table:
 
 
 def _dpmpp_2m(grid: LevelGrid, *, order: int, kind: str, euler_at_end: bool) -> Table:
-    """Columns of DPM-Solver++(2M), "midpoint" or "heun", on latents x = alpha x_0 + sigma eps.
+    """Update coefficients of DPM-Solver++(2M), "midpoint" or "heun", on latents x = alpha x_0 + sigma eps.
 
     With h = log(s / s_next), the step is x' = (sigma'/sigma) x + A x_0 + B (x_0 - x_0 of the step before), where
     A = alpha' (1 - e^-h) = alpha' - alpha sigma'/sigma. Without a step before, B is 0: the first step is DDIM's, and
@@ -76,7 +76,7 @@ def _dpmpp_2m(grid: LevelGrid, *, order: int, kind: str, euler_at_end: bool) -> 
 
 
 def _dpmpp_settings(config: Mapping[str, Any], steps: int) -> dict[str, Any]:
-    """What a configuration says of the DPM-Solver++ update itself."""
+    """Read a configuration's settings of the DPM-Solver++ update itself."""
     order = config.get("solver_order") or 2
     if order not in (1, 2):
         raise UserError(f"scheduler_config: solver_order={shown(order)} is not supported by the dpmpp_2m sampler")

@@ -1,6 +1,6 @@
-"""Samplers as tables of coefficients.
+"""Samplers as tables of update coefficients.
 
-Row i of a table says how step i turns the latents x at `timesteps[i]` into the next ones:
+Entry i of each coefficient belongs to step i, which turns the latents x at `timesteps[i]` into the next ones:
 
     model input  c_in x = alpha x_0 + sigma eps;   (x_0, eps) from the model output;   x_0 clamped to +-clip
     x  <-  c_x0 x_0 + c_eps eps + c_x x + c_x0_prev x_0(step before) + c_noise z,      z ~ N(0, I)
@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from hypersd_jax.diffusion.grids import SPACINGS
+from hypersd_jax.diffusion.last_steps import last_steps
 from hypersd_jax.diffusion.names import require_name
-from hypersd_jax.diffusion.parts import last_part
 from hypersd_jax.diffusion.record import Request, Solver, Table
 from hypersd_jax.diffusion.registry import SOLVERS
 from hypersd_jax.diffusion.schedule import Schedule
@@ -36,7 +36,7 @@ def solver_table(
     timesteps: Sequence[int] | None = None,
     strength: float = 1.0,
 ) -> Table:
-    """The coefficient table of a named solver.
+    """Compute the table of update coefficients of a named solver.
 
     Args:
         name: a key of SOLVERS.
@@ -47,8 +47,8 @@ def solver_table(
             n points of the grid of `original_inference_steps` (50) points that the model was distilled on for tcd and
             lcm, and for the others the configuration's `timestep_spacing`, else linspace.
         scheduler_config: the model's scheduler_config.json, of any diffusers class.
-        timesteps: explicit timesteps, descending and below T, in place of the spacing.
-        strength: above 0, at most 1: the share of the n steps, the last ones, that are left (`parts.last_part`).
+        timesteps: explicit timesteps, descending and below T, instead of the spacing.
+        strength: above 0, at most 1: the share of the n steps, the last ones, that are left (`last_steps`).
 
     Returns:
         "timesteps" (n,): int32, or float32 where a solver visits fractional ones.
@@ -56,7 +56,7 @@ def solver_table(
         "known_x0", "known_noise": float32 (n,), what clean latents and noise are multiplied by to stand at the level
         after the step; 1 and 0 after the last.
         "init_noise_sigma": float32 scalar, by which standard normal latents are multiplied to start from noise alone.
-        "start_x0", "start_noise": float32 scalars, by which clean latents and noise are, to start from a picture.
+        "start_x0", "start_noise": float32 scalars, by which clean latents and noise are, to start from an image.
 
     Raises:
         UserError: an unknown name or spacing, a bad step count, eta, timestep list or strength, an unsupported
@@ -81,8 +81,8 @@ def solver_table(
         timesteps=timesteps,
         eta=eta,
     )
-    grid, columns = solver.coefficients(request)
-    return last_part(_finished(schedule, grid, columns), strength)
+    grid, coefficients = solver.coefficients(request)
+    return last_steps(_finished(schedule, grid, coefficients), strength)
 
 
 def injects_noise(table: Mapping[str, Any]) -> bool:
@@ -90,22 +90,22 @@ def injects_noise(table: Mapping[str, Any]) -> bool:
     return bool(np.any(np.asarray(table["c_noise"]) != 0))
 
 
-def _finished(schedule: Schedule, grid: np.ndarray, columns: Table) -> Table:
-    """The whole table: columns that a solver left out, and the scales of noised clean latents."""
+def _finished(schedule: Schedule, grid: np.ndarray, coefficients: Table) -> Table:
+    """Complete a table: coefficients that a solver left out, and the scales of noised clean latents."""
     n = len(grid)
-    columns = {
+    table = {
         "c_in": np.ones(n),
         "c_x": np.zeros(n),
         "c_x0_prev": np.zeros(n),
         "clip": np.full(n, schedule.clip_sample_range if schedule.clip_sample else np.inf),
         "init_noise_sigma": np.ones(()),
-        **columns,
+        **coefficients,
     }
-    clean, noise = columns["alpha"] / columns["c_in"], columns["sigma"] / columns["c_in"]
-    columns |= {"start_x0": clean[0], "start_noise": noise[0]}
-    columns |= {"known_x0": np.append(clean[1:], 1.0), "known_noise": np.append(noise[1:], 0.0)}
+    clean, noise = table["alpha"] / table["c_in"], table["sigma"] / table["c_in"]
+    table |= {"start_x0": clean[0], "start_noise": noise[0]}
+    table |= {"known_x0": np.append(clean[1:], 1.0), "known_noise": np.append(noise[1:], 0.0)}
     kind = np.int32 if np.array_equal(grid, np.round(grid)) else np.float32
-    return {"timesteps": grid.astype(kind), **{key: np.asarray(value, np.float32) for key, value in columns.items()}}
+    return {"timesteps": grid.astype(kind), **{key: np.asarray(value, np.float32) for key, value in table.items()}}
 
 
 def _checked_eta(solver: Solver, eta: float) -> float:

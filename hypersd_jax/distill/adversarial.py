@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import ArrayLike
 
-from hypersd_jax.diffusion.prediction import move
+from hypersd_jax.diffusion.prediction import add_noise
 from hypersd_jax.diffusion.schedule import Schedule, require_name
 
 Logits = Mapping[str, ArrayLike]
@@ -130,4 +130,4 @@ def renoise(schedule: Schedule, x: ArrayLike, s: ArrayLike, t: ArrayLike, noise:
     table = -np.log(np.maximum(schedule.alphas_cumprod, np.finfo(np.float32).tiny))
     levels = jnp.asarray(table, jnp.float32)
     gap = (levels[jnp.asarray(t)] - levels[jnp.asarray(s)]).reshape(-1, *[1] * (jnp.ndim(x) - 1))
-    return move(x, noise, jnp.exp(-gap / 2), jnp.sqrt(-jnp.expm1(-gap)))
+    return add_noise(x, noise, jnp.exp(-gap / 2), jnp.sqrt(-jnp.expm1(-gap)))

@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from hypersd_jax.diffusion.prediction import from_x0_eps, move
+from hypersd_jax.diffusion.prediction import add_noise, from_x0_eps
 from hypersd_jax.diffusion.schedule import Schedule
 from hypersd_jax.distill.distances import mse
 
@@ -73,7 +73,7 @@ def denoising_loss(
     alpha = jnp.asarray(schedule.alpha)[drawn.t]
     sigma = jnp.asarray(schedule.sigma)[drawn.t]
     a, s = alpha.reshape(column), sigma.reshape(column)
-    x_t = move(latents, drawn.eps, a, s)
+    x_t = add_noise(latents, drawn.eps, a, s)
     target = from_x0_eps(latents, drawn.eps, a, s, schedule.prediction_type)
     errors = mse(model_fn(x_t, drawn.t, cond), target)
     weights = jnp.ones_like(alpha)

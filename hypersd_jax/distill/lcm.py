@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hypersd_jax.diffusion.prediction import move, to_x0_eps
+from hypersd_jax.diffusion.prediction import to_x0_eps
 from hypersd_jax.diffusion.schedule import Schedule
 from hypersd_jax.distill.tscd import Draw, Model, Pair, Teacher, columns, teacher_step
 
@@ -46,7 +46,7 @@ def lcm_pair(
     def consistency(model: Model, x: jax.Array, t: jax.Array) -> jax.Array:
         x0, _ = to_x0_eps(model(x, t, batch["cond"]), x, *columns(schedule, t, x), schedule.prediction_type)
         c_skip, c_out = (scale.reshape(-1, *[1] * (x.ndim - 1)) for scale in boundary_scalings(t))
-        return move(x, x0, c_skip, c_out)
+        return c_skip * jnp.asarray(x, jnp.float32) + c_out * x0
 
     target = jax.lax.stop_gradient(consistency(target_fn, x_prev, drawn.t_prev))
     return Pair(consistency(student_fn, x_t, drawn.t_n), target, x_t, drawn, jnp.float32(1.0), seen)

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hypersd_jax.diffusion.prediction import move
+from hypersd_jax.diffusion.prediction import add_noise
 from hypersd_jax.diffusion.schedule import Schedule
 from hypersd_jax.distill.distances import mse
 from hypersd_jax.distill.ends import below
@@ -26,7 +26,7 @@ def endpoint(model_fn: Model, noise: jax.Array, cond: Any, times: jax.Array, *, 
     def one_step(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         x0, eps = estimate(model_fn, carry[0], times[index], cond, schedule)
         after = jnp.broadcast_to(times[jnp.minimum(index + 1, count - 1)], (rows,))
-        return move(x0, eps, *columns(schedule, after, x0)), x0
+        return add_noise(x0, eps, *columns(schedule, after, x0)), x0
 
     # The last step leads nowhere, but stands in the loop too: the model is compiled once.
     _, x0 = jax.lax.fori_loop(0, count, one_step, (noise, noise))
@@ -56,7 +56,7 @@ def again(
     """
     x0 = jax.lax.stop_gradient(sample.x0)
     alpha, sigma = columns(schedule, jnp.broadcast_to(start, t.shape), x0)
-    x_t = move(x0, (noise - alpha * x0) / sigma, *columns(schedule, t, x0))
+    x_t = add_noise(x0, (noise - alpha * x0) / sigma, *columns(schedule, t, x0))
     return estimate(student_fn, x_t, t, cond, schedule)[0]
 
 

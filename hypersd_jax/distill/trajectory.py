@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from hypersd_jax.diffusion.prediction import move, to_x0_eps
+from hypersd_jax.diffusion.prediction import add_noise, to_x0_eps
 from hypersd_jax.diffusion.schedule import Schedule
 from hypersd_jax.distill.ends import below
 from hypersd_jax.distill.tscd import Model, columns
@@ -88,7 +88,7 @@ def student_sample(
         if not deterministic:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(drawn.keys, index)
             eps = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
-        return move(x0, eps, *columns(schedule, jnp.broadcast_to(times[index + 1], (rows,)), x))
+        return add_noise(x0, eps, *columns(schedule, jnp.broadcast_to(times[index + 1], (rows,)), x))
 
     x = drawn.noise if count == 1 else jax.lax.fori_loop(0, drawn.step, earlier, drawn.noise)
     x0, eps = estimate(student_fn, jax.lax.stop_gradient(x), times[drawn.step], cond, schedule)
@@ -99,7 +99,7 @@ def student_sample(
     alpha = jnp.where(last, 1.0, jnp.asarray(schedule.alpha)[after])
     sigma = jnp.where(last, 0.0, jnp.asarray(schedule.sigma)[after])
     low, high = jnp.clip(jnp.stack([after, times[drawn.step]]), bounds[0], bounds[1])
-    return Sample(x0, move(x0, eps, alpha, sigma), alpha, sigma, low, high)
+    return Sample(x0, add_noise(x0, eps, alpha, sigma), alpha, sigma, low, high)
 
 
 def noised(sample: Sample, drawn: Drawn, schedule: Schedule) -> tuple[jax.Array, jax.Array, jax.Array]:

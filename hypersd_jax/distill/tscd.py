@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from hypersd_jax.diffusion.prediction import move, to_x0_eps
+from hypersd_jax.diffusion.prediction import add_noise, to_x0_eps
 from hypersd_jax.diffusion.schedule import Schedule
 from hypersd_jax.distill.ends import End, below, uniform_end
 from hypersd_jax.distill.segments import Segments
@@ -107,14 +107,16 @@ def teacher_step(
     """
     if schedule.clip_sample:
         raise UserError("scheduler_config: clip_sample=true cannot be distilled, latents are not bounded")
-    x_t = move(batch["latents"], drawn.eps, *columns(schedule, drawn.t_n, drawn.eps))
+    x_t = add_noise(batch["latents"], drawn.eps, *columns(schedule, drawn.t_n, drawn.eps))
     output, seen = teacher_fn(x_t, drawn.t_n, batch["cond"], batch.get("uncond"), drawn.guidance)
     return x_t, jax.lax.stop_gradient(psi(schedule, x_t, output, drawn.t_n, drawn.t_prev)), seen
 
 
 def psi(schedule: Schedule, x: jax.Array, output: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
     """Psi(x, output, t -> s): one DDIM move of x (B, h, w, C) along a raw prediction, between timesteps (B,)."""
-    return move(*to_x0_eps(output, x, *columns(schedule, t, x), schedule.prediction_type), *columns(schedule, s, x))
+    return add_noise(
+        *to_x0_eps(output, x, *columns(schedule, t, x), schedule.prediction_type), *columns(schedule, s, x)
+    )
 
 
 def tscd_pair(

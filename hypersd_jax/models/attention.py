@@ -14,7 +14,7 @@ from hypersd_jax.models.layers import Conv, Empty, GroupNorm, LayerNorm, Linear,
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerShape:
-    """What the transformers of one UNet block have in common."""
+    """Settings that the transformers of one UNet block share."""
 
     heads: int
     context_dim: int

@@ -49,7 +49,7 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class TowerConfig:
-    """What shapes the layers of either tower, text or vision.
+    """Settings of the layers of either tower, text or image.
 
     Attributes:
         hidden_act: name in `ACTIVATIONS`.
@@ -68,7 +68,7 @@ class TowerConfig:
 def read_tower(
     kind: type[TowerConfig], config: Mapping[str, Any], *, name: str, model_type: str, sizes: tuple[str, ...]
 ) -> dict[str, Any]:
-    """The fields of a `kind` out of a `config.json`, with its defaults where that says nothing.
+    """The fields of a `kind` out of a `config.json`, with its defaults for what that leaves out.
 
     Keys that do not bear on inference (dropout, initialisation, other token ids) are passed over.
 
@@ -108,7 +108,7 @@ class ClipTextConfig(TowerConfig):
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ClipTextConfig:
-        """Reads the content of a `config.json`; UserError names a key whose value cannot be honoured."""
+        """Read the content of a `config.json`; UserError names a key whose value cannot be honoured."""
         values = read_tower(cls, config, name=NAME, model_type="clip_text_model", sizes=SIZES)
         end = values["eos_token_id"]
         if not isinstance(end, int) or isinstance(end, bool) or not 0 <= end <= LARGEST:
@@ -117,7 +117,7 @@ class ClipTextConfig(TowerConfig):
 
 
 class TextOutput(NamedTuple):
-    """What the pipelines take from a text encoder.
+    """Outputs of a text encoder.
 
     Attributes:
         last: (B, S, D) the final layer norm of the last hidden state.

@@ -38,7 +38,7 @@ class ClipVisionConfig(TowerConfig):
     """The keys of a `vision_config` that shape the network; the defaults are those of transformers, a B/32.
 
     Attributes:
-        image_size: side of the square pictures that it reads, in pixels.
+        image_size: side of the square images that it reads, in pixels.
         patch_size: side of a patch; what is left over at the right and lower edge is not read.
     """
 
@@ -50,7 +50,7 @@ class ClipVisionConfig(TowerConfig):
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any]) -> ClipVisionConfig:
-        """Reads a `vision_config`; UserError names a key whose value cannot be honoured."""
+        """Read a `vision_config`; UserError names a key whose value cannot be honoured."""
         require({"num_channels": config.get("num_channels") or CHANNELS}, NAME, {"num_channels": (CHANNELS,)})
         found = cls(**read_tower(cls, config, name=NAME, model_type="clip_vision_model", sizes=SIZES))
         if found.patch_size > found.image_size:
@@ -68,7 +68,7 @@ class ClipVisionConfig(TowerConfig):
 
 
 class VisionOutput(NamedTuple):
-    """What the vision tower sees, T tokens of width D.
+    """Outputs of the image tower, T tokens of width D.
 
     Attributes:
         last: (B, T, D) the last hidden state, the class token first; without the final norm, as in transformers.
@@ -94,9 +94,9 @@ class Embeddings(nnx.Module):
         self.position_embedding = Embedding(config.positions, width, dtype=dtype)
 
     def __call__(self, pixels: jax.Array) -> jax.Array:
-        """Embed normalised pictures; ValueError where they are not of the size that there are positions for."""
+        """Embed normalised images; ValueError where they are not of the size that there are positions for."""
         if pixels.shape[1:] != self.pixels:
-            raise ValueError(f"pictures of shape {pixels.shape[1:]}, but the vision tower reads {self.pixels}")
+            raise ValueError(f"images of shape {pixels.shape[1:]}, but the vision tower reads {self.pixels}")
         patches = self.patch_embedding(pixels.astype(self.dtype))
         patches = patches.reshape(patches.shape[0], -1, patches.shape[-1])
         first = jnp.broadcast_to(self.class_embedding[...][None, None], (patches.shape[0], 1, patches.shape[2]))
@@ -114,20 +114,20 @@ class VisionTransformer(nnx.Module):
         self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
 
     def __call__(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Map pictures (B, S, S, 3) to the last hidden state and the pooled vector."""
+        """Map images (B, S, S, 3) to the last hidden state and the pooled vector."""
         last, _ = self.encoder(self.pre_layrnorm(self.embeddings(pixels)))
         return last, self.post_layernorm(last[:, 0])
 
 
 class ClipVision(nnx.Module):
-    """The vision tower: normalised pictures (B, S, S, 3) to `VisionOutput`."""
+    """The vision tower: normalised images (B, S, S, 3) to `VisionOutput`."""
 
     def __init__(self, config: ClipVisionConfig, *, dtype: Any) -> None:
         self.vision_model = VisionTransformer(config, dtype=dtype)
         self.visual_projection = Linear(config.hidden_size, config.projection_dim, bias=False, dtype=dtype)
 
     def __call__(self, pixels: jax.Array) -> VisionOutput:
-        """Look at pictures of `image_size` pixels a side."""
+        """The size that is read, `image_size` pixels a side."""
         last, pooled = self.vision_model(pixels)
         return VisionOutput(last=last, pooled=pooled, projected=self.visual_projection(pooled))
 

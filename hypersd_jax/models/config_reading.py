@@ -12,7 +12,7 @@ from hypersd_jax.errors import UserError, shown
 ACTIVATIONS = ("silu", "swish", "gelu", "relu", "mish")
 
 LARGEST = 2**20
-"""No width, vocabulary or side of a picture of a real model comes near; beyond it a network is not even described."""
+"""No width, vocabulary or side of an image of a real model comes near; beyond it a network is not even described."""
 
 MOST_LAYERS = 512
 """Layers of one sort in one network, past which it takes seconds to describe; SDXL's UNet has 70 transformer layers."""
@@ -81,7 +81,7 @@ def require_layers(name: str, key: str, count: int) -> None:
 
 
 def image_size(values: Mapping[str, Any], name: str, key: str) -> int | tuple[int, int]:
-    """Read one side for square pictures or a list of height and width; null reads as 0."""
+    """Read one side for square images or a list of height and width; null reads as 0."""
     value = values[key]
     if not isinstance(value, list | tuple):
         return natural(values, name, key, optional=True)

@@ -1,4 +1,4 @@
-"""ControlNet: a copy of the UNet's encoder that reads a picture and steers the UNet (Zhang et al. 2023)."""
+"""ControlNet: a copy of the UNet's encoder that reads an image and steers the UNet (Zhang et al. 2023)."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ Residuals = tuple[tuple[jax.Array, ...], jax.Array]
 
 
 class ConditioningEmbedding(nnx.Module):
-    """Bring the picture down to the size of the latents and the width of their first features."""
+    """Bring the image down to the size of the latents and the width of their first features."""
 
     def __init__(self, config: ControlNetConfig, *, how: Execution) -> None:
         widths = config.embedding_channels
@@ -42,7 +42,7 @@ class ConditioningEmbedding(nnx.Module):
 
 
 class ControlNet(UNetEncoder):
-    """Residuals for the UNet's skips and middle, from noisy latents, time, text and a picture."""
+    """Residuals for the UNet's skips and middle, from noisy latents, time, text and an image."""
 
     def __init__(self, config: ControlNetConfig, *, how: Execution) -> None:
         super().__init__(config.encoder, how=how)
@@ -69,7 +69,7 @@ class ControlNet(UNetEncoder):
             sample: noisy latents (B, h, w, in_channels), scaled as for the UNet.
             timesteps: (B,).
             context: text (B, S, cross_attention_dim).
-            image: the picture (B, h downscale, w downscale, conditioning_channels) in 0..1.
+            image: (B, h downscale, w downscale, conditioning_channels) in 0..1.
             scales: float32, one for each skip and one for the middle, see `residual_scales`.
             pooled: SDXL's pooled text (B, P).
             time_ids: SDXL's sizes (B, 6).
@@ -78,12 +78,12 @@ class ControlNet(UNetEncoder):
             One array (B, h', w', C) for each skip, or (B, 1, 1, C) with `global_pool`, and one for the middle.
 
         Raises:
-            ValueError: an input is missing, or the picture's size does not go with the latents'.
+            ValueError: an input is missing, or the image's size does not go with the latents'.
         """
         dtype, constrain = self.how.dtype, self.how.constrain_batch
         height, width = (side * self.control.downscale for side in sample.shape[1:3])
         if image.shape[1:3] != (height, width):
-            raise ValueError(f"the picture is {image.shape[1:3]}, but these latents need {(height, width)}")
+            raise ValueError(f"the image is {image.shape[1:3]}, but these latents need {(height, width)}")
         temb = constrain(self.embed(timesteps, pooled, time_ids).astype(dtype))
         image = image[..., ::-1] if self.control.bgr else image
         x = self.conv_in(sample.astype(dtype)) + self.controlnet_cond_embedding(constrain(image.astype(dtype)))
@@ -97,9 +97,9 @@ class ControlNet(UNetEncoder):
 
 
 def residual_scales(config: ControlNetConfig, scale: float, *, guess: bool = False) -> np.ndarray:
-    """How much of each residual is added, float32: `scale` for all, or rising from a tenth of it in guess mode.
+    """Compute the scale of each residual, float32: `scale` for all, or rising from a tenth of it in guess mode.
 
-    Guess mode lets the picture speak without a prompt: the finest residual gets 0.1, the middle one 1, geometrically
+    Guess mode lets the image speak without a prompt: the finest residual gets 0.1, the middle one 1, geometrically
     between. With `global_pool` it changes nothing here.
     """
     count = len(config.skip_channels) + 1
@@ -108,7 +108,7 @@ def residual_scales(config: ControlNetConfig, scale: float, *, guess: bool = Fal
 
 
 def sum_residuals(residuals: Sequence[Residuals]) -> Residuals:
-    """Add up what several ControlNets say."""
+    """Add up the residuals of several ControlNets."""
     downs, mids = zip(*residuals, strict=True)
     return tuple(sum(level[1:], level[0]) for level in zip(*downs, strict=True)), sum(mids[1:], mids[0])
 
@@ -125,15 +125,15 @@ def control_residuals(
     prompted_only: bool = False,
     **inputs: Any,
 ) -> Residuals:
-    """What several ControlNets add to one call of the UNet, by its own arguments.
+    """Compute what several ControlNets add to one call of the UNet, by its own arguments.
 
     Args:
         networks: one description for each.
         params: parameters of each.
-        images: the picture of each, (B, H, W, C) where the UNet's batch is B, or 2B under classifier-free guidance.
+        images: the image of each, (B, H, W, C) where the UNet's batch is B, or 2B under classifier-free guidance.
         scales: see `residual_scales`, for each.
-        sample, timesteps, context: the UNet's, unconditional rows first under guidance.
-        prompted_only: leave the unconditional rows alone, as diffusers does in guess mode and with `global_pool`.
+        sample, timesteps, context: the UNet's, the unconditional half of the batch first under guidance.
+        prompted_only: leave the unconditional half alone, as diffusers does in guess mode and with `global_pool`.
         **inputs: `pooled` and `time_ids` for SDXL.
     """
     batch = sample.shape[0]

@@ -66,10 +66,10 @@ class ControlNetConfig:
     """A ControlNet's structure.
 
     Attributes:
-        encoder: the encoder half of the UNet that it was copied from; what this says of the blocks up means nothing.
-        conditioning_channels: channels of the picture that conditions.
-        embedding_channels: widths of the network that brings this picture down to the latents' size.
-        bgr: whether the network reads the picture's channels in reverse order.
+        encoder: the encoder half of the UNet that it was copied from; its settings of the blocks up mean nothing.
+        conditioning_channels: channels of the image that conditions.
+        embedding_channels: widths of the network that brings this image down to the latents' size.
+        bgr: whether the network reads the image's channels in reverse order.
         global_pool: whether residuals are averaged over space, as for ControlNets that carry style and not layout;
             diffusers' pipelines then run the network for the conditional half alone.
     """
@@ -82,7 +82,7 @@ class ControlNetConfig:
 
     @property
     def downscale(self) -> int:
-        """Picture pixels per latent pixel, along each side."""
+        """Image pixels per latent pixel, along each side."""
         return int(2 ** (len(self.embedding_channels) - 1))
 
     @property

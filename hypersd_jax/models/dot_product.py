@@ -34,7 +34,7 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """What the choice depends on: ``queries`` and ``keys`` count tokens, ``width`` is that of one head."""
+    """Inputs of the choice of a kernel: ``queries`` and ``keys`` count tokens, ``width`` is that of one head."""
 
     platform: str
     dtype: str
@@ -125,19 +125,19 @@ def _pallas(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Ar
     """JAX's own flash attention for TPU, with blocks that divide the sequences."""
     from jax.experimental.pallas.ops.tpu.flash_attention import BlockSizes, flash_attention
 
-    rows, columns = _block(q.shape[1]), _block(k.shape[1])
+    queries, keys = _block(q.shape[1]), _block(k.shape[1])
     sizes = BlockSizes(
         block_b=1,
-        block_q=rows,
-        block_k_major=columns,
-        block_k=columns,
-        block_q_major_dkv=rows,
-        block_q_dkv=rows,
-        block_k_major_dkv=columns,
-        block_k_dkv=columns,
-        block_q_dq=rows,
-        block_k_major_dq=columns,
-        block_k_dq=columns,
+        block_q=queries,
+        block_k_major=keys,
+        block_k=keys,
+        block_q_major_dkv=queries,
+        block_q_dkv=queries,
+        block_k_major_dkv=keys,
+        block_k_dkv=keys,
+        block_q_dq=queries,
+        block_k_major_dq=keys,
+        block_k_dq=keys,
     )
     by_head = (jnp.swapaxes(x, 1, 2) for x in (q, k, v))
     out = flash_attention(*by_head, causal=causal, sm_scale=q.shape[-1] ** -0.5, block_sizes=sizes)
@@ -164,13 +164,13 @@ def _blocks(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Ar
         return jnp.moveaxis(x, 2, 1).reshape(b * h, x.shape[1], d)
 
     @jax.checkpoint
-    def rows(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
+    def one_head(q: jax.Array, k: jax.Array, v: jax.Array) -> jax.Array:
         logits = jnp.matmul(q, k.T, precision=precision, preferred_element_type=jnp.float32) * d**-0.5
         return jnp.matmul(jax.nn.softmax(logits, axis=-1).astype(v.dtype), v, precision=precision)
 
     def head(qkv: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
         q, k, v = qkv
-        return lax.map(lambda block: rows(block, k, v), q)
+        return lax.map(lambda block: one_head(block, k, v), q)
 
     padded = jnp.pad(by_head(q), ((0, 0), (0, blocks * BLOCK - length), (0, 0))).reshape(b * h, blocks, BLOCK, d)
     out = lax.map(head, (padded, by_head(k), by_head(v))).reshape(b, h, blocks * BLOCK, d)

@@ -1,4 +1,4 @@
-"""How a network runs, as against what it computes: data type, rematerialisation, batch sharding."""
+"""Execution of a network, as against what it computes: data type, rematerialisation, batch sharding."""
 
 from __future__ import annotations
 

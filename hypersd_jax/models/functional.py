@@ -64,17 +64,17 @@ class Network:
         return nnx.merge(self.graphdef, nnx.from_flat_state([(undotted(path), params[path]) for path in self.shapes]))
 
     def init(self, seed: int, *, gain: float = 1.0) -> Params:
-        """Draw random parameters, with biases of zero.
+        """Generate random parameters, with biases of zero.
 
         Each leaf depends on (seed, path) alone, not on the device. Kernels are uniform within +-gain/sqrt(fan in),
         norms the identity, embeddings and all else N(0, 0.02). A gain of 1 is PyTorch's; with sqrt(3) a kernel keeps
         the variance of its input (LeCun et al., Efficient BackProp, section 4.6).
         """
-        return {path: jnp.asarray(_draw(seed, path, leaf, gain)) for path, leaf in self.shapes.items()}
+        return {path: jnp.asarray(_generate(seed, path, leaf, gain)) for path, leaf in self.shapes.items()}
 
 
-def _draw(seed: int, path: str, leaf: jax.ShapeDtypeStruct, gain: float) -> np.ndarray:
-    """Draw on the host: compiling one device program for some hundred shapes would take longer than using it."""
+def _generate(seed: int, path: str, leaf: jax.ShapeDtypeStruct, gain: float) -> np.ndarray:
+    """Generate on the host: compiling one device program for some hundred shapes would take longer than using it."""
     name = path.rpartition(".")[2]
     if name in ("bias", "scale"):
         return np.full(leaf.shape, name == "scale", leaf.dtype)

@@ -1,4 +1,4 @@
-"""Discriminator heads: small networks that read a UNet's features and say, place by place, how real they look.
+"""Discriminator heads: small networks that map a UNet's features to logits of being real, at each position.
 
 The discriminator of adversarial distillation is a UNet, whose blocks give the features ("taps"), and one head for each
 tap. All heads of this module are called as `network(params, features)`, features (B, h, w, C) by tap, and return
@@ -21,7 +21,7 @@ from hypersd_jax.models.layers import Conv, GroupNorm
 from hypersd_jax.models.unet_config import UNetConfig
 
 MAX_GROUPS = 32
-# A group of one channel is normalised to its shift alone where a map has one pixel: nothing would be left to judge.
+# A group of one channel is normalised to its shift alone where a map has one pixel: no feature would be left.
 MIN_GROUP = 4
 NORM_EPS = 1e-5
 LEAK = 0.01
@@ -112,7 +112,7 @@ def patch_heads(
 ) -> Network:
     """Describe one `PatchHead` for each tap, as PCM's training code has them (arXiv 2405.18407).
 
-    With `size` 1 each place is judged by itself, as PCM does on SDXL; its heads on SD 1.5 convolve with `size` 3.
+    With `size` 1 each position has a logit of its own features, as with PCM on SDXL; its heads on SD 1.5 have `size` 3.
 
     Args:
         channels: of the features, by tap (`tap_channels`).
@@ -160,7 +160,7 @@ def all_taps(config: UNetConfig) -> tuple[str, ...]:
 
 
 def tap_channels(config: UNetConfig, taps: Sequence[str]) -> dict[str, int]:
-    """How many channels the outputs of these blocks have, by name.
+    """Count the channels of the outputs of these blocks, by name.
 
     Raises:
         ValueError: the UNet has no such block.

@@ -29,7 +29,7 @@ def precision_for(dtype: Any) -> lax.Precision | None:
 
 
 def parameter(shape: tuple[int, ...], dtype: Any) -> nnx.Param:
-    """Declare a parameter; modules are only ever built abstractly, and `Network.init` draws by the leaf's name."""
+    """Declare a parameter; modules are only ever built abstractly, and `Network.init` fills them by the leaf's name."""
     return nnx.Param(jax.ShapeDtypeStruct(shape, dtype))
 
 

@@ -1,4 +1,4 @@
-"""An autoencoder run in overlapping tiles: the memory of one tile, whatever the size of the picture.
+"""An autoencoder run in overlapping tiles: the memory of one tile, whatever the size of the image.
 
 Tiles begin every `tile - overlap` latent pixels, and each is blended linearly into the one above and the one to its
 left, as in diffusers' `AutoencoderKL.enable_tiling` with `overlap / tile` as its overlap factor. Unlike there, no tile
@@ -30,7 +30,7 @@ def decode_tiled(decode: Callable[[jax.Array], T], latents: jax.Array, *, tile: 
         latents: what to decode; one no larger than a tile is decoded as a whole.
         tile: side of a tile, in latent pixels.
         overlap: how many of them it shares with the next, at most half.
-        factor: picture pixels per latent pixel, along each side.
+        factor: image pixels per latent pixel, along each side.
 
     Returns:
         What `decode` would, (B, h factor, w factor, ...).
@@ -58,21 +58,21 @@ def _tiled(run: Callable[[jax.Array], T], x: jax.Array, *, tile: int, overlap: i
         return run(x)
     outcomes: dict[tuple[Span, Span], Any] = {}
     for height, width in product(_lengths(rows), _lengths(columns)):
-        places = [place for place in product(rows, columns) if (place[0][1], place[1][1]) == (height, width)]
-        corners = np.array([(row[0] * grain, column[0] * grain) for row, column in places], np.int32)
+        equal = [tile for tile in product(rows, columns) if (tile[0][1], tile[1][1]) == (height, width)]
+        corners = np.array([(row[0] * grain, column[0] * grain) for row, column in equal], np.int32)
         size = (x.shape[0], height * grain, width * grain, x.shape[3])
 
         def one(corner: jax.Array, size: tuple[int, ...] = size) -> T:
             return run(lax.dynamic_slice(x, (0, corner[0], corner[1], 0), size))
 
         tiles = lax.map(one, corners)
-        outcomes |= {place: jax.tree.map(lambda leaf, i=i: leaf[i], tiles) for i, place in enumerate(places)}
+        outcomes |= {tile: jax.tree.map(lambda leaf, i=i: leaf[i], tiles) for i, tile in enumerate(equal)}
 
     def join(*leaves: jax.Array) -> jax.Array:
         grid = [list(leaves[i : i + len(columns)]) for i in range(0, len(leaves), len(columns))]
         return _join(grid, (tile - overlap) * magnify, overlap * magnify)
 
-    return jax.tree.map(join, *(outcomes[place] for place in product(rows, columns)))
+    return jax.tree.map(join, *(outcomes[tile] for tile in product(rows, columns)))
 
 
 def _spans(side: int, tile: int, overlap: int) -> list[Span]:

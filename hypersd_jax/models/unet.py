@@ -19,7 +19,7 @@ from hypersd_jax.models.unet_encoder import UNetEncoder
 
 
 class UNet(UNetEncoder):
-    """Predict noise, velocity or image (as the scheduler says) from noisy latents, time and text."""
+    """Predict noise, velocity or image (as the scheduler configuration has it) from noisy latents, time and text."""
 
     def __init__(self, config: UNetConfig, *, how: Execution) -> None:
         super().__init__(config, how=how)

@@ -74,7 +74,7 @@ DEFAULTS: dict[str, Any] = {
 }
 
 # Keys of which only some values are ported. Not listed are those that cannot matter to the supported blocks: softmax is
-# float32 whatever upcast_attention says, mid_block_only_cross_attention and addition_embed_type_num_heads are others'.
+# float32 whatever upcast_attention is, mid_block_only_cross_attention and addition_embed_type_num_heads are others'.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "center_input_sample": (False, True),
     "flip_sin_to_cos": (True, False),

@@ -45,7 +45,7 @@ class TimeEmbedding(nnx.Module):
 
 
 class UNetEncoder(nnx.Module):
-    """What comes before the blocks up."""
+    """Embeddings, blocks down and middle block."""
 
     def __init__(self, config: UNetConfig, *, how: Execution) -> None:
         self.config = config

@@ -8,7 +8,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax.sharding import NamedSharding
 
 from hypersd_jax.models.attention import Attention
 from hypersd_jax.models.execution import Execution
@@ -43,7 +42,6 @@ class MiddleBlock(nnx.Module):
     """Resnet, attention where configured, resnet."""
 
     def __init__(self, config: VaeConfig, *, how: Execution) -> None:
-        self.how = how
         width = config.channels[-1]
         self.attentions = (
             nnx.List([PixelAttention(width, config.groups, how=how)]) if config.mid_block_add_attention else None
@@ -52,17 +50,16 @@ class MiddleBlock(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Keep the shape (B, h, w, C)."""
-        x = self.how.run(self.resnets[0], x)
+        x = self.resnets[0](x)
         if self.attentions is not None:
-            x = self.how.run(self.attentions[0], x)
-        return self.how.run(self.resnets[1], x)
+            x = self.attentions[0](x)
+        return self.resnets[1](x)
 
 
 class EncoderBlock(nnx.Module):
     """Resnets at one resolution, then a step down except at the coarsest."""
 
     def __init__(self, config: VaeConfig, level: int, *, how: Execution) -> None:
-        self.how = how
         out, before = config.channels[level], config.channels[max(level - 1, 0)]
         resnet = _resnet(config, how)
         self.resnets = nnx.List([resnet(before if i == 0 else out, out) for i in range(config.layers_per_block)])
@@ -72,15 +69,14 @@ class EncoderBlock(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, H, W, in) to (B, H/2, W/2, out)."""
         for resnet in self.resnets:
-            x = self.how.run(resnet, x)
-        return x if self.downsamplers is None else self.how.constrain_batch(self.downsamplers[0](x))
+            x = resnet(x)
+        return x if self.downsamplers is None else self.downsamplers[0](x)
 
 
 class DecoderBlock(nnx.Module):
     """Resnets at one resolution, then a step up except at the finest; `index` counts from the coarsest."""
 
     def __init__(self, config: VaeConfig, index: int, *, how: Execution) -> None:
-        self.how = how
         widths = config.channels[::-1]
         out, before = widths[index], widths[max(index - 1, 0)]
         resnet = _resnet(config, how)
@@ -91,8 +87,8 @@ class DecoderBlock(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, h, w, in) to (B, 2h, 2w, out)."""
         for resnet in self.resnets:
-            x = self.how.run(resnet, x)
-        return x if self.upsamplers is None else self.how.constrain_batch(self.upsamplers[0](x))
+            x = resnet(x)
+        return x if self.upsamplers is None else self.upsamplers[0](x)
 
 
 class Encoder(nnx.Module):
@@ -100,7 +96,6 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: VaeConfig, *, how: Execution) -> None:
         first, last = config.channels[0], config.channels[-1]
-        self.how = how
         self.conv_in = how.conv(config.in_channels, first, 3, padding=1)
         self.down_blocks = nnx.List([EncoderBlock(config, i, how=how) for i in range(len(config.channels))])
         self.mid_block = MiddleBlock(config, how=how)
@@ -109,7 +104,7 @@ class Encoder(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, H, W, 3) to (B, h, w, 2 latent_channels)."""
-        x = self.how.constrain_batch(self.conv_in(x))
+        x = self.conv_in(x)
         for block in self.down_blocks:
             x = block(x)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
@@ -120,7 +115,6 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: VaeConfig, *, how: Execution) -> None:
         first, last = config.channels[0], config.channels[-1]
-        self.how = how
         self.conv_in = how.conv(config.latent_channels, last, 3, padding=1)
         self.mid_block = MiddleBlock(config, how=how)
         self.up_blocks = nnx.List([DecoderBlock(config, i, how=how) for i in range(len(config.channels))])
@@ -129,7 +123,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """Map (B, h, w, latent_channels) to (B, H, W, 3)."""
-        x = self.mid_block(self.how.constrain_batch(self.conv_in(z)))
+        x = self.mid_block(self.conv_in(z))
         for block in self.up_blocks:
             x = block(x)
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
@@ -162,13 +156,7 @@ class Vae(nnx.Module):
         return self.decoder(z)
 
 
-def vae(
-    config: VaeConfig,
-    *,
-    dtype: Any = jnp.float32,
-    remat: bool = False,
-    batch_sharding: NamedSharding | None = None,
-) -> Network:
+def vae(config: VaeConfig, *, dtype: Any = jnp.float32) -> Network:
     """Describe the autoencoder as a function of its parameters, with the methods "encode" and "decode"."""
-    how = Execution(dtype=jnp.dtype(dtype), remat=remat, batch_sharding=batch_sharding)
+    how = Execution(dtype=jnp.dtype(dtype))
     return build(lambda: Vae(config, how=how))

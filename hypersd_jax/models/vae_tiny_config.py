@@ -40,7 +40,7 @@ DEFAULTS: dict[str, Any] = {
     "block_out_channels": None,
 }
 
-# Not listed are latent_magnitude and latent_shift, which only say how to store latents as bytes.
+# Not listed are latent_magnitude and latent_shift, which only concern storing latents as bytes.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "act_fn": ACTIVATIONS,
     "upsample_fn": ("nearest",),

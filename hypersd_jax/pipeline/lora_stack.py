@@ -23,7 +23,7 @@ Params = Mapping[str, Mapping[str, jax.Array]]
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LoadedLora:
-    """One LoRA as loaded: adapters and differences by component at the file's own strength, the user's scale beside.
+    """A loaded LoRA: adapters and differences by component, at the file's own strength, and the user's scale.
 
     ``origin`` is its file; None of one that was given in memory.
     """
@@ -66,7 +66,7 @@ class LoraStack:
         origin: str | None = None,
         differences: Mapping[str, Differences] | None = None,
     ) -> None:
-        """Add adapters under ``name``; a LoRA of that name is replaced and moves to the end."""
+        """Add adapters under ``name``; a LoRA of that name is replaced, and is then the last."""
         _check_scale(name, scale)
         self._loras.pop(name, None)
         self._loras[name] = LoadedLora(
@@ -98,14 +98,14 @@ class LoraStack:
         return dict(self._loras)
 
     def adapters(self) -> dict[str, Adapter]:
-        """One adapter a component, its ranks padded to a common bucket; {} without LoRAs."""
+        """Join the LoRAs to one adapter a component, its ranks padded to a common bucket; {} without LoRAs."""
         if self._joined is None:
             components = dict.fromkeys(name for lora in self._loras.values() for name in lora.adapters)
-            self._joined = {component: self._placed(self._join(component)) for component in components}
+            self._joined = {component: self._on_devices(self._join(component)) for component in components}
         return self._joined
 
     def altered(self, params: Params) -> Params:
-        """The base's parameters with all differences written in; `params` itself where no LoRA has any.
+        """Write all differences into the base's parameters; `params` itself where no LoRA has any.
 
         The base is left as it was, so that another scale starts from it and unloading gives it back bit for bit; the
         changed weights are held beside it until the LoRAs change. Leaves that nothing changes are shared.
@@ -132,8 +132,8 @@ class LoraStack:
         loras = [lora for lora in self._loras.values() if component in lora.adapters]
         return pad(concatenate([scaled(lora.adapters[component], lora.scale) for lora in loras]))
 
-    def _placed(self, adapter: Adapter) -> Adapter:
-        """On the devices once, not at every call."""
+    def _on_devices(self, adapter: Adapter) -> Adapter:
+        """Put an adapter on the devices once, not at every call."""
         if self._mesh is None:
             return jax.device_put(adapter)
         mesh = self._mesh

@@ -1,4 +1,4 @@
-"""What a pipeline is called by: its description in one line, and diffusers' names of a call's arguments."""
+"""The description of a pipeline in one line, and diffusers' names of a call's arguments."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def refuse_unknown(unknown: Mapping[str, Any], function: Callable[..., Any]) -> 
     """Refuse arguments that ``function`` does not have.
 
     Raises:
-        UserError: one is diffusers'; the line says what to use.
+        UserError: one is diffusers'; the line names ours.
         TypeError: nobody's; with the nearest name.
     """
     for name in unknown:
@@ -92,7 +92,7 @@ def refuse_unknown(unknown: Mapping[str, Any], function: Callable[..., Any]) -> 
 def described(
     components: Components, dtype: Any, mesh: Mesh | None, loras: Mapping[str, LoadedLora], *, fused: bool
 ) -> str:
-    """A pipeline in one line: model, LoRAs with their scales, devices, data type."""
+    """Describe a pipeline in one line: model, LoRAs with their scales, devices, data type."""
     listed = ", ".join(f"{name}@{lora.scale:g}" for name, lora in loras.items()) or "none"
     if mesh is not None:
         axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
@@ -107,5 +107,5 @@ def described(
 
 
 def model_name(components: Components) -> str:
-    """Where the model came from; ``embedded`` for the one inside the package."""
+    """The source of the model; ``embedded`` for the one inside the package."""
     return EMBEDDED if components.folder == assets() / "teacher" else str(components.folder)

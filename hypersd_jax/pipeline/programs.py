@@ -1,13 +1,21 @@
-"""What the pipeline compiles: text encoding, the solver's scan over the UNet, decoding, and the noise of a seed."""
+"""The compiled programs: text encoding, the solver's scan over the UNet, the autoencoder, and the noise of a seed.
+
+Each program is compiled once for each shape. Prompt, seed, guidance above 1, eta, timesteps, LoRA and LoRA scale enter
+them as arrays, so changing one compiles nothing.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
+from hypersd_jax.compilation import compiler_options
 from hypersd_jax.conditioning import Conditioning, PromptEncoder
 from hypersd_jax.diffusion import Known, State, advance, guided
 from hypersd_jax.models.controlnet import control_residuals
@@ -22,21 +30,75 @@ OVERLAP = 16
 
 
 class Guides(NamedTuple):
-    """Pictures that steer a scan, each (B, ...).
+    """Images that steer a scan, each (B, ...).
 
     Attributes:
         known: what inpainting keeps, for a model that was not trained to inpaint.
-        beside: (B, h, w, 1 + C), mask and latents of the masked picture, which an inpainting model reads.
-        controls: one picture (B, H, W, 3) in 0..1 for each ControlNet.
+        inpaint_inputs: (B, h, w, 1 + C), mask and latents of the masked image, which an inpainting model reads.
+        controls: one image (B, H, W, 3) in 0..1 for each ControlNet.
     """
 
     known: Known | None = None
-    beside: jax.Array | None = None
+    inpaint_inputs: jax.Array | None = None
     controls: tuple[jax.Array, ...] = ()
 
 
-def encode(encoder: PromptEncoder, dtype: Any, params: Any, ids: Any, adapters: Any) -> Conditioning:
-    """Text embeddings of token ids, in `dtype`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Programs:
+    """The compiled programs of one model; weights are arguments of each.
+
+    Attributes:
+        encode_prompts: (params, token ids, adapters), all by text encoder -> `Conditioning` without time ids.
+        predict: one evaluation of the UNet, see `predict`.
+        scan: the steps of a solver's table, see `scan`.
+        decode: (params, latents (B, h, w, C), tiled) -> images (B, H, W, 3) in 0..1.
+        encode_images: (params, images (B, H, W, 3) in 0..1, tiled) -> latents (B, h, w, C).
+        noise: see `noise`.
+    """
+
+    encode_prompts: Callable[..., Conditioning]
+    predict: Callable[..., jax.Array]
+    scan: Callable[..., State]
+    decode: Callable[..., jax.Array]
+    encode_images: Callable[..., jax.Array]
+    noise: Callable[..., jax.Array]
+
+
+def compile_programs(components: Components, prompts: PromptEncoder, dtype: Any, mesh: Mesh | None) -> Programs:
+    """Wrap the programs of a model in `jax.jit`; each is compiled when it is first called."""
+    bare = dataclasses.replace(components, params={})  # weights that `load_vae` has replaced must not be kept alive
+    compiled = _compiler(dtype, mesh)
+    return Programs(
+        encode_prompts=compiled(functools.partial(encode_prompts, prompts, dtype)),
+        predict=compiled(functools.partial(predict, bare)),
+        scan=compiled(
+            functools.partial(scan, bare), static_argnames=("controlnets", "prompted_only", "prediction_type")
+        ),
+        noise=jax.jit(noise, static_argnames="shape"),
+        **_autoencoder_programs(bare, compiled),
+    )
+
+
+def with_autoencoder(programs: Programs, components: Components, dtype: Any, mesh: Mesh | None) -> Programs:
+    """Replace the programs of the autoencoder by those of another."""
+    bare = dataclasses.replace(components, params={})
+    return dataclasses.replace(programs, **_autoencoder_programs(bare, _compiler(dtype, mesh)))
+
+
+def _compiler(dtype: Any, mesh: Mesh | None) -> Callable[..., Any]:
+    platform = None if mesh is None else str(mesh.devices.flat[0].platform)
+    return functools.partial(jax.jit, compiler_options=compiler_options(dtype, platform))
+
+
+def _autoencoder_programs(components: Components, compiled: Callable[..., Any]) -> dict[str, Any]:
+    return {
+        function.__name__: compiled(functools.partial(function, components), static_argnames="tiled")
+        for function in (decode, encode_images)
+    }
+
+
+def encode_prompts(encoder: PromptEncoder, dtype: Any, params: Any, ids: Any, adapters: Any) -> Conditioning:
+    """Compute text embeddings of token ids, in `dtype`."""
     return encoder.encode(params, ids, adapters=adapters, dtype=dtype)
 
 
@@ -58,14 +120,23 @@ def scan(
     prompted_only: bool,
     prediction_type: str,
 ) -> State:
-    """A table's rows. With an unconditional the two UNet calls of a step are one call on a doubled batch."""
-    both = cond if uncond is None else jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
-    inputs = both.unet_kwargs()
-    if dim := components.unet_config.time_cond_proj_dim:
-        w = jnp.full(state.x.shape[:1], 1000 * (scale - 1))  # LCM's guidance embedding, arXiv 2310.04378
-        inputs["timestep_cond"] = timestep_embedding(w, dim, flip_sin_to_cos=False, freq_shift=1.0)
+    """Run the steps of a solver's table. With an unconditional the two UNet calls of a step are one on a double batch.
 
-    def predict(x: jax.Array, t: jax.Array) -> jax.Array:
+    Args:
+        components: networks and configurations of the model.
+        params, adapter: the UNet's.
+        cond, uncond, scale: see `predict`.
+        table: of `solver_table`, all of it or some steps.
+        state: before the first of these steps.
+        noise: (steps, B, h, w, C), what each step adds.
+        guides: images that steer.
+        control_params, control_scales, controlnets: one entry for each ControlNet.
+        prompted_only: whether ControlNets leave the unconditional batch alone.
+        prediction_type: what the UNet outputs.
+    """
+    both, inputs = _unet_inputs(components, cond, uncond, scale, state.x.shape[0])
+
+    def steered(x: jax.Array, t: jax.Array) -> jax.Array:
         if uncond is not None:
             x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
         extra: dict[str, Any] = {}
@@ -82,20 +153,62 @@ def scan(
                 **both.unet_kwargs(),
             )
             extra = {"down_residuals": down, "mid_residual": mid}
-        if guides.beside is not None:
-            repeats = x.shape[0] // guides.beside.shape[0]
-            x = jnp.concatenate([x, jnp.concatenate([guides.beside] * repeats)], axis=-1)
+        if guides.inpaint_inputs is not None:
+            repeats = x.shape[0] // guides.inpaint_inputs.shape[0]
+            x = jnp.concatenate([x, jnp.concatenate([guides.inpaint_inputs] * repeats)], axis=-1)
         output = components.unet(params, x, t, both.context, adapter=adapter, **inputs, **extra)
-        if uncond is None:
-            return output
-        unguided, prompted = jnp.split(output.astype(jnp.float32), 2)
-        return guided(unguided, prompted, scale)
+        return output if uncond is None else _guided_halves(output, scale)
 
-    return advance(predict, table, state, noise, prediction_type=prediction_type, known=guides.known)
+    return advance(steered, table, state, noise, prediction_type=prediction_type, known=guides.known)
+
+
+def predict(
+    components: Components,
+    params: Any,
+    adapter: Any,
+    cond: Conditioning,
+    uncond: Conditioning | None,
+    scale: jax.Array,
+    x: jax.Array,
+    t: jax.Array,
+) -> jax.Array:
+    """Evaluate the UNet once, as a step of `scan` does.
+
+    Args:
+        components: networks and configurations of the model.
+        params, adapter: the UNet's.
+        cond: of the prompts.
+        uncond: of the negative prompts; None evaluates the prompts alone.
+        scale: guidance scale, a scalar; of classifier-free guidance, or the input of a UNet that embeds guidance.
+        x: (B, h, w, C) as the UNet reads it.
+        t: timesteps (B,).
+    """
+    both, inputs = _unet_inputs(components, cond, uncond, scale, x.shape[0])
+    if uncond is not None:
+        x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
+    output: jax.Array = components.unet(params, x, t, both.context, adapter=adapter, **inputs)
+    return output if uncond is None else _guided_halves(output, scale)
+
+
+def _unet_inputs(
+    components: Components, cond: Conditioning, uncond: Conditioning | None, scale: jax.Array, batch: int
+) -> tuple[Conditioning, dict[str, Any]]:
+    """The conditioning of one UNet call, unconditional first, and the UNet's keyword arguments."""
+    both = cond if uncond is None else jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
+    inputs = both.unet_kwargs()
+    if dim := components.unet_config.time_cond_proj_dim:
+        w = jnp.full((batch,), 1000 * (scale - 1))  # LCM's guidance embedding, arXiv 2310.04378
+        inputs["timestep_cond"] = timestep_embedding(w, dim, flip_sin_to_cos=False, freq_shift=1.0)
+    return both, inputs
+
+
+def _guided_halves(output: jax.Array, scale: jax.Array) -> jax.Array:
+    unguided, prompted = jnp.split(output.astype(jnp.float32), 2)
+    return guided(unguided, prompted, scale)
 
 
 def decode(components: Components, params: Any, latents: jax.Array, *, tiled: bool) -> jax.Array:
-    """Pictures (B, H, W, 3) in 0..1 of the sampler's latents; NaN where a value is not finite."""
+    """Decode the sampler's latents to images (B, H, W, 3) in 0..1; NaN where a value is not finite."""
 
     def whole(z: jax.Array) -> jax.Array:
         images: jax.Array = components.vae(params, z, method="decode")
@@ -112,8 +225,8 @@ def decode(components: Components, params: Any, latents: jax.Array, *, tiled: bo
     return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
 
 
-def encode_image(components: Components, params: Any, images: jax.Array, *, tiled: bool) -> jax.Array:
-    """Latents (B, h, w, C) as the UNet sees them of pictures (B, H, W, 3) in 0..1: the encoder's mean."""
+def encode_images(components: Components, params: Any, images: jax.Array, *, tiled: bool) -> jax.Array:
+    """Encode images (B, H, W, 3) in 0..1 to latents (B, h, w, C) as the UNet reads them: the encoder's mean."""
 
     def whole(x: jax.Array) -> jax.Array:
         mean: jax.Array = components.vae(params, x, method="encode")[0]
@@ -127,14 +240,22 @@ def encode_image(components: Components, params: Any, images: jax.Array, *, tile
     return components.scale(mean.astype(jnp.float32))
 
 
-def draw_noise(
-    seed: jax.Array, prompts: jax.Array, images: jax.Array, index: jax.Array, *, shape: tuple[int, int, int]
+def noise(
+    seed: jax.Array, prompts: jax.Array, images: jax.Array, step: jax.Array, *, shape: tuple[int, int, int]
 ) -> jax.Array:
-    """Standard normal (B, *shape), each image from its own key: index 0 is the start, i what step i adds."""
+    """Standard normal noise (B, *shape), each image from its own key: step 0 is the start, i what step i adds.
 
-    def draw(prompt: jax.Array, image: jax.Array) -> jax.Array:
+    Args:
+        seed: uint32 scalar.
+        prompts: prompt index of each image, (B,).
+        images: index of each among its prompt's images, (B,).
+        step: scalar.
+        shape: of one image's latents.
+    """
+
+    def one(prompt: jax.Array, image: jax.Array) -> jax.Array:
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(seed), prompt), image)
-        # A step's noise has a key of its own, so that more steps extend the list instead of redrawing it.
-        return jax.random.normal(jax.random.fold_in(key, index), shape, jnp.float32)
+        # A step's noise has a key of its own, so that more steps extend the list and change none of it.
+        return jax.random.normal(jax.random.fold_in(key, step), shape, jnp.float32)
 
-    return jax.vmap(draw)(prompts, images)
+    return jax.vmap(one)(prompts, images)

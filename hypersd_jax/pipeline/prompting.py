@@ -1,4 +1,4 @@
-"""A model's prompts as what its UNet is conditioned on."""
+"""The prompt encoder of a loaded model."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _EMBEDDING = "text_model.embeddings.token_embedding.embedding"
 
 
 def make_prompt_encoder(components: Components) -> PromptEncoder:
-    """The prompt encoder of loaded components."""
+    """Make the prompt encoder of loaded components: tokenizers, and text encoders that embed all their ids."""
     names = tuple(components.text_encoders)
     files = [components.description.tokenizers[name.replace("text_encoder", "tokenizer")] for name in names]
     tokenizers = tuple(map(load_tokenizer, files))
@@ -32,7 +32,7 @@ def require_embedded(tokenizer: Any, tokens: int, origin: str) -> None:
 
     Args:
         tokenizer: as `load_tokenizer` gives it.
-        tokens: rows of the table.
+        tokens: size of the table.
         origin: of the tokenizer, for the message.
     """
     most = max(tokenizer.get_vocab().values(), default=-1)

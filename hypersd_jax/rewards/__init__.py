@@ -1,4 +1,4 @@
-"""What scores pictures against their prompts; differentiable in the pictures."""
+"""Scores of images against their prompts, differentiable in the images."""
 
 from __future__ import annotations
 

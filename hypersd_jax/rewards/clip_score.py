@@ -1,6 +1,6 @@
-"""The CLIP score (Hessel et al. 2021, arXiv:2104.08718): how well a picture fits its prompt, by a CLIP.
+"""The CLIP score (Hessel et al. 2021, arXiv:2104.08718): how well an image fits its prompt, by a CLIP.
 
-100 times the cosine between the embeddings of picture and prompt, some 20 to 35 for pictures that fit. torchmetrics'
+100 times the cosine between the embeddings of image and prompt, some 20 to 35 for images that fit. torchmetrics'
 `CLIPScore` is the mean of these, and 0 where the mean is negative; a single score is not cut off at 0 there nor here,
 where it would stop gradients.
 """
@@ -25,15 +25,15 @@ from hypersd_jax.rewards.preprocess import ImageSteps, preprocess
 from hypersd_jax.weights.diffusers.clip import LoadedClip, load_clip_model
 
 SCALE = 100.0
-# Pictures that are looked at together.
+# Images that are scored together.
 BATCH = 32
-# By how much a picture's values may lie outside 0..1.
+# By how much an image's values may lie outside 0..1.
 SLACK = 1e-3
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClipModel:
-    """Both towers and how pictures are prepared for them: what of a CLIP is static under `jax.jit`."""
+    """Both towers of a CLIP and the preprocessing of images: its static part under `jax.jit`."""
 
     vision: Network
     text: Network
@@ -41,18 +41,18 @@ class ClipModel:
 
 
 def embed_images(model: ClipModel, params: Mapping[str, jax.Array], images: jax.Array) -> jax.Array:
-    """Unit vectors (B, P), float32, of pictures (B, H, W, 3), uint8 or floats in 0..1."""
+    """Embed images (B, H, W, 3), uint8 or floats in 0..1, as unit vectors (B, P) float32."""
     seen = model.vision(_part(model.vision, params), preprocess(images, model.steps))
     return _unit(seen.projected)
 
 
 def embed_texts(model: ClipModel, params: Mapping[str, jax.Array], ids: jax.Array) -> jax.Array:
-    """Unit vectors (B, P), float32, of token ids (B, S)."""
+    """Embed token ids (B, S) as unit vectors (B, P) float32."""
     return _unit(model.text(_part(model.text, params), ids).pooled)
 
 
 def clip_scores(model: ClipModel, params: Mapping[str, jax.Array], images: jax.Array, ids: jax.Array) -> jax.Array:
-    """CLIP scores (B,), float32, each of one picture and one prompt; a pure function, differentiable in the pictures.
+    """Compute CLIP scores (B,), float32, each of one image and one prompt; pure, differentiable in the images.
 
     Args:
         model: static structure.
@@ -65,7 +65,7 @@ def clip_scores(model: ClipModel, params: Mapping[str, jax.Array], images: jax.A
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class ClipScore:
-    """A CLIP that scores pictures.
+    """A CLIP that scores images.
 
     Attributes:
         model: the first argument of `clip_scores`.
@@ -85,17 +85,17 @@ class ClipScore:
         """CLIP scores (B,), float32.
 
         Args:
-            images: (B, H, W, 3), uint8 or floats in 0..1; or a list of PIL pictures of one size.
-            prompts: one text for each picture.
+            images: (B, H, W, 3), uint8 or floats in 0..1; or a list of PIL images of one size.
+            prompts: one text for each image.
 
         Raises:
             UserError: they are not of that form or not as many.
         """
-        pictures, texts = _pictures(images), list(prompts)
+        arrays, texts = _as_array(images), list(prompts)
         if isinstance(prompts, str) or not all(isinstance(text, str) for text in texts):
             raise UserError("prompts must be a list of texts")
-        if len(pictures) != len(texts):
-            raise UserError(f"{len(pictures)} images, but {len(texts)} prompts")
+        if len(arrays) != len(texts):
+            raise UserError(f"{len(arrays)} images, but {len(texts)} prompts")
         if not texts:
             return np.zeros((0,), np.float32)
         ids = self.tokenize(texts)
@@ -103,8 +103,8 @@ class ClipScore:
         batch = min(BATCH, len(texts))
         found = []
         for start in range(0, len(texts), batch):
-            rows = np.minimum(np.arange(start, start + batch), len(texts) - 1)
-            found.append(np.asarray(_jitted(self.model, self.params, pictures[rows], ids[rows])))
+            batch_indices = np.minimum(np.arange(start, start + batch), len(texts) - 1)
+            found.append(np.asarray(_jitted(self.model, self.params, arrays[batch_indices], ids[batch_indices])))
         return np.concatenate(found)[: len(texts)]
 
 
@@ -148,8 +148,8 @@ def _prompt_encoder(loaded: LoadedClip) -> PromptEncoder:
     )
 
 
-def _pictures(images: Any) -> np.ndarray:
-    """Pictures as one array (B, H, W, 3); UserError where they are none, or their values are not those of pictures."""
+def _as_array(images: Any) -> np.ndarray:
+    """Convert images to one array (B, H, W, 3); UserError for another shape, type or range of values."""
     if isinstance(images, Sequence) and all(isinstance(image, Image.Image) for image in images):
         if len({image.size for image in images}) > 1:
             raise UserError("images are of several sizes; score them apart")

@@ -1,10 +1,10 @@
-"""Pictures as CLIP's vision tower reads them: shortest side to S, centre crop, normalised; differentiable.
+"""Preprocessing of images for CLIP's image tower: shortest side to S, centre crop, normalised; differentiable.
 
 Both sizes are known when the program is traced, so resizing and cropping are two products with constant matrices, and
 gradients are the products with their transposes. Weights are those of Pillow and of PyTorch's `antialias=True`: the
-cubic kernel of Keys (1981) with a = -1/2, stretched by the factor of reduction, normalised where it leaves the picture.
+cubic kernel of Keys (1981) with a = -1/2, stretched by the factor of reduction, normalised where it leaves the image.
 
-transformers resizes 8-bit pictures: after each of the two passes Pillow rounds to 1/255 and cuts off what overshoots
+transformers resizes 8-bit images: after each of the two passes Pillow rounds to 1/255 and cuts off what overshoots
 0..1. Here neither happens, for both stop gradients. A value differs by half a step as a rule, and at hard edges by the
 overshoot: 0.02 of the range in photos, 0.15 in drawings.
 """
@@ -23,7 +23,7 @@ from hypersd_jax.errors import UserError, shown
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
-"""Of the pictures that OpenAI's CLIP was trained on, RGB in 0..1."""
+"""Statistics of the images that OpenAI's CLIP was trained on, RGB in 0..1."""
 
 NAME = "image processor"
 BICUBIC = 3
@@ -32,7 +32,7 @@ STEPS = ("do_resize", "do_center_crop", "do_rescale", "do_normalize")
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSteps:
-    """What is done to a picture: `size` in pixels a side, `mean` and `std` of R, G and B in 0..1."""
+    """Settings of the preprocessing: `size` in pixels a side, `mean` and `std` of R, G and B in 0..1."""
 
     size: int = 224
     mean: tuple[float, ...] = MEAN
@@ -40,7 +40,7 @@ class ImageSteps:
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], size: int) -> ImageSteps:
-        """Reads a `preprocessor_config.json` of a tower for pictures of this size; what it leaves out is CLIP's.
+        """Read a `preprocessor_config.json` of a tower for images of this size; what it leaves out is CLIP's.
 
         UserError names a key that asks for anything else than what `preprocess` does.
         """
@@ -57,7 +57,7 @@ class ImageSteps:
 
 
 def preprocess(images: jax.Array, steps: ImageSteps) -> jax.Array:
-    """Bring pictures (B, H, W, 3), uint8 or floats in 0..1, to (B, S, S, 3) float32, normalised; to be traced.
+    """Bring images (B, H, W, 3), uint8 or floats in 0..1, to (B, S, S, 3) float32, normalised; to be traced.
 
     ValueError where they have another shape or type.
     """

@@ -1,4 +1,4 @@
-"""The rewards by name: the one place to change, besides its own file, when a reward is added."""
+"""The rewards by name: the one file to change, besides its own, when a reward is added."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ Reward = Callable[[Any, Sequence[str]], np.ndarray]
 """``(images, prompts) -> scores (B,) float32``, the higher the better."""
 
 Loader = Callable[[str | os.PathLike[str]], Reward]
-"""What reads a reward's weights from a folder or a file."""
+"""A function that reads a reward's weights from a folder or a file."""
 
 REWARDS: dict[str, Loader] = {"clip": load_clip}
 
@@ -33,7 +33,7 @@ def register_reward(name: str, loader: Loader) -> None:
 
 
 def load(name: str, path: str | os.PathLike[str]) -> Reward:
-    """The reward of a name, with the weights at a path.
+    """Load the reward of a name, with the weights at a path.
 
     Args:
         name: a key of `REWARDS`: ``clip``, the CLIP score by any `CLIPModel` (`clip_score.load_clip`).

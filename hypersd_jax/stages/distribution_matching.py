@@ -15,7 +15,7 @@ import numpy as np
 
 from hypersd_jax.adapters import join
 from hypersd_jax.config import ScoreStage
-from hypersd_jax.diffusion import move
+from hypersd_jax.diffusion import add_noise
 from hypersd_jax.distill import columns, fake_loss, noised, score_term
 from hypersd_jax.stages import adapter_student, generator
 from hypersd_jax.stages.adversarial import make_discriminator
@@ -137,7 +137,7 @@ def _real(base: Base, rows: Any, key: jax.Array, t: jax.Array) -> jax.Array:
     """The images' latents noised to t (B,)."""
     latents = rows["latents"]
     noise = _normal(drawn_from(key, Draw.REAL), rows["places"], latents.shape[1:])
-    return move(latents, noise, *columns(base.schedule, t, latents))
+    return add_noise(latents, noise, *columns(base.schedule, t, latents))
 
 
 def _normal(key: jax.Array, places: jax.Array, shape: tuple[int, ...]) -> jax.Array:

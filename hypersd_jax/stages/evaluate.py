@@ -19,9 +19,8 @@ from hypersd_jax.diffusion import solver_table
 from hypersd_jax.errors import UserError
 from hypersd_jax.evaluation import SPECS, features, knows, load_scorer, seen_by
 from hypersd_jax.paths import parse_lora
-from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.pipeline import Pipeline, Settings
 from hypersd_jax.png_text import name_of
-from hypersd_jax.presets import Preset
 from hypersd_jax.rewards import load_clip
 from hypersd_jax.stages import evaluate_sources as sources
 from hypersd_jax.stages.evaluate_drawing import Drawn, Model, Prompted, draw_list, weights_identity, with_loras
@@ -161,7 +160,7 @@ def _content(file: Path) -> str:
     return hashlib.sha256(file.read_bytes() + (beside.read_bytes() if beside.is_file() else b"")).hexdigest()
 
 
-def _require_sound(pipe: Pipeline, settings: Preset) -> None:
+def _require_sound(pipe: Pipeline, settings: Settings) -> None:
     """Refuse settings that no solver has, before anything is drawn."""
     solver_table(
         str(settings.sampler),

@@ -21,9 +21,8 @@ from tqdm import tqdm
 from hypersd_jax.conditioning import already_warned
 from hypersd_jax.errors import UserError, shown
 from hypersd_jax.evaluation import SPECS, features, seen_by
-from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.pipeline import Pipeline, Settings
 from hypersd_jax.pipeline.arguments import NotFiniteWarning, about_not_finite, not_finite
-from hypersd_jax.presets import Preset
 from hypersd_jax.weights.diffusers.component import fingerprint
 from hypersd_jax.weights.tensors import replacing
 
@@ -62,7 +61,7 @@ class Model:
 
     pipe: Pipeline
     identity: str
-    settings: Preset
+    settings: Settings
     preset: str | None = None
 
     @property

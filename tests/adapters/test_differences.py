@@ -73,7 +73,7 @@ def test_several_are_each_counted_from_the_base_in_any_order() -> None:
 
 
 def test_a_merged_channel_of_zeros_stays_zero() -> None:
-    """|W + delta| = 0 has no direction; dividing by it would spread NaN over every picture."""
+    """|W + delta| = 0 has no direction; dividing by it would spread NaN over every image."""
     full = -np.asarray(PARAMS["a.kernel"])
     changed = altered(PARAMS, [({"a": entry(full=full, magnitude=np.ones((1, 8), np.float32))}, 1.0)])
     np.testing.assert_array_equal(changed["a.kernel"], np.zeros((6, 8)))

@@ -70,8 +70,8 @@ def test_step_by_step_is_the_scan(name):
 
 
 @pytest.mark.parametrize("name", SOLVERS)
-def test_a_start_from_a_picture(name):
-    """The start is noised to the first level; with a network that knows the picture, any part ends on it."""
+def test_a_start_from_an_image(name):
+    """The start is noised to the first level; with a network that knows the image, any part ends on it."""
     clean = jax.random.normal(jax.random.key(3), LATENTS.shape)
     config = {**SD, "prediction_type": "sample"}
     table = solver_table(name, 4, scheduler_config=config, strength=0.5)
@@ -84,7 +84,7 @@ def test_a_start_from_a_picture(name):
 
 @pytest.mark.parametrize("name", SOLVERS)
 def test_what_inpainting_keeps(name):
-    """The masked part ends as the picture exactly, and has the next level's noise on the way; the rest is painted."""
+    """The masked part ends as the image exactly, and has the next level's noise on the way; the rest is painted."""
     clean, mask = jax.random.normal(jax.random.key(3), LATENTS.shape), jnp.zeros((2, 4, 4, 1)).at[:, :2].set(1.0)
     known = Known(mask, clean, LATENTS)
     table = solver_table(name, 4, scheduler_config=SD)
@@ -154,19 +154,6 @@ def test_noise_is_checked():
         sample(predict, one, LATENTS, None, prediction_type="epsilon"),
         sample(predict, one, LATENTS, noise(1), prediction_type="epsilon"),
     )
-
-
-def test_callback_sees_each_step():
-    seen = []
-    table = solver_table("ddim", 4, scheduler_config=SD)
-
-    def callback(step, timestep, latents):
-        seen.append((int(step), int(timestep), np.asarray(latents)))
-
-    got = sample(predict, table, LATENTS, None, prediction_type="epsilon", callback=callback)
-    jax.effects_barrier()
-    assert [(step, t) for step, t, _ in sorted(seen, key=lambda s: s[0])] == [(0, 999), (1, 749), (2, 499), (3, 249)]
-    np.testing.assert_array_equal(max(seen, key=lambda s: s[0])[2], got)
 
 
 def test_half_precision_network_keeps_a_float32_carry():

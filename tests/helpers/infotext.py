@@ -1,4 +1,4 @@
-"""A picture's text as AUTOMATIC1111's web UI reads it: the rules of its modules/infotext_utils.py, written anew."""
+"""An image's text as AUTOMATIC1111's web UI reads it: the rules of its modules/infotext_utils.py, written anew."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def parse(text: str) -> Infotext:
 
 
 def text_of(path: Path) -> str:
-    """The text inside a picture: a PNG's ``parameters``, else EXIF's UserComment as piexif reads it."""
+    """The text inside an image: a PNG's ``parameters``, else EXIF's UserComment as piexif reads it."""
     with Image.open(path) as image:
         if image.format == "PNG":
             return str(image.text["parameters"])

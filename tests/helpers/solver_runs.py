@@ -103,9 +103,9 @@ def make_scheduler(name, config, **overrides):
 
 
 def theirs(scheduler, latents, noise, monkeypatch, eta=None, *, timesteps=None, clean=None, known=None):
-    """The latents after each step of diffusers' pipelines' loop, with our noise in place of its own.
+    """The latents after each step of diffusers' pipelines' loop, with our noise instead of its own.
 
-    Channels last: schedulers are elementwise. `timesteps` are those left of the scheduler's for a picture to start
+    Channels last: schedulers are elementwise. `timesteps` are those left of the scheduler's for an image to start
     from, `clean`, or for none; `known` is put back after each step as its inpainting pipelines do.
     """
     module = importlib.import_module(type(scheduler).__module__)

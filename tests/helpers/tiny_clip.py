@@ -54,7 +54,7 @@ def tiny_tensors(config: dict[str, Any] = CONFIG) -> dict[str, np.ndarray]:
 
 
 def tiny_clip(folder: Path) -> Path:
-    """Write a CLIP for pictures of 12 px with the embedded tokenizer."""
+    """Write a CLIP for images of 12 px with the embedded tokenizer."""
     shutil.copytree(assets() / "teacher" / "tokenizer", folder)
     save_tensors(folder / "model.safetensors", tiny_tensors(), {"format": "pt"})
     (folder / "config.json").write_text(json.dumps(CONFIG), encoding="utf-8")

@@ -71,7 +71,7 @@ def _vae() -> AutoencoderKL:
 def tiny_sd(
     folder: Path, prediction_type: str = "epsilon", guidance_embedding: int | None = None, *, in_channels: int = 4
 ) -> Path:
-    """An SD-1.x-shaped (epsilon) or SD-2.x-shaped (v_prediction) pipeline of 16 px pictures.
+    """An SD-1.x-shaped (epsilon) or SD-2.x-shaped (v_prediction) pipeline of 16 px images.
 
     With a ``guidance_embedding`` dimension the UNet reads the guidance scale, as LCM's do; with 9 ``in_channels`` it is
     an inpainting model.
@@ -104,7 +104,7 @@ def tiny_sd(
 
 
 def tiny_sdxl(folder: Path, *, in_channels: int = 4) -> Path:
-    """An SDXL-shaped pipeline of 16 px pictures: two text encoders, text_time, transformer layers per block.
+    """An SDXL-shaped pipeline of 16 px images: two text encoders, text_time, transformer layers per block.
 
     With 9 ``in_channels`` it is an inpainting model.
     """

@@ -90,7 +90,7 @@ def test_bfloat16_stays_close():
     np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=0.03 * float(jnp.abs(wanted).max()))
 
 
-def test_pictures_of_another_size():
+def test_images_of_another_size():
     network = _network()
     with pytest.raises(ValueError, match=r"shape \(9, 8, 3\), but the vision tower reads \(8, 8, 3\)"):
         network(network.init(0), jnp.zeros((1, 9, 8, 3)))

@@ -105,7 +105,7 @@ def test_sums() -> None:
 
 @pytest.mark.parametrize("prompted_only", [False, True])
 def test_guided_batches(params: Any, prompted_only: bool) -> None:
-    """Two networks on a batch whose first half has no prompt; the pictures are given once."""
+    """Two networks on a batch whose first half has no prompt; the images are given once."""
     own = [params[0], NETWORK.init(2)]
     scales = [residual_scales(CONFIG, 0.5), residual_scales(CONFIG, 2.0, guess=True)]
     doubled = [np.concatenate([value, -value]) for value in (SAMPLE, TIMES, CONTEXT)]
@@ -135,7 +135,7 @@ def test_guided_batches(params: Any, prompted_only: bool) -> None:
 
 def test_wrong_inputs_are_named() -> None:
     scales = residual_scales(CONFIG, 1.0)
-    with pytest.raises(ValueError, match=r"picture is \(10, 10\), but these latents need \(10, 8\)"):
+    with pytest.raises(ValueError, match=r"image is \(10, 10\), but these latents need \(10, 8\)"):
         jax.eval_shape(lambda p: NETWORK(p, SAMPLE, TIMES, CONTEXT, np.zeros((2, 10, 10, 3)), scales), NETWORK.shapes)
     with pytest.raises(ValueError, match="3 down_residuals for 4 skips"):
         jax.eval_shape(

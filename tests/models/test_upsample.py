@@ -1,4 +1,4 @@
-"""Convolving an enlarged picture without making it: the same numbers as enlarging first."""
+"""Convolving an enlarged image without making it: the same numbers as enlarging first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A whole CLIP against transformers, through a folder that it wrote: embeddings, logits, gradients, pictures."""
+"""A whole CLIP against transformers, through a folder that it wrote: embeddings, logits, gradients, images."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FAMILIES = {
 }
 
 
-def _picture(height, width, seed=0):
+def _random_image(height, width, seed=0):
     """Colours, edges and noise, (H, W, 3) uint8."""
     rng = np.random.default_rng(seed)
     y, x = np.mgrid[0:height, 0:width]
@@ -38,7 +38,7 @@ def _picture(height, width, seed=0):
     return np.clip(base + rng.normal(0, 8, base.shape), 0, 255).astype(np.uint8)
 
 
-IMAGES = np.stack([_picture(40, 55, seed) for seed in range(3)])
+IMAGES = np.stack([_random_image(40, 55, seed) for seed in range(3)])
 
 
 @pytest.fixture(scope="module", params=FAMILIES)
@@ -89,7 +89,7 @@ def test_embeddings_logits_and_gradients(pair):
     np.testing.assert_allclose(ours, 100 * cosines.detach().numpy(), atol=2e-4)
     (100 * cosines.sum()).backward()
     wanted = np.asarray(nchw.grad).transpose(0, 2, 3, 1)
-    # Back through the same preparation of pictures.
+    # Back through the same preparation of images.
     floats = images.astype(jnp.float32) / 255
     _, back = jax.vjp(lambda x: preprocess(x, score.model.steps), floats)
     found = jax.grad(lambda x: jnp.sum(clip_scores(score.model, score.params, x, jnp.asarray(ids))))(floats)
@@ -142,8 +142,8 @@ def test_configurations_are_read_as_transformers_reads_them(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (45, 80), (83, 37), (9, 11)])
-def test_pictures_as_pytorch_resizes_them(shape):
-    image = _picture(*shape)
+def test_images_as_pytorch_resizes_them(shape):
+    image = _random_image(*shape)
     size = [int(24 * side / min(shape)) for side in shape]
     nchw = torch.tensor(image.transpose(2, 0, 1)[None] / np.float32(255))
     theirs = torch.nn.functional.interpolate(nchw, size, mode="bicubic", antialias=True, align_corners=False)
@@ -154,9 +154,9 @@ def test_pictures_as_pytorch_resizes_them(shape):
 
 
 @pytest.mark.parametrize("shape", [(300, 300), (250, 417), (480, 226)])
-def test_pictures_as_the_processor_prepares_them(shape):
+def test_images_as_the_processor_prepares_them(shape):
     """The same crop and normalisation; 8-bit rounding apart, which a shift by one pixel would exceed by far."""
-    image = _picture(*shape)
+    image = _random_image(*shape)
     theirs = CLIPImageProcessorPil()(Image.fromarray(image), return_tensors="np")["pixel_values"][0].transpose(1, 2, 0)
     ours = np.asarray(preprocess(jnp.asarray(image)[None], ImageSteps())[0])
     apart = np.abs(ours - theirs) * np.asarray(ImageSteps().std)

@@ -27,7 +27,7 @@ FAMILIES = {
     "openclip-h": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "hidden_act": "gelu"},
     "openclip-bigg": {"hidden_size": 40, "num_hidden_layers": 3, "num_attention_heads": 5, "hidden_act": "gelu"},
 }
-# The end (58) in different places, padded with itself; id 59 is an added token above it.
+# The end (58) at different positions, padded with itself; id 59 is an added token above it.
 IDS = np.array([[57, 3, 9, 58, 58, 58, 58], [57, 1, 58, 2, 58, 2, 2], [57, 59, 12, 4, 4, 30, 58]], np.int32)
 
 

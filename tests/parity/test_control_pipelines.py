@@ -1,6 +1,6 @@
 """ControlNet and the tiny autoencoder against diffusers' pipelines: text, image to image and inpainting.
 
-As in `test_picture_pipelines`, diffusers encodes by the posterior's mean here. The largest relative error
+As in `test_image_pipelines`, diffusers encodes by the posterior's mean here. The largest relative error
 measured is 2.2e-6.
 """
 
@@ -16,7 +16,7 @@ torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
 from hypersd_jax.pipeline import Pipeline
-from tests.helpers.picture_runs import HEIGHT, PROMPTS, WIDTH, draw_both, picture
+from tests.helpers.image_runs import HEIGHT, PROMPTS, WIDTH, random_image, sample_both
 from tests.helpers.tiny_pipelines import tiny_sd, tiny_sdxl
 from tests.helpers.torch_weights import perturb, relative_error
 
@@ -32,7 +32,7 @@ TASKS = {
 
 
 def write_control(folder: Path, unet: Path, seed: int, *, pooled: bool = False) -> Path:
-    """A ControlNet for a UNet of 4 channels, whose convolutions that start at zero are drawn."""
+    """A ControlNet for a UNet of 4 channels, whose convolutions that start at zero are random."""
     torch.manual_seed(seed)
     base = diffusers.UNet2DConditionModel.from_pretrained(unet)
     net = diffusers.ControlNetModel.from_unet(base, conditioning_embedding_out_channels=(4, 6))
@@ -93,7 +93,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Models:
     return Models(tmp_path_factory.mktemp("models"))
 
 
-def draw(
+def run_both(
     models: Models,
     family: str,
     task: str,
@@ -106,16 +106,16 @@ def draw(
     steps: int = 2,
     **call: Any,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Ours and theirs, with a picture to start from and a mask where the task has them."""
+    """Ours and theirs, with an image to start from and a mask where the task has them."""
     theirs, ours = models.pair(family, task, kinds)
     their: dict[str, Any] = {"controlnet_conditioning_scale": scale, "guess_mode": guess, **SIZE}
     our: dict[str, Any] = {"control_image": control, "control_scale": scale, "guess_mode": guess, **SIZE}
     their["image" if task == "text" else "control_image"] = control
     if task != "text":
-        their["image"] = our["image"] = picture(0)
+        their["image"] = our["image"] = random_image(0)
     if task == "inpaint":
-        their["mask_image"] = our["mask"] = picture(2, mode="L")
-    return draw_both(theirs, ours, sampler=sampler, steps=steps, their=their, our=our, **call)
+        their["mask_image"] = our["mask"] = random_image(2, mode="L")
+    return sample_both(theirs, ours, sampler=sampler, steps=steps, their=their, our=our, **call)
 
 
 @pytest.mark.parametrize(
@@ -125,40 +125,40 @@ def draw(
 def test_text_to_image(models: Models, family: str, guidance: float, guess: bool) -> None:
     for sampler, eta, steps in (("ddim", 0.0, 1), ("tcd", 0.3, 2), ("euler", 0.0, 4)):
         call = {"sampler": sampler, "eta": eta, "steps": steps, "guidance": guidance, "guess": guess}
-        found, expected = draw(models, family, "text", picture(7), negative="blob style", **call)
+        found, expected = run_both(models, family, "text", random_image(7), negative="blob style", **call)
         assert relative_error(found, expected) < TOLERANCE, sampler
-    other, _ = draw(models, family, "text", picture(8), negative="blob style", **call)
+    other, _ = run_both(models, family, "text", random_image(8), negative="blob style", **call)
     assert relative_error(other, expected) > ANOTHER
-    weaker, expected = draw(models, family, "text", picture(7), negative="blob style", **call, scale=0.3)
+    weaker, expected = run_both(models, family, "text", random_image(7), negative="blob style", **call, scale=0.3)
     assert relative_error(weaker, expected) < TOLERANCE
     assert relative_error(weaker, found) > ANOTHER
 
 
 def test_guess_mode_without_guidance(models: Models) -> None:
-    found, expected = draw(models, "sd", "text", picture(7), guidance=0.0, guess=True)
+    found, expected = run_both(models, "sd", "text", random_image(7), guidance=0.0, guess=True)
     assert relative_error(found, expected) < TOLERANCE
 
 
-def test_a_picture_for_each_prompt_of_another_size(models: Models) -> None:
+def test_an_image_for_each_prompt_of_another_size(models: Models) -> None:
     call = {"guidance": 5.0, "steps": 4}
-    images = [picture(7, (30, 22)), picture(8, (17, 9))]
-    found, expected = draw(models, "sd", "text", images, **call)
+    images = [random_image(7, (30, 22)), random_image(8, (17, 9))]
+    found, expected = run_both(models, "sd", "text", images, **call)
     assert relative_error(found, expected) < TOLERANCE
-    found, expected = draw(models, "sd", "text", picture(7), prompts=PROMPTS[:1], num_images=2, **call)
+    found, expected = run_both(models, "sd", "text", random_image(7), prompts=PROMPTS[:1], num_images=2, **call)
     assert relative_error(found, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("kinds", [("pooled",), ("first", "pooled")])
 def test_kinds_and_several(models: Models, kinds: tuple[str, ...]) -> None:
     """One that averages over space steers the prompted half alone; of several, the first one's kind decides."""
-    images = [picture(7), picture(8)][: len(kinds)]
+    images = [random_image(7), random_image(8)][: len(kinds)]
     scales = [0.8, 0.4][: len(kinds)]
     one = len(kinds) == 1
     call = {"guidance": 5.0, "kinds": kinds, "scale": scales[0] if one else scales}
-    found, expected = draw(models, "sd", "text", images[0] if one else images, **call)
+    found, expected = run_both(models, "sd", "text", images[0] if one else images, **call)
     assert relative_error(found, expected) < TOLERANCE
     if not one:
-        swapped, _ = draw(models, "sd", "text", images[::-1], **call)
+        swapped, _ = run_both(models, "sd", "text", images[::-1], **call)
         assert relative_error(swapped, expected) > ANOTHER
 
 
@@ -166,7 +166,7 @@ def test_kinds_and_several(models: Models, kinds: tuple[str, ...]) -> None:
 def test_image_to_image(models: Models, family: str) -> None:
     for sampler, eta, steps, strength in (("ddim", 0.0, 2, 0.5), ("tcd", 0.3, 4, 0.8), ("euler_a", 0.0, 8, 0.3)):
         call = {"sampler": sampler, "eta": eta, "steps": steps, "strength": strength, "guidance": 5.0}
-        found, expected = draw(models, family, "image", picture(7), **call)
+        found, expected = run_both(models, family, "image", random_image(7), **call)
         assert relative_error(found, expected) < TOLERANCE, sampler
 
 
@@ -174,7 +174,7 @@ def test_image_to_image(models: Models, family: str) -> None:
 def test_inpainting(models: Models, family: str) -> None:
     for sampler, eta, steps, strength in (("ddim", 0.0, 4, 1.0), ("tcd", 0.3, 4, 0.8), ("euler_a", 0.0, 8, 0.3)):
         call = {"sampler": sampler, "eta": eta, "steps": steps, "strength": strength, "guidance": 5.0}
-        found, expected = draw(models, family, "inpaint", picture(7), **call)
+        found, expected = run_both(models, family, "inpaint", random_image(7), **call)
         assert relative_error(found, expected) < TOLERANCE, sampler
 
 
@@ -188,5 +188,7 @@ def test_the_tiny_autoencoder(models: Models, tmp_path: Path) -> None:
     ours = Pipeline.from_pretrained(models.path("sd"))
     ours.load_vae(tmp_path)
     call = {"sampler": "ddim", "steps": 4, "strength": 0.5, "guidance": 0.0, "output": "np"}
-    found, expected = draw_both(theirs, ours, their={"image": picture(0)}, our={"image": picture(0)}, **call)
+    found, expected = sample_both(
+        theirs, ours, their={"image": random_image(0)}, our={"image": random_image(0)}, **call
+    )
     assert relative_error(found, expected) < TOLERANCE

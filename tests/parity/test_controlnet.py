@@ -72,7 +72,7 @@ def torch_control(name: str, seed: int = 1) -> ControlNetModel:
 
 
 def fill(module: torch.nn.Module) -> torch.nn.Module:
-    """Draw the convolutions that start at zero, so that residuals are of the features' size."""
+    """Randomise the convolutions that start at zero, so that residuals are of the features' size."""
     with torch.no_grad():
         for parameter in module.parameters():
             if parameter.ndim == 4 and not parameter.any():

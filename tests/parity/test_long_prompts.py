@@ -1,4 +1,4 @@
-"""Long prompts in windows: each window by transformers' text encoder, and what diffusers draws from the embeddings."""
+"""Long prompts in windows: each by transformers' text encoder, and what diffusers samples from the embeddings."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def by_hand(pipe: Any, prompts: list[str], windows: int) -> tuple[Any, Any]:
     return torch.cat(joined, dim=-1), pooled if len(encoders) > 1 else None
 
 
-def test_embeddings_and_pictures(models: Any) -> None:
+def test_embeddings_and_images(models: Any) -> None:
     theirs, components, encoder = models
     windows = encoder.windows([*PROMPTS, *NEGATIVE])
     assert windows == 3
@@ -107,21 +107,21 @@ def test_embeddings_and_pictures(models: Any) -> None:
         output_type="latent",
         **extra,
     ).images
-    draw = drawer(components, latents)
-    found = draw(cond, uncond)
+    generate = make_generate(components, latents)
+    found = generate(cond, uncond)
     assert relative_error(found, expected.permute(0, 2, 3, 1).numpy()) < 1e-4
-    # what stands beyond the first window does change the picture
-    other = draw(cond._replace(context=cond.context.at[:, encoder.lengths[0] :].set(0)), uncond)
+    # what stands beyond the first window does change the image
+    other = generate(cond._replace(context=cond.context.at[:, encoder.lengths[0] :].set(0)), uncond)
     assert relative_error(other[1:], found[1:]) > 1e-2
 
 
-def drawer(components: Any, latents: np.ndarray) -> Any:
+def make_generate(components: Any, latents: np.ndarray) -> Any:
     """A function of the conditional and the unconditional: the last latents of `STEPS` guided DDIM steps."""
     sizes = jnp.asarray(size_ids(16, 16, 2)) if components.is_xl else None
     table = solver_table("ddim", STEPS, scheduler_config=dict(components.scheduler_config))
 
     @jax.jit
-    def draw(*parts: Conditioning) -> jax.Array:
+    def jitted(*parts: Conditioning) -> jax.Array:
         cond, uncond = (part._replace(time_ids=sizes) for part in parts)
 
         def predict(x: jax.Array, t: jax.Array) -> jax.Array:
@@ -133,4 +133,4 @@ def drawer(components: Any, latents: np.ndarray) -> Any:
 
         return sample(predict, table, latents, None, prediction_type="epsilon")
 
-    return lambda cond, uncond: np.asarray(draw(cond, uncond))
+    return lambda cond, uncond: np.asarray(jitted(cond, uncond))

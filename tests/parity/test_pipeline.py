@@ -1,4 +1,4 @@
-"""Whole pipelines against diffusers': the same prompts, latents and noise, the same pictures."""
+"""Whole pipelines against diffusers': the same prompts, latents and noise, the same images."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ def pipelines(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Any, 
     return made
 
 
-def draw_theirs(pipe: Any, latents: np.ndarray, noise: np.ndarray, sampler: str, eta: float, **call: Any) -> np.ndarray:
+def sample_theirs(
+    pipe: Any, latents: np.ndarray, noise: np.ndarray, sampler: str, eta: float, **call: Any
+) -> np.ndarray:
     """Run diffusers' pipeline with its scheduler's noise taken from ``noise``."""
     extra = {"timestep_spacing": {"ddim": "trailing"}.get(sampler, "leading")}
     cls = getattr(diffusers, SCHEDULERS[sampler])
@@ -65,7 +67,7 @@ def check(pipelines: Any, family: str, sampler: str, eta: float, steps: int, gui
     rng = np.random.default_rng(steps)
     latents = rng.standard_normal((2, 8, 8, 4)).astype(np.float32)
     noise = rng.standard_normal((steps, 2, 8, 8, 4)).astype(np.float32)
-    expected = draw_theirs(
+    expected = sample_theirs(
         theirs,
         latents,
         noise,
@@ -86,7 +88,7 @@ def check(pipelines: Any, family: str, sampler: str, eta: float, steps: int, gui
         latents=latents,
         noise=noise,
         output="np",
-        stepwise=True,  # one compilation for all step counts; `test_the_scan_draws_the_same` ties it to the scan
+        stepwise=True,  # one compilation for all step counts; `test_the_scan_samples_the_same` ties it to the scan
     )
     assert relative_error(found, expected) < TOLERANCE
 
@@ -119,7 +121,7 @@ def test_negative_prompts(pipelines: Any, family: str, negative: str) -> None:
 
 
 @pytest.mark.parametrize(("sampler", "eta"), [("ddim", 0.0), ("tcd", 0.3)])
-def test_the_scan_draws_the_same(pipelines: Any, sampler: str, eta: float) -> None:
+def test_the_scan_samples_the_same(pipelines: Any, sampler: str, eta: float) -> None:
     ours = pipelines["sd"][1]
     call = {"steps": 4, "sampler": sampler, "eta": eta, "guidance": 5.0, "seed": 3, "output": "latent"}
     assert relative_error(ours(PROMPTS, **call), ours(PROMPTS, **call, stepwise=True)) < 1e-6
@@ -133,7 +135,7 @@ def test_the_embedded_teacher() -> None:
     rng = np.random.default_rng(0)
     latents = rng.standard_normal((1, 16, 16, 4)).astype(np.float32)
     noise = np.zeros((4, 1, 16, 16, 4), np.float32)
-    expected = draw_theirs(
+    expected = sample_theirs(
         theirs, latents, noise, "ddim", 0.0, prompt=PROMPTS[:1], num_inference_steps=4, guidance_scale=4.0
     )
     found = ours(PROMPTS[:1], steps=4, sampler="ddim", guidance=4.0, latents=latents, output="np", stepwise=True)

@@ -1,4 +1,4 @@
-"""What score distillation leaves, drawn by diffusers: a one-step UNet's folder, and a LoRA of any number of steps."""
+"""Exports of score distillation, sampled by diffusers: a one-step UNet's folder, and a LoRA of any step count."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from tests.helpers.torch_weights import relative_error
 
 PROMPTS = ["red apple, fluent flat style", "a cat face, noto style, blue background"]
 TOLERANCE = 1e-5
-"""Relative L2 error of float32 pictures in 0..1."""
+"""Relative L2 error of float32 images in 0..1."""
 ANOTHER = 1e-2
-"""The least relative L2 difference of pictures that must not be the same."""
+"""The least relative L2 difference of images that must not be the same."""
 # As in the torch-free tests, whose compiled program this session then has already.
 UNET = """
   - {name: unet, kind: dmd, student: unet, times: [800], updates: 2, batch_size: 4, learning_rate: 1.0e-3,
@@ -66,17 +66,17 @@ def theirs(folder: Path, scheduler: str, **settings: Any) -> Any:
     return pipe
 
 
-def draw_theirs(pipe: Any, latents: np.ndarray, **call: Any) -> np.ndarray:
+def sample_theirs(pipe: Any, latents: np.ndarray, **call: Any) -> np.ndarray:
     given = torch.from_numpy(latents).permute(0, 3, 1, 2)
     return pipe(prompt=PROMPTS, latents=given, guidance_scale=0.0, output_type="np", **call).images
 
 
 def test_the_one_step_unet(tmp_path: Path, model: Path, latents: np.ndarray) -> None:
-    """LCMScheduler at t = 800 alone, as Hyper-SD's one-step UNet is drawn."""
+    """LCMScheduler at t = 800 alone, as Hyper-SD's one-step UNet is sampled."""
     opened = open_stage(recipe(tmp_path, model, UNET), "before")
     stage_run.run_stage(opened.run, 0, opened.stage)
     folder = opened.run.output.models / "unet"
-    expected = draw_theirs(theirs(folder, "LCMScheduler"), latents, num_inference_steps=1, timesteps=[800])
+    expected = sample_theirs(theirs(folder, "LCMScheduler"), latents, num_inference_steps=1, timesteps=[800])
     call: dict[str, Any] = {"sampler": "lcm", "timesteps": [800], "guidance": 0.0, "output": "np", "stepwise": True}
     found, base = (Pipeline.from_pretrained(each)(PROMPTS, latents=latents, **call) for each in (folder, model))
     assert relative_error(found, expected) < TOLERANCE
@@ -106,6 +106,6 @@ def test_the_unified_lora(unified: tuple[Pipeline, Any, Path], latents: np.ndarr
     pipe.load_lora_weights(file.parent, weight_name=file.name)
     plan = ours.settings(steps=steps)
     assert (plan.sampler, plan.eta, plan.guidance, plan.original_inference_steps) == ("tcd", 0.0, 0.0, 50)
-    expected = draw_theirs(pipe, latents, num_inference_steps=steps, eta=0.0)
+    expected = sample_theirs(pipe, latents, num_inference_steps=steps, eta=0.0)
     assert relative_error(ours(PROMPTS, **call), expected) < TOLERANCE
     assert relative_error(base, expected) > ANOTHER

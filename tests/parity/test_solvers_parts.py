@@ -1,4 +1,4 @@
-"""Image to image, inpainting and two models in turn: parts of a schedule by diffusers' pipelines' own rules."""
+"""Image to image and inpainting: the last steps of a schedule by diffusers' pipelines' own rules."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from hypersd_jax.diffusion import Known, noise_range, solver_table
+from hypersd_jax.diffusion import Known, solver_table
 from hypersd_jax.errors import UserError
 
 torch = pytest.importorskip("torch")
@@ -56,7 +56,7 @@ def compare(name, config, steps, strength, monkeypatch, *, known=False, custom=N
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 @pytest.mark.parametrize("config", ["sd15", "sdxl"])
-def test_from_a_picture(name, config, monkeypatch):
+def test_from_an_image(name, config, monkeypatch):
     for steps, strength in itertools.product((1, 2, 4, 8, 25, 50), STRENGTHS):
         compare(name, CONFIGS[config], steps, strength, monkeypatch)
 
@@ -81,7 +81,7 @@ def test_custom_timesteps(name, monkeypatch):
 
 
 def test_inpainting_from_noise_alone(monkeypatch):
-    """At strength 1 the inpainting pipelines start from noise, and still put the picture back."""
+    """At strength 1 the inpainting pipelines start from noise, and still put the image back."""
     for name in SCHEDULERS:
         config = {"prediction_type": "epsilon", **CONFIGS["sdxl"]}
         scheduler = scheduler_of(name, config, 8)
@@ -94,33 +94,3 @@ def test_inpainting_from_noise_alone(monkeypatch):
         assert error(ours(table, latents, noise, "epsilon", None, known), reference[-1]) < 1e-5
         np.testing.assert_array_equal(table["known_x0"][-1], 1)
         np.testing.assert_array_equal(table["known_noise"][-1], 0)
-
-
-@pytest.mark.parametrize("name", SCHEDULERS)
-@pytest.mark.parametrize("share", [0.3, 0.5, 0.7])
-def test_two_models_in_turn(name, share, monkeypatch):
-    """SDXL's base stops where its refiner begins; both keep their own count of steps, so 2M's history starts anew."""
-    config = {"prediction_type": "epsilon", **CONFIGS["sdxl"]}
-    for steps in (4, 25):
-        latents, noise = inputs(steps)
-        eta = ETA.get(name, 0.0)
-        table = solver_table(name, steps, eta=eta, scheduler_config=config)
-        base = noise_range(table, end=share, num_train_timesteps=1000)
-        refiner = noise_range(table, start=share, num_train_timesteps=1000)
-        n = len(base["timesteps"])
-
-        scheduler = scheduler_of(name, config, steps)
-        early = scheduler.timesteps[scheduler.timesteps >= round(1000 * (1 - share))]  # as the pipeline's call filters
-        reference = theirs(scheduler, latents, noise, monkeypatch, ETA.get(name), timesteps=early)[-1]
-        assert len(early) == n
-        assert error(ours(base, latents, noise[:n], "epsilon"), reference) < 1e-5
-
-        scheduler = scheduler_of(name, config, steps)
-        late, _ = diffusers.StableDiffusionXLImg2ImgPipeline.get_timesteps(
-            SimpleNamespace(scheduler=scheduler), steps, 0.3, None, denoising_start=share
-        )
-        np.testing.assert_allclose(refiner["timesteps"], late.numpy(), rtol=0, atol=2e-3)
-        monkeypatch.setattr(type(scheduler), "init_noise_sigma", 1.0, raising=False)  # latents are taken as they are
-        expected = theirs(scheduler, reference, noise[n:], monkeypatch, ETA.get(name), timesteps=late)[-1]
-        monkeypatch.undo()
-        assert error(ours(refiner, reference, noise[n:], "epsilon"), expected) < 1e-5

@@ -90,7 +90,7 @@ SIZES = {"odd_size": (9, 7)}
 
 
 def inputs(name: str) -> tuple[dict[str, Any], np.ndarray]:
-    """Draw the inputs that the config asks for, and a cotangent for the output."""
+    """Generate the inputs that the config asks for, and a cotangent for the output."""
     config, random = CONFIGS[name], np.random.default_rng(len(name))
     h, w = SIZES.get(name, (4, 8))
 

@@ -44,7 +44,7 @@ def test_scores_are_cosines_times_100(score: clip_score.ClipScore) -> None:
     assert found.min() < 0 < found.max()  # not cut off at 0
 
 
-def test_bytes_floats_and_pil_pictures_score_alike(score: clip_score.ClipScore) -> None:
+def test_bytes_floats_and_pil_images_score_alike(score: clip_score.ClipScore) -> None:
     wanted = score(IMAGES, PROMPTS)
     np.testing.assert_allclose(score(IMAGES / np.float32(255), PROMPTS), wanted, atol=1e-4)
     np.testing.assert_array_equal(score([Image.fromarray(image) for image in IMAGES], PROMPTS), wanted)
@@ -57,8 +57,8 @@ def test_the_last_batch_is_filled_up(score: clip_score.ClipScore, monkeypatch: p
     assert score(IMAGES[:0], []).shape == (0,)
 
 
-def test_gradients_in_the_pictures(score: clip_score.ClipScore) -> None:
-    """Against finite differences along one direction, and each picture's score by its own pixels only."""
+def test_gradients_in_the_images(score: clip_score.ClipScore) -> None:
+    """Against finite differences along one direction, and each image's score by its own pixels only."""
     images = jnp.asarray(IMAGES[:2], jnp.float32) / 255
     ids = jnp.asarray(score.tokenize(PROMPTS[:2]))
     scores = jax.jit(lambda x: clip_score.clip_scores(score.model, score.params, x, ids))
@@ -141,7 +141,7 @@ def test_without_a_tokenizer_clips_own_serves_its_vocabulary(folder: Path, tmp_p
     ]
 
 
-def test_pictures_prepared_in_another_way(folder: Path, tmp_path: Path) -> None:
+def test_images_prepared_in_another_way(folder: Path, tmp_path: Path) -> None:
     shutil.copytree(folder, tmp_path / "clip")
     (tmp_path / "clip" / "preprocessor_config.json").write_text(json.dumps({"size": 12, "image_mean": [0.1, 0.2, 0.3]}))
     assert hs.rewards.load("clip", tmp_path / "clip").model.steps.mean == (0.1, 0.2, 0.3)

@@ -1,4 +1,4 @@
-"""Preparing pictures for CLIP: against Pillow, for floats and for 8 bits, and with gradients."""
+"""Preparing images for CLIP: against Pillow, for floats and for 8 bits, and with gradients."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ STEPS = ImageSteps(size=24)
 PLAIN = ImageSteps(size=24, mean=(0.0, 0.0, 0.0), std=(1.0, 1.0, 1.0))
 
 
-def _picture(height, width):
+def _random_image(height, width):
     """Smooth colours, hard edges and noise, (1, H, W, 3) uint8."""
     rng = np.random.default_rng([height, width])
     y, x = np.mgrid[0:height, 0:width]
@@ -39,7 +39,7 @@ def _pillow(image, size):
 
 @pytest.mark.parametrize("shape", SHAPES)
 def test_floats_as_pillow_resizes_them(shape):
-    image = _picture(*shape)
+    image = _random_image(*shape)
     ours = preprocess(jnp.asarray(image), PLAIN)
     assert (ours.shape, ours.dtype) == ((1, 24, 24, 3), jnp.float32)
     np.testing.assert_allclose(ours[0], _pillow(image[0], 24), rtol=0, atol=1e-5)
@@ -48,7 +48,7 @@ def test_floats_as_pillow_resizes_them(shape):
 @pytest.mark.parametrize("shape", SHAPES)
 def test_what_eight_bits_change(shape):
     """Pillow on bytes is our weights with rounding and a cut at 0 and 255 after each pass: all that we leave out."""
-    image = _picture(*shape)[0]
+    image = _random_image(*shape)[0]
     to = tuple(int(24 * side / min(shape)) for side in shape)
     theirs = np.asarray(Image.fromarray(image).resize(to[::-1], Image.Resampling.BICUBIC), np.float64)
     passes = [
@@ -68,13 +68,13 @@ def test_what_eight_bits_change(shape):
 
 
 def test_bytes_are_floats_times_255():
-    image = _picture(45, 80)
+    image = _random_image(45, 80)
     floats = jnp.asarray(image, jnp.float32) / 255
     np.testing.assert_allclose(preprocess(jnp.asarray(image), STEPS), preprocess(floats, STEPS), rtol=0, atol=1e-6)
 
 
-def test_a_picture_of_the_right_size_is_only_normalised():
-    image = _picture(24, 24)
+def test_an_image_of_the_right_size_is_only_normalised():
+    image = _random_image(24, 24)
     wanted = (image / 255 - np.asarray(MEAN)) / np.asarray(STD)
     np.testing.assert_allclose(preprocess(jnp.asarray(image), STEPS), wanted, rtol=1e-5, atol=1e-6)
 
@@ -89,7 +89,7 @@ def test_weights_add_up(length, resized):
 
 def test_gradients_pass():
     """By a linear function a finite difference of any size is exact; what is cropped away has no part in it."""
-    image = jnp.asarray(_picture(30, 60), jnp.float32) / 255
+    image = jnp.asarray(_random_image(30, 60), jnp.float32) / 255
     rng = np.random.default_rng(0)
     weights = jnp.asarray(rng.standard_normal((1, 24, 24, 3)), jnp.float32)
     direction = jnp.asarray(rng.standard_normal(image.shape), jnp.float32)

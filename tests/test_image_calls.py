@@ -1,7 +1,8 @@
-"""Calls with pictures, and models with other parts loaded: what needs no other implementation, on tiny models."""
+"""Calls with images, and models with other parts loaded: what needs no other implementation, on tiny models."""
 
 from __future__ import annotations
 
+import dataclasses
 import gc
 import json
 import weakref
@@ -17,7 +18,7 @@ from safetensors.numpy import save_file
 
 from hypersd_jax.errors import UserError
 from hypersd_jax.models import ControlNetConfig, TinyVaeConfig, UNetConfig, VaeConfig, controlnet, tiny_vae, unet, vae
-from hypersd_jax.pipeline import Pipeline, pictures
+from hypersd_jax.pipeline import Pipeline, image_inputs
 from hypersd_jax.weights import write_lora
 from hypersd_jax.weights.diffusers.component import save_params
 from tests.helpers.compilations import Compilations
@@ -107,7 +108,7 @@ def difference(found: Any, expected: Any) -> float:
         ({"image": IMAGES[0], "height": 32}, r"image has shape \(16, 16, 3\), not \(32, 16, 3\)"),
         ({"image": IMAGES[0, ..., :1]}, r"image has shape \(16, 16, 1\), not \(16, 16, 3\)"),
         ({"image": IMAGES[0, :, :, 0]}, r"image has shape \(16, 16\), not \(16, 16, 3\)"),
-        ({"image": np.zeros(16)}, r"image has shape \(16,\), not that of a picture"),
+        ({"image": np.zeros(16)}, r"image has shape \(16,\), not that of an image"),
         ({"image": np.zeros((0, SIDE, SIDE, 3))}, "image: none given"),
         ({"image": []}, "image: none given"),
         ({"image": 5}, "image must be an image, a path or an array, not int"),
@@ -118,7 +119,7 @@ def difference(found: Any, expected: Any) -> float:
         ({"image": Image.new("RGB", (1, 1))}, "height=0 must be a positive multiple of 2"),
         ({"image": IMAGES}, "image: 3 given for 1 prompts"),
         ({"image": "nowhere.png"}, "image nowhere.png: cannot be read as an image"),
-        ({"image": Path(__file__)}, r"image .*test_pictures\.py: cannot be read as an image"),
+        ({"image": Path(__file__)}, r"image .*test_image_calls\.py: cannot be read as an image"),
         ({"image": IMAGES[0], "mask": MASK[:8]}, r"mask has shape \(8, 16, 1\), not \(16, 16, 1\)"),
         ({"image": IMAGES[0], "mask": 2 * MASK}, r"mask holds values outside 0\.\.1"),
         ({"image": IMAGES[0], "mask": [MASK] * 2}, "mask: 2 given for 1 prompts"),
@@ -128,7 +129,7 @@ def difference(found: Any, expected: Any) -> float:
         ({"long_prompts": "chunks"}, "long_prompts='chunks' is not valid; did you mean chunk"),
     ],
 )
-def test_bad_pictures_are_named(loaded: Pipeline, call: dict[str, Any], message: str) -> None:
+def test_bad_images_are_named(loaded: Pipeline, call: dict[str, Any], message: str) -> None:
     with pytest.raises(UserError, match=message):
         loaded(PROMPT, **{**CALL, **call})
 
@@ -162,17 +163,17 @@ def test_an_inpainting_model_needs_a_mask(inpainter: Pipeline, call: dict[str, A
 # MARK: what they do
 
 
-def test_the_size_is_that_of_the_picture(pipe: Pipeline) -> None:
+def test_the_size_is_that_of_the_image(pipe: Pipeline) -> None:
     """Rounded down to whole latent pixels, where no other is asked for."""
     image = Image.new("RGB", (21, 24))
     for given in (image, [image, IMAGES[0]], np.zeros((25, 20, 3)), [[image] * 2] * 2):
-        assert pictures.picture_size("control_image", given, 2) == (24, 20)
+        assert image_inputs.image_size("control_image", given, 2) == (24, 20)
     assert pipe(PROMPT, **CALL, image=image, strength=0.5, width=16).shape == (1, 12, 8, 4)
 
 
-def test_what_is_kept_is_the_picture(pipe: Pipeline) -> None:
-    """White is painted: there the seed matters. Black keeps the latents of the picture."""
-    clean = pipe._latents_of(IMAGES[:1])
+def test_what_is_kept_is_the_image(pipe: Pipeline) -> None:
+    """White is painted: there the seed matters. Black keeps the latents of the image."""
+    clean = pipe.encode_images(IMAGES[:1])
     call = {**CALL, "image": IMAGES[0], "mask": MASK}
     first, second = pipe(PROMPT, **call), pipe(PROMPT, **call, seed=1)
     painted = (slice(None), slice(None), slice(SIDE // 4))
@@ -182,7 +183,7 @@ def test_what_is_kept_is_the_picture(pipe: Pipeline) -> None:
 
 
 def test_strength_by_default(pipe: Pipeline) -> None:
-    """0.8 of the steps from a picture, all with a mask, which the callback tells; 0.7 of 10 steps are 7."""
+    """0.8 of the steps from an image, all with a mask, which the callback tells; 0.7 of 10 steps are 7."""
     for call, steps in (({}, 8), ({"mask": MASK}, 10), ({"strength": 0.7}, 7)):
         seen: list[tuple[int, int]] = []
         call = {**CALL, "steps": 10, "image": IMAGES[0], "stepwise": True, **call}
@@ -190,8 +191,8 @@ def test_strength_by_default(pipe: Pipeline) -> None:
         assert seen == [(i + 1, steps) for i in range(steps)]
 
 
-def test_a_picture_depends_on_its_own_inputs_alone(pipe: Pipeline, folder: Path) -> None:
-    """Rounds of another size, and other prompts and pictures of the call, change nothing."""
+def test_an_image_depends_on_its_own_inputs_alone(pipe: Pipeline, folder: Path) -> None:
+    """Rounds of another size, and other prompts and images of the call, change nothing."""
     pipe.load_controlnet(folder / "control-a")
     masks = np.stack([MASK, MASK.T, MASK])
     call = {**CALL, "num_images": 2, "seed": 5, "strength": 0.5, "sampler": "tcd", "eta": 0.3}
@@ -205,7 +206,7 @@ def test_a_picture_depends_on_its_own_inputs_alone(pipe: Pipeline, folder: Path)
 
 
 def test_what_compiles_nothing(pipe: Pipeline, folder: Path, compilations: Compilations) -> None:
-    """Another prompt, seed, picture, mask, strength of as many steps, ControlNet picture and scale."""
+    """Another prompt, seed, image, mask, strength of as many steps, ControlNet image and scale."""
     pipe.load_controlnet(folder / "control-a")
     call = {**CALL, "guidance": 3.0, "image": IMAGES[0], "mask": MASK, "control_image": IMAGES[1], "strength": 0.5}
     first = pipe(PROMPT, **call)
@@ -223,15 +224,16 @@ def test_what_compiles_nothing(pipe: Pipeline, folder: Path, compilations: Compi
     assert compilations.count == before
 
 
-def test_a_picture_for_all_prompts_is_encoded_once(inpainter: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Here twice: the picture, and what the mask leaves of it."""
-    encode, seen = inpainter._encode_image, []
-    monkeypatch.setattr(inpainter, "_encode_image", lambda *inputs, **how: seen.append(how) or encode(*inputs, **how))
+def test_an_image_for_all_prompts_is_encoded_once(inpainter: Pipeline, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here twice: the image, and what the mask leaves of it."""
+    programs, seen = inpainter._programs, []
+    encode = lambda *inputs, **how: seen.append(how) or programs.encode_images(*inputs, **how)  # noqa: E731
+    monkeypatch.setattr(inpainter, "_programs", dataclasses.replace(programs, encode_images=encode))
     inpainter([PROMPT] * 2, **CALL, image=IMAGES[0], mask=MASK)
     assert len(seen) == 2
 
 
-def test_an_inpainting_model_reads_picture_and_mask(inpainter: Pipeline) -> None:
+def test_an_inpainting_model_reads_image_and_mask(inpainter: Pipeline) -> None:
     call = {**CALL, "image": IMAGES[0], "mask": MASK}
     first = inpainter(PROMPT, **call)
     painted = IMAGES[0].copy()
@@ -242,7 +244,7 @@ def test_an_inpainting_model_reads_picture_and_mask(inpainter: Pipeline) -> None
 
 
 def test_tiled(pipe: Pipeline) -> None:
-    """The same where one tile holds the picture, and near it where not: the norms see a tile each."""
+    """The same where one tile holds the image, and near it where not: the norms see a tile each."""
     call = {**CALL, "output": "np"}
     np.testing.assert_array_equal(pipe(PROMPT, **call, tiled=True), pipe(PROMPT, **call))
     whole, tiled = (pipe(PROMPT, **call, height=8, width=160, tiled=tiled) for tiled in (False, True))
@@ -251,22 +253,22 @@ def test_tiled(pipe: Pipeline) -> None:
     assert 0 < difference < 0.2 * np.ptp(whole)
 
 
-def test_tiled_pictures(pipe: Pipeline) -> None:
+def test_tiled_images(pipe: Pipeline) -> None:
     """Encoded in tiles too: black keeps what they are read as."""
     wide = RANDOM.random((8, 160, 3)).astype(np.float32)
     call = {**CALL, "image": wide, "mask": np.zeros((8, 160))}
     whole, tiled = (pipe(PROMPT, **call, tiled=tiled) for tiled in (False, True))
-    np.testing.assert_allclose(tiled, pipe._latents_of(wide[None], tiled=True), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(tiled, pipe.encode_images(wide[None], tiled=True), rtol=0, atol=1e-6)
     assert 0 < np.abs(tiled - whole).max() < 0.2 * np.ptp(whole)
 
 
 def test_on_a_mesh(pipe: Pipeline, folder: Path) -> None:
     mesh = Mesh(np.array(jax.devices()[:1]).reshape(1, 1), ("data", "fsdp"))
-    placed = Pipeline.from_pretrained(folder / "model", mesh=mesh)
+    on_mesh = Pipeline.from_pretrained(folder / "model", mesh=mesh)
     call = {**CALL, "image": IMAGES[0], "mask": MASK, "control_image": IMAGES[1]}
-    for each in (pipe, placed):
+    for each in (pipe, on_mesh):
         each.load_controlnet(folder / "control-a")
-    assert difference(placed(PROMPT, **call), pipe(PROMPT, **call)) < SAME
+    assert difference(on_mesh(PROMPT, **call), pipe(PROMPT, **call)) < SAME
 
 
 # MARK: other parts
@@ -282,9 +284,9 @@ def test_another_autoencoder(folder: Path) -> None:
     assert np.abs(after - before).max() > 0.05
     assert pipe.components.params["vae"].keys() == pipe.components.vae.shapes.keys()
     params = tiny_vae(TinyVaeConfig.from_dict(TINY_VAE)).init(0)
-    np.testing.assert_array_equal(pipe._decode(params, latents, tiled=False), after)
+    np.testing.assert_array_equal(pipe._programs.decode(params, latents, tiled=False), after)
     encoded, _ = pipe.components.vae(params, 2 * IMAGES[:1] - 1, method="encode")
-    np.testing.assert_allclose(pipe._latents_of(IMAGES[:1]), encoded, rtol=0, atol=1e-5)
+    np.testing.assert_allclose(pipe.encode_images(IMAGES[:1]), encoded, rtol=0, atol=1e-5)
     pipe.load_vae(folder / "model" / "vae")
     np.testing.assert_array_equal(pipe(PROMPT, **{**CALL, "output": "np"}), before)
 

@@ -1,4 +1,4 @@
-"""Pictures that a call is given - to start from, to repaint, to steer by - as arrays of the size that is drawn."""
+"""Images that a call is given - to start from, to repaint, for ControlNets - as arrays of the size that is sampled."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from hypersd_jax.paths import expanded
 from hypersd_jax.pipeline import arguments
 
 
-def picture_size(name: str, value: Any, factor: int) -> tuple[int, int]:
-    """Height and width in pixels of the first picture, rounded down to multiples of the autoencoder's factor.
+def image_size(name: str, value: Any, factor: int) -> tuple[int, int]:
+    """Height and width in pixels of the first image, rounded down to multiples of the autoencoder's factor.
 
-    Arguments as for `pictures`; of a list of lists, several ControlNets' pictures, the first list counts.
+    Arguments as for `read_images`; of a list of lists, the images of several ControlNets, the first list counts.
     """
     first = _listed(name, value)[0]
     first = _opened(name, _listed(name, first)[0] if isinstance(first, list | tuple) else first, read_image)
     if not isinstance(first, Image.Image) and first.ndim < 2:
-        raise UserError(f"{name} has shape {first.shape}, not that of a picture")
+        raise UserError(f"{name} has shape {first.shape}, not that of an image")
     height, width = (first.height, first.width) if isinstance(first, Image.Image) else first.shape[:2]
     return height - height % factor, width - width % factor
 
 
-def pictures(name: str, value: Any, size: tuple[int, int]) -> np.ndarray:
-    """One or several pictures as (N, H, W, 3) float32 in 0..1.
+def read_images(name: str, value: Any, size: tuple[int, int]) -> np.ndarray:
+    """Read one or several images as (N, H, W, 3) float32 in 0..1.
 
     Args:
         name: the argument's, for messages.
@@ -38,23 +38,23 @@ def pictures(name: str, value: Any, size: tuple[int, int]) -> np.ndarray:
         size: height and width in pixels. Images are resized to it, by Lanczos as in diffusers; arrays must have it.
 
     Raises:
-        UserError: what cannot be read, is not a picture, or does not have the size.
+        UserError: what cannot be read, is not an image, or does not have the size.
     """
     return np.stack([_array(name, each, size, 3) for each in _listed(name, value)])
 
 
-def masks(name: str, value: Any, size: tuple[int, int]) -> np.ndarray:
-    """One or several masks as (N, H, W, 1) float32, 1 where to paint (white, 0.5 and above), 0 where to keep.
+def read_masks(name: str, value: Any, size: tuple[int, int]) -> np.ndarray:
+    """Read one or several masks as (N, H, W, 1) float32: 1 where to paint (white, 0.5 and above), 0 where to keep.
 
-    Arguments as for `pictures`; of an image what is transparent is kept, and arrays are (H, W) or (N, H, W), with or
+    Arguments as for `read_images`; of an image what is transparent is kept, and arrays are (H, W) or (N, H, W), with or
     without a last axis of 1.
     """
     found = np.stack([_array(name, each, size, 1) for each in _listed(name, value, mask=True)])
     return (found >= 0.5).astype(np.float32)
 
 
-def shrunk(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """A mask (N, H, W, 1) at the size of the latents, (N, h, w, 1): the nearest pixel, as diffusers takes it."""
+def at_latent_size(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Resize a mask (N, H, W, 1) to the size of the latents, (N, h, w, 1), by the nearest pixel, as diffusers does."""
     rows, columns = (np.arange(new) * old // new for new, old in zip(size, mask.shape[1:3], strict=True))
     return mask[:, rows][:, :, columns]
 
@@ -62,7 +62,7 @@ def shrunk(mask: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 def for_prompts(
     name: str, batch: np.ndarray, prompts: int, encode: Callable[[np.ndarray], np.ndarray] | None = None
 ) -> np.ndarray:
-    """One picture for each prompt: the only one for all, which is encoded once, or each its own."""
+    """Give each prompt an image: the single one of all, which is encoded once, or its own."""
     if len(batch) not in (1, prompts):
         raise UserError(f"{name}: {len(batch)} given for {prompts} prompts")
     batch = batch if encode is None else encode(batch)

@@ -1,11 +1,11 @@
-"""Parts of a solver's table."""
+"""The last steps of a solver's table."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 
-from hypersd_jax.diffusion import SOLVERS, last_part, noise_range, solver_table
+from hypersd_jax.diffusion import SOLVERS, last_steps, solver_table
 from hypersd_jax.errors import UserError
 
 SD = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "clip_sample": False}
@@ -37,36 +37,13 @@ def test_a_multistep_solver_begins_with_a_first_order_step():
 def test_the_whole_is_left_as_it_was():
     whole = table()
     copy = {key: value.copy() for key, value in whole.items()}
-    last_part(whole, 0.5)
-    noise_range(whole, start=0.4, end=0.8, num_train_timesteps=1000)
+    last_steps(whole, 0.5)
     for key, value in copy.items():
         np.testing.assert_array_equal(whole[key], value)
-    assert last_part(whole, 1.0)["timesteps"].tolist() == whole["timesteps"].tolist()
-
-
-def test_two_ranges_are_the_whole():
-    whole = table("euler")
-    base, refiner = (noise_range(whole, num_train_timesteps=1000, **{key: 0.6}) for key in ("end", "start"))
-    assert base["timesteps"].tolist() + refiner["timesteps"].tolist() == whole["timesteps"].tolist()
-    assert base["timesteps"].min() >= 400 > refiner["timesteps"].max()
-    assert (base["init_noise_sigma"], refiner["init_noise_sigma"]) == (whole["init_noise_sigma"], 1)
-
-
-@pytest.mark.parametrize(
-    ("kwargs", "message"),
-    [
-        ({"start": 0.0}, "denoising_start"),
-        ({"end": 1.0}, "denoising_end"),
-        ({"start": 0.6, "end": 0.5}, "no step"),
-        ({"start": 0.999}, "no step"),
-    ],
-)
-def test_bad_ranges(kwargs, message):
-    with pytest.raises(UserError, match=message):
-        noise_range(table("ddim"), num_train_timesteps=1000, **kwargs)
+    assert last_steps(whole, 1.0)["timesteps"].tolist() == whole["timesteps"].tolist()
 
 
 @pytest.mark.parametrize("strength", [0, -1, 1.01, float("nan"), 0.1])
 def test_bad_strength(strength):
     with pytest.raises(UserError, match="strength"):
-        last_part(table(), strength)
+        last_steps(table(), strength)

@@ -1,4 +1,4 @@
-"""Runs of diffusers' pipelines that are given pictures, with the noise, the start and the encoder's mean as ours."""
+"""Runs of diffusers' pipelines that are given images, with the noise, the start and the encoder's mean as ours."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ SCHEDULERS = {
 }
 
 
-def picture(seed: int, size: tuple[int, int] = (HEIGHT, WIDTH), mode: str = "RGB") -> Image.Image:
-    """A random picture of a height and a width, with coarse and fine structure and all levels of grey."""
+def random_image(seed: int, size: tuple[int, int] = (HEIGHT, WIDTH), mode: str = "RGB") -> Image.Image:
+    """A random image of a height and a width, with coarse and fine structure and all levels of grey."""
     rng = np.random.default_rng(seed)
     channels = len(Image.new(mode, (1, 1)).getbands())
     coarse = rng.random((4, 3, channels)).repeat(-(-size[0] // 4), axis=0).repeat(-(-size[1] // 3), axis=1)
@@ -41,18 +41,18 @@ def picture(seed: int, size: tuple[int, int] = (HEIGHT, WIDTH), mode: str = "RGB
 def fed(pipe: Any, start: np.ndarray, noise: np.ndarray) -> Iterator[None]:
     """Give diffusers' pipeline its start (B, h, w, C) and each step's noise (steps, B, h, w, C); encode by the mean.
 
-    The posterior's mean is what ours starts from; theirs would draw from the posterior.
+    The posterior's mean is what ours starts from; theirs would sample the posterior.
     """
     rows = iter(torch.from_numpy(noise).permute(0, 1, 4, 2, 3))
     first = torch.from_numpy(start).permute(0, 3, 1, 2)
-    draws = {
+    noises = {
         sys.modules[type(pipe).__module__]: lambda *_args, **_kwargs: first.clone(),
         sys.modules[type(pipe.scheduler).__module__]: lambda *_args, **_kwargs: next(rows).clone(),
     }
-    kept = {module: module.randn_tensor for module in draws if hasattr(module, "randn_tensor")}
+    kept = {module: module.randn_tensor for module in noises if hasattr(module, "randn_tensor")}
     sample = DiagonalGaussianDistribution.sample
     for module in kept:
-        module.randn_tensor = draws[module]
+        module.randn_tensor = noises[module]
     DiagonalGaussianDistribution.sample = lambda self, generator=None: self.mean
     try:
         yield
@@ -62,7 +62,7 @@ def fed(pipe: Any, start: np.ndarray, noise: np.ndarray) -> Iterator[None]:
             module.randn_tensor = own
 
 
-def draw_both(
+def sample_both(
     theirs: Any,
     ours: Pipeline,
     *,
@@ -78,13 +78,13 @@ def draw_both(
     their: dict[str, Any],
     our: dict[str, Any],
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What our and their pipeline draw, in this order, from the same start and noise, as latents or as pictures.
+    """What our and their pipeline generate, in this order, from the same start and noise, as latents or as images.
 
     Args:
         theirs: a pipeline of diffusers; its scheduler is replaced by the sampler's.
         ours: our pipeline of the same weights.
         sampler, steps, guidance, eta, strength, prompts, negative, num_images, output: of both.
-        their: arguments of their pipeline alone: the pictures.
+        their: arguments of their pipeline alone: the images.
         our: the same for ours.
     """
     spacing = {"ddim": "trailing"}.get(sampler, "leading")

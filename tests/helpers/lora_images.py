@@ -1,4 +1,4 @@
-"""One model folder in diffusers' pipeline and in ours, drawing the same prompts from the same latents."""
+"""One model folder in diffusers' pipeline and in ours, sampling the same prompts from the same latents."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from hypersd_jax.pipeline import Pipeline
 PROMPTS = ["red apple, fluent flat style", "a cat face, noto style, blue background"]
 STEPS = 4
 TOLERANCE = 1e-4
-"""Relative L2 error of float32 pictures in 0..1."""
+"""Relative L2 error of float32 images in 0..1."""
 ANOTHER = 1e-2
-"""The least relative L2 difference of pictures that must not be the same: a hundred times the tolerance."""
+"""The least relative L2 difference of images that must not be the same: a hundred times the tolerance."""
 
 
 class Both:
@@ -35,13 +35,13 @@ class Both:
         shape = (len(PROMPTS), height, width, parts.unet_config.in_channels)
         self.latents = np.random.default_rng(0).standard_normal(shape).astype(np.float32)
 
-    def draw_theirs(self, guidance: float) -> np.ndarray:
+    def sample_theirs(self, guidance: float) -> np.ndarray:
         """With what their pipeline has loaded."""
         latents = torch.from_numpy(self.latents).permute(0, 3, 1, 2)
         call = {"num_inference_steps": STEPS, "guidance_scale": guidance, "output_type": "np", **self.size}
         return self.theirs(prompt=PROMPTS, latents=latents, **call).images
 
-    def draw_ours(self, guidance: float | None, **call: Any) -> np.ndarray:
+    def sample_ours(self, guidance: float | None, **call: Any) -> np.ndarray:
         """With what our pipeline has loaded."""
         call = {"steps": STEPS, "sampler": "ddim", "eta": 0.0, "spacing": "trailing", "stepwise": True, **call}
         return self.ours(PROMPTS, latents=self.latents, guidance=guidance, output="np", **call)

@@ -1,7 +1,7 @@
-"""Image to image and inpainting against diffusers' pipelines: the same pictures, masks, start and noise.
+"""Image to image and inpainting against diffusers' pipelines: the same images, masks, start and noise.
 
-Ours encodes pictures by the mean of the autoencoder's posterior, where diffusers draws from it: here it takes the mean
-too (`tests.helpers.picture_runs.fed`). Pictures are not square. The largest relative error measured is 2.4e-6.
+Ours encodes images by the mean of the autoencoder's posterior, where diffusers samples from it: here it takes the mean
+too (`tests.helpers.image_runs.fed`). Images are not square. The largest relative error measured is 2.4e-6.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ pytest.importorskip("peft")
 
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.weights import write_lora
+from tests.helpers.image_runs import HEIGHT, PROMPTS, WIDTH, random_image, sample_both
 from tests.helpers.lora_files import random_adapter
-from tests.helpers.picture_runs import HEIGHT, PROMPTS, WIDTH, draw_both, picture
 from tests.helpers.tiny_pipelines import tiny_sd, tiny_sdxl
 from tests.helpers.torch_weights import relative_error
 
@@ -75,60 +75,62 @@ def in_colour(image: Any) -> Any:
 
 def image_to_image(models: Models, family: str, image: Any, **call: Any) -> tuple[np.ndarray, np.ndarray]:
     theirs, ours = models.pair(family, inpaint=False)
-    return draw_both(theirs, ours, their={"image": in_colour(image)}, our={"image": image}, **call)
+    return sample_both(theirs, ours, their={"image": in_colour(image)}, our={"image": image}, **call)
 
 
 def inpaint(models: Models, family: str, image: Any, mask: Any, **call: Any) -> tuple[np.ndarray, np.ndarray]:
     theirs, ours = models.pair(family, inpaint=True)
     their = {"image": in_colour(image), "mask_image": mask, **SIZE}
-    return draw_both(theirs, ours, their=their, our={"image": image, "mask": mask, **SIZE}, **call)
+    return sample_both(theirs, ours, their=their, our={"image": image, "mask": mask, **SIZE}, **call)
 
 
 @pytest.mark.parametrize(("family", "guidance"), [("sd", 0.0), ("sd", 5.0), ("sdxl", 5.0)])
 def test_image_to_image(models: Models, family: str, guidance: float) -> None:
     for (sampler, eta), (steps, strength) in product(SAMPLERS if family == "sd" else SAMPLERS[1::2], SHARES):
         call = {"sampler": sampler, "eta": eta, "steps": steps, "strength": strength, "guidance": guidance}
-        found, expected = image_to_image(models, family, picture(0), **call)
+        found, expected = image_to_image(models, family, random_image(0), **call)
         assert relative_error(found, expected) < TOLERANCE, (sampler, steps, strength)
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
 def test_decoded(models: Models, family: str) -> None:
     call = {"sampler": "tcd", "eta": 0.3, "steps": 4, "strength": 0.8, "guidance": 5.0, "output": "np"}
-    found, expected = image_to_image(models, family, picture(0), **call)
+    found, expected = image_to_image(models, family, random_image(0), **call)
     assert found.shape == (2, HEIGHT, WIDTH, 3)
     assert relative_error(found, expected) < TOLERANCE
-    found, expected = inpaint(models, family, picture(0), picture(2, mode="L"), **call)
+    found, expected = inpaint(models, family, random_image(0), random_image(2, mode="L"), **call)
     assert relative_error(found, expected) < TOLERANCE
 
 
 def test_a_share_that_float32_would_round(models: Models) -> None:
-    found, expected = image_to_image(models, "sd", picture(0), sampler="ddim", steps=10, strength=0.7, guidance=0.0)
+    found, expected = image_to_image(
+        models, "sd", random_image(0), sampler="ddim", steps=10, strength=0.7, guidance=0.0
+    )
     assert relative_error(found, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("family", ["sd", "sdxl"])
-def test_a_picture_for_each_prompt(models: Models, family: str) -> None:
+def test_an_image_for_each_prompt(models: Models, family: str) -> None:
     call = {"sampler": "ddim", "steps": 4, "strength": 0.5, "guidance": 5.0, "negative": "blob style"}
-    found, expected = image_to_image(models, family, [picture(0), picture(1)], **call)
+    found, expected = image_to_image(models, family, [random_image(0), random_image(1)], **call)
     assert relative_error(found, expected) < TOLERANCE
-    other, _ = image_to_image(models, family, [picture(1), picture(0)], **call)
+    other, _ = image_to_image(models, family, [random_image(1), random_image(0)], **call)
     assert relative_error(other, expected) > ANOTHER
 
 
-def test_several_pictures_of_one_prompt(models: Models) -> None:
+def test_several_images_of_one_prompt(models: Models) -> None:
     call = {"sampler": "tcd", "eta": 0.3, "steps": 4, "strength": 0.5, "guidance": 5.0, "num_images": 2}
-    found, expected = image_to_image(models, "sd", picture(0), prompts=PROMPTS[:1], **call)
+    found, expected = image_to_image(models, "sd", random_image(0), prompts=PROMPTS[:1], **call)
     assert relative_error(found, expected) < TOLERANCE
-    mask = picture(2, mode="L")
-    found, expected = inpaint(models, "sd", picture(0), mask, prompts=PROMPTS[:1], **call)
+    mask = random_image(2, mode="L")
+    found, expected = inpaint(models, "sd", random_image(0), mask, prompts=PROMPTS[:1], **call)
     assert relative_error(found, expected) < TOLERANCE
 
 
 @pytest.mark.parametrize("mode", ["RGB", "RGBA", "L"])
-def test_the_size_of_the_picture(models: Models, mode: str) -> None:
+def test_the_size_of_the_image(models: Models, mode: str) -> None:
     """Rounded down to what the autoencoder takes, by Lanczos."""
-    image = picture(3, (HEIGHT + 1, WIDTH + 1), mode)
+    image = random_image(3, (HEIGHT + 1, WIDTH + 1), mode)
     found, expected = image_to_image(models, "sd", image, sampler="ddim", steps=4, strength=0.5, guidance=0.0)
     assert found.shape == (2, HEIGHT // 2, WIDTH // 2, 4)
     assert relative_error(found, expected) < TOLERANCE
@@ -139,17 +141,17 @@ def test_inpainting(models: Models, family: str, guidance: float) -> None:
     """A grey mask, of which 0.5 and more is painted; models that read it, and models that do not."""
     for (sampler, eta), (steps, strength) in product(SAMPLERS if family == "sd" else SAMPLERS[1::2], SHARES):
         call = {"sampler": sampler, "eta": eta, "steps": steps, "strength": strength, "guidance": guidance}
-        found, expected = inpaint(models, family, picture(0), picture(2, mode="L"), **call)
+        found, expected = inpaint(models, family, random_image(0), random_image(2, mode="L"), **call)
         assert relative_error(found, expected) < TOLERANCE, (sampler, steps, strength)
 
 
 @pytest.mark.parametrize("family", ["sd", "sd-9"])
-def test_pictures_and_masks_of_another_size(models: Models, family: str) -> None:
-    """Picture and mask are each resized by Lanczos before the mask is made black and white."""
+def test_images_and_masks_of_another_size(models: Models, family: str) -> None:
+    """Image and mask are each resized by Lanczos before the mask is made black and white."""
     for image, mask in (
-        (picture(4, (40, 50)), picture(5, (9, 31), "L")),
-        (picture(4, (7, 9), "RGBA"), picture(5, (33, 20))),
-        (picture(4, (40, 50), "L"), picture(5, (50, 40), "L").convert("1")),
+        (random_image(4, (40, 50)), random_image(5, (9, 31), "L")),
+        (random_image(4, (7, 9), "RGBA"), random_image(5, (33, 20))),
+        (random_image(4, (40, 50), "L"), random_image(5, (50, 40), "L").convert("1")),
     ):
         call = {"sampler": "ddim", "steps": 4, "strength": 0.8, "guidance": 5.0}
         found, expected = inpaint(models, family, image, mask, **call)
@@ -157,8 +159,8 @@ def test_pictures_and_masks_of_another_size(models: Models, family: str) -> None
 
 
 @pytest.mark.parametrize("family", ["sd", "sd-9"])
-def test_a_picture_and_a_mask_for_each_prompt(models: Models, family: str) -> None:
-    images, masks = [picture(0), picture(1)], [picture(2, mode="L"), picture(3, mode="L")]
+def test_an_image_and_a_mask_for_each_prompt(models: Models, family: str) -> None:
+    images, masks = [random_image(0), random_image(1)], [random_image(2, mode="L"), random_image(3, mode="L")]
     call = {"sampler": "ddim", "steps": 4, "strength": 0.8, "guidance": 5.0}
     found, expected = inpaint(models, family, images, masks, **call)
     assert relative_error(found, expected) < TOLERANCE
@@ -169,13 +171,13 @@ def test_a_picture_and_a_mask_for_each_prompt(models: Models, family: str) -> No
 def test_with_a_lora(models: Models, tmp_path: Path) -> None:
     theirs, ours = models.pair("sd", inpaint=True)
     call = {"sampler": "ddim", "steps": 4, "strength": 0.8, "guidance": 0.0}
-    base, _ = inpaint(models, "sd", picture(0), picture(2, mode="L"), **call)
+    base, _ = inpaint(models, "sd", random_image(0), random_image(2, mode="L"), **call)
     file = tmp_path / "lora.safetensors"
     write_lora(file, {"unet": random_adapter(ours.components.shapes["unet"], 1, scale=0.3)}, layout="kohya")
     ours.load_lora(file)
     theirs.load_lora_weights(tmp_path, weight_name=file.name)
     try:
-        found, expected = inpaint(models, "sd", picture(0), picture(2, mode="L"), **call)
+        found, expected = inpaint(models, "sd", random_image(0), random_image(2, mode="L"), **call)
     finally:
         ours.unload_lora()
         theirs.unload_lora_weights()

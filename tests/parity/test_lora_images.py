@@ -1,4 +1,4 @@
-"""Whole pictures with LoRAs of every layout: against diffusers where it reads the layout, else against its own pipeline
+"""Whole images with LoRAs of every layout: against diffusers where it reads the layout, else against its own pipeline
 with weights that were changed by hand, from the published formulas."""
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from hypersd_jax.weights import write_lora
 from hypersd_jax.weights.lora.merge import merge_loras
 from hypersd_jax.weights.lora.sgm import sgm_names
 from tests.helpers.lora_files import TEXT_TARGETS, dotted_tensors, kohya_tensors, random_adapter
+from tests.helpers.lora_images import ANOTHER, TOLERANCE, Both
 from tests.helpers.lora_kinds import dora, random_kind
-from tests.helpers.lora_pictures import ANOTHER, TOLERANCE, Both
 from tests.helpers.tiny_pipelines import tiny_sd, tiny_sdxl
 from tests.helpers.torch_weights import relative_error
 
@@ -83,8 +83,8 @@ def style_file(both: Both, path: Path) -> Path:
     return path
 
 
-def assert_same_pictures(both: Both, guidance: float, base: np.ndarray | None = None) -> np.ndarray:
-    found, expected = both.draw_ours(guidance), both.draw_theirs(guidance)
+def assert_same_images(both: Both, guidance: float, base: np.ndarray | None = None) -> np.ndarray:
+    found, expected = both.sample_ours(guidance), both.sample_theirs(guidance)
     assert relative_error(found, expected) < TOLERANCE
     if base is not None:
         assert relative_error(found, base) > ANOTHER
@@ -93,35 +93,35 @@ def assert_same_pictures(both: Both, guidance: float, base: np.ndarray | None = 
 
 def test_a_fast_lora_and_a_style_at_their_own_scales(tmp_path: Path, both: Both) -> None:
     """The commonest use of all; afterwards as one file that diffusers reads."""
-    base = assert_same_pictures(both, 0.0)
-    fast, drawn = fast_file(both, tmp_path / "fast.safetensors"), style_file(both, tmp_path / "style.safetensors")
+    base = assert_same_images(both, 0.0)
+    fast, style = fast_file(both, tmp_path / "fast.safetensors"), style_file(both, tmp_path / "style.safetensors")
     assert both.ours.load_lora(fast).scales == (0.5, 0.5)
-    both.ours.load_lora(drawn)
+    both.ours.load_lora(style)
     both.load_theirs(fast, "fast")
-    both.load_theirs(drawn, "style")
-    pictures = []
+    both.load_theirs(style, "style")
+    images = []
     for scales in ((1.0, STYLE_SCALE), (0.8, -0.4)):
         for name, scale in zip(("fast", "style"), scales, strict=True):
             both.ours.set_lora_scale(name, scale)
         both.theirs.set_adapters(["fast", "style"], adapter_weights=list(scales))
-        pictures.append(assert_same_pictures(both, 0.0, base))
-    assert relative_error(*pictures) > ANOTHER
+        images.append(assert_same_images(both, 0.0, base))
+    assert relative_error(*images) > ANOTHER
     merged = tmp_path / "merged.safetensors"
-    merge_loras([(fast, 0.8), (drawn, -0.4)], merged, base=both.ours.components.folder)
+    merge_loras([(fast, 0.8), (style, -0.4)], merged, base=both.ours.components.folder)
     both.theirs.unload_lora_weights()
     both.load_theirs(merged, "merged")
-    assert relative_error(both.draw_theirs(0.0), pictures[1]) < TOLERANCE
+    assert relative_error(both.sample_theirs(0.0), images[1]) < TOLERANCE
 
 
 @pytest.mark.parametrize("layout", ["kohya", "peft"])
 def test_what_we_write_with_text_encoders(tmp_path: Path, both: Both, layout: str) -> None:
     if layout == "kohya" and is_xl(both):
-        layout = "kohya-sgm"  # `tests/parity/test_pipeline_loras.py` draws with the plain naming
-    base = both.draw_ours(0.0)
+        layout = "kohya-sgm"  # `tests/parity/test_pipeline_loras.py` samples with the plain naming
+    base = both.sample_ours(0.0)
     write_lora(tmp_path / "a.safetensors", style(both, 7), layout=layout, shapes=shapes_of(both))
     assert both.ours.load_lora(tmp_path / "a.safetensors").layout == {"peft": "PEFT"}.get(layout, layout)
     both.load_theirs(tmp_path / "a.safetensors", "a")
-    assert_same_pictures(both, 0.0, base)
+    assert_same_images(both, 0.0, base)
 
 
 def old_names(key: str) -> str:
@@ -134,7 +134,7 @@ def old_names(key: str) -> str:
 
 @pytest.mark.parametrize("age", ["early 2023", "late 2023"])
 def test_the_old_layouts_of_diffusers(tmp_path: Path, both: Both, age: str) -> None:
-    base = both.draw_ours(0.0)
+    base = both.sample_ours(0.0)
     adapters = style(both, 9)
     targets = ("to_q", "to_k", "to_v", "to_out.0") if age == "early 2023" else FEW
     unet = random_adapter(shapes_of(both)["unet"], 9, scale=1.0, targets=targets)
@@ -147,7 +147,7 @@ def test_the_old_layouts_of_diffusers(tmp_path: Path, both: Both, age: str) -> N
     save_file({old_names(key) if age == "early 2023" else key: value for key, value in tensors.items()}, file)
     assert both.ours.load_lora(file).layout == "diffusers"
     both.load_theirs(file, "a")
-    assert_same_pictures(both, 0.0, base)
+    assert_same_images(both, 0.0, base)
 
 
 def dora_file(both: Both, folder: Path) -> Path:
@@ -175,28 +175,28 @@ def dora_file(both: Both, folder: Path) -> Path:
 
 
 def test_dora_by_peft_alone_and_beside_a_fast_lora(tmp_path: Path, both: Both) -> None:
-    base = both.draw_ours(0.0)
+    base = both.sample_ours(0.0)
     file, fast = dora_file(both, tmp_path / "dora"), fast_file(both, tmp_path / "fast.safetensors")
     assert any("lora_magnitude_vector" in key for key in load_file(file))
     assert both.ours.load_lora(file, name="dora").kinds.keys() == {"LoRA with DoRA"}
     both.load_theirs(file, "dora")
-    alone = assert_same_pictures(both, 0.0, base)
+    alone = assert_same_images(both, 0.0, base)
     both.ours.load_lora(fast, scale=0.7, name="fast")
     both.load_theirs(fast, "fast")
     both.theirs.set_adapters(["dora", "fast"], adapter_weights=[1.0, 0.7])
-    together = assert_same_pictures(both, 0.0, base)
+    together = assert_same_images(both, 0.0, base)
     assert relative_error(together, alone) > ANOTHER
     both.ours.fuse_lora()
-    assert relative_error(both.draw_ours(0.0), together) < TOLERANCE
+    assert relative_error(both.sample_ours(0.0), together) < TOLERANCE
     both.ours.unfuse_lora()
     both.ours.unload_lora()
-    np.testing.assert_array_equal(both.draw_ours(0.0), base)
+    np.testing.assert_array_equal(both.sample_ours(0.0), base)
 
 
 @pytest.mark.parametrize("with_dora", [False, True])
 def test_lycoris_kinds_against_weights_changed_by_hand(tmp_path: Path, both: Both, with_dora: bool) -> None:
     """Half strength, under kohya's naming of the family; diffusers refuses such files, so it gets the weights."""
-    base = both.draw_ours(0.0)
+    base = both.sample_ours(0.0)
     unet = both.theirs.unet
     names = sgm_names({path.rpartition(".")[0] for path in shapes_of(both)["unet"]})
     tensors: dict[str, np.ndarray] = {}
@@ -219,11 +219,11 @@ def test_lycoris_kinds_against_weights_changed_by_hand(tmp_path: Path, both: Bot
     report = both.ours.load_lora(tmp_path / "a.safetensors", scale=0.5, name="a")
     try:
         assert report.modules == {"unet": len(KINDS)}
-        assert_same_pictures(both, 0.0, base)
+        assert_same_images(both, 0.0, base)
         both.ours.set_lora_scale("a", 0.0)
-        assert relative_error(both.draw_ours(0.0), base) < 1e-6  # the one pair of factors adds zeros in the network
+        assert relative_error(both.sample_ours(0.0), base) < 1e-6  # the one pair of factors adds zeros in the network
         both.ours.unload_lora()
-        np.testing.assert_array_equal(both.draw_ours(0.0), base)
+        np.testing.assert_array_equal(both.sample_ours(0.0), base)
     finally:
         with torch.no_grad():
             for module, weight in kept.items():

@@ -1,0 +1,189 @@
+"""The loaded parts of a pipeline: a base with named LoRAs, ControlNets, and perhaps another autoencoder."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Self
+
+import jax
+from jax.sharding import Mesh
+
+from hypersd_jax.adapters import Adapter, merge
+from hypersd_jax.config import nearest
+from hypersd_jax.diffusion import Schedule
+from hypersd_jax.errors import UserError
+from hypersd_jax.paths import expanded
+from hypersd_jax.pipeline import arguments
+from hypersd_jax.pipeline.active import ActiveModel
+from hypersd_jax.pipeline.arguments import parse_dtype
+from hypersd_jax.pipeline.lora_stack import LoraStack
+from hypersd_jax.pipeline.naming import described, refuse_unknown
+from hypersd_jax.pipeline.programs import compile_programs, with_autoencoder
+from hypersd_jax.pipeline.prompting import make_prompt_encoder
+from hypersd_jax.weights.components import Components, load_components
+from hypersd_jax.weights.diffusers.controlnet import LoadedControlNet, load_controlnet
+from hypersd_jax.weights.diffusers.vae import load_vae
+from hypersd_jax.weights.hub import fetch_lora
+from hypersd_jax.weights.lora import LoraReport
+
+
+class LoadedModel:
+    """A base model, and what is loaded beside it."""
+
+    def __init__(self, components: Components, *, dtype: Any, mesh: Mesh | None = None) -> None:
+        self.components = components
+        self.dtype = dtype
+        self.mesh = mesh
+        self.schedule = Schedule.from_config(dict(components.scheduler_config))
+        self.prompts = make_prompt_encoder(components)
+        self._params: Mapping[str, Mapping[str, jax.Array]] = components.params
+        self._fused: Mapping[str, Mapping[str, jax.Array]] | None = None
+        self._controlnets: dict[str, LoadedControlNet] = {}
+        self._vae_config = components.vae_config  # the model's own, which a file without a configuration is read by
+        self._loras = LoraStack(components.shapes, mesh)
+        self._programs = compile_programs(components, self.prompts, dtype, mesh)
+
+    def __repr__(self) -> str:
+        return described(self.components, self.dtype, self.mesh, self._loras.loaded(), fused=self._fused is not None)
+
+    @property
+    def native_size(self) -> tuple[int, int]:
+        """The images' height and width in pixels where none are asked for."""
+        return self._size(None, None)
+
+    @classmethod
+    def from_pretrained(
+        cls, source: str | Path, *, dtype: Any = None, mesh: Mesh | None = None, **unknown: Any
+    ) -> Self:
+        """Load a model.
+
+        Args:
+            source: a diffusers folder, a single .safetensors file, the hub id of either (``owner/name``), or
+                ``embedded`` for the small model inside the package.
+            dtype: of parameters and arithmetic; None is bfloat16 on TPU and GPU, float32 on a CPU.
+            mesh: devices with axes ``data`` and ``fsdp``; batches are split over both, large parameters over ``fsdp``.
+
+        Raises:
+            UserError: one line naming the file or key that is missing, unsupported or damaged.
+        """
+        refuse_unknown(unknown, cls.from_pretrained)
+        resolved = parse_dtype(dtype)
+        components = load_components(source, dtype=resolved, mesh=mesh)
+        return cls(components, dtype=resolved, mesh=mesh)
+
+    # MARK: LoRA
+
+    def load_lora(self, file: str | Path, scale: float = 1.0, name: str | None = None) -> LoraReport:
+        """Add a LoRA file of any supported layout, local or of the hub.
+
+        The same ``name`` replaces; its default is a local file's stem, numbered where another has it, or the hub id.
+        Returns what matched. Keys that belong to no module of this model are a `UserError`.
+        """
+        self._require_unfused("load_lora")
+        path = fetch_lora(file)
+        # Files of the hub are often called the same.
+        return self._loras.load(path, scale, name or (None if expanded(Path(file)).exists() else str(file)))
+
+    def add_lora(
+        self, name: str, adapters: Mapping[str, Adapter], scale: float = 1.0, metadata: Mapping[str, str] | None = None
+    ) -> None:
+        """Add adapters held in memory, by component; the same ``name`` replaces."""
+        self._require_unfused("add_lora")
+        self._loras.add(name, adapters, scale, metadata)
+
+    def set_lora_scale(self, name: str, scale: float) -> None:
+        """Change the scale of a loaded LoRA; compiles nothing."""
+        self._require_unfused("set_lora_scale")
+        self._loras.set_scale(name, scale)
+
+    def unload_lora(self, name: str | None = None) -> None:
+        """Remove one LoRA, or all of them."""
+        self._require_unfused("unload_lora")
+        self._loras.remove(name)
+
+    def fuse_lora(self) -> None:
+        """Write the loaded LoRAs into the weights, which makes every UNet call a little cheaper."""
+        self._require_unfused("fuse_lora")
+        fused = dict(self._loras.altered(self._params))
+        for component, adapter in self._loras.adapters().items():
+            fused[component] = merge(fused[component], adapter)
+        self._fused = fused
+
+    def unfuse_lora(self) -> None:
+        """Undo `fuse_lora`: the base's weights come back bit for bit, for they were never changed."""
+        if self._fused is None:
+            raise UserError("unfuse_lora: no LoRA is fused")
+        self._fused = None
+
+    def _require_unfused(self, what: str) -> None:
+        if self._fused is not None:
+            raise UserError(f"{what}: LoRAs are fused into the weights; call unfuse_lora first")
+
+    # MARK: other parts
+
+    def load_vae(self, source: str | Path) -> None:
+        """Use another autoencoder, such as a tiny one (TAESD): a diffusers folder, a file, or a hub id.
+
+        Raises:
+            UserError: it cannot be read, or does not fit the model's latents.
+        """
+        found = load_vae(source, vae_config=self._vae_config, dtype=self.dtype, mesh=self.mesh)
+        for net in self._controlnets.values():
+            net.config.require_fit(self.components.unet_config, found.config.downscale)
+        self.components = dataclasses.replace(
+            self.components,
+            vae=found.network,
+            vae_config=found.config,
+            params={**self.components.params, "vae": found.params},
+        )
+        self._params = self.components.params
+        if self._fused is not None:
+            self._fused = {**self._fused, "vae": found.params}
+        self._programs = with_autoencoder(self._programs, self.components, self.dtype, self.mesh)
+
+    def load_controlnet(self, source: str | Path, name: str | None = None) -> None:
+        """Add a ControlNet: a diffusers folder, a file, or a hub id; the same ``name`` (default: the source) replaces.
+
+        From then on every call needs a `control_image` for each.
+
+        Raises:
+            UserError: it cannot be read, or does not fit the model.
+        """
+        found = load_controlnet(
+            source,
+            unet_config=self.components.unet_config,
+            downscale=self.components.vae_config.downscale,
+            dtype=self.dtype,
+            mesh=self.mesh,
+        )
+        if (channels := found.config.conditioning_channels) != 3:
+            raise UserError(f"{source}: conditioning_channels={channels}, but images have 3")
+        self._controlnets[name or str(source)] = found
+
+    def unload_controlnet(self, name: str | None = None) -> None:
+        """Remove one ControlNet, or all of them."""
+        if name is None:
+            self._controlnets.clear()
+        elif self._controlnets.pop(name, None) is None:
+            raise UserError(f"no ControlNet named {name!r} is loaded{nearest(name, self._controlnets)}")
+
+    def _active(self) -> ActiveModel:
+        """The model with the weights, LoRAs and ControlNets of this moment."""
+        fused = self._fused
+        return ActiveModel(
+            components=self.components,
+            prompts=self.prompts,
+            programs=self._programs,
+            params=self._loras.altered(self._params) if fused is None else fused,
+            adapters=self._loras.adapters() if fused is None else {},
+            controlnets=tuple(self._controlnets.values()),
+            mesh=self.mesh,
+        )
+
+    def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
+        """Height and width in pixels, the model's own where None."""
+        factor = self.components.vae_config.downscale
+        h, w = arguments.latent_size(height, width, self.components.unet_config.sample_size, factor)
+        return h * factor, w * factor

@@ -1,0 +1,115 @@
+"""Run: a plan's rounds through the compiled programs, one after another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from hypersd_jax.diffusion import begin
+from hypersd_jax.pipeline.active import ActiveModel
+from hypersd_jax.pipeline.plan import Plan, Round
+
+Callback = Callable[[int, int], None]
+
+
+def run(plan: Plan, model: ActiveModel, *, decode: bool, stepwise: bool, callback: Callback | None) -> np.ndarray:
+    """Sample all rounds of a plan.
+
+    Args:
+        plan: of `make_plan`.
+        model: the one that it was made with.
+        decode: whether to decode the last latents.
+        stepwise: run one compiled step at a time; a callback does too.
+        callback: called as ``callback(step, steps)`` after each step, counted over all rounds.
+
+    Returns:
+        images (N, H, W, 3) in 0..1, or latents (N, h, w, C), in the order of the call.
+    """
+    progress = None if callback is None else Progress(callback, len(plan.rounds) * len(plan.noise))
+    found = []
+    for each in plan.rounds:
+        latents = _sample(plan, each, model, stepwise=stepwise, progress=progress)
+        result = model.decode(latents, tiled=plan.settings.tiled) if decode else latents
+        if progress is not None:
+            progress.finish()
+        found.append(np.asarray(result))
+    return in_order(plan.rounds, found)
+
+
+def _sample(plan: Plan, each: Round, model: ActiveModel, *, stepwise: bool, progress: Progress | None) -> jax.Array:
+    """The last latents (B, h, w, C) of a round."""
+    settings, controls = plan.settings, plan.controls
+    size = settings.height, settings.width
+    cond = model.condition(each.prompts, size)
+    uncond = None if each.negatives is None else model.unconditional(each.negatives, cond, size)
+    own = plan.guides.take(each.owners)
+    start = model.on_mesh(plan.latents[each.indices])
+    noise = model.on_mesh(plan.noise[:, each.indices], axis=1)
+    state = begin(plan.table, start, None if plan.from_noise else own.clean)
+    one_by_one = stepwise or progress is not None
+    for table, added in single_steps(plan.table, noise) if one_by_one else [(plan.table, noise)]:
+        state = model.programs.scan(
+            model.params["unet"],
+            model.adapters.get("unet", {}),
+            cond,
+            uncond,
+            np.float32(settings.guidance),
+            table,
+            state,
+            added,
+            own.for_scan(start, controls.take(each.owners)),
+            controls.params,
+            controls.scales,
+            controlnets=controls.networks,
+            prompted_only=controls.prompted_only and settings.guided,
+            prediction_type=settings.prediction_type,
+        )
+        if progress is not None:
+            progress.follow(state.x)
+    return state.x
+
+
+def single_steps(table: Mapping[str, np.ndarray], noise: Any) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
+    """Cut a solver's table, and what its steps add, into tables of one step each."""
+    for i in range(len(noise)):
+        yield {key: value if value.ndim == 0 else value[i : i + 1] for key, value in table.items()}, noise[i : i + 1]
+
+
+def in_order(rounds: Sequence[Round], results: Sequence[np.ndarray]) -> np.ndarray:
+    """Join what the rounds gave, (B, ...) each, in the order of the call's images."""
+    indices = np.concatenate([each.indices[: each.count] for each in rounds])
+    kept = [images[: each.count] for each, images in zip(rounds, results, strict=True)]
+    return np.concatenate(kept)[np.argsort(indices)]
+
+
+class Progress:
+    """Progress of a call, reported to a callback after every finished step.
+
+    A step is waited for once the next one has been handed to the devices, so that they never stand idle between two.
+    """
+
+    def __init__(self, callback: Callback, total: int) -> None:
+        self._callback = callback
+        self._total = total
+        self._done = 0
+        self._running: jax.Array | None = None
+
+    def follow(self, latents: jax.Array) -> None:
+        """Take the result of the step that was just handed over, and report the one before it."""
+        before, self._running = self._running, latents
+        self._report(before)
+
+    def finish(self) -> None:
+        """Report the last step that was handed over."""
+        before, self._running = self._running, None
+        self._report(before)
+
+    def _report(self, latents: jax.Array | None) -> None:
+        if latents is None:
+            return
+        jax.block_until_ready(latents)
+        self._done += 1
+        self._callback(self._done, self._total)
