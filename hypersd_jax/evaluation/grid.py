@@ -28,7 +28,7 @@ class Sample(NamedTuple):
     image: Image.Image
 
 
-def picture_grid(columns: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Image.Image:
+def image_grid(columns: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Image.Image:
     """Draw ``{column title: images (N, H, W, 3), uint8 or 0..1}`` beside their N prompts.
 
     Images smaller than 128 px are shown at a whole multiple of their size, larger ones than 256 px at 256 px. A prompt
