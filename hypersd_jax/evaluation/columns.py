@@ -132,21 +132,9 @@ def _diversity(found: Measured) -> Value:
     return mean_estimate(np.concatenate([diversity(seeds[None]) for seeds in found.seeds]))
 
 
-def _own(match: TextMatch) -> np.ndarray:
-    return match.own
-
-
-def _shuffled(match: TextMatch) -> np.ndarray:
-    return match.shuffled
-
-
-def _gain(match: TextMatch) -> np.ndarray:
-    return match.own - match.shuffled
-
-
-def _text(part: Callable[[TextMatch], np.ndarray], of: str = "match") -> dict[str, Any]:
-    """What computes a part of a text match, for the record of a column."""
-    return {"measure": lambda found: part(getattr(found, of)), "needs": (of,), "digits": 2}
+def _text(part: Literal["own", "shuffled", "gains"], of: Literal["match", "clip_match"] = "match") -> dict[str, Any]:
+    """What a column's record says of a part of a text match."""
+    return {"measure": lambda found: getattr(getattr(found, of), part), "needs": (of,), "digits": 2}
 
 
 _SETS = (
@@ -200,7 +188,7 @@ for _column in (
         better="higher",
         note=_MATCH,
         plot="Gain in text match",
-        **_text(_gain),
+        **_text("gains"),
     ),
     Column(
         key="fid_train",
@@ -227,11 +215,11 @@ for _column in (
         measure=_kid_train,
         needs=("real",),
     ),
-    Column(key="clip", heading="Text match", better="higher", **_text(_own)),
-    Column(key="clip_shuffled", heading="Text match, shuffled prompts", **_text(_shuffled)),
-    Column(key="clip_real", heading="CLIP score", better="higher", **_text(_own, "clip_match")),
-    Column(key="clip_real_shuffled", heading="CLIP score, shuffled prompts", **_text(_shuffled, "clip_match")),
-    Column(key="clip_real_gain", heading="Gain in CLIP score", better="higher", **_text(_gain, "clip_match")),
+    Column(key="clip", heading="Text match", better="higher", **_text("own")),
+    Column(key="clip_shuffled", heading="Text match, shuffled prompts", **_text("shuffled")),
+    Column(key="clip_real", heading="CLIP score", better="higher", **_text("own", "clip_match")),
+    Column(key="clip_real_shuffled", heading="CLIP score, shuffled prompts", **_text("shuffled", "clip_match")),
+    Column(key="clip_real_gain", heading="Gain in CLIP score", better="higher", **_text("gains", "clip_match")),
     Column(
         key="diversity",
         heading="Diversity",

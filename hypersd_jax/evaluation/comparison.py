@@ -16,6 +16,7 @@ from tqdm import tqdm
 from hypersd_jax.conditioning import warn_of_cuts
 from hypersd_jax.evaluation.evaluator import Evaluated, Evaluator, Row, known_scorer
 from hypersd_jax.evaluation.generator import Item, further_items, make_model, sample, timed_sample, warm_up
+from hypersd_jax.evaluation.grid import GRID_ROWS
 from hypersd_jax.evaluation.metrics import paired_margin, units_of
 from hypersd_jax.evaluation.reference import SECONDS, Reference, Teacher, few_samplings, get_reference
 from hypersd_jax.evaluation.samples import generate
@@ -23,7 +24,6 @@ from hypersd_jax.evaluation.sources import embedded_items, training_images
 from hypersd_jax.evaluation.tables import steps_text
 from hypersd_jax.pipeline import Pipeline
 
-GRID_ROWS = 12
 FEW_STEPS = (8, 4, 2, 1)
 """Of the teacher on the embedded list, with guidance and without; its rows at these ship with the package."""
 

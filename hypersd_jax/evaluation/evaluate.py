@@ -20,7 +20,7 @@ from hypersd_jax.evaluation.columns import column_notes
 from hypersd_jax.evaluation.evaluator import Evaluator, Row, known_scorer, real_floor
 from hypersd_jax.evaluation.files import write_results
 from hypersd_jax.evaluation.generator import Model, further_items, make_model, weights_identity, with_loras
-from hypersd_jax.evaluation.grid import image_grid
+from hypersd_jax.evaluation.grid import GRID_ROWS, image_grid
 from hypersd_jax.evaluation.provenance import device_line, duration, made_line, typed_command
 from hypersd_jax.evaluation.quality import Series
 from hypersd_jax.evaluation.report import Report
@@ -36,7 +36,6 @@ from hypersd_jax.weights.components import EMBEDDED
 from hypersd_jax.weights.lora import weights_file
 
 TITLE = "Evaluation"
-GRID_ROWS = 12
 
 
 def run_evaluate(options: argparse.Namespace) -> list[Row]:

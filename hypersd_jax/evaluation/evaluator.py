@@ -139,9 +139,9 @@ class Evaluator:
             fields["is_reference"] = np.array_equal(samples.images, reference.images)
             if enough and len(reference.images) >= self.least:
                 fields["reference"] = reference.features
-            places = {item: index for index, item in enumerate(reference.items)}
-            if all(item in places for item in samples.items):
-                order = [places[item] for item in samples.items]
+            index_of = {item: index for index, item in enumerate(reference.items)}
+            if all(item in index_of for item in samples.items):
+                order = [index_of[item] for item in samples.items]
                 fields["pairs"] = (reference.images[order], reference.features[order])
         if self.scorer is not None:
             fields["match"] = text_match(self.scorer, samples.seen, prompts)
@@ -187,7 +187,9 @@ def real_floor(first: np.ndarray, second: np.ndarray, protocol: str) -> Row:
 
 def estimate_values(key: str, value: float | Estimate) -> Row:
     """``KEY``, and ``KEY_se`` where a standard error is known."""
-    return {key: value.mean, f"{key}_se": value.standard_error} if isinstance(value, Estimate) else {key: value}
+    if isinstance(value, Estimate):
+        return {key: value.mean, f"{key}_se": value.standard_error}
+    return {key: float(value)}
 
 
 def scorer_digest(scorer: Scorer) -> str:

@@ -17,6 +17,9 @@ from hypersd_jax.evaluation.metrics import unit_range
 PAPER, INK, FAINT = (255, 255, 255), (32, 34, 40), (120, 124, 134)
 GAP, TEXT_WIDTH, TEXT_SIZE = 8, 170, 14
 LEAST_CELL, MOST_CELL = 128, 256
+GRID_ROWS = 12
+"""Of the grids that are written: the beginning of a list."""
+
 # Lines of a prompt above an image of a strip, and the key of a strip's layout in its file.
 STRIP_LINES, STRIP = 4, "strip"
 
@@ -35,14 +38,14 @@ def image_grid(columns: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Ima
     that is too long for its row is cut off.
 
     Raises:
-        ValueError: when there is no column, or one has not one picture per prompt or another size than the first.
+        ValueError: when there is no column, or one has not one image per prompt or another size than the first.
     """
     if not columns or not prompts:
         raise ValueError("a grid needs a column and a prompt")
     shape = np.shape(next(iter(columns.values())))
     for title, images in columns.items():
         if len(images) != len(prompts) or np.shape(images) != shape:
-            raise ValueError(f"column {title!r}: {np.shape(images)} does not hold {len(prompts)} pictures of one size")
+            raise ValueError(f"column {title!r}: {np.shape(images)} does not hold {len(prompts)} images of one size")
     width, height = _cell(shape[2], shape[1])
     titles = {title: _lines(title, TEXT_SIZE, width, len(title)) for title in columns}
     line = line_height(font_for("", TEXT_SIZE))
