@@ -1,10 +1,10 @@
 """Recipes against each other, over seeds: ``python benchmarks/ablation.py benchmarks/ablation/NAME.yaml --resume``.
 
 Trains every recipe of the matrix with every seed (a stage whose whole history two recipes share is trained once),
-draws each student on the fixed list of held-out concepts, and writes benchmarks/results/ablation/NAME: one table (mean
-and spread over seeds, and which margins are over two pooled standard deviations), one grid of pictures, and for a sweep
-a plot. They are rewritten after each run, so that a look on the way shows what is there. It may be killed at any moment
-and goes on with ``--resume``.
+samples each student on the fixed list of held-out concepts, and writes benchmarks/results/ablation/NAME: one table
+(mean and spread over seeds, and which margins are over two pooled standard deviations), one grid of images, and for a
+sweep a plot. They are rewritten after each run, so that a look on the way shows what is there. It may be killed at any
+moment and goes on with ``--resume``.
 """
 
 from __future__ import annotations
@@ -24,9 +24,8 @@ sys.path.insert(0, str(ROOT))
 import jax
 
 from benchmarks.matrix.output import write_results
-from benchmarks.matrix.recipes import Matrix, Recipe, drawn_of, planned, read_matrix, recipe_config
+from benchmarks.matrix.recipes import Matrix, Recipe, planned, read_matrix, recipe_config, sampled_of
 from benchmarks.matrix.scoring import Scorer
-from benchmarks.matrix.tables import METRICS
 from benchmarks.matrix.training import missing_updates, run_folder, train_recipe
 from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.config import Config
@@ -73,14 +72,12 @@ def run(options: argparse.Namespace) -> None:
     for number, (seed, recipe, config) in enumerate(jobs):
         print(f"[{number + 1}/{len(jobs)}] {recipe.name}, seed {seed}: {clock.tell(number)}", flush=True)
         loras = train_recipe(config, root, scorer.base)
-        for row in drawn_of(recipe, config):
+        for row in sampled_of(recipe, config):
             found = scorer.score(loras[row.stage], row)
-            names = {"method": recipe.method, "recipe": recipe.name, "stage": row.stage, "seed": seed}
+            names: dict[str, Any] = {"method": recipe.method, "recipe": recipe.name, "stage": row.stage, "seed": seed}
             settings = {"steps": row.steps, "sampler": row.sampler, "eta": row.eta, "timesteps": row.timesteps}
-            numbers = {name: getattr(found, name) for name in (*METRICS, "fid")}
-            results.append(
-                {**names, **settings, "updates": _updates(config, row.stage), **numbers, "pictures": found.pictures}
-            )
+            names["updates"] = _updates(config, row.stage)
+            results.append({**names, **settings, **found.values, "images": found.images})
         page = write_results(options.results / title, title, facts, matrix, results, scorer)
         clock.done(number)
     print(page)

@@ -1,10 +1,10 @@
 """Do guidance and negative prompts still work on a LoRA? ``python benchmarks/guidance.py --lora FILE``.
 
-Draws held-out prompts that name a coloured ground with the embedded model: the teacher at 25 steps, the LoRA of
+Samples held-out prompts that name a coloured background with the embedded model: the teacher at 25 steps, the LoRA of
 ``--lora`` (`configs/emoji/guided.yaml` trains one), and the shipped 8-step LoRA, which has absorbed its teacher's
-guidance, each at several guidance scales; and once more with that ground as the negative prompt, "blue background".
-Writes benchmarks/results/guidance: a table (text match; how many pictures have the ground that was asked for; how much
-of the range 0..255 is clipped) and a grid.
+guidance, each at several guidance scales; and once more with that background as the negative prompt, "blue background".
+Writes benchmarks/results/guidance: a table (text match; how many images have the background that was asked for; how
+much of the range 0..255 is clipped) and a grid.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from tqdm import tqdm
 from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.data import COLOURS, EvalItem, evaluation_list
 from hypersd_jax.errors import UserError
-from hypersd_jax.evaluation import SPECS, load_scorer, picture_grid, seen_by, text_match
+from hypersd_jax.evaluation import SPECS, Item, image_grid, load_scorer, make_model, sample, seen_by, text_match
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.weights.components import EMBEDDED, assets
 
@@ -38,8 +38,8 @@ SHOWN, SHOWN_NEGATIVE = 8, 5.0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Drawer:
-    """A name in the table, a LoRA or none, and the steps it is drawn at."""
+class Contender:
+    """A name in the table, a LoRA or none, and its sampling steps."""
 
     name: str
     lora: Path | None
@@ -52,21 +52,23 @@ def named_grounds(n: int) -> list[EvalItem]:
 
 
 def ground_share(images: np.ndarray, items: list[EvalItem]) -> float:
-    """The share of pictures (N, H, W, 3) uint8 whose four corners' mean is nearest to the ground that was asked for."""
+    """The share of images (N, H, W, 3) uint8 whose four corners' mean is nearest to the ground that was asked for."""
     corners = np.stack([images[:, y, x] for y in (0, -1) for x in (0, -1)]).astype(np.float64).mean(axis=0)
     table = np.asarray(list(COLOURS.values()), np.float64)
     nearest = np.argmin(np.square(corners[:, None] - table).sum(axis=-1), axis=1)
     return float(np.mean([list(COLOURS)[place] == item.ground for place, item in zip(nearest, items, strict=True)]))
 
 
-def measure(pipe: Pipeline, drawer: Drawer, items: list[EvalItem], scorer: Any, bar: tqdm) -> list[dict[str, Any]]:
+def measure(
+    pipe: Pipeline, contender: Contender, items: list[EvalItem], scorer: Any, bar: tqdm
+) -> list[dict[str, Any]]:
     """One row a guidance scale, without and, where guidance is on, with the negative prompt."""
     rows = []
-    if drawer.lora is not None:
-        pipe.load_lora(drawer.lora, name="student")
+    if contender.lora is not None:
+        pipe.load_lora(contender.lora, name="student")
     for scale in SCALES:
         for negative in (False, True)[: 1 if scale == 1.0 else 2]:
-            images = draw(pipe, drawer.steps, scale, items, negative)
+            images = sampled(pipe, contender.steps, scale, items, negative)
             match = text_match(scorer, seen_by(SPECS["report"], images), [item.prompt for item in items])
             assert match is not None, "the prompts are different ones"
             numbers = {
@@ -75,26 +77,18 @@ def measure(pipe: Pipeline, drawer: Drawer, items: list[EvalItem], scorer: Any, 
                 "ground": ground_share(images, items),
                 "clipped": float(np.mean((images == 0) | (images == 255))),
             }
-            rows.append({"model": drawer.name, "guidance": scale, "negative": negative, **numbers, "pictures": images})
+            rows.append({"model": contender.name, "guidance": scale, "negative": negative, **numbers, "images": images})
             bar.update()
     pipe.unload_lora()
     return rows
 
 
-def draw(pipe: Pipeline, steps: int, scale: float, items: list[EvalItem], negative: bool) -> np.ndarray:
-    """Pictures uint8 (N, H, W, 3); the same latents whatever the model and the scale."""
-    images = pipe(
-        [item.prompt for item in items],
-        [f"{item.ground} background" for item in items] if negative else None,
-        steps=steps,
-        sampler="ddim",
-        guidance=scale,
-        seed=0,
-        output="np",
-        batch_size=32,
-        stepwise=True,
-    )
-    return np.round(images * 255.0).astype(np.uint8)
+def sampled(pipe: Pipeline, steps: int, scale: float, items: list[EvalItem], negative: bool) -> np.ndarray:
+    """Images uint8 (N, H, W, 3); the same latents whatever the model and the scale."""
+    model = make_model("", pipe, steps=steps, sampler="ddim", guidance=scale)
+    listed = [Item(item.prompt, item.seed) for item in items]
+    negatives = [f"{item.ground} background" for item in items] if negative else None
+    return sample(model, listed, batch_size=32, negatives=negatives)
 
 
 def page(rows: list[dict[str, Any]], n: int) -> str:
@@ -121,7 +115,7 @@ def page(rows: list[dict[str, Any]], n: int) -> str:
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Draw, measure and write."""
+    """Generate, measure and write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lora", type=Path, required=True, help="a LoRA that was trained with an unguided teacher")
     parser.add_argument("--steps", type=int, default=8)
@@ -130,32 +124,32 @@ def main(arguments: list[str] | None = None) -> None:
     options = parser.parse_args(arguments)
     if options.n < SHOWN or options.steps < 1:
         parser.error(f"--n must be at least {SHOWN} and --steps at least 1")
-    if not options.lora.is_file():  # before the teacher is drawn, which takes minutes
+    if not options.lora.is_file():  # before the teacher is sampled, which takes minutes
         parser.error(f"--lora {options.lora}: no such file")
     use_compilation_cache()
     items = named_grounds(options.n)
-    drawers = [
-        Drawer(name="teacher, 25 steps", lora=None, steps=25),
-        Drawer(name=f"unguided teacher's student, {options.steps} steps", lora=options.lora, steps=options.steps),
-        Drawer(name="guided teacher's student, 8 steps", lora=assets() / "loras" / "tscd-8.safetensors", steps=8),
+    contenders = [
+        Contender(name="teacher, 25 steps", lora=None, steps=25),
+        Contender(name=f"unguided teacher's student, {options.steps} steps", lora=options.lora, steps=options.steps),
+        Contender(name="guided teacher's student, 8 steps", lora=assets() / "loras" / "tscd-8.safetensors", steps=8),
     ]
     try:
         pipe = Pipeline.from_pretrained(EMBEDDED)
         scorer = load_scorer("report")
-        with tqdm(total=len(drawers) * (2 * len(SCALES) - 1), unit="row") as bar:
-            rows = [row for drawer in drawers for row in measure(pipe, drawer, items, scorer, bar)]
+        with tqdm(total=len(contenders) * (2 * len(SCALES) - 1), unit="row") as bar:
+            rows = [row for contender in contenders for row in measure(pipe, contender, items, scorer, bar)]
     except UserError as error:
         print(f"guidance: {' '.join(str(error).split())}", file=sys.stderr)
         sys.exit(2)
     columns = {
-        f"{row['model']}, guidance {row['guidance']:g}" + (", negative" if row["negative"] else ""): row["pictures"]
+        f"{row['model']}, guidance {row['guidance']:g}" + (", negative" if row["negative"] else ""): row["images"]
         for row in rows
         if not row["negative"] or row["guidance"] == SHOWN_NEGATIVE
     }
     options.output.mkdir(parents=True, exist_ok=True)
     shown = {title: images[:SHOWN] for title, images in columns.items()}
-    picture_grid(shown, [item.prompt for item in items[:SHOWN]]).save(options.output / "grid.png")
-    plain = [{key: value for key, value in row.items() if key != "pictures"} for row in rows]
+    image_grid(shown, [item.prompt for item in items[:SHOWN]]).save(options.output / "grid.png")
+    plain = [{key: value for key, value in row.items() if key != "images"} for row in rows]
     (options.output / "results.json").write_text(json.dumps(plain, indent=1) + "\n", encoding="utf-8")
     text = page(rows, len(items))
     (options.output / "README.md").write_text(text, encoding="utf-8")

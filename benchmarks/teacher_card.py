@@ -25,7 +25,7 @@ from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.data import COLOURS, caption, load_emoji
 from hypersd_jax.data.samples import ground_picture
 from hypersd_jax.distill import psnr
-from hypersd_jax.evaluation import picture_grid, read_metrics
+from hypersd_jax.evaluation import image_grid, read_metrics
 from hypersd_jax.evaluation.curves import curve
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages.autoencoder import reconstructed
@@ -91,7 +91,7 @@ def draw_grid(pipe: Pipeline) -> Image.Image:
     )
     pictures = np.round(images * 255.0).astype(np.uint8).reshape(len(COLOURS), len(shown), *images.shape[1:])
     columns = {ground: pictures[i] for i, ground in enumerate(COLOURS)}
-    return picture_grid(columns, [f"{record.label}, {record.style}" for record in shown])
+    return image_grid(columns, [f"{record.label}, {record.style}" for record in shown])
 
 
 def text(name: str, pipe: Pipeline, rows: list[dict[str, Any]], trained: bool) -> str:

@@ -17,14 +17,14 @@ import jax
 import yaml
 
 HEAD = (
-    "| model | steps | guidance | calls | distance | KID | FID | KID to training pictures | text match gain "
-    "| diversity | margin in distance | s/picture |"
+    "| model | steps | guidance | calls | distance | KID | FID | KID to training images | text match gain "
+    "| diversity | margin in distance | s/image |"
 )
-NOTE = """Distance: root mean squared pixel difference (0..1) to the teacher's 25-step picture from the same latents.
-KID and FID: EfficientNet-Lite0 features, against the teacher's 25-step pictures; the row from other latents is their
-floor. KID to training pictures: against as many real ones. Text match gain: how much better the pictures fit their
+NOTE = """Distance: root mean squared pixel difference (0..1) to the teacher's 25-step image from the same latents.
+KID and FID: EfficientNet-Lite0 features, against the teacher's 25-step images; the row from other latents is their
+floor. KID to training images: against as many real ones. Text match gain: how much better the images fit their
 own prompts than one another's, by the reporting scorer (docs/evaluation.md), 100 times a cosine. Diversity: between
-four seeds of a prompt. Calls: UNet calls a picture. Margin: how much nearer than the nearest teacher at as many calls,
+four seeds of a prompt. Calls: UNet calls an image. Margin: how much nearer than the nearest teacher at as many calls,
 with its standard error."""
 
 
@@ -40,7 +40,7 @@ def main(folder: Path) -> None:
     table = "\n".join([HEAD, "|" + "---|" * 12, *(line(row) for row in rows)])
     text = f"""# {folder.name}
 
-Updates x pictures: {stages}. {rows[0]["n"]} (prompt, seed, ground) of held-out concepts.
+Updates x images: {stages}. {rows[0]["n"]} (prompt, seed, background) of held-out concepts.
 {date.today()}, jax {jax.__version__}, {os.cpu_count()} CPU cores ({processor()}).
 
 {table}
@@ -54,7 +54,7 @@ Updates x pictures: {stages}. {rows[0]["n"]} (prompt, seed, ground) of held-out 
 def line(row: dict[str, Any]) -> str:
     """One row of the table."""
     kid = f"{row['kid']:.3f} ± {row['kid_se']:.3f}" if "kid" in row else ""
-    margin = f"{row['margin']:+.4f} ± {row['margin_se']:.4f} over {row['rival']}" if "margin" in row else ""
+    margin = f"{row['margin']:+.4f} ± {row['margin_se']:.4f} over {row['baseline']}" if "margin" in row else ""
     gain = f"{row['clip_gain']:.1f} ± {row['clip_gain_se']:.1f}" if "clip_gain" in row else ""
     seconds = f"{row['seconds_per_image']:.3f}" if "seconds_per_image" in row else ""
     cells = (row["model"], row["steps"], f"{row['guidance']:g}", row["calls"], f"{row['distance']:.4f}", kid)

@@ -13,8 +13,8 @@ import yaml
 
 from benchmarks.matrix import training
 from benchmarks.matrix.output import plot, write_results
-from benchmarks.matrix.recipes import drawn_of, planned, read_matrix, recipe_config
-from benchmarks.matrix.tables import judge, summarise, verdict
+from benchmarks.matrix.recipes import planned, read_matrix, recipe_config, sampled_of
+from benchmarks.matrix.tables import margins, summarise, verdict
 from benchmarks.matrix.training import missing_updates, run_folder, train_recipe
 from hypersd_jax.errors import UserError
 from hypersd_jax.stages.reuse import history
@@ -54,16 +54,16 @@ def test_every_shipped_matrix_is_sound(path: Path) -> None:
     for recipe in matrix.recipes:
         config = recipe_config(matrix, recipe, matrix.seeds[0], Path("out"))
         assert config.compared_samples == 0
-        assert drawn_of(recipe, config)
+        assert sampled_of(recipe, config)
 
 
-def test_the_rivals_have_the_sum_of_the_updates() -> None:
+def test_the_baselines_have_the_sum_of_the_updates() -> None:
     matrix = read_matrix(ROOT / "benchmarks" / "ablation" / "tscd_vs_baselines.yaml")
     budgets: dict[tuple[str, int], set[int]] = {}
     for recipe in matrix.recipes:
         config = recipe_config(matrix, recipe, 0, Path("out"))
         assert {stage.batch_size for stage in config.adapter_stages} == {16}
-        for row in drawn_of(recipe, config):
+        for row in sampled_of(recipe, config):
             stages = config.adapter_stages[: [s.name for s in config.adapter_stages].index(row.stage) + 1]
             budgets.setdefault((recipe.method, row.steps), set()).add(sum(stage.updates for stage in stages))
     assert {method for method, _ in budgets} == {"tscd", "tcd", "lcm", "pcm"}
@@ -80,9 +80,9 @@ def test_a_recipe_may_have_some_of_the_seeds(tmp_path: Path) -> None:
     assert found == [(0, "tscd"), (1, "tscd"), (1, "longer")]
 
 
-def test_what_is_drawn(tmp_path: Path) -> None:
+def test_what_is_sampled(tmp_path: Path) -> None:
     matrix = read_matrix(matrix_file(tmp_path))
-    settled = [drawn_of(recipe, recipe_config(matrix, recipe, 0, tmp_path)) for recipe in matrix.recipes]
+    settled = [sampled_of(recipe, recipe_config(matrix, recipe, 0, tmp_path)) for recipe in matrix.recipes]
     found = [[(row.stage, row.steps, row.sampler, row.eta) for row in rows] for rows in settled]
     assert found[0] == found[1] == [("two", 2, "ddim", 0.0), ("one", 1, "tcd", 0.5)]
     assert found[2] == [("tcd", 2, "tcd", 0.0)]
@@ -190,7 +190,7 @@ def test_a_shared_stage_is_trained_once(tmp_path: Path, fake: FakeTraining) -> N
 
 def results(method: str, distances: list[float], kids: list[float], steps: int = 4) -> list[dict[str, Any]]:
     common = {"method": method, "recipe": f"{method}-{steps}", "stage": "s", "steps": steps, "sampler": "ddim"}
-    common |= {"eta": 0.0, "timesteps": None, "updates": 10, "fid": 1.0, "kid_train": 2.0, "clip_gain": 30.0}
+    common |= {"eta": 0.0, "timesteps": None, "updates": 10, "fid_teacher": 1.0, "kid_train": 2.0, "clip_gain": 30.0}
     pairs = zip(distances, kids, strict=True)
     return [{**common, "seed": seed, "distance": d, "kid": k} for seed, (d, k) in enumerate(pairs)]
 
@@ -205,7 +205,7 @@ def test_means_spreads_and_margins() -> None:
     assert [(row["method"], row["seeds"]) for row in rows] == [("tscd", 3), ("tcd", 3), ("pcm", 3)]
     assert rows[0]["distance"] == pytest.approx(0.11)
     assert rows[0]["distance_sd"] == pytest.approx(0.01)
-    found = {(row["other"], row["metric"]): row for row in judge(rows, "tscd")}
+    found = {(row["other"], row["metric"]): row for row in margins(rows, "tscd")}
     distance, kid = found["tcd (ddim)", "distance"], found["tcd (ddim)", "kid"]
     assert distance["margin"] == pytest.approx(0.04)
     assert distance["pooled_sd"] == pytest.approx(math.sqrt((0.01**2 + 0.0003) / 2))
@@ -218,7 +218,7 @@ def test_means_spreads_and_margins() -> None:
 def test_of_the_text_match_more_is_better() -> None:
     more, less = results("tscd", [0.1] * 2, [0.1] * 2), results("tcd", [0.1] * 2, [0.1] * 2)
     gains = [{**run, "clip_gain": gain} for run, gain in zip([*more, *less], (50.0, 51.0, 40.0, 41.0), strict=True)]
-    (found,) = (row for row in judge(summarise(gains), "tscd") if row["metric"] == "clip_gain")
+    (found,) = (row for row in margins(summarise(gains), "tscd") if row["metric"] == "clip_gain")
     assert found["margin"] == pytest.approx(10.0)
     assert found["verdict"] == "better"
 
@@ -229,17 +229,17 @@ def test_a_margin_counts_over_two_pooled_deviations() -> None:
     assert verdict(-0.2001, 0.1) == "worse"
     assert verdict(1.0, None) == "one seed"
     one = summarise([*results("tscd", [0.1], [0.1]), *results("tcd", [0.9], [0.9])])
-    assert {row["verdict"] for row in judge(one, "tscd")} == {"one seed"}
+    assert {row["verdict"] for row in margins(one, "tscd")} == {"one seed"}
 
 
 class FakeScorer:
     prompts = ("red apple", "blue car")
     teacher_title = "teacher"
-    teacher_pictures = np.zeros((2, 8, 8, 3), np.uint8)
+    teacher_images = np.zeros((2, 8, 8, 3), np.uint8)
     many_steps: ClassVar = {"steps": 25, "kid_train": 0.2, "clip_gain": 53.0}
 
     def teachers(self) -> list[dict[str, Any]]:
-        own = {"method": "teacher", "steps": 4, "guidance": 4.0, "distance": 0.2, "kid": 0.1, "fid": 9.0}
+        own = {"method": "teacher", "steps": 4, "guidance": 4.0, "distance": 0.2, "kid": 0.1, "fid_teacher": 9.0}
         return [{**own, "kid_train": 0.3, "clip_gain": 20.0}]
 
 
@@ -247,7 +247,7 @@ def test_what_is_written(tmp_path: Path) -> None:
     panels = [{"title": "kind", "points": [{"recipe": "tscd", "at": "a"}, {"recipe": "longer", "at": "b"}]}]
     matrix = read_matrix(matrix_file(tmp_path, panels=panels))
     runs = [*results("tscd", [0.1, 0.2], [0.1, 0.2]), *results("tcd", [0.4, 0.5], [0.1, 0.2])]
-    runs = [{**run, "pictures": np.full((2, 8, 8, 3), 99, np.uint8)} for run in runs]
+    runs = [{**run, "images": np.full((2, 8, 8, 3), 99, np.uint8)} for run in runs]
     page = write_results(tmp_path / "results", "title", ["facts"], matrix, runs, FakeScorer())  # type: ignore[arg-type]
     assert sorted(path.name for path in (tmp_path / "results").iterdir()) == [
         "README.md",

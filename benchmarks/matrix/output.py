@@ -12,8 +12,8 @@ from matplotlib.figure import Figure
 
 from benchmarks.matrix.recipes import Matrix, Panel
 from benchmarks.matrix.scoring import Scorer
-from benchmarks.matrix.tables import Row, judge, markdown, sampler_title, summarise
-from hypersd_jax.evaluation import picture_grid
+from benchmarks.matrix.tables import Row, margins, markdown, sampler_title, summarise
+from hypersd_jax.evaluation import image_grid
 
 
 def write_results(
@@ -22,14 +22,14 @@ def write_results(
     """Write everything that ``results`` say so far; returns the Markdown page."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = summarise(results)
-    judged = judge(rows, matrix.against)
+    found = margins(rows, matrix.against)
     teachers = scorer.teachers()
-    page = markdown(title, facts, rows, judged, teachers, scorer.many_steps)
-    runs = [{key: value for key, value in result.items() if key != "pictures"} for result in results]
-    content = {"facts": list(facts), "rows": rows, "margins": judged, "teachers": teachers, "runs": runs}
+    page = markdown(title, facts, rows, found, teachers, scorer.many_steps)
+    runs = [{key: value for key, value in result.items() if key != "images"} for result in results]
+    content = {"facts": list(facts), "rows": rows, "margins": found, "teachers": teachers, "runs": runs}
     _replace(folder / "results.json", lambda path: _write(path, json.dumps(content, indent=1) + "\n"))
     _replace(folder / "README.md", lambda path: _write(path, page))
-    grid = picture_grid(_columns(matrix, results, scorer), scorer.prompts)
+    grid = image_grid(_columns(matrix, results, scorer), scorer.prompts)
     _replace(folder / "grid.png", lambda path: grid.save(path, format="png"))
     if matrix.panels:
         figure = plot(matrix.panels, rows)
@@ -39,13 +39,13 @@ def write_results(
 
 
 def _columns(matrix: Matrix, results: Sequence[Mapping[str, Any]], scorer: Scorer) -> dict[str, np.ndarray]:
-    """The teacher's pictures, then those of the first seed, many steps before few."""
-    columns = {scorer.teacher_title: scorer.teacher_pictures}
+    """The teacher's images, then those of the first seed, many steps before few."""
+    columns = {scorer.teacher_title: scorer.teacher_images}
     first = [result for result in results if result["seed"] == results[0]["seed"]]
     for result in sorted(first, key=lambda result: -result["steps"]):
         if not matrix.grid_steps or result["steps"] in matrix.grid_steps:
             title = f"{result['method']} {result['steps']}"
-            columns[title if title not in columns else f"{title}, {sampler_title(result)}"] = result["pictures"]
+            columns[title if title not in columns else f"{title}, {sampler_title(result)}"] = result["images"]
     return columns
 
 

@@ -18,7 +18,7 @@ FIXED = ("evaluation.samples=0", "log.tensorboard=false", "log.sample_every=0")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Drawn:
+class Sampled:
     """A stage's student at a number of steps; ``sampler`` and ``eta``: null takes the stage's own.
 
     ``timesteps``: null takes those that the stage has for this number of steps, if it has and the sampler is its own;
@@ -46,7 +46,7 @@ class Recipe:
     seeds: tuple[int, ...] = ()
     stages: tuple[dict, ...] = ()
     overrides: tuple[str, ...] = ()
-    draw: tuple[Drawn, ...] = ()
+    draw: tuple[Sampled, ...] = ()
 
     @property
     def method(self) -> str:
@@ -71,8 +71,8 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """``against`` names the method whose margins over the others are judged; ``panels`` make a plot; ``grid_steps`` are
-    the numbers of steps that the grid of pictures shows, all where it is empty."""
+    """``against`` names the method whose margins over the others are told; ``panels`` make a plot; ``grid_steps`` are
+    the numbers of steps that the grid of images shows, all where it is empty."""
 
     base: str
     against: str
@@ -112,7 +112,7 @@ def read_matrix(path: Path) -> Matrix:
     try:
         matrix = build(Matrix, tree)
         for recipe in matrix.recipes:
-            drawn_of(recipe, recipe_config(matrix, recipe, matrix.seeds[0], path.parent))
+            sampled_of(recipe, recipe_config(matrix, recipe, matrix.seeds[0], path.parent))
     except UserError as error:
         raise UserError(f"{path}: {error}") from None
     return matrix
@@ -134,11 +134,11 @@ def planned(recipes: Iterable[Recipe], seeds: Iterable[int]) -> list[tuple[int, 
     return [(seed, recipe) for seed in seeds for recipe in every if not recipe.seeds or seed in recipe.seeds]
 
 
-def drawn_of(recipe: Recipe, config: Config) -> list[Drawn]:
+def sampled_of(recipe: Recipe, config: Config) -> list[Sampled]:
     """What is measured of a run, with nothing left open."""
     stages = {stage.name: stage for stage in config.adapter_stages}
     rows = recipe.draw or tuple(
-        Drawn(stage=stage.name, steps=sampling["steps"])
+        Sampled(stage=stage.name, steps=sampling["steps"])
         for stage in config.adapter_stages
         for sampling in stage.samplings
     )

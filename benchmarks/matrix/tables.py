@@ -7,9 +7,11 @@ import statistics
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from hypersd_jax.evaluation import COLUMNS
+
 Row = dict[str, Any]
-METRICS = {"distance": 1, "kid": 1, "kid_train": 1, "clip_gain": -1}
-"""What is judged: 1 where less is better, -1 where more is."""
+METRICS = {key: -1 if COLUMNS[key].better == "higher" else 1 for key in ("distance", "kid", "kid_train", "clip_gain")}
+"""What margins are taken of: 1 where less is better, -1 where more is."""
 
 KEYS = ("method", "recipe", "stage", "steps", "sampler", "eta", "timesteps", "updates")
 """What a row is of."""
@@ -31,7 +33,7 @@ def summarise(results: Iterable[Mapping[str, Any]]) -> list[Row]:
     rows = []
     for key, found in groups.items():
         row: Row = {**dict(zip(KEYS, key, strict=True)), "seeds": len(found)}
-        for metric in (*METRICS, "fid"):
+        for metric in (*METRICS, "fid_teacher"):
             values = [float(result[metric]) for result in found]
             row[metric] = statistics.fmean(values)
             row[f"{metric}_sd"] = statistics.stdev(values) if len(values) > 1 else None
@@ -39,13 +41,13 @@ def summarise(results: Iterable[Mapping[str, Any]]) -> list[Row]:
     return sorted(rows, key=lambda row: -row["steps"])
 
 
-def judge(rows: Sequence[Row], against: str) -> list[Row]:
+def margins(rows: Sequence[Row], against: str) -> list[Row]:
     """For each other method's row the margin of ``against`` at the same number of steps, and whether it counts.
 
     The margin is the other's mean less that of ``against``, so that a positive one is in favour of ``against``. Where
-    a method has several rows at a number of steps, each is judged against the nearest of ``against``.
+    a method has several rows at a number of steps, each is compared with the nearest of ``against``.
     """
-    judged = []
+    found = []
     for other in rows:
         own = [row for row in rows if row["method"] == against and row["steps"] == other["steps"]]
         if other["method"] == against or not own:
@@ -55,8 +57,8 @@ def judge(rows: Sequence[Row], against: str) -> list[Row]:
             mine = min(own, key=lambda row: sign * row[metric])
             margin, pooled = sign * (other[metric] - mine[metric]), pooled_deviation(mine, other, metric)
             names = {"against": against, "other": _title(other), "steps": other["steps"], "metric": metric}
-            judged.append({**names, "margin": margin, "pooled_sd": pooled, "verdict": verdict(margin, pooled)})
-    return judged
+            found.append({**names, "margin": margin, "pooled_sd": pooled, "verdict": verdict(margin, pooled)})
+    return found
 
 
 def pooled_deviation(a: Row, b: Row, metric: str) -> float | None:
@@ -77,12 +79,12 @@ def verdict(margin: float, pooled: float | None) -> str:
 
 
 def markdown(
-    title: str, facts: Sequence[str], rows: Sequence[Row], judged: Sequence[Row], teachers: list[Row], goal: Row
+    title: str, facts: Sequence[str], rows: Sequence[Row], margins: Sequence[Row], teachers: list[Row], goal: Row
 ) -> str:
     """The page: rows by steps, the teacher for scale (``goal``: at many steps), and the margins."""
     lines = [f"# {title}", "", *facts, ""]
     lines += [
-        "| steps | method | student | sampler | updates | distance | KID | FID | KID to training pictures "
+        "| steps | method | student | sampler | updates | distance | KID | FID | KID to training images "
         "| text-match gain | seeds |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
@@ -90,7 +92,7 @@ def markdown(
         sampler = sampler_title(row)
         lines.append(
             f"| {row['steps']} | {row['method']} | {row['recipe']} / {row['stage']} | {sampler} | {row['updates']} "
-            f"| {_spread(row, 'distance', 4)} | {_spread(row, 'kid', 3)} | {_spread(row, 'fid', 0)} "
+            f"| {_spread(row, 'distance', 4)} | {_spread(row, 'kid', 3)} | {_spread(row, 'fid_teacher', 0)} "
             f"| {_spread(row, 'kid_train', 3)} | {_spread(row, 'clip_gain', 1)} | {row['seeds']} |"
         )
     lines.append(
@@ -100,16 +102,16 @@ def markdown(
         guidance = f"guidance {row['guidance']:g}" if row["guidance"] > 1 else "no guidance"
         lines.append(
             f"| {row['steps']} | {row['method']}, {guidance} | | ddim | | {row['distance']:.4f} | {row['kid']:.3f} "
-            f"| {row['fid']:.0f} | {row['kid_train']:.3f} | {row['clip_gain']:.1f} | |"
+            f"| {row['fid_teacher']:.0f} | {row['kid_train']:.3f} | {row['clip_gain']:.1f} | |"
         )
     lines += ["", "Mean ± standard deviation over seeds. Distance: root mean squared pixel difference (0..1) to the"]
-    lines += ["teacher's 25-step picture from the same latents. KID, FID: against the teacher's 25-step pictures,"]
-    lines += ["and KID against as many training pictures. Text-match gain: over that of shuffled prompts."]
-    if judged:
-        lines += ["", f"Margins of {judged[0]['against']} (positive: nearer to the teacher). One counts if it is over"]
+    lines += ["teacher's 25-step image from the same latents. KID, FID: against the teacher's 25-step images,"]
+    lines += ["and KID against as many training images. Text-match gain: over that of shuffled prompts."]
+    if margins:
+        lines += ["", f"Margins of {margins[0]['against']} (positive: nearer to the teacher). One counts if it is over"]
         lines += ["two pooled standard deviations; else it is not shown.", ""]
         lines += ["| steps | over | metric | margin | pooled sd | verdict |", "|---|---|---|---|---|---|"]
-    for row in judged:
+    for row in margins:
         pooled = "" if row["pooled_sd"] is None else f"{row['pooled_sd']:.4f}"
         cells = (row["steps"], row["other"], row["metric"], f"{row['margin']:+.4f}", pooled, row["verdict"])
         lines.append(f"| {' | '.join(map(str, cells))} |")

@@ -82,8 +82,8 @@ def run(options: argparse.Namespace) -> None:
     check(options)
 
     from hypersd_jax.compilation import use_compilation_cache
-    from hypersd_jax.stages.evaluate import run_evaluate
-    from hypersd_jax.stages.result_files import printed_table
+    from hypersd_jax.evaluation import printed_table
+    from hypersd_jax.evaluation.evaluate import run_evaluate
 
     use_compilation_cache()
     run_evaluate(options)

@@ -53,9 +53,9 @@ def run(options: argparse.Namespace) -> None:
     """Train, and print where the results are."""
     config = read_config(options)
 
+    from hypersd_jax.evaluation import COMPACT, printed_table
+    from hypersd_jax.evaluation.provenance import typed_command
     from hypersd_jax.stages import train
-    from hypersd_jax.stages.provenance import typed_command
-    from hypersd_jax.stages.result_files import COMPACT, printed_table
 
     folder = train(config, command=typed_command(options.arguments), alone=True)
     if config.adapter_stages and config.compared_samples:

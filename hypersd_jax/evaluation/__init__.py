@@ -1,9 +1,22 @@
-"""Comparing models: features, distances with their errors, picture grids and the report page."""
+"""Comparing models: one generator and one evaluator, metrics with their errors, image grids and the report page."""
 
+from hypersd_jax.evaluation.columns import COLUMNS as COLUMNS
+from hypersd_jax.evaluation.columns import Column as Column
+from hypersd_jax.evaluation.columns import Measured as Measured
+from hypersd_jax.evaluation.columns import register_column as register_column
 from hypersd_jax.evaluation.curves import read_metrics as read_metrics
 from hypersd_jax.evaluation.curves import training_seconds as training_seconds
+from hypersd_jax.evaluation.evaluator import Evaluator as Evaluator
+from hypersd_jax.evaluation.evaluator import Row as Row
+from hypersd_jax.evaluation.files import printed_table as printed_table
+from hypersd_jax.evaluation.files import write_rows as write_rows
+from hypersd_jax.evaluation.files import write_strips as write_strips
+from hypersd_jax.evaluation.generator import MANY_STEPS as MANY_STEPS
+from hypersd_jax.evaluation.generator import Item as Item
+from hypersd_jax.evaluation.generator import make_model as make_model
+from hypersd_jax.evaluation.generator import sample as sample
 from hypersd_jax.evaluation.grid import Sample as Sample
-from hypersd_jax.evaluation.grid import picture_grid as picture_grid
+from hypersd_jax.evaluation.grid import image_grid as image_grid
 from hypersd_jax.evaluation.grid import read_strip as read_strip
 from hypersd_jax.evaluation.grid import strip as strip
 from hypersd_jax.evaluation.lite0 import features as features
@@ -19,6 +32,8 @@ from hypersd_jax.evaluation.quality import Floor as Floor
 from hypersd_jax.evaluation.quality import Series as Series
 from hypersd_jax.evaluation.report import Report as Report
 from hypersd_jax.evaluation.report import write_report as write_report
+from hypersd_jax.evaluation.samples import Samples as Samples
+from hypersd_jax.evaluation.samples import generate as generate
 from hypersd_jax.evaluation.scorer import SPECS as SPECS
 from hypersd_jax.evaluation.scorer import Scorer as Scorer
 from hypersd_jax.evaluation.scorer import load_card as load_card

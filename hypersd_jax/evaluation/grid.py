@@ -17,6 +17,9 @@ from hypersd_jax.evaluation.metrics import unit_range
 PAPER, INK, FAINT = (255, 255, 255), (32, 34, 40), (120, 124, 134)
 GAP, TEXT_WIDTH, TEXT_SIZE = 8, 170, 14
 LEAST_CELL, MOST_CELL = 128, 256
+GRID_ROWS = 12
+"""Of the grids that are written: the beginning of a list."""
+
 # Lines of a prompt above an image of a strip, and the key of a strip's layout in its file.
 STRIP_LINES, STRIP = 4, "strip"
 
@@ -28,21 +31,21 @@ class Sample(NamedTuple):
     image: Image.Image
 
 
-def picture_grid(columns: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Image.Image:
+def image_grid(columns: Mapping[str, np.ndarray], prompts: Sequence[str]) -> Image.Image:
     """Draw ``{column title: images (N, H, W, 3), uint8 or 0..1}`` beside their N prompts.
 
     Images smaller than 128 px are shown at a whole multiple of their size, larger ones than 256 px at 256 px. A prompt
     that is too long for its row is cut off.
 
     Raises:
-        ValueError: when there is no column, or one has not one picture per prompt or another size than the first.
+        ValueError: when there is no column, or one has not one image per prompt or another size than the first.
     """
     if not columns or not prompts:
         raise ValueError("a grid needs a column and a prompt")
     shape = np.shape(next(iter(columns.values())))
     for title, images in columns.items():
         if len(images) != len(prompts) or np.shape(images) != shape:
-            raise ValueError(f"column {title!r}: {np.shape(images)} does not hold {len(prompts)} pictures of one size")
+            raise ValueError(f"column {title!r}: {np.shape(images)} does not hold {len(prompts)} images of one size")
     width, height = _cell(shape[2], shape[1])
     titles = {title: _lines(title, TEXT_SIZE, width, len(title)) for title in columns}
     line = line_height(font_for("", TEXT_SIZE))

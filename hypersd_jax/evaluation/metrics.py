@@ -1,7 +1,8 @@
-"""Distances between sets of pictures and between pairs of them. NumPy, float64, exact."""
+"""Distances between sets of images and between pairs of them. NumPy, float64, exact."""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -96,9 +97,9 @@ def feature_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def diversity(features: np.ndarray) -> np.ndarray:
-    """Mean Euclidean distance (M,) between the pictures of each prompt, for features (M, S, D) from S seeds.
+    """Mean Euclidean distance (M,) between the images of each prompt, for features (M, S, D) from S seeds.
 
-    Zero where all seeds draw one picture.
+    Zero where all seeds give one image.
 
     Raises:
         ValueError: with fewer than two seeds.
@@ -126,6 +127,11 @@ def mean_estimate(values: np.ndarray, units: np.ndarray | None = None) -> Estima
     count = len(sums)
     error = np.sqrt(count / (count - 1) * np.sum(sums**2)) / len(values) if count > 1 else np.nan
     return Estimate(float(values.mean()), float(error))
+
+
+def units_of(prompts: Sequence[str]) -> np.ndarray | None:
+    """The units of `mean_estimate` (N,) of a list: its prompts; None where it has but one."""
+    return np.unique(prompts, return_inverse=True)[1] if len(set(prompts)) > 1 else None
 
 
 def paired_margin(a: np.ndarray, b: np.ndarray, units: np.ndarray | None = None) -> Estimate:

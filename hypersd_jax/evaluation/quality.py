@@ -10,14 +10,10 @@ from typing import Any, TypeGuard
 
 from matplotlib.ticker import NullFormatter, NullLocator
 
+from hypersd_jax.evaluation.columns import COLUMNS, Column
 from hypersd_jax.evaluation.svg import COLOURS, INK, plot
 
 MARKERS = "osD^vPX*"
-# (key of the table's rows, what is plotted, which way is better).
-METRICS = (
-    ("distance", "Distance to the teacher's many-step images", "lower is nearer"),
-    ("clip_gain", "Gain in text match", "higher is better"),
-)
 # A level that is this much higher than all points would leave them a line at the bottom, and is only named.
 STRETCH = 3.0
 AXES = (("steps", "sampling steps"), ("calls", "UNet calls an image"))
@@ -51,7 +47,8 @@ class Floor:
 def quality_section(series: Sequence[Series], floor: Floor | None = None) -> str:
     """The plots as HTML, for each metric that two points have, under one legend; nothing where none has."""
     charts = []
-    for key, title, better in METRICS:
+    for column in _plotted():
+        key, title = column.key, column.plot
         values = [value for each in series for _, value, _ in each.points("steps", key)]
         if len(values) < 2:
             continue
@@ -62,9 +59,13 @@ def quality_section(series: Sequence[Series], floor: Floor | None = None) -> str
         for x, axis in AXES:
             label = f"{title} against {axis}"
             svg = _plot(series, level if inside else None, x, key, label=label, axis=axis)
-            text = html.escape(f"{label}; {better}{told}")
+            text = html.escape(f"{label}; {column.better} is better{told}")
             charts.append(f"<figure>\n<figcaption>{text}</figcaption>\n{svg}\n</figure>\n")
     return f'{_legend(series)}<div class="charts">\n{"".join(charts)}</div>\n' if charts else ""
+
+
+def _plotted() -> list[Column]:
+    return [column for column in COLUMNS.values() if column.plot]
 
 
 def _plot(series: Sequence[Series], level: float | None, x: str, y: str, *, label: str, axis: str) -> str:
@@ -93,7 +94,7 @@ def _legend(series: Sequence[Series]) -> str:
     items = "".join(
         f'<li><i style="background:{COLOURS[number % len(COLOURS)]}"></i><bdi>{html.escape(each.name)}</bdi></li>\n'
         for number, each in enumerate(series)
-        if any(each.points("steps", key) for key, _, _ in METRICS)
+        if any(each.points("steps", column.key) for column in _plotted())
     )
     return f'<ul class="legend">\n{items}</ul>\n'
 

@@ -38,7 +38,7 @@ class Report:
         notes: what the reader must know about the columns of the table.
         quality: rows that are plotted against steps and calls, and the level that they are read against.
         metrics: the records of metrics.jsonl.
-        grids: caption -> picture.
+        grids: caption -> image.
         prompts: those of the grids' rows, from above, for who cannot read them in the image.
         strips: caption -> samples with their prompts.
     """
@@ -66,17 +66,17 @@ def write_report(report: Report, path: Path) -> None:
 
 
 def render(report: Report) -> str:
-    """The page: style, curves and pictures are inside it, and it asks the network for nothing."""
+    """The page: style, curves and images are inside it, and it asks the network for nothing."""
     style = resources.files("hypersd_jax.evaluation").joinpath("report.css").read_text(encoding="utf-8")
     grids = "".join(_grid(*item) for item in report.grids.items())
     parts = [
         _header(report),
         _section("Results", _table(report.rows) + _paragraphs(report.notes, "note")) if report.rows else "",
         _section("Quality against cost", quality_section(*report.quality)),
-        _section("Pictures", grids + _prompts(report.prompts)) if grids else "",
+        _section("Images", grids + _prompts(report.prompts)) if grids else "",
         _section("Samples", "".join(_strip(*item) for item in report.strips.items())),
         _section("Training", _training(report.metrics)),
-        _section("Run", _command(report.command) + _facts(report.facts)),
+        _section("Run", _command(report.command) + _facts({**report.facts, **_protocols(report.rows)})),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -198,6 +198,12 @@ def _image(picture: Image.Image, text: str, more: str = "") -> str:
 
 def _command(command: str) -> str:
     return f'<pre tabindex="0">{_text(command)}</pre>\n' if command else ""
+
+
+def _protocols(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
+    """What the rows were measured by, which the table has no column for."""
+    names = dict.fromkeys(str(row["protocol"]) for row in rows if "protocol" in row)
+    return {"protocol": ", ".join(names)} if names else {}
 
 
 def _facts(facts: Mapping[str, Any]) -> str:

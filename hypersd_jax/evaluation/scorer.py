@@ -114,6 +114,19 @@ def seen_by(spec: ScorerSpec, images: np.ndarray, *, batch_size: int = 32) -> np
     return np.concatenate(found)
 
 
+def seen_with(features: np.ndarray, images: np.ndarray, *, batch_size: int = 32) -> np.ndarray:
+    """What ``report``'s network sees in uint8 images (N, H, W, 3), see `seen_by`, whose features (N, 1280) are known.
+
+    Images up to 128 px have been through the network as it sees them already, and do not go through it again.
+    """
+    if max(images.shape[1:3]) > SMALL:
+        return seen_by(SPECS["report"], images, batch_size=batch_size)
+    parts = [images[start : start + batch_size] for start in range(0, len(images), batch_size)]
+    padded = (np.concatenate([part, np.zeros((batch_size - len(part), *part.shape[1:]), part.dtype)]) for part in parts)
+    small = [np.asarray(_thumbnails(batch))[: len(part)] for batch, part in zip(padded, parts, strict=True)]
+    return np.concatenate([features, np.concatenate(small)], axis=1)
+
+
 def thumbnail(images: jax.Array) -> jax.Array:
     """Colours at a glance, which the pooled features know too little of: images (B, 128, 128, 3) as (B, 4 * 4 * 3)."""
     count, side = images.shape[0], SMALL // THUMBNAIL
@@ -186,5 +199,6 @@ def load_card(name: ScorerName) -> dict[str, Any]:
 
 
 _look = jax.jit(look, static_argnums=0)
+_thumbnails = jax.jit(lambda images: thumbnail(fitted(images, SMALL)))
 _embed_pictures = jax.jit(embed_pictures)
 _embed_text = jax.jit(embed_text, static_argnums=0)

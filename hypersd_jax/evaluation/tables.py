@@ -1,4 +1,4 @@
-"""Results rows as text: the headings and digits of all tables, Markdown, and aligned columns for a terminal."""
+"""Results rows as text: Markdown, and aligned columns for a terminal."""
 
 from __future__ import annotations
 
@@ -8,34 +8,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hypersd_jax.evaluation.columns import COLUMNS
 from hypersd_jax.weights.tensors import replacing
 
-# Key of a results row -> (heading, digits after the point). Other keys are shown under their own name.
-HEADINGS: dict[str, tuple[str, int]] = {
-    "model": ("Model", 0),
-    "steps": ("Steps", 0),
-    "guidance": ("Guidance", 1),
-    "calls": ("Calls", 0),
-    "distance": ("Distance to teacher\N{NO-BREAK SPACE}↓", 3),
-    "feature_distance": ("Feature distance to teacher\N{NO-BREAK SPACE}↓", 2),
-    "margin": ("Margin\N{NO-BREAK SPACE}↑", 4),
-    "kid": ("KID\N{NO-BREAK SPACE}↓", 3),
-    "kid_margin": ("Margin in KID\N{NO-BREAK SPACE}↑", 3),
-    "clip_gain": ("Gain in text match\N{NO-BREAK SPACE}↑", 2),
-    "fid_train": ("FID to training pictures\N{NO-BREAK SPACE}↓", 1),
-    "fid_teacher": ("FID to teacher\N{NO-BREAK SPACE}↓", 1),
-    "kid_train": ("KID to training pictures\N{NO-BREAK SPACE}↓", 3),
-    "clip": ("Text match\N{NO-BREAK SPACE}↑", 2),
-    "clip_shuffled": ("Text match, shuffled prompts", 2),
-    "clip_real": ("CLIP score\N{NO-BREAK SPACE}↑", 2),
-    "clip_real_shuffled": ("CLIP score, shuffled prompts", 2),
-    "clip_real_gain": ("Gain in CLIP score\N{NO-BREAK SPACE}↑", 2),
-    "diversity": ("Diversity\N{NO-BREAK SPACE}↑", 2),
-    "seconds_per_image": ("Seconds per picture\N{NO-BREAK SPACE}↓", 3),
-    "rival": ("Nearest teacher", 0),
-    "sampler": ("Sampler", 0),
-    "n": ("Pictures", 0),
-}
 ERROR_SUFFIX = "_se"
 MISSING = "\N{EN DASH}"
 # What a terminal shows after training; the files hold all.
@@ -48,20 +23,28 @@ def table_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
     """The columns: the known ones in their order, then the rest; standard errors have none of their own."""
     present = dict.fromkeys(key for row in rows for key in row)
     errors = {key for key in present if key.endswith(ERROR_SUFFIX) and key.removesuffix(ERROR_SUFFIX) in present}
-    known = [key for key in HEADINGS if key in present]
-    return known + [key for key in present if key not in known and key not in errors]
+    known = [key for key, column in COLUMNS.items() if key in present and column.heading]
+    return known + [key for key in present if key not in COLUMNS and key not in errors]
 
 
 def table_heading(key: str) -> str:
-    """What stands above a column."""
-    return HEADINGS[key][0] if key in HEADINGS else key.replace("_", " ")
+    """What stands above a column, with an arrow to where it is better."""
+    if key not in COLUMNS:
+        return key.replace("_", " ")
+    arrow = {"lower": "\N{NO-BREAK SPACE}↓", "higher": "\N{NO-BREAK SPACE}↑", None: ""}
+    return COLUMNS[key].heading + arrow[COLUMNS[key].better]
 
 
 def table_cell(row: Mapping[str, Any], key: str) -> str:
     """A value with its standard error, as plain text."""
-    digits = HEADINGS[key][1] if key in HEADINGS else None
+    digits = COLUMNS[key].digits if key in COLUMNS else None
     text, error = number_text(row.get(key), digits), row.get(key + ERROR_SUFFIX)
     return f"{text} ± {number_text(error, digits)}" if is_number(error) else text
+
+
+def steps_text(count: int) -> str:
+    """``1 step``, ``2 steps``."""
+    return f"{count} step" + ("" if count == 1 else "s")
 
 
 def is_number(value: Any) -> bool:

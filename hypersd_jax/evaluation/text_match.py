@@ -14,15 +14,20 @@ from hypersd_jax.evaluation.text_towers import split_words
 
 
 class TextMatch(NamedTuple):
-    """Scores (N,) of pictures with their own prompts and with others'."""
+    """Scores (N,) of images with their own prompts and with others'."""
 
     own: np.ndarray
     shuffled: np.ndarray
 
     @property
+    def gains(self) -> np.ndarray:
+        """How much more the images (N,) say of their own prompts; zero by chance."""
+        return self.own - self.shuffled
+
+    @property
     def gain(self) -> Estimate:
-        """How much more the pictures say of their own prompts: the mean paired difference, and zero by chance."""
-        return mean_estimate(self.own - self.shuffled)
+        """Their mean."""
+        return mean_estimate(self.gains)
 
 
 def derangement(prompts: Sequence[str]) -> np.ndarray | None:
@@ -39,7 +44,7 @@ def derangement(prompts: Sequence[str]) -> np.ndarray | None:
 
 
 def text_match(scorer: Scorer, seen: np.ndarray, prompts: Sequence[str]) -> TextMatch | None:
-    """Scores of pictures, as the frozen network has seen them (N, E); None where the prompts cannot be shuffled."""
+    """Scores of images, as the frozen network has seen them (N, E); None where the prompts cannot be shuffled."""
     order = derangement(prompts)
     if order is None:
         return None

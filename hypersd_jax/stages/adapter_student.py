@@ -11,6 +11,7 @@ import numpy as np
 
 from hypersd_jax import adapters
 from hypersd_jax.config import StageConfig
+from hypersd_jax.evaluation import write_strips
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.pipeline.arguments import NotFiniteWarning
 from hypersd_jax.stages.context import Run
@@ -23,7 +24,6 @@ from hypersd_jax.stages.export import (
     student_path,
     with_unet,
 )
-from hypersd_jax.stages.result_files import write_strips
 from hypersd_jax.weights.diffusers.component import host
 
 NAME = "preview"

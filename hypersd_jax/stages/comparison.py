@@ -1,29 +1,44 @@
-"""After training: each student against the teacher, in numbers, pictures and one page."""
+"""After training: each stage's student against the teacher, in results.json, grid.png and report.html."""
 
 from __future__ import annotations
 
-import contextlib
-import time
-from collections.abc import Iterator, Sequence
+import dataclasses
+import os
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
-from tqdm import tqdm
 
-from hypersd_jax.config import Config, Sampling, StageConfig
-from hypersd_jax.evaluation import paired_margin
+from hypersd_jax.config import Config
+from hypersd_jax.evaluation import Report, Row, Sample, image_grid, read_metrics, read_strip, training_seconds
+from hypersd_jax.evaluation.columns import column_notes
+from hypersd_jax.evaluation.comparison import (
+    Outcome,
+    Student,
+    compare,
+    dataset_evaluator,
+    dataset_teacher,
+    embedded_evaluator,
+    embedded_teacher,
+)
+from hypersd_jax.evaluation.comparison_report import margin_lines, own_notes, quality_series
+from hypersd_jax.evaluation.files import write_results
+from hypersd_jax.evaluation.provenance import device_line, duration, made_line, python_command
+from hypersd_jax.evaluation.tables import steps_text
 from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.stages.appraisal import look
-from hypersd_jax.stages.baseline import Baseline, get_baseline
-from hypersd_jax.stages.comparison_report import OTHER_LATENTS, TEACHER, Outcome, steps_text, write_comparison
-from hypersd_jax.stages.evaluate_rows import Row
 from hypersd_jax.stages.export import student_path
 from hypersd_jax.stages.output import Output
-from hypersd_jax.stages.reference import MANY_STEPS, Measured, Reference, calls_of, draw, further_features, measure
+
+# What the page says of a stage, where the stage has it.
+TOLD = ("k", "solver_steps", "times", "student", "updates", "batch_size", "learning_rate", "teacher", "ema")
+# Strips of a stage's way that the page shows beside the last; all of them are in samples/.
+ON_THE_WAY = 4
 
 
-def compare(
+def compare_run(
     config: Config,
     output: Output,
     pipe: Pipeline,
@@ -32,132 +47,101 @@ def compare(
     prompts: Sequence[str] = (),
     command: str | None = None,
 ) -> list[Row]:
-    """Measure every student; write results.json, grid.png and report.html, and return the rows.
+    """Measure every student of a run; write results.json, grid.png and report.html, and return the rows.
 
     Args:
         config: the run's.
-        output: its folder, with one LoRA file a stage.
+        output: its folder, with one student a stage.
         pipe: the base, without LoRAs.
         base: fingerprint of the base's UNet.
         prompts: the first captions of a dataset of one's own, which it is compared on.
         command: what started the run; None: a Python program.
     """
-    begin = time.perf_counter()
-    size = config.evaluation.batch_size
-    baseline = get_baseline(config, pipe, base, output.root, prompts)
-    items, shown = baseline.items, baseline.shown
-    columns: dict[str, np.ndarray] = {f"teacher {MANY_STEPS} steps": baseline.reference.pictures.images[:shown]}
-    rows = _teacher_rows(baseline)
-    few = items[: max(shown, min(size, len(items)))]
-    samplings = [(stage, sampling) for stage in config.adapter_stages for sampling in stage.samplings]
-    for stage, sampling in tqdm(samplings, desc="comparing", unit="student", disable=jax.process_index() != 0):
-        steps = steps_text(sampling["steps"])
-        if f"teacher {steps}" not in columns:
-            options: dict[str, Any] = {"guidance": baseline.guidance, "sampler": "ddim", "batch_size": size}
-            columns[f"teacher {steps}"] = draw(pipe, few, steps=sampling["steps"], **options)[0][:shown]
-        with _with_student(pipe, output, stage) as student:
-            row, images = _student(student, stage.name, sampling, baseline, size)
-        label = f"student {steps}"
-        columns[f"{stage.name}, {steps}" if label in columns else label] = images[:shown]
-        rows.append(row)
-    outcome = Outcome(
-        rows=rows,
-        columns=columns,
-        prompts=[item.prompt for item in items[:shown]],
-        seeds=len(items),
-        command=command,
-        seconds=time.perf_counter() - begin,
+    stages, settings, count = config.adapter_stages, config.evaluation, config.compared_samples
+    students = [
+        Student(
+            name=stage.name,
+            path=student_path(output, stage),
+            whole=stage.exports_model,
+            samplings=[dict(sampling) for sampling in stage.samplings],
+        )
+        for stage in stages
+    ]
+    guidance = float(pipe.settings(sampler="ddim", guidance=settings.guidance).guidance or 0.0)
+    if config.on_emoji:
+        evaluator = embedded_evaluator(pipe, count, config.data.groups)
+        teacher = embedded_teacher(pipe, base, guidance, settings.batch_size)
+    else:
+        evaluator = dataset_evaluator(pipe, prompts, count)
+        samplings = [sampling for student in students for sampling in student.samplings]
+        teacher = dataset_teacher(pipe, base, guidance, settings.batch_size, samplings)
+    outcome = compare(teacher, students, evaluator, output.root)
+    if jax.process_index() == 0:
+        write_results(output.root, run_report(config, output, outcome, command))
+    return list(outcome.rows)
+
+
+def run_report(config: Config, output: Output, outcome: Outcome, command: str | None) -> Report:
+    """The page of a run: what was found, how it was trained, and what it showed on the way."""
+    log = output.root / "metrics.jsonl"  # a run whose stages are all taken over from another has none
+    metrics = read_metrics(log) if log.exists() else []
+    shown = "Held-out concepts" if config.on_emoji else "Captions of the dataset"
+    notes = column_notes([key for row in outcome.rows for key in row])
+    return Report(
+        title="Few-step students",
+        made=made_line(),
+        summary=margin_lines(outcome.rows),
+        facts=_facts(config, outcome, training_seconds(metrics)),
+        command=command or python_command(output.root / "config.yaml"),
+        rows=outcome.rows,
+        notes=notes if config.on_emoji else [*own_notes(outcome.rows), *notes],
+        quality=quality_series(outcome.rows),
+        metrics=metrics,
+        grids={f"{shown}, the same latents along each row": image_grid(outcome.columns, outcome.prompts)},
+        prompts=outcome.prompts,
+        strips=_strips(output.samples, [stage.name for stage in config.adapter_stages]),
     )
-    write_comparison(config, output, outcome)
-    return rows
 
 
-@contextlib.contextmanager
-def _with_student(pipe: Pipeline, output: Output, stage: StageConfig) -> Iterator[Pipeline]:
-    """The base under the stage's LoRA, as long as this lasts, or the model that the stage has written."""
-    path = student_path(output, stage)
-    if stage.exports_model:
-        yield Pipeline.from_pretrained(path, dtype=pipe.dtype, mesh=pipe.mesh)
-        return
-    pipe.load_lora(path, name=stage.name)
-    try:
-        yield pipe
-    finally:
-        pipe.unload_lora(stage.name)
-
-
-def _student(
-    pipe: Pipeline, name: str, sampling: Sampling, baseline: Baseline, batch_size: int
-) -> tuple[Row, np.ndarray]:
-    """The row and the pictures (N, H, W, 3) of the student that is loaded."""
-    items, appraiser = baseline.items, baseline.appraiser
-    draw(pipe, items[:batch_size], batch_size=batch_size, **sampling)  # compiles
-    images, seconds = draw(pipe, items, batch_size=batch_size, **sampling)
-    mine = look(images)
-    further = None if appraiser.own else further_features(pipe, items, batch_size=batch_size, **sampling)
-    found = measure(
-        mine,
-        baseline.reference.pictures,
-        steps=sampling["steps"],
-        guidance=sampling["guidance"],
-        values=appraiser.values(mine, further),
-        sets=appraiser.measures_sets,
-        units=appraiser.units,
-    )
-    row = {**_row(name, sampling["sampler"], found), "seconds_per_image": seconds}
-    return row | _margin(found, baseline.reference), images
-
-
-def _teacher_rows(baseline: Baseline) -> list[Row]:
-    reference, seconds = baseline.reference, baseline.seconds
-    first = {
-        "model": TEACHER,
-        "sampler": "ddim",
-        "steps": MANY_STEPS,
-        "guidance": baseline.guidance,
-        "calls": calls_of(MANY_STEPS, baseline.guidance),
-        "distance": 0.0,
-        "distance_se": 0.0,
-        **({"fid_teacher": 0.0} if baseline.appraiser.measures_sets else {}),
-        **reference.values,
+def _facts(config: Config, outcome: Outcome, trained: Mapping[str, float]) -> dict[str, Any]:
+    first = outcome.rows[0]
+    facts = {
+        "base": config.model.source,
+        "data": config.data.source,
+        "adapter": f"LoRA, rank {config.lora.rank}",
+        "teacher": f"{steps_text(first['steps'])} of {first['sampler']}, guidance {first['guidance']:g}",
+        "device": f"{device_line()}, {os.cpu_count()} CPU cores",
+        "jax": jax.__version__,
+        "seed": config.seed,
+        "seeds of the samples": f"{min(outcome.seeds)} to {max(outcome.seeds)}",
+        "training": f"{duration(sum(trained.values()))}, the updates of all stages of this run",
+        "comparison": duration(outcome.seconds),
     }
-    rows = [first] if reference.floor is None else [first, _row(OTHER_LATENTS, "ddim", reference.floor)]
-    rows += [_row(TEACHER, "ddim", teacher) for teacher in reference.teachers]
-    for row in rows:
-        timed = seconds.get((row["steps"], row["guidance"]))
-        if timed is not None:
-            row["seconds_per_image"] = timed
-    return rows
+    for index, stage in enumerate(config.adapter_stages):
+        settings = dataclasses.asdict(stage)
+        keys = [key for key in TOLD if key in settings]
+        if settings.get("teacher") != "previous" or index == 0:
+            keys.append("guidance")
+        spent = f"trained in {duration(trained[stage.name])}" if stage.name in trained else "not trained in this run"
+        if stage.name not in trained and config.reuse is not None:
+            spent = f"taken over from {config.reuse}"
+        facts[stage.name] = f"{', '.join(f'{key} {settings[key]}' for key in keys)}; {spent}"
+    return facts
 
 
-def _margin(found: Measured, reference: Reference) -> Row:
-    """A student's margin over the nearest teacher at as many network calls, where there is one."""
-    rivals = [teacher for teacher in reference.teachers if teacher.calls == found.calls]
-    if not rivals:
-        return {}
-    nearest = min(rivals, key=lambda rival: rival.distance.mean)
-    margin = paired_margin(found.distances, nearest.distances, found.units)
-    row = {
-        "margin": margin.mean,
-        "margin_se": margin.standard_error,
-        "rival": f"{steps_text(nearest.steps)}, guidance {nearest.guidance:g}",
-    }
-    kids = [rival.kid.mean for rival in rivals if rival.kid is not None]
-    return row if found.kid is None else {**row, "kid_margin": min(kids) - found.kid.mean}
+def _strips(folder: Path, stages: Sequence[str]) -> dict[str, list[Sample]]:
+    """The samples of each stage, by the numbers in their names: some from its way, and those after its last update."""
+    found: dict[str, list[Sample]] = {}
+    names = {path.stem: path for path in folder.glob("*.png")}
+    for stage in sorted(stages, key=natural):
+        way = sorted((name for name in names if re.fullmatch(re.escape(stage) + r"-\d{6,}", name)), key=natural)
+        way = [name for name in way if name not in stages]
+        few = [way[index] for index in np.unique(np.linspace(0, len(way) - 1, ON_THE_WAY).astype(int))] if way else []
+        for name in (*few, *([stage] if stage in names else [])):
+            found[f"Training captions: {name}"] = read_strip(names[name])
+    return found
 
 
-def _row(model: str, sampler: str, found: Measured) -> Row:
-    sets: Row = {}
-    if found.kid is not None:
-        sets = {"fid_teacher": found.fid, "kid": found.kid.mean, "kid_se": found.kid.standard_error}
-    return {
-        "model": model,
-        "sampler": sampler,
-        "steps": found.steps,
-        "guidance": found.guidance,
-        "calls": found.calls,
-        **sets,
-        "distance": found.distance.mean,
-        "distance_se": found.distance.standard_error,
-        **found.values,
-    }
+def natural(text: str) -> list[tuple[int, str]]:
+    """Sorts tscd-2 before tscd-16."""
+    return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]

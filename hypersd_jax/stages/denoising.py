@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import TeacherStage
 from hypersd_jax.distill import corruption, denoising_loss
+from hypersd_jax.evaluation import MANY_STEPS
 from hypersd_jax.stages.base import StableDiffusion, with_dropped
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.feeding import Fed
 from hypersd_jax.stages.kinds import STUDENT
 from hypersd_jax.stages.model_student import check_model, hand_on, with_weights, write_after, write_images
-from hypersd_jax.stages.reference import MANY_STEPS
 from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import LossFunction, Phase
 from hypersd_jax.weights.components import Components

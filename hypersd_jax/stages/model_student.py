@@ -15,9 +15,9 @@ import numpy as np
 
 from hypersd_jax.config import StageConfig
 from hypersd_jax.errors import UserError
+from hypersd_jax.evaluation import write_strips
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.export import require_finite, require_finite_images
-from hypersd_jax.stages.result_files import write_strips
 from hypersd_jax.weights.components import Components
 from hypersd_jax.weights.diffusers.component import host
 from hypersd_jax.weights.diffusers.model import save_model

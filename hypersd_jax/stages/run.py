@@ -16,7 +16,7 @@ from hypersd_jax.data import open_prompts, open_source
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import parse_dtype
 from hypersd_jax.stages.base import StableDiffusion
-from hypersd_jax.stages.comparison import compare
+from hypersd_jax.stages.comparison import compare_run
 from hypersd_jax.stages.context import Run, fingerprints
 from hypersd_jax.stages.export import sampling_table, student_path
 from hypersd_jax.stages.feeding import telling_of_cut_captions
@@ -81,7 +81,7 @@ def _train(config: Config, command: str | None, stop: StopSignals) -> Path:
     if config.adapter_stages and config.compared_samples:
         stop.where = "while it compared the students; the same command resumes there"
         prompts, base = run.preview_prompts, run.base_fingerprint
-        compare(config, output, run.pipe, base, prompts=prompts, command=command)
+        compare_run(config, output, run.pipe, base, prompts=prompts, command=command)
     return output.root
 
 

@@ -6,14 +6,14 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hypersd_jax.evaluation import picture_grid, read_strip, strip
+from hypersd_jax.evaluation import image_grid, read_strip, strip
 from hypersd_jax.evaluation.grid import GAP, MOST_CELL, PAPER, TEXT_WIDTH
 from hypersd_jax.evaluation.lettering import BOX, MORE, drawable, fitted_lines, font_for
 
 
 def test_small_pictures_are_doubled_and_laid_out_in_rows() -> None:
     columns = {"teacher": np.zeros((3, 64, 64, 3)), "student": np.full((3, 64, 64, 3), 255, np.uint8)}
-    grid = picture_grid(columns, ["one", "two", "three"])
+    grid = image_grid(columns, ["one", "two", "three"])
     assert grid.width == TEXT_WIDTH + 2 * (128 + GAP) + 2 * GAP
     header = grid.height - 3 * (128 + GAP) - GAP
     assert header > 0
@@ -25,13 +25,13 @@ def test_small_pictures_are_doubled_and_laid_out_in_rows() -> None:
 
 
 def test_large_pictures_keep_their_size() -> None:
-    grid = picture_grid({"a": np.zeros((1, 256, 192, 3))}, ["x"])
+    grid = image_grid({"a": np.zeros((1, 256, 192, 3))}, ["x"])
     assert grid.width == TEXT_WIDTH + 192 + GAP + 2 * GAP
 
 
 def test_prompts_are_wrapped_into_their_column() -> None:
     prompt = "a very long prompt about a smiling cat face, fluent gradient style, purple background"
-    pixels = np.asarray(picture_grid({"a": np.full((1, 64, 64, 3), 1.0)}, [prompt]).convert("L"))
+    pixels = np.asarray(image_grid({"a": np.full((1, 64, 64, 3), 1.0)}, [prompt]).convert("L"))
     written = np.flatnonzero((pixels[-130:] < 200).any(axis=0))
     assert written.min() >= GAP - 1
     assert written.max() <= TEXT_WIDTH + 2
@@ -40,13 +40,13 @@ def test_prompts_are_wrapped_into_their_column() -> None:
 
 def test_columns_must_match_the_prompts() -> None:
     with pytest.raises(ValueError, match="'b'"):
-        picture_grid({"a": np.zeros((2, 8, 8, 3)), "b": np.zeros((1, 8, 8, 3))}, ["x", "y"])
+        image_grid({"a": np.zeros((2, 8, 8, 3)), "b": np.zeros((1, 8, 8, 3))}, ["x", "y"])
     with pytest.raises(ValueError, match="a column and a prompt"):
-        picture_grid({}, ["x"])
+        image_grid({}, ["x"])
 
 
 def test_very_large_pictures_are_made_smaller() -> None:
-    grid = picture_grid({"a": np.zeros((1, 1024, 768, 3))}, ["x"])
+    grid = image_grid({"a": np.zeros((1, 1024, 768, 3))}, ["x"])
     assert grid.width == TEXT_WIDTH + MOST_CELL * 3 // 4 + GAP + 2 * GAP
 
 

@@ -133,7 +133,7 @@ def test_quality_is_plotted_against_steps_and_calls() -> None:
     quality = ([Series(name="teacher", rows=tuple(rows))], Floor(name="other latents", row={"distance": 0.2}))
     page = render(report(metrics=(), rows=(), quality=quality))
     assert page.count("<svg") == 2
-    assert "against sampling steps; lower is nearer; dashed: other latents, 0.2" in page
+    assert "against sampling steps; lower is better; dashed: other latents, 0.2" in page
     assert "against UNet calls an image" in page
     for number in ("8", "25", "16", "50"):
         assert f">{number}</text>" in page

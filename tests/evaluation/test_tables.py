@@ -6,25 +6,24 @@ from pathlib import Path
 
 import pytest
 
-from hypersd_jax.evaluation import plain_table
-from hypersd_jax.stages.result_files import COMPACT, printed_table, write_rows
+from hypersd_jax.evaluation import COMPACT, plain_table, printed_table, write_rows
 
 CAT = "\N{CJK UNIFIED IDEOGRAPH-732B}"
 ROWS = [
-    {"model": "teacher", "steps": 25, "distance": 0.0, "distance_se": None, "rival": None},
+    {"model": "teacher", "steps": 25, "distance": 0.0, "distance_se": None, "baseline": None},
     {
         "model": "\N{CJK UNIFIED IDEOGRAPH-732B}",
         "steps": 8,
         "distance": 0.25,
         "distance_se": 0.0104,
-        "rival": "8 steps",
+        "baseline": "8 steps",
     },
 ]
 
 
 def test_columns_are_aligned() -> None:
     assert plain_table(ROWS).splitlines() == [
-        "model    steps       distance  rival",
+        "model    steps       distance  baseline",
         "teacher     25          0.000  \N{EN DASH}",
         f"{CAT}           8  0.250 \N{PLUS-MINUS SIGN} 0.010  8 steps",
     ]
@@ -44,5 +43,5 @@ def test_a_terminal_that_knows_few_signs(encoding: str, words: str, tmp_path: Pa
     write_rows(tmp_path / "results.json", ROWS)
     text = printed_table(tmp_path / "results.json", COMPACT, encoding)
     assert words in text
-    assert "rival" not in text
+    assert "baseline" not in text
     text.encode(encoding)

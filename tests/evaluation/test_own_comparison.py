@@ -18,16 +18,15 @@ from PIL import Image
 
 from hypersd_jax.cli import main
 from hypersd_jax.config import Config, load_config
-from hypersd_jax.evaluation import diversity, features, read_strip
+from hypersd_jax.evaluation import diversity, features, generator, read_strip
+from hypersd_jax.evaluation import samples as samples_module
+from hypersd_jax.evaluation.comparison import SETS_LEAST, dataset_evaluator
+from hypersd_jax.evaluation.reference import few_samplings
 from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.stages import appraisal, comparison, train
-from hypersd_jax.stages import reference as references
-from hypersd_jax.stages.appraisal import SETS_LEAST, own_appraiser
-from hypersd_jax.stages.comparison import compare
-from hypersd_jax.stages.comparison_report import natural
+from hypersd_jax.stages import train
+from hypersd_jax.stages.comparison import compare_run, natural
 from hypersd_jax.stages.export import export_model, export_student
 from hypersd_jax.stages.output import Output, create_output
-from hypersd_jax.stages.own_reference import few_samplings
 from tests.helpers.lora_files import random_adapter
 from tests.helpers.tiny_model import tiny_model
 from tests.helpers.tiny_xl import tiny_xl
@@ -56,9 +55,8 @@ def looked(images: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        for module in (references, comparison):
-            patch.setattr(module, "MANY_STEPS", MANY)
-        patch.setattr(appraisal, "features", looked)
+        patch.setattr(generator, "MANY_STEPS", MANY)
+        patch.setattr(samples_module, "SEEN_AT_A_TIME", 8)
         yield
 
 
@@ -147,10 +145,10 @@ def test_the_rows_by_hand(trained: Trained) -> None:
     own, row, close = apart(student, many), rows[-1], {"rel": 2e-3, "abs": 1e-5}
     assert row["distance"] == pytest.approx(own.mean(), **close)
     assert row["distance_se"] == pytest.approx(clustered(own), **close)
-    rivals = {"1 step, guidance 7.5": samples(trained, 1, 7.5), "2 steps, guidance 0": samples(trained, 2, 0.0)}
-    gains = {name: apart(images, many) - own for name, images in rivals.items()}
+    baselines = {"1 step, guidance 7.5": samples(trained, 1, 7.5), "2 steps, guidance 0": samples(trained, 2, 0.0)}
+    gains = {name: apart(images, many) - own for name, images in baselines.items()}
     nearest = min(gains, key=lambda name: float(gains[name].mean()))
-    assert row["rival"] == nearest
+    assert row["baseline"] == nearest
     assert row["margin"] == pytest.approx(gains[nearest].mean(), rel=1e-2, abs=1e-5)
     assert row["margin_se"] == pytest.approx(clustered(gains[nearest]), rel=1e-2, abs=1e-5)
     # Captions 0 and 1 have two seeds each, and only they say something of diversity and of other latents.
@@ -177,6 +175,7 @@ def test_the_page(trained: Trained) -> None:
     assert "<b>" not in page
     assert "FID and KID are left out" in page
     assert "Text match is left out" in page
+    assert f"<dt>protocol</dt><dd>{trained.rows[0]['protocol']}</dd>" in page
     assert page.count("<svg") >= 2 + 1
     assert "Loss: tscd-16" in page
     assert not re.search(r"https?:|<link|<script|@import", page)
@@ -233,7 +232,7 @@ def test_a_unified_lora_and_a_one_step_unet_of_an_xl_model(tmp_path: Path) -> No
     unified, _ = config.adapter_stages
     export_student(output.loras / "unified.safetensors", adapter, unified, pipe.components, base_fingerprint="x")
     export_model(output.models / "one", pipe.components.params["unet"], pipe.components)
-    rows = compare(config, output, pipe, "x", prompts=CAPTIONS)
+    rows = compare_run(config, output, pipe, "x", prompts=CAPTIONS)
     assert [(row["model"], row["steps"], row["guidance"]) for row in rows] == [
         ("teacher", MANY, 5.0),
         *[("teacher", steps, guidance) for guidance in (5.0, 0.0) for steps in (3, 1)],
@@ -242,7 +241,7 @@ def test_a_unified_lora_and_a_one_step_unet_of_an_xl_model(tmp_path: Path) -> No
         ("one", 1, 0.0),
     ]
     assert all("diversity" not in row for row in rows), "each caption has one seed"
-    assert all(row["rival"] for row in rows[5:])
+    assert all(row["baseline"] for row in rows[5:])
     page = (output.root / "report.html").read_text(encoding="utf-8")
     assert "<bdi>unified</bdi>" in page
     assert "<bdi>students: one</bdi>" in page
@@ -250,9 +249,9 @@ def test_a_unified_lora_and_a_one_step_unet_of_an_xl_model(tmp_path: Path) -> No
 
 def test_what_the_teacher_is_compared_at() -> None:
     stages = [{"name": name, "k": k, "updates": 1, "batch_size": 1} for name, k in (("a", 8), ("b", 5))]
-    config = load_config_of(stages)
-    assert few_samplings(config.adapter_stages, 7.5) == [(8, 7.5), (5, 7.5), (4, 7.5), (8, 0.0), (5, 0.0), (4, 0.0)]
-    assert few_samplings(config.adapter_stages, 1.0) == [(8, 1.0), (5, 1.0), (4, 1.0)]
+    samplings = [sampling for stage in load_config_of(stages).adapter_stages for sampling in stage.samplings]
+    assert few_samplings(samplings, 7.5) == ((8, 7.5), (5, 7.5), (4, 7.5), (8, 0.0), (5, 0.0), (4, 0.0))
+    assert few_samplings(samplings, 1.0) == ((8, 1.0), (5, 1.0), (4, 1.0))
 
 
 def load_config_of(stages: list[dict[str, Any]], **more: Any) -> Config:
@@ -273,14 +272,15 @@ def test_defaults() -> None:
     assert (emoji.compared_samples, emoji.evaluation.guidance) == (256, 4.0)
 
 
-def test_few_samples_have_no_distance_of_sets_and_known_words_have_a_match() -> None:
-    assert not own_appraiser(CAPTIONS, SETS_LEAST - 1).measures_sets
-    assert own_appraiser(CAPTIONS, SETS_LEAST).measures_sets
-    assert own_appraiser(CAPTIONS, 4).yardsticks.scorer is None
-    assert own_appraiser(["red apple, noto style", "lion, blob style"], 4).yardsticks.scorer is not None
-    one = own_appraiser(["a photo of a dog"] * 8, 5)
-    assert one.units is None
+def test_few_samples_have_no_distance_of_sets_and_known_words_have_a_match(trained: Trained) -> None:
+    pipe = Pipeline.from_pretrained(trained.model)
+    assert dataset_evaluator(pipe, CAPTIONS, 4).least == SETS_LEAST
+    assert dataset_evaluator(pipe, CAPTIONS, 4).scorer is None
+    assert dataset_evaluator(pipe, ["red apple, noto style", "lion, blob style"], 4).scorer is not None
+    one = dataset_evaluator(pipe, ["a photo of a dog"] * 8, 5)
     assert [item.seed for item in one.items] == [0, 1, 2, 3, 4]
+    assert {item.prompt for item in one.items} == {"a photo of a dog"}
+    assert one.further == ()
 
 
 def test_only_the_first_process_writes(trained: Trained, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -292,7 +292,7 @@ def test_only_the_first_process_writes(trained: Trained, tmp_path: Path, monkeyp
     )
     before = sorted(output.root.rglob("*"))
     monkeypatch.setattr(jax, "process_index", lambda: 1)
-    compare(config, output, Pipeline.from_pretrained(trained.model), "x", prompts=CAPTIONS)
+    compare_run(config, output, Pipeline.from_pretrained(trained.model), "x", prompts=CAPTIONS)
     assert sorted(output.root.rglob("*")) == before
 
 

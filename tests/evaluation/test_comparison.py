@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import hashlib
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -16,7 +15,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hypersd_jax import adapters
+from hypersd_jax import adapters, compilation
+from hypersd_jax.cli import main
 from hypersd_jax.config import Config, ConsistencyStage, ScoreStage, load_config
 from hypersd_jax.data import evaluation_list
 from hypersd_jax.errors import UserError
@@ -24,28 +24,34 @@ from hypersd_jax.evaluation import (
     diversity,
     features,
     frechet_distance,
+    generator,
     grid,
     kernel_distance,
     load_scorer,
     seen_by,
     text_match,
 )
-from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.stages import appraisal, comparison
-from hypersd_jax.stages import reference as references
-from hypersd_jax.stages.comparison import compare
-from hypersd_jax.stages.comparison_report import Outcome, write_comparison
-from hypersd_jax.stages.evaluate_sources import training_pictures
-from hypersd_jax.stages.export import export_student
-from hypersd_jax.stages.output import Output, create_output
-from hypersd_jax.stages.reference import (
+from hypersd_jax.evaluation import reference as references
+from hypersd_jax.evaluation import samples as samples_module
+from hypersd_jax.evaluation.comparison import Outcome, embedded_evaluator, embedded_teacher
+from hypersd_jax.evaluation.evaluator import Evaluator
+from hypersd_jax.evaluation.files import write_results
+from hypersd_jax.evaluation.reference import (
+    SHIPPED,
     Reference,
+    Teacher,
     compute_reference,
-    draw,
     get_reference,
     load_reference,
     reference_identity,
 )
+from hypersd_jax.evaluation.sources import training_images
+from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.recipes import find_recipe
+from hypersd_jax.stages.comparison import compare_run, run_report
+from hypersd_jax.stages.export import export_student
+from hypersd_jax.stages.output import Output, create_output
+from hypersd_jax.weights.diffusers.component import fingerprint
 from tests.helpers.lora_files import random_adapter
 from tests.helpers.tiny_model import tiny_model
 
@@ -61,7 +67,9 @@ evaluation: {{{{samples: {SAMPLES}, guidance: {GUIDANCE}, batch_size: {BATCH}}}}
 stages:
   - {{{{name: other, k: 2, solver_steps: 8, updates: 1, batch_size: 4}}}}
   - {{{{name: same, k: 1, solver_steps: 8, updates: 1, batch_size: 4}}}}
+  - {{{{name: noisy, k: 2, solver_steps: 8, updates: 1, batch_size: 4, sampler: lcm}}}}
 """
+STUDENTS = ("other", "same", "noisy")
 
 
 class Compared(NamedTuple):
@@ -71,6 +79,7 @@ class Compared(NamedTuple):
     output: Output
     pipe: Pipeline
     computed: Reference
+    asked: tuple[Teacher, Evaluator]
     rows: list[dict[str, Any]]
 
     def row(self, model: str, steps: int | None = None, guidance: float | None = None) -> dict[str, Any]:
@@ -81,10 +90,10 @@ class Compared(NamedTuple):
         )
         return found
 
-    def pictures(
+    def images(
         self, steps: int, guidance: float, lora: str | None = None, *, moved: int = 0, count: int = SAMPLES
     ) -> np.ndarray:
-        """Pictures of the list's beginning, uint8, all in one batch, from latents made here, with their seeds moved."""
+        """The list's beginning, uint8, all in one batch, from latents made here, with their seeds moved."""
         items = evaluation_list(SAMPLES)[:count]
         keys = [jax.random.key(item.seed + moved) for item in items]
         latents = np.stack([jax.random.normal(key, (8, 8, 4), jnp.float32) for key in keys])
@@ -98,7 +107,7 @@ class Compared(NamedTuple):
     def diversity(self, steps: int, guidance: float, lora: str | None = None) -> np.ndarray:
         """Of each of the first prompts, from four seeds."""
         sets = [
-            looked(self.pictures(steps, guidance, lora, moved=moved, count=DIVERSE))
+            looked(self.images(steps, guidance, lora, moved=moved, count=DIVERSE))
             for moved in (0, 1_000_000, 2_000_000, 3_000_000)
         ]
         return diversity(np.stack(sets, axis=1))
@@ -111,18 +120,16 @@ def looked(images: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(references, "MANY_STEPS", MANY)
-        patch.setattr(comparison, "MANY_STEPS", MANY)
-        patch.setattr(references, "DIVERSE_PROMPTS", DIVERSE)
-        for module in (appraisal, references):  # few pictures need no batches of 32
-            patch.setattr(module, "features", looked)
-        patch.setattr(appraisal, "seen_by", functools.partial(seen_by, batch_size=8))
+        patch.setattr(generator, "MANY_STEPS", MANY)
+        patch.setattr(generator, "DIVERSE_PROMPTS", DIVERSE)
+        patch.setattr(samples_module, "SEEN_AT_A_TIME", 8)  # few images need no batches of 32
+        patch.setattr(compilation, "use_compilation_cache", lambda: None)
         yield
 
 
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory, small: None) -> Compared:
-    """Two students: one that changes the base much, one whose LoRA is zero."""
+    """Students: one that changes the base much, one whose LoRA is zero, one of a stochastic sampler."""
     folder = tmp_path_factory.mktemp("compared")
     model = tiny_model(folder / "model")
     (folder / "recipe.yaml").write_text(RECIPE.format(output=folder / "out", model=model))
@@ -136,20 +143,23 @@ def compared(tmp_path_factory: pytest.TempPathFactory, small: None) -> Compared:
     students = {
         "other": random_adapter(shapes, 1, scale=0.5),
         "same": adapters.init(jax.random.key(0), shapes, rank=4, alpha=None),
+        "noisy": random_adapter(shapes, 2, scale=0.5),
     }
     for stage in config.stages:
         path = output.loras / f"{stage.name}.safetensors"
         export_student(path, students[stage.name], stage, pipe.components, base_fingerprint=BASE)
     computed: list[Reference] = []
+    asked: list[tuple[Teacher, Evaluator]] = []
 
-    def recording(*args: Any, **kwargs: Any) -> Reference:
-        computed.append(compute_reference(*args, **kwargs))
+    def recording(teacher: Teacher, measuring: Evaluator) -> Reference:
+        asked.append((teacher, measuring))
+        computed.append(compute_reference(teacher, measuring))
         return computed[0]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(references, "compute_reference", recording)
-        rows = compare(config, output, pipe, BASE)
-    return Compared(config, output, pipe, computed[0], rows)
+        rows = compare_run(config, output, pipe, BASE)
+    return Compared(config, output, pipe, computed[0], asked[0], rows)
 
 
 def distances(a: np.ndarray, b: np.ndarray) -> np.ndarray:
@@ -171,41 +181,43 @@ def test_the_rows(compared: Compared) -> None:
         *[("teacher", steps, 0.0, steps) for steps in (8, 4, 2, 1)],
         ("other", 2, 0.0, 2),
         ("same", 1, 0.0, 1),
+        ("noisy", 2, 0.0, 2),
     ]
     for row in compared.rows:
         assert row["n"] == SAMPLES
-        assert row["sampler"] == "ddim"
+        assert row["sampler"] == ("lcm" if row["model"] == "noisy" else "ddim")
         assert row["seconds_per_image"] > 0
         assert all(np.isfinite(row[key]) for key in OWN)
-    assert all(("margin" in row) == (row["model"] in ("other", "same")) for row in compared.rows)
+    assert len({row["protocol"] for row in compared.rows}) == 1
+    assert all(("margin" in row) == (row["model"] in STUDENTS) for row in compared.rows)
 
 
 def test_a_students_row_by_hand(compared: Compared) -> None:
     """The tolerance in distance is one grey level of one value in a picture, for roundings that fall elsewhere."""
     row = compared.row("other")
-    reference, student = compared.pictures(MANY, GUIDANCE), compared.pictures(2, 0.0, "other")
-    rivals = {
-        "1 step, guidance 4": distances(compared.pictures(1, GUIDANCE), reference),
-        "2 steps, guidance 0": distances(compared.pictures(2, 0.0), reference),
+    reference, student = compared.images(MANY, GUIDANCE), compared.images(2, 0.0, "other")
+    baselines = {
+        "1 step, guidance 4": distances(compared.images(1, GUIDANCE), reference),
+        "2 steps, guidance 0": distances(compared.images(2, 0.0), reference),
     }
-    name = min(rivals, key=lambda rival: float(rivals[rival].mean()))
-    assert row["rival"] == name
+    name = min(baselines, key=lambda baseline: float(baselines[baseline].mean()))
+    assert row["baseline"] == name
     own = distances(student, reference)
-    gains = rivals[name] - own
+    gains = baselines[name] - own
     close = {"rel": 1e-4, "abs": 1e-5}
     assert row["distance"] == pytest.approx(own.mean(), **close)
     assert row["distance_se"] == pytest.approx(standard_error(own), **close)
     assert row["margin"] == pytest.approx(gains.mean(), **close)
     assert row["margin_se"] == pytest.approx(standard_error(gains), **close)
     assert abs(row["margin"]) > 1e-3, "too small for its sign to mean anything"
-    assert (row["margin"] > 0) == (own.mean() < rivals[name].mean())
+    assert (row["margin"] > 0) == (own.mean() < baselines[name].mean())
 
     mine, theirs = looked(reference), looked(student)
     kid = kernel_distance(theirs, mine)
     assert row["kid"] == pytest.approx(kid.mean, rel=1e-3, abs=1e-4)
     assert row["fid_teacher"] == pytest.approx(frechet_distance(theirs, mine), rel=1e-3)
     same_calls = [compared.row("teacher", 1, GUIDANCE), compared.row("teacher", 2, 0.0)]
-    assert row["kid_margin"] == pytest.approx(min(rival["kid"] for rival in same_calls) - row["kid"], abs=1e-9)
+    assert row["kid_margin"] == pytest.approx(min(baseline["kid"] for baseline in same_calls) - row["kid"], abs=1e-9)
 
 
 @pytest.mark.parametrize(
@@ -216,15 +228,13 @@ def test_what_needs_no_teacher_by_hand(
     compared: Compared, model: str, steps: int, guidance: float, lora: str | None
 ) -> None:
     """Text match, distances to training pictures, and diversity; a row of the reference as a student's."""
-    row, pictures = compared.row(model, steps, guidance), compared.pictures(steps, guidance, lora)
-    real, mine = looked(training_pictures(SAMPLES, None, 16)[0]), looked(pictures)
+    row, images = compared.row(model, steps, guidance), compared.images(steps, guidance, lora)
+    real, mine = looked(training_images(SAMPLES, None, 16).first), looked(images)
     assert row["fid_train"] == pytest.approx(frechet_distance(mine, real), rel=1e-3)
     kid = kernel_distance(mine, real)
     assert (row["kid_train"], row["kid_train_se"]) == pytest.approx(kid, rel=1e-3)
     scorer = load_scorer("report")
-    match = text_match(
-        scorer, seen_by(scorer.spec, pictures, batch_size=8), [i.prompt for i in evaluation_list(SAMPLES)]
-    )
+    match = text_match(scorer, seen_by(scorer.spec, images, batch_size=8), [i.prompt for i in evaluation_list(SAMPLES)])
     assert match is not None
     assert row["clip"] == pytest.approx(match.own.mean(), rel=1e-3, abs=1e-2)
     assert row["clip_gain"] == pytest.approx((match.own - match.shuffled).mean(), rel=1e-3, abs=1e-2)
@@ -232,26 +242,13 @@ def test_what_needs_no_teacher_by_hand(
     found = compared.diversity(steps, guidance, lora)
     assert row["diversity"] == pytest.approx(found.mean(), rel=1e-3)
     assert row["diversity_se"] == pytest.approx(standard_error(found), rel=1e-2)
-    assert row["diversity"] > 0.1, "pictures of different seeds differ"
+    assert row["diversity"] > 0.1, "images of different seeds differ"
 
 
 def test_the_teachers_two_rows_share_four_seeds(compared: Compared) -> None:
     first, other = compared.row("teacher", MANY), compared.row("teacher, other latents")
     assert other["diversity"] == pytest.approx(first["diversity"], rel=1e-9)
     assert other["fid_train"] != first["fid_train"]
-
-
-def test_further_seeds_bring_other_noise(compared: Compared) -> None:
-    """The same latents by way of another offset: the same pictures, but for what a stochastic sampler adds."""
-    items = evaluation_list(2)
-    moved = [dataclasses.replace(item, seed=item.seed - 1000) for item in items]
-    call: dict[str, Any] = {"steps": 2, "guidance": 0.0, "batch_size": 2}
-    for sampler, eta, same in (("ddim", 0.0, True), ("tcd", 1.0, False)):
-        first, second = (
-            draw(compared.pipe, part, sampler=sampler, eta=eta, seed_offset=offset, **call)[0]
-            for part, offset in ((items, 0), (moved, 1000))
-        )
-        assert np.array_equal(first, second) is same, sampler
 
 
 def test_a_student_samples_as_its_stage_says() -> None:
@@ -266,31 +263,53 @@ def test_a_student_samples_as_its_stage_says() -> None:
 
 def test_a_student_like_the_base_gains_nothing(compared: Compared) -> None:
     row, teacher = compared.row("same"), compared.row("teacher", 1, 0.0)
-    assert row["rival"] == "1 step, guidance 0"
+    assert row["baseline"] == "1 step, guidance 0"
     for key in ("margin", "margin_se", "kid_margin"):
         assert row[key] == pytest.approx(0.0, abs=1e-7), key
     for key in ("distance", "distance_se", "kid", "fid_teacher", *OWN):
         assert row[key] == pytest.approx(teacher[key], abs=1e-7), key
 
 
-def test_the_grid_holds_the_pictures(compared: Compared) -> None:
-    picture = np.asarray(Image.open(compared.output.root / "grid.png").convert("RGB"))
-    columns = [
-        compared.pictures(MANY, GUIDANCE),
-        compared.pictures(2, GUIDANCE),
-        compared.pictures(2, 0.0, "other"),
-        compared.pictures(1, GUIDANCE),
-        compared.pictures(1, 0.0, "same"),
-    ]
+def cells(path: Path, column: int) -> np.ndarray:
+    """The images of a grid's column, as they are shown."""
+    sheet = np.asarray(Image.open(path).convert("RGB"))
     side, pitch = grid.LEAST_CELL, grid.LEAST_CELL + grid.GAP
-    assert picture.shape[1] == grid.TEXT_WIDTH + len(columns) * pitch + 2 * grid.GAP
-    top = picture.shape[0] - SAMPLES * pitch
+    top, columns = sheet.shape[0] - SAMPLES * pitch, (sheet.shape[1] - grid.TEXT_WIDTH - 2 * grid.GAP) // pitch
+    left = grid.TEXT_WIDTH + grid.GAP + (column % columns) * pitch
+    tops = [top + row * pitch for row in range(SAMPLES)]
+    return np.stack([sheet[each : each + side, left : left + side] for each in tops])
+
+
+def test_the_grid_holds_the_images(compared: Compared) -> None:
+    path, side = compared.output.root / "grid.png", grid.LEAST_CELL
+    columns = [
+        compared.images(MANY, GUIDANCE),
+        compared.images(2, GUIDANCE),
+        compared.images(2, 0.0, "other"),
+        compared.images(1, GUIDANCE),
+        compared.images(1, 0.0, "same"),
+    ]
+    width = grid.TEXT_WIDTH + (len(columns) + 1) * (side + grid.GAP) + 2 * grid.GAP
+    assert Image.open(path).size[0] == width, "and the third student"
     for column, images in enumerate(columns):
-        left = grid.TEXT_WIDTH + grid.GAP + column * pitch
-        for row, image in enumerate(images):
-            cell = picture[top + row * pitch : top + row * pitch + side, left : left + side].astype(int)
-            drawn = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)).astype(int)
-            assert np.abs(cell - drawn).max() <= 2, (column, row)
+        for cell, image in zip(cells(path, column).astype(int), images, strict=True):
+            shown = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)).astype(int)
+            assert np.abs(cell - shown).max() <= 2, column
+
+
+def test_evaluate_generates_the_same_images(compared: Compared, tmp_path: Path) -> None:
+    """One prompt, seed and stochastic sampler give one image, whichever command it is of, and the same figures."""
+    root, student = compared.output.root, "noisy"
+    call = ["--model", compared.config.model.source, "--lora", root / "loras" / f"{student}.safetensors"]
+    call += ["--n", SAMPLES, "--batch-size", BATCH, "--reference-guidance", GUIDANCE]
+    main(["evaluate", *map(str, call), "--output", str(tmp_path / "out")])
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())
+    theirs, mine = rows[-1], compared.row(student)
+    assert (mine["sampler"], mine["steps"]) == (theirs["sampler"], theirs["steps"]) == ("lcm", 2)
+    np.testing.assert_array_equal(cells(root / "grid.png", -1), cells(tmp_path / "out" / "grid.png", -1))
+    assert theirs["protocol"] == mine["protocol"]
+    for key in ("n", "calls", "distance", "diversity", "kid", "fid_train", "clip_gain"):
+        assert theirs[key] == pytest.approx(mine[key], rel=1e-5, abs=1e-6), key
 
 
 def test_the_report_says_the_margin(compared: Compared) -> None:
@@ -298,7 +317,7 @@ def test_the_report_says_the_margin(compared: Compared) -> None:
     row = compared.row("other")
     side = "nearer to" if row["margin"] > 0 else "farther from"
     assert f"other: 2 steps, {abs(row['margin']):.4f} ± {row['margin_se']:.4f} {side}" in page
-    assert f"{MANY}-step pictures" in page
+    assert f"{MANY}-step images" in page
     assert page.count("data:image/png;base64,") == 1
     assert page.count("<svg") == 4 + 1  # two metrics against steps and calls, and the loss of a stage
     assert "hypersd_jax.train(" in page
@@ -312,8 +331,8 @@ def test_the_report_of_a_run_that_has_trained_nothing_itself(compared: Compared,
     output = Output(tmp_path / "out")
     create_output(output, dataclasses.replace(compared.config, output_dir=str(output.root)))
     columns = {"one": np.zeros((1, 8, 8, 3), np.uint8)}
-    outcome = Outcome(rows=compared.rows, columns=columns, prompts=["apple"], seeds=1, command=None, seconds=1.0)
-    write_comparison(compared.config, output, outcome)
+    outcome = Outcome(rows=compared.rows, columns=columns, prompts=["apple"], seeds=[0], seconds=1.0)
+    write_results(output.root, run_report(compared.config, output, outcome, None))
     page = (output.root / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 4
     assert "Loss" not in page
@@ -323,41 +342,71 @@ def test_the_report_of_a_run_that_has_trained_nothing_itself(compared: Compared,
 
 
 def test_the_reference_is_kept_and_read_back(compared: Compared, monkeypatch: pytest.MonkeyPatch) -> None:
-    items = evaluation_list(SAMPLES)
-    belonging: dict[str, Any] = {"groups": None, "guidance": GUIDANCE, "base": BASE}
+    (teacher, measuring), fresh = compared.asked, compared.computed
     path = compared.output.root / "reference.npz"
-    loaded = get_reference(None, items, batch_size=BATCH, folder=path.parent, **belonging)  # type: ignore[arg-type]
-    fresh = compared.computed
-    np.testing.assert_array_equal(loaded.pictures.images, fresh.pictures.images)
-    kept = fresh.pictures.features.astype(np.float16).astype(np.float32)
-    np.testing.assert_array_equal(loaded.pictures.features, kept)
-    assert loaded.values == fresh.values
-    for a, b in zip((loaded.floor, *loaded.teachers), (fresh.floor, *fresh.teachers), strict=True):
-        assert (a.steps, a.guidance, a.fid, a.kid, a.values) == (b.steps, b.guidance, b.fid, b.kid, b.values)
-        np.testing.assert_array_equal(a.distances, b.distances.astype(np.float32))
-    # It belongs to this base, list, training pictures, guidance, choice of seeds and scorer alone.
-    assert load_reference(path, reference_identity(items, **belonging)) is not None
-    assert load_reference(path, reference_identity(items[:-1], **belonging)) is None
-    moved = [dataclasses.replace(items[0], seed=77), *items[1:]]
-    assert load_reference(path, reference_identity(moved, **belonging)) is None
-    for change in ({"base": "another"}, {"guidance": 5.0}, {"groups": ["animals & nature"]}):
-        assert load_reference(path, reference_identity(items, **{**belonging, **change})) is None
+    loaded, _ = get_reference(teacher, measuring, path.parent)
+    np.testing.assert_array_equal(loaded.samples.images, fresh.samples.images)
+    np.testing.assert_array_equal(loaded.samples.features, fresh.samples.features)
+    for a, b in zip(loaded.rows, fresh.rows, strict=True):
+        assert {**a.row, "protocol": ""} == {**b.row, "protocol": ""}
+        assert a.row["protocol"] == compared.rows[0]["protocol"]
+        np.testing.assert_array_equal(a.distances, b.distances)
+
+    def found(teacher: Teacher = teacher, measuring: Evaluator = measuring, device: str = "") -> Reference | None:
+        return load_reference(path, reference_identity(teacher, measuring), measuring, device)
+
+    # Seconds of another device are not read.
+    elsewhere = found(device="another")
+    assert elsewhere is not None
+    assert [set(a.row) - set(b.row) for a, b in zip(loaded.rows, elsewhere.rows, strict=True)] == [
+        {"seconds_per_image"} for _ in loaded.rows
+    ]
+    # It belongs to this base, list, real images, guidance, choice of seeds and scorer alone.
+    items = measuring.items
+    for change in ({"base": "another"}, {"guidance": 5.0}, {"few": teacher.few[1:]}):
+        assert found(dataclasses.replace(teacher, **change)) is None
     scorer = load_scorer("report")
     other = dataclasses.replace(scorer, params={**scorer.params, "eye.mean": scorer.params["eye.mean"] + 1.0})
-    for key, value in (("DIVERSE_PROMPTS", 5), ("FURTHER_SEEDS", (1, 2)), ("load_scorer", lambda name: other)):
-        with monkeypatch.context() as patch:
-            patch.setattr(references, key, value)
-            assert load_reference(path, reference_identity(items, **belonging)) is None
+    for change in (
+        {"items": items[:-1]},
+        {"items": (items[0]._replace(seed=77), *items[1:])},
+        {"further": measuring.further[:2]},
+        {"real_name": "others"},
+        {"scorer": other},
+    ):
+        assert found(measuring=dataclasses.replace(measuring, **change)) is None, change
 
 
-def test_a_file_without_the_values_is_another_runs(tmp_path: Path) -> None:
-    """Of the time before they were kept: by its identity it is not ours, and none of it is read."""
-    items = evaluation_list(SAMPLES)
-    listed = json.dumps([[item.prompt, item.seed] for item in items])
-    old = f"{listed}|{GUIDANCE}|{BASE}|{MANY}|{references.FEW_STEPS}"
-    path = tmp_path / "reference.npz"
-    np.savez(path, identity=np.asarray(hashlib.sha256(old.encode()).hexdigest()), images=np.zeros(3))
-    assert load_reference(path, reference_identity(items, groups=None, guidance=GUIDANCE, base=BASE)) is None
+def test_a_protocol_is_that_of_what_decides_the_figures(compared: Compared) -> None:
+    """Not of the model, nor of how it samples; but of prompts, seeds, real images, reference, size and scorer."""
+    _, measuring = compared.asked
+    again = embedded_evaluator(compared.pipe, SAMPLES, None)
+    assert again.protocol == measuring.protocol
+    assert re.fullmatch("[0-9a-f]{12}", again.protocol)
+    items = measuring.items
+    changed = [
+        {"items": items[:-1]},
+        {"items": (items[0]._replace(seed=77), *items[1:])},
+        {"further": ()},
+        {"real_name": None},
+        {"size": (32, 16)},
+        {"scorer": None},
+        {"reference_facts": {"steps": 3}},
+    ]
+    found = {dataclasses.replace(measuring, **change).protocol for change in changed}
+    assert len(found | {measuring.protocol}) == len(changed) + 1
+
+
+def test_the_reference_that_ships_is_that_of_the_default_recipe() -> None:
+    """It is found by its identity: no sample of the teacher is generated for it."""
+    config = load_config(find_recipe("emoji"))
+    pipe = Pipeline.from_pretrained("embedded")
+    measuring = embedded_evaluator(pipe, config.compared_samples, config.data.groups)
+    teacher = embedded_teacher(pipe, fingerprint(pipe.components.params["unet"]), 4.0, batch_size=32)
+    found = load_reference(SHIPPED, reference_identity(teacher, measuring), measuring, "")
+    assert found is not None
+    assert [(each.row["steps"], each.row["guidance"]) for each in found.few] == list(teacher.few)
+    assert len(found.samples.images) == config.compared_samples
 
 
 def without(path: Path, key: str) -> bytes:
@@ -373,7 +422,7 @@ DAMAGES = {
     "cut": lambda path: path.read_bytes()[: path.stat().st_size // 2],
     "bytes": lambda path: path.read_bytes()[:2000] + b"\x55" * 500 + path.read_bytes()[2500:],
     "no distances": lambda path: without(path, "distances"),
-    "no values": lambda path: without(path, "values"),
+    "no rows": lambda path: without(path, "rows"),
 }
 
 
@@ -382,7 +431,5 @@ def test_a_damaged_reference(compared: Compared, tmp_path: Path, damage: str) ->
     path = tmp_path / "reference.npz"
     path.write_bytes((compared.output.root / "reference.npz").read_bytes())
     path.write_bytes(DAMAGES[damage](path))
-    items = evaluation_list(SAMPLES)
-    call: dict[str, Any] = {"groups": None, "guidance": GUIDANCE, "batch_size": BATCH, "base": BASE}
     with pytest.raises(UserError, match=r"reference\.npz: the reference is damaged .*delete the file"):
-        get_reference(None, items, folder=tmp_path, **call)  # type: ignore[arg-type]
+        get_reference(*compared.asked, tmp_path)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from hypersd_jax.stages.provenance import duration, typed_command
+from hypersd_jax.evaluation.provenance import duration, typed_command
 
 
 @pytest.mark.parametrize(

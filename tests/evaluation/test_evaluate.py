@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import json
 import shutil
 from collections.abc import Iterator
@@ -19,27 +18,40 @@ from hypersd_jax import compilation
 from hypersd_jax.cli import main
 from hypersd_jax.data import COLOURS, evaluation_images, evaluation_list
 from hypersd_jax.errors import UserError
-from hypersd_jax.evaluation import derangement, diversity, features, frechet_distance, kernel_distance, seen_by
+from hypersd_jax.evaluation import (
+    COLUMNS,
+    Column,
+    Item,
+    derangement,
+    diversity,
+    evaluate,
+    features,
+    frechet_distance,
+    generator,
+    kernel_distance,
+    make_model,
+    register_column,
+    sample,
+)
+from hypersd_jax.evaluation import samples as samples_module
+from hypersd_jax.evaluation.samples import load_run
+from hypersd_jax.evaluation.sources import folder_images, training_images
 from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.stages import evaluate, evaluate_drawing
-from hypersd_jax.stages.evaluate_sources import folder_pictures, load_run, training_pictures
 from hypersd_jax.weights.lora import write_lora
 from tests.helpers.lora_files import random_adapter
 from tests.helpers.tiny_model import tiny_model
 
-N, STEPS, MANY, SEEDS = 4, 2, 3, 2
+N, STEPS, MANY, FURTHER = 4, 2, 3, 1_000_000
 FILES = ["cache", "grid.png", "report.html", "results.json", "results.md", "run.json"]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate, "MANY_STEPS", MANY)
-        patch.setattr(evaluate, "DIVERSE_SEEDS", SEEDS)
-        patch.setattr(evaluate_drawing, "CHUNK", 2)
-        for module in (evaluate, evaluate_drawing):  # few pictures need no batches of 32
-            patch.setattr(module, "features", functools.partial(features, batch_size=4))
-            patch.setattr(module, "seen_by", functools.partial(seen_by, batch_size=4))
+        patch.setattr(generator, "MANY_STEPS", MANY)
+        patch.setattr(generator, "FURTHER_SEEDS", (FURTHER,))
+        patch.setattr(samples_module, "CHUNK", 2)
+        patch.setattr(samples_module, "SEEN_AT_A_TIME", 4)  # few images need no batches of 32
         patch.setattr(compilation, "use_compilation_cache", lambda: None)
         yield
 
@@ -81,7 +93,7 @@ def looked(images: np.ndarray) -> np.ndarray:
     return features(images, batch_size=4)
 
 
-def drawn(model: Path, seeds: list[int], **settings: Any) -> np.ndarray:
+def generated(model: Path, seeds: list[int], **settings: Any) -> np.ndarray:
     """The list's prompts from these seeds, uint8, from latents made here."""
     pipe = settings.pop("pipe", None) or Pipeline.from_pretrained(model)
     latents = np.stack([jax.random.normal(jax.random.key(seed), (8, 8, 4), jnp.float32) for seed in seeds])
@@ -93,10 +105,10 @@ def drawn(model: Path, seeds: list[int], **settings: Any) -> np.ndarray:
 def test_the_rows_by_hand(model: Path, lora: Path, rows: dict[str, dict[str, Any]]) -> None:
     pipe = Pipeline.from_pretrained(model)
     seeds = list(range(N))
-    many = drawn(model, seeds, pipe=pipe, steps=MANY, guidance=7.5)
+    many = generated(model, seeds, pipe=pipe, steps=MANY, guidance=7.5)
     pipe.load_lora(lora, 0.5)
-    student = drawn(model, seeds, pipe=pipe, steps=STEPS, guidance=1.0)
-    other = drawn(model, [seed + evaluate.SEED_STRIDE for seed in seeds], pipe=pipe, steps=STEPS, guidance=1.0)
+    student = generated(model, seeds, pipe=pipe, steps=STEPS, guidance=1.0)
+    other = generated(model, [seed + FURTHER for seed in seeds], pipe=pipe, steps=STEPS, guidance=1.0)
     row, close = rows["student"], {"rel": 2e-3, "abs": 1e-4}
     assert (row["model"], row["steps"], row["guidance"], row["calls"], row["n"]) == (
         "model + student@0.5",
@@ -109,7 +121,7 @@ def test_the_rows_by_hand(model: Path, lora: Path, rows: dict[str, dict[str, Any
     assert row["distance"] == pytest.approx(apart.mean(), **close)
     assert row["distance_se"] == pytest.approx(apart.std(ddof=1) / np.sqrt(N), **close)
     mine, theirs = looked(student), looked(many)
-    real = [looked(pictures) for pictures in training_pictures(N, None, 16)]
+    real = [looked(images) for images in training_images(N, None, 16)[:2]]
     assert row["fid_teacher"] == pytest.approx(frechet_distance(mine, theirs), rel=2e-3)
     assert row["kid"] == pytest.approx(kernel_distance(mine, theirs).mean, rel=5e-3, abs=1e-3)
     assert row["fid_train"] == pytest.approx(frechet_distance(mine, real[0]), rel=2e-3)
@@ -138,10 +150,10 @@ def test_the_files(output: Path, rows: dict[str, dict[str, Any]]) -> None:
         assert f"| {row['model']} |" in table
         assert row["model"] in page
     assert Image.open(output / "grid.png").size[0] > 3 * 128
-    items, kept = load_run(output, (16, 16))
-    assert [item.prompt for item in items] == [item.prompt for item in evaluation_list(N)]
+    kept = load_run(output, (16, 16))
+    assert [item.prompt for item in kept.items] == [item.prompt for item in evaluation_list(N)]
     assert kept.images.shape == (N, 16, 16, 3)
-    with pytest.raises(UserError, match="its pictures are 16 x 16 pixels, these 64 x 32"):
+    with pytest.raises(UserError, match="its images are 16 x 16 pixels, these 64 x 32"):
         load_run(output, (32, 64))
 
 
@@ -166,11 +178,11 @@ def test_the_table_is_printed_and_the_page_says_where_it_comes_from(
         assert f"<bdi>{item.prompt}</bdi>" in page
 
 
-def test_training_pictures_are_two_sets_with_none_in_common() -> None:
-    first, second = training_pictures(60, None, 64)
+def test_training_images_are_two_sets_with_none_in_common() -> None:
+    first, second, _ = training_images(60, None, 64)
     assert len(first) == len(second) == 60
     assert not {one.tobytes() for one in first} & {one.tobytes() for one in second}
-    few = training_pictures(10_000, ["animals & nature"], 16)
+    few = training_images(10_000, ["animals & nature"], 16)
     assert len(few[0]) == len(few[1]) < 1000
 
 
@@ -179,13 +191,13 @@ def test_nothing_is_drawn_twice(
 ) -> None:
     """With the cache, the same numbers and no drawing; more prompts draw only what is new; another scale all."""
     calls: list[int] = []
-    really = evaluate_drawing._draw_chunk
+    really = samples_module.timed_sample
 
-    def counted(model: Any, items: Any, batch_size: int) -> Any:
+    def counted(model: Any, items: Any, **settings: Any) -> Any:
         calls.append(len(items))
-        return really(model, items, batch_size)
+        return really(model, items, **settings)
 
-    monkeypatch.setattr(evaluate_drawing, "_draw_chunk", counted)
+    monkeypatch.setattr(samples_module, "timed_sample", counted)
     cache = tmp_path / "cache"
     shutil.copytree(output / "cache", cache)
     call = ["--steps", STEPS, "--sampler", "ddim", "--guidance", 1, "--cache", cache]
@@ -208,7 +220,7 @@ def test_a_damaged_chunk_is_named(model: Path, output: Path, tmp_path: Path, cap
         run(model, tmp_path / "new", "--reference", tmp_path / "run", "--steps", 1)
     assert stop.value.code == 2
     printed = capsys.readouterr().err.splitlines()
-    assert "kept pictures are damaged" in printed[-1]
+    assert "kept images are damaged" in printed[-1]
     assert chunk.suffix in printed[-1]
 
 
@@ -232,11 +244,11 @@ def test_own_prompts_against_an_earlier_run_and_a_folder(
     (tmp_path / "a_clip").mkdir()
     call = ["--prompts-file", prompts, "--reference", output, "--reference", pictures, "--clip", tmp_path / "a_clip"]
     rows = run(model, tmp_path / "out", *call, "--steps", 1, "--sampler", "tcd", "--eta", 0.5, "--guidance", 0)
-    assert [row["model"] for row in rows] == ["real pictures against others", f"{output} (reference)", "model"]
+    assert [row["model"] for row in rows] == ["real images against others", f"{output} (reference)", "model"]
     assert rows[2]["distance"] > 0
     assert rows[2]["n"] == rows[0]["n"] == N
     lengths = np.asarray([len(item.prompt) for item in items])
-    corners = load_run(tmp_path / "out", (16, 16))[1].images[:, 0, 0, 0]
+    corners = load_run(tmp_path / "out", (16, 16)).images[:, 0, 0, 0]
     assert rows[2]["clip_real"] == pytest.approx(np.mean(corners + 1000.0 * lengths), rel=1e-6)
     turned = lengths[derangement([item.prompt for item in items])]
     assert rows[2]["clip_real_gain_se"] == pytest.approx(1000 * np.std(lengths - turned, ddof=1) / np.sqrt(N), rel=1e-6)
@@ -247,19 +259,56 @@ def test_own_prompts_against_an_earlier_run_and_a_folder(
     assert len(rows) == 1
     assert set(rows[0]) == {
         "model", "sampler", "steps", "guidance", "calls", "n", "diversity", "diversity_se", "seconds_per_image",
+        "protocol",
     }  # fmt: skip
 
 
 def test_noise_depends_on_the_seed_alone(model: Path) -> None:
-    """A stochastic sampler draws a picture the same in any chunk and batch."""
+    """A stochastic sampler generates an image the same in any list, order and batch."""
     pipe = Pipeline.from_pretrained(model)
-    settings = pipe.settings(steps=2, sampler="tcd", eta=1.0, guidance=0.0)
-    one = evaluate_drawing.Model(pipe=pipe, identity="", settings=settings)
-    items = [evaluate_drawing.Prompted("lion, blob style", seed) for seed in (5, 6, 7)]
-    all_three = evaluate_drawing._draw(one, items, 2)
-    last = evaluate_drawing._draw(one, items[2:], 1)
-    assert np.abs(all_three[2].astype(int) - last[0]).max() <= 1
-    assert np.abs(all_three[1].astype(int) - last[0]).max() > 5
+    one = make_model("one", pipe, steps=2, sampler="tcd", eta=1.0, guidance=0.0)
+    items = [Item("lion, blob style", seed) for seed in (5, 6, 7)]
+    all_three = sample(one, items, batch_size=2)
+    turned = sample(one, [items[2], items[0]], batch_size=2)
+    assert np.abs(all_three[[2, 0]].astype(int) - turned).max() <= 1
+    assert np.abs(all_three[1].astype(int) - turned[0]).max() > 5
+    # By hand: latents from the seed's key, what each step adds from the key that follows from it.
+    keys = [jax.random.key(item.seed) for item in items]
+    latents = np.stack([jax.random.normal(key, (8, 8, 4)) for key in keys])
+    noise = np.stack([jax.random.normal(jax.random.fold_in(key, 1), (2, 8, 8, 4)) for key in keys], axis=1)
+    call: dict[str, Any] = {"steps": 2, "sampler": "tcd", "eta": 1.0, "guidance": 0.0, "output": "np"}
+    images = pipe([item.prompt for item in items], latents=latents, noise=noise, batch_size=2, stepwise=True, **call)
+    np.testing.assert_array_equal(all_three, np.round(images * 255))
+
+
+def test_a_metric_of_ones_own(model: Path, lora: Path, output: Path, tmp_path: Path, capsys: Any) -> None:
+    """Its record alone puts it into the rows, the tables and the page, with its standard error."""
+    brightness = Column(
+        key="brightness",
+        heading="Brightness",
+        digits=4,
+        better="higher",
+        note="Brightness: mean of all values, 0..1.",
+        measure=lambda found: found.images.mean(axis=(1, 2, 3)) / 255.0,
+        needs=("match",),
+    )
+    register_column(brightness)
+    try:
+        with pytest.raises(ValueError, match="'brightness' already"):
+            register_column(brightness)
+        call = ["--steps", STEPS, "--sampler", "ddim", "--guidance", 1, "--lora", f"{lora}@0.5"]
+        rows = run(model, tmp_path / "out", *call, "--cache", output / "cache", "--reference", "none")
+    finally:
+        del COLUMNS["brightness"]
+    values = load_run(tmp_path / "out", (16, 16)).images.mean(axis=(1, 2, 3)) / 255.0
+    assert rows[-1]["brightness"] == pytest.approx(values.mean())
+    assert rows[-1]["brightness_se"] == pytest.approx(values.std(ddof=1) / np.sqrt(N))
+    assert "brightness" not in rows[0], "of real images against others there is no text match"
+    assert "brightness" in capsys.readouterr().out
+    for name in ("results.md", "report.html"):
+        text = (tmp_path / "out" / name).read_text(encoding="utf-8")
+        assert "Brightness\N{NO-BREAK SPACE}↑" in text
+        assert brightness.note in text
 
 
 @pytest.mark.parametrize(
@@ -345,7 +394,7 @@ def test_a_folder_is_read_as_training_reads_it(tmp_path: Path) -> None:
     for place in range(3, 6):
         (tmp_path / "set" / f"{place}.png").write_bytes(b"broken")
     with pytest.warns(UserWarning, match=r"left out of 9 images: 3 unreadable \(.*\.png: not in a known image format"):
-        first, second = folder_pictures(tmp_path / "set", 10, (8, 16))
+        first, second, _ = folder_images(tmp_path / "set", 10, (8, 16))
     for images in (first, second):
         assert images.shape == (3, 8, 16, 3)
         np.testing.assert_array_equal(images[:, :, 0], np.broadcast_to((255, 0, 0), (3, 8, 3)))

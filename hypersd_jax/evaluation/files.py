@@ -1,4 +1,4 @@
-"""Rows and pictures as files, each written at once or not at all."""
+"""Rows and images as files, each written at once or not at all."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import numpy as np
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
-from hypersd_jax.evaluation import COMPACT as COMPACT
-from hypersd_jax.evaluation import plain_table, strip
+from hypersd_jax.evaluation.grid import strip
+from hypersd_jax.evaluation.report import Report, write_report
+from hypersd_jax.evaluation.tables import plain_table
 from hypersd_jax.weights.tensors import replacing
 
 # What stands for a sign where a terminal cannot show it.
@@ -27,10 +28,18 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
         temporary.write_text(json.dumps(clean, indent=1, allow_nan=False) + "\n", encoding="utf-8")
 
 
-def write_picture(path: Path, picture: Image.Image, info: PngInfo | None = None) -> None:
-    """A picture as PNG."""
+def write_results(folder: Path, report: Report) -> None:
+    """Write results.json, grid.png and report.html, which shows both."""
+    write_rows(folder / "results.json", report.rows)
+    for grid in report.grids.values():
+        write_image(folder / "grid.png", grid)
+    write_report(report, folder / "report.html")
+
+
+def write_image(path: Path, image: Image.Image, info: PngInfo | None = None) -> None:
+    """An image as PNG."""
     with replacing(path) as temporary:
-        picture.save(temporary, format="PNG", pnginfo=info)
+        image.save(temporary, format="PNG", pnginfo=info)
 
 
 def write_strips(path: Path, rows: Sequence[np.ndarray], prompts: Sequence[str] = ()) -> None:
@@ -38,7 +47,7 @@ def write_strips(path: Path, rows: Sequence[np.ndarray], prompts: Sequence[str] 
 
     What is not finite is black; who makes the images says so.
     """
-    write_picture(path, *strip([np.nan_to_num(row, nan=0.0, posinf=0.0, neginf=0.0) for row in rows], prompts))
+    write_image(path, *strip([np.nan_to_num(row, nan=0.0, posinf=0.0, neginf=0.0) for row in rows], prompts))
 
 
 def printed_table(file: Path, keys: Sequence[str] | None, encoding: str | None) -> str:

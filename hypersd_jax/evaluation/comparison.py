@@ -1,0 +1,193 @@
+"""Few-step students of one base against it, the teacher: on the embedded list, or on a dataset's own captions."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from tqdm import tqdm
+
+from hypersd_jax.conditioning import warn_of_cuts
+from hypersd_jax.evaluation.evaluator import Evaluated, Evaluator, Row, known_scorer
+from hypersd_jax.evaluation.generator import Item, further_items, make_model, sample, timed_sample, warm_up
+from hypersd_jax.evaluation.grid import GRID_ROWS
+from hypersd_jax.evaluation.metrics import paired_margin, units_of
+from hypersd_jax.evaluation.reference import SECONDS, Reference, Teacher, few_samplings, get_reference
+from hypersd_jax.evaluation.samples import generate
+from hypersd_jax.evaluation.sources import embedded_items, training_images
+from hypersd_jax.evaluation.tables import steps_text
+from hypersd_jax.pipeline import Pipeline
+
+FEW_STEPS = (8, 4, 2, 1)
+"""Of the teacher on the embedded list, with guidance and without; its rows at these ship with the package."""
+
+SETS_LEAST = 128
+"""Of fewer samples of a dataset's own captions no FID or KID is given: chance would decide them."""
+
+LEFT_OUT = ("feature_distance",)
+"""What the reference that ships does not hold."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Student:
+    """What a stage of training has made.
+
+    Attributes:
+        name: of the stage.
+        path: of its LoRA file or its model folder.
+        whole: it is a model.
+        samplings: how it is sampled, in the keywords of a pipeline: one row of the table each.
+    """
+
+    name: str
+    path: Path
+    whole: bool
+    samplings: Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What a comparison found.
+
+    Attributes:
+        rows: of results.json.
+        columns: title of a column of the grid -> its images (N, H, W, 3).
+        prompts: those of the grid's rows.
+        seeds: of all samples.
+        seconds: what the comparison took.
+    """
+
+    rows: Sequence[Row]
+    columns: Mapping[str, np.ndarray]
+    prompts: Sequence[str]
+    seeds: Sequence[int]
+    seconds: float
+
+
+def embedded_evaluator(pipe: Pipeline, n: int, groups: Sequence[str] | None) -> Evaluator:
+    """What measures on the embedded list: its first ``n`` prompts, and as many training images of ``groups``."""
+    items, side = embedded_items(n, groups), pipe.native_size[0]
+    evaluator = Evaluator(
+        items=items,
+        further=further_items(items),
+        size=pipe.native_size,
+        scorer=known_scorer(items),
+        left_out=LEFT_OUT,
+    )
+    return evaluator.with_real(training_images(n, groups, side))
+
+
+def embedded_teacher(pipe: Pipeline, base: str, guidance: float, batch_size: int) -> Teacher:
+    """The teacher on the embedded list: of few steps those that ship with the package."""
+    few = tuple((steps, scale) for scale in (guidance, 0.0) for steps in FEW_STEPS)
+    return Teacher(pipe=pipe, base=base, guidance=guidance, few=few, batch_size=batch_size)
+
+
+def dataset_teacher(
+    pipe: Pipeline, base: str, guidance: float, batch_size: int, samplings: Sequence[Mapping[str, Any]]
+) -> Teacher:
+    """The teacher on a dataset's own captions: at the steps of these samplings, and at as many UNet calls."""
+    few = few_samplings(samplings, guidance)
+    return Teacher(pipe=pipe, base=base, guidance=guidance, few=few, batch_size=batch_size)
+
+
+def dataset_evaluator(pipe: Pipeline, captions: Sequence[str], n: int) -> Evaluator:
+    """What measures on a dataset's own captions: ``n`` samples, dealt out to them in turn, sample i from seed i.
+
+    They are few, so that no further seeds are generated: diversity is that of a caption's seeds in the list.
+    """
+    texts = list(dict.fromkeys(captions))
+    items = tuple(Item(texts[seed % len(texts)], seed) for seed in range(n))
+    return Evaluator(
+        items=items,
+        further=(),
+        size=pipe.native_size,
+        scorer=known_scorer(items),
+        least=SETS_LEAST,
+        left_out=LEFT_OUT,
+    )
+
+
+def compare(teacher: Teacher, students: Sequence[Student], evaluator: Evaluator, folder: Path) -> Outcome:
+    """Measure the teacher, or read what is known of it, and every student.
+
+    Args:
+        teacher: the base, and how it is sampled.
+        students: of that base.
+        evaluator: of one of the functions above.
+        folder: where a reference that is computed is kept.
+    """
+    begin, items = time.perf_counter(), evaluator.items
+    size, distinct = teacher.batch_size, len({item.prompt for item in items})
+    warn_of_cuts(teacher.pipe.prompts.cuts(list(dict.fromkeys(item.prompt for item in items))))
+    reference, measuring = get_reference(teacher, evaluator, folder)
+    shown = min(GRID_ROWS, distinct if distinct > 1 else len(items))  # each prompt once
+    few = items[: max(shown, min(size, len(items)))]
+    bar = tqdm(reference.rows, desc="teacher", unit="row", disable=jax.process_index() != 0)
+    rows = [_timed(each.row, teacher, items) for each in bar]
+    columns = {f"teacher {steps_text(rows[0]['steps'])}": reference.samples.images[:shown]}
+    each_sampling = [(student, sampling) for student in students for sampling in student.samplings]
+    for student, sampling in tqdm(each_sampling, desc="comparing", unit="student", disable=jax.process_index() != 0):
+        steps = steps_text(sampling["steps"])
+        if f"teacher {steps}" not in columns:
+            model = teacher.model(sampling["steps"], teacher.guidance)
+            columns[f"teacher {steps}"] = sample(model, few, batch_size=size)[:shown]
+        with _loaded(teacher.pipe, student) as pipe:
+            model = make_model(student.name, pipe, **sampling)
+            samples = generate(model, items, evaluator.further, batch_size=size)
+        found = measuring.evaluate(samples, model)
+        rows.append(found.row | _margin(found, reference, [item.prompt for item in items]))
+        label = f"student {steps}"
+        columns[f"{student.name}, {steps}" if label in columns else label] = samples.images[:shown]
+    return Outcome(
+        rows=rows,
+        columns=columns,
+        prompts=[item.prompt for item in items[:shown]],
+        seeds=[item.seed for item in items],
+        seconds=time.perf_counter() - begin,
+    )
+
+
+def _timed(row: Row, teacher: Teacher, items: Sequence[Item]) -> Row:
+    """A row with the seconds an image takes, measured on a full batch here and now where they are not known."""
+    if SECONDS in row:
+        return row
+    model, batch = teacher.model(row["steps"], row["guidance"]), items[: teacher.batch_size]
+    warm_up(model, batch, teacher.batch_size)
+    return {**row, SECONDS: timed_sample(model, batch, batch_size=teacher.batch_size)[1]}
+
+
+@contextlib.contextmanager
+def _loaded(pipe: Pipeline, student: Student) -> Iterator[Pipeline]:
+    """The base under the student's LoRA, as long as this lasts, or the model that the student is."""
+    if student.whole:
+        yield Pipeline.from_pretrained(student.path, dtype=pipe.dtype, mesh=pipe.mesh)
+        return
+    pipe.load_lora(student.path, name=student.name)
+    try:
+        yield pipe
+    finally:
+        pipe.unload_lora(student.name)
+
+
+def _margin(found: Evaluated, reference: Reference, prompts: Sequence[str]) -> Row:
+    """A student's margin over the nearest teacher at as many UNet calls, where there is one."""
+    baselines = [each for each in reference.few if each.row["calls"] == found.row["calls"]]
+    if not baselines or found.distances is None:
+        return {}
+    nearest = min(baselines, key=lambda each: float(each.row["distance"]))
+    assert nearest.distances is not None
+    margin = paired_margin(found.distances, nearest.distances, units_of(prompts))
+    row = {
+        "margin": margin.mean,
+        "margin_se": margin.standard_error,
+        "baseline": f"{steps_text(nearest.row['steps'])}, guidance {nearest.row['guidance']:g}",
+    }
+    kids = [each.row["kid"] for each in baselines if "kid" in each.row]
+    return {**row, "kid_margin": min(kids) - found.row["kid"]} if kids and "kid" in found.row else row
