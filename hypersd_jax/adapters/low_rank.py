@@ -6,7 +6,6 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 import numpy as np
-import scipy.linalg
 
 from hypersd_jax.adapters.lora import Array
 
@@ -30,6 +29,8 @@ def low_rank(delta: np.ndarray, rank: int) -> Truncated:
         delta: (in, out), or (kh, kw, in, out), which is taken as (kh kw in, out) as in LoCon.
         rank: of the entry, cut to the smaller side.
     """
+    import scipy.linalg  # a quarter of a second to import, which sampling does not need
+
     matrix = np.asarray(delta, np.float64).reshape(-1, delta.shape[-1])
     wide = matrix.shape[0] <= matrix.shape[1]
     gram = matrix @ matrix.T if wide else matrix.T @ matrix
@@ -49,6 +50,8 @@ def low_rank(delta: np.ndarray, rank: int) -> Truncated:
 
 def reduced(entry: Mapping[str, Array], rank: int | None) -> Truncated:
     """`low_rank` of an entry's own delta, from the factors: the kernel is never formed. None cuts nothing off."""
+    import scipy.linalg
+
     down = np.asarray(entry["down"], np.float64)
     up = np.asarray(entry["up"], np.float64) * np.asarray(entry["scale"], np.float64)[:, None]
     flat = down.reshape(-1, down.shape[-1])

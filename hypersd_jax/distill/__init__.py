@@ -37,6 +37,7 @@ from hypersd_jax.distill.segments import segment_bounds as segment_bounds
 from hypersd_jax.distill.trajectory import Drawn as Drawn
 from hypersd_jax.distill.trajectory import Sample as Sample
 from hypersd_jax.distill.trajectory import draw_trajectory as draw_trajectory
+from hypersd_jax.distill.trajectory import frozen_sample as frozen_sample
 from hypersd_jax.distill.trajectory import noised as noised
 from hypersd_jax.distill.trajectory import student_sample as student_sample
 from hypersd_jax.distill.tscd import Draw as Draw
@@ -45,4 +46,6 @@ from hypersd_jax.distill.tscd import Pair as Pair
 from hypersd_jax.distill.tscd import Teacher as Teacher
 from hypersd_jax.distill.tscd import columns as columns
 from hypersd_jax.distill.tscd import draw as draw
+from hypersd_jax.distill.tscd import solver_start as solver_start
 from hypersd_jax.distill.tscd import tscd_pair as tscd_pair
+from hypersd_jax.distill.tscd import tscd_pair_from as tscd_pair_from

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 
 from hypersd_jax.diffusion.prediction import to_x0_eps
 from hypersd_jax.diffusion.schedule import Schedule
-from hypersd_jax.distill.tscd import Draw, Model, Pair, Teacher, columns, teacher_step
+from hypersd_jax.distill.tscd import Draw, Model, Pair, Teacher, columns, solver_end, solver_start
 
 SIGMA_DATA = 0.5
 TIMESTEP_SCALING = 10.0
@@ -41,7 +41,9 @@ def lcm_pair(
 
     prediction = f(x_n, t_n; student);  target = sg(f(xhat, t_prev; EMA));  f(x, t) = c_skip(t) x + c_out(t) x_0
     """
-    x_t, x_prev, seen = teacher_step(teacher_fn, batch, drawn, schedule)
+    x_t = solver_start(batch["latents"], drawn, schedule)
+    output, seen = teacher_fn(x_t, drawn.t_n, batch["cond"], batch.get("uncond"), drawn.guidance)
+    x_prev = solver_end(x_t, output, drawn, schedule)
 
     def consistency(model: Model, x: jax.Array, t: jax.Array) -> jax.Array:
         x0, _ = to_x0_eps(model(x, t, batch["cond"]), x, *columns(schedule, t, x), schedule.prediction_type)

@@ -6,7 +6,6 @@ beside it (`fake_loss`).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -17,10 +16,8 @@ from hypersd_jax.diffusion.prediction import to_x0_eps
 from hypersd_jax.diffusion.schedule import Schedule
 from hypersd_jax.distill.distances import mse
 from hypersd_jax.distill.score import dmd_gradient, surrogate_loss
-from hypersd_jax.distill.trajectory import Drawn, Sample, noised
-from hypersd_jax.distill.tscd import Model, columns
-
-FakeModel = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+from hypersd_jax.distill.trajectory import Drawn, ModelWithExtra, Sample, noised
+from hypersd_jax.distill.tscd import columns
 
 
 def matching_loss(
@@ -54,28 +51,35 @@ def matching_loss(
 
 
 def score_term(
-    sample: Sample, drawn: Drawn, real_fn: Model, fake_fn: FakeModel, cond: Any, *, schedule: Schedule, judged: bool
-) -> tuple[jax.Array, dict[str, jax.Array], Any]:
+    sample: Sample,
+    drawn: Drawn,
+    real_fn: ModelWithExtra,
+    fake_fn: ModelWithExtra,
+    cond: Any,
+    *,
+    schedule: Schedule,
+    judged: bool,
+) -> tuple[jax.Array, dict[str, jax.Array], Any, Any]:
     """DMD's term of the student's loss: both scores of its sample, noised, and their difference (`matching_loss`).
 
     Args:
         sample: from `student_sample`.
         drawn: from `draw_trajectory`.
-        real_fn: the real-score model, guidance applied.
+        real_fn: (x, t, cond) -> (the real-score model's raw prediction, guidance applied, and anything else).
         fake_fn: (x, t, cond) -> (the fake-score model's raw prediction, features for a discriminator).
         cond: conditioning.
         schedule: the base model's.
         judged: whether a discriminator reads the features, which then carry the student's gradient; the score does not.
 
     Returns:
-        (loss, metrics, features).
+        (loss, metrics, features, what the real-score model's call gave beside its prediction).
     """
     x_t, t, _ = noised(sample, drawn, schedule)
     still = jax.lax.stop_gradient(x_t)
-    real = real_fn(still, t, cond)
+    real, beside = real_fn(still, t, cond)
     output, features = fake_fn(x_t if judged else still, t, cond)
     loss, metrics = matching_loss(sample, x_t, t, real, output, schedule=schedule)
-    return loss, metrics, features
+    return loss, metrics, features, beside
 
 
 def fake_loss(

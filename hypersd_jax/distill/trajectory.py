@@ -6,6 +6,7 @@ noise between them; TDM (arXiv 2503.06674) several along the student's determini
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -16,6 +17,9 @@ from hypersd_jax.diffusion.prediction import add_noise, to_x0_eps
 from hypersd_jax.diffusion.schedule import Schedule
 from hypersd_jax.distill.ends import below
 from hypersd_jax.distill.tscd import Model, columns
+
+ModelWithExtra = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+"""(x (B, h, w, C), t (B,) int32, cond) -> (raw prediction, anything else that the call gives)."""
 
 
 class Drawn(NamedTuple):
@@ -54,7 +58,44 @@ def draw_trajectory(key: jax.Array, shape: tuple[int, ...], steps: int, indices:
 
 
 def student_sample(
-    student_fn: Model,
+    student_fn: ModelWithExtra,
+    still_fn: Model,
+    cond: Any,
+    drawn: Drawn,
+    times: jax.Array,
+    bounds: jax.Array,
+    *,
+    schedule: Schedule,
+    deterministic: bool,
+) -> tuple[Sample, Any]:
+    """Run the student's steps up to the drawn one, and that one with gradient.
+
+    The first step's input is noise alone, whatever its time: at t = 999 a Stable Diffusion schedule would keep 7 % of
+    the picture, which there is none of (DMD2, section 4.5; Hyper-SD, section 3.3, enters at 999 or 800).
+
+    Args:
+        student_fn: (x, t (B,), cond) -> (raw prediction, anything else).
+        still_fn: the student without gradient, for the steps before; it returns the prediction alone.
+        cond: conditioning of B samples.
+        drawn: from `draw_trajectory`.
+        times: (K,) int32, the student's steps, descending; K is static.
+        bounds: (2,) int32, the range of times that samples are noised to.
+        schedule: the base model's.
+        deterministic: False (DMD, DMD2): each step's estimate of x_0 is noised afresh to the next time, and x_0 itself
+            is judged, at any time of ``bounds``. True (TDM): DDIM moves, and the point that the step leads to is
+            judged, at the times from there back to where the step began.
+
+    Returns:
+        (sample, what the student's last call gave beside its prediction).
+    """
+    settings: dict[str, Any] = {"schedule": schedule, "deterministic": deterministic}
+    x = _follow(still_fn, cond, drawn, times, drawn.step, **settings)[0] if times.shape[0] > 1 else drawn.noise
+    x, t = jax.lax.stop_gradient(x), jnp.broadcast_to(times[drawn.step], (x.shape[0],))
+    output, beside = student_fn(x, t, cond)
+    return _sample(x, output, drawn, times, bounds, **settings), beside
+
+
+def frozen_sample(
     still_fn: Model,
     cond: Any,
     drawn: Drawn,
@@ -64,34 +105,53 @@ def student_sample(
     schedule: Schedule,
     deterministic: bool,
 ) -> Sample:
-    """Run the student's steps up to the drawn one, and that one with gradient.
+    """Compute the sample of `student_sample` without gradient; all its steps are one program to compile."""
+    settings: dict[str, Any] = {"schedule": schedule, "deterministic": deterministic}
+    _, x, output = _follow(still_fn, cond, drawn, times, drawn.step + 1, **settings)
+    return _sample(x, output, drawn, times, bounds, **settings)
 
-    The first step's input is noise alone, whatever its time: at t = 999 a Stable Diffusion schedule would keep 7 % of
-    the picture, which there is none of (DMD2, section 4.5; Hyper-SD, section 3.3, enters at 999 or 800).
 
-    Args:
-        student_fn: (x, t (B,), cond) -> raw prediction.
-        still_fn: the same without gradient, for the steps before.
-        cond: conditioning of B samples.
-        drawn: from `draw_trajectory`.
-        times: (K,) int32, the student's steps, descending; K is static.
-        bounds: (2,) int32, the range of times that samples are noised to.
-        schedule: the base model's.
-        deterministic: False (DMD, DMD2): each step's estimate of x_0 is noised afresh to the next time, and x_0 itself
-            is judged, at any time of ``bounds``. True (TDM): DDIM moves, and the point that the step leads to is
-            judged, at the times from there back to where the step began.
-    """
+def _follow(
+    still_fn: Model,
+    cond: Any,
+    drawn: Drawn,
+    times: jax.Array,
+    steps: jax.Array,
+    *,
+    schedule: Schedule,
+    deterministic: bool,
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Take the student's first ``steps`` (): where they lead, where the last began, and its raw prediction there."""
     count, rows = times.shape[0], drawn.noise.shape[0]
 
-    def earlier(index: jax.Array, x: jax.Array) -> jax.Array:
-        x0, eps = estimate(still_fn, x, times[index], cond, schedule)
+    def one_step(index: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
+        x, t = found[0], jnp.broadcast_to(times[index], (rows,))
+        output = still_fn(x, t, cond).astype(jnp.float32)
+        x0, eps = to_x0_eps(output, x, *columns(schedule, t, x), schedule.prediction_type)
         if not deterministic:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(drawn.keys, index)
             eps = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
-        return add_noise(x0, eps, *columns(schedule, jnp.broadcast_to(times[index + 1], (rows,)), x))
+        after = times[jnp.minimum(index + 1, count - 1)]  # the last step leads nowhere, and nobody asks where
+        return add_noise(x0, eps, *columns(schedule, jnp.broadcast_to(after, (rows,)), x)), x, output
 
-    x = drawn.noise if count == 1 else jax.lax.fori_loop(0, drawn.step, earlier, drawn.noise)
-    x0, eps = estimate(student_fn, jax.lax.stop_gradient(x), times[drawn.step], cond, schedule)
+    start = (drawn.noise,) * 3
+    return one_step(jnp.int32(0), start) if count == 1 else jax.lax.fori_loop(0, steps, one_step, start)
+
+
+def _sample(
+    x: jax.Array,
+    output: jax.Array,
+    drawn: Drawn,
+    times: jax.Array,
+    bounds: jax.Array,
+    *,
+    schedule: Schedule,
+    deterministic: bool,
+) -> Sample:
+    """What the drawn step makes of where it begins, x (B, h, w, C), and of the student's raw prediction there."""
+    count = times.shape[0]
+    t = jnp.broadcast_to(times[drawn.step], (x.shape[0],))
+    x0, eps = to_x0_eps(output, x, *columns(schedule, t, x), schedule.prediction_type)
     if not deterministic:
         return Sample(x0, x0, jnp.float32(1.0), jnp.float32(0.0), bounds[0], bounds[1])
     last = drawn.step == count - 1

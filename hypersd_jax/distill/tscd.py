@@ -95,21 +95,23 @@ def columns(schedule: Schedule, t: jax.Array, like: jax.Array) -> tuple[jax.Arra
     return jnp.asarray(schedule.alpha)[t].reshape(column), jnp.asarray(schedule.sigma)[t].reshape(column)
 
 
-def teacher_step(
-    teacher_fn: Teacher, batch: Mapping[str, Any], drawn: Draw, schedule: Schedule
-) -> tuple[jax.Array, jax.Array, Any]:
-    """The noised latents x_n, xhat = Psi(x_n, teacher, t_prev) (Eq. 1) without gradient, and what the call gave beside.
-
-    Latents are float32 (B, h, w, C).
+def solver_start(latents: jax.Array, drawn: Draw, schedule: Schedule) -> jax.Array:
+    """Noise clean latents (B, h, w, C) to where the teacher's solver step begins: x_n = alpha_n z_0 + sigma_n eps.
 
     Raises:
         UserError: a schedule that clips.
     """
     if schedule.clip_sample:
         raise UserError("scheduler_config: clip_sample=true cannot be distilled, latents are not bounded")
-    x_t = add_noise(batch["latents"], drawn.eps, *columns(schedule, drawn.t_n, drawn.eps))
-    output, seen = teacher_fn(x_t, drawn.t_n, batch["cond"], batch.get("uncond"), drawn.guidance)
-    return x_t, jax.lax.stop_gradient(psi(schedule, x_t, output, drawn.t_n, drawn.t_prev)), seen
+    return add_noise(latents, drawn.eps, *columns(schedule, drawn.t_n, drawn.eps))
+
+
+def solver_end(x_t: jax.Array, output: jax.Array, drawn: Draw, schedule: Schedule) -> jax.Array:
+    """Take the solver step from x_n along the teacher's raw prediction: xhat = Psi(x_n, teacher, t_prev) (Eq. 1).
+
+    All are (B, h, w, C); xhat is float32, without gradient.
+    """
+    return jax.lax.stop_gradient(psi(schedule, x_t, output, drawn.t_n, drawn.t_prev))
 
 
 def psi(schedule: Schedule, x: jax.Array, output: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
@@ -133,14 +135,41 @@ def tscd_pair(
     x_n = alpha_n z_0 + sigma_n eps;  xhat = Psi(x_n, teacher, t_prev)  (Eq. 1)
     prediction = Psi(x_n, student, t_end);  target = sg(Psi(xhat, EMA, t_end))
     """
-    t_n, t_prev, t_end = drawn.t_n, drawn.t_prev, drawn.t_end
-    x_t, x_prev, seen = teacher_step(teacher_fn, batch, drawn, schedule)
-    prediction = psi(schedule, x_t, student_fn(x_t, t_n, batch["cond"]), t_n, t_end)
+    x_t, cond = solver_start(batch["latents"], drawn, schedule), batch["cond"]
+    output, seen = teacher_fn(x_t, drawn.t_n, cond, batch.get("uncond"), drawn.guidance)
+    student = student_fn(x_t, drawn.t_n, cond)
+    return tscd_pair_from(student, output, target_fn, cond, x_t, drawn, schedule=schedule)._replace(seen=seen)
+
+
+def tscd_pair_from(
+    student: jax.Array,
+    teacher: jax.Array,
+    target_fn: Model,
+    cond: Any,
+    x_t: jax.Array,
+    drawn: Draw,
+    *,
+    schedule: Schedule,
+) -> Pair:
+    """Both sides of Eq. 12, given what student and teacher predict where the solver step begins.
+
+    Args:
+        student: the student's raw prediction at (x_n, t_n), (B, h, w, C), with its gradient.
+        teacher: the teacher's, guidance applied.
+        target_fn: as in `tscd_pair`.
+        cond: conditioning of the B samples.
+        x_t: x_n, from `solver_start`.
+        drawn: from `draw`.
+        schedule: the base model's.
+    """
+    t_prev, t_end = drawn.t_prev, drawn.t_end
+    x_prev = solver_end(x_t, teacher, drawn, schedule)
+    prediction = psi(schedule, x_t, student, drawn.t_n, t_end)
 
     def target_at_end() -> jax.Array:
-        return psi(schedule, x_prev, target_fn(x_prev, t_prev, batch["cond"]), t_prev, t_end)
+        return psi(schedule, x_prev, target_fn(x_prev, t_prev, cond), t_prev, t_end)
 
     # With N = k every segment is one solver step: the target is the teacher's, and the EMA's forward pass is spared.
     spared = jnp.all(t_end == t_prev)
     target = jax.lax.stop_gradient(jax.lax.cond(spared, lambda: x_prev, target_at_end))
-    return Pair(prediction, target, x_t, drawn, jnp.where(spared, 0.0, 1.0), seen)
+    return Pair(prediction, target, x_t, drawn, jnp.where(spared, 0.0, 1.0))

@@ -18,10 +18,10 @@ import numpy as np
 from hypersd_jax.conditioning import already_warned
 from hypersd_jax.diffusion import injects_noise
 from hypersd_jax.errors import UserError, shown
-from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.pipeline import Pipeline, Settings
 from hypersd_jax.pipeline.arguments import NotFiniteWarning, about_not_finite, not_finite
 from hypersd_jax.pipeline.settings import table_for
-from hypersd_jax.presets import Preset
+
 from hypersd_jax.weights.diffusers.component import fingerprint
 
 MANY_STEPS = 25
@@ -70,7 +70,7 @@ class Model:
 
     name: str
     pipe: Pipeline
-    settings: Preset
+    settings: Settings
     preset: str | None = None
     identity: str = ""
 

@@ -23,7 +23,7 @@ from hypersd_jax.stages.base import Base
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.generator import Frozen
 from hypersd_jax.stages.kinds import DISCRIMINATOR, FAKE, STUDENT, naming
-from hypersd_jax.stages.networks import Networks
+from hypersd_jax.stages.networks import Networks, in_one_call
 from hypersd_jax.stages.streams import Draw, Stream, drawn_from
 from hypersd_jax.training import LossFunction, Metrics, Phase
 
@@ -73,10 +73,7 @@ def make_fake_loss(base: Base, stage: ScoreStage) -> LossFunction:
 
     def loss(models: Any, ema: Any, frozen: Frozen, rows: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         nets = Networks(base=base, weights=frozen.weights)
-        bounds, deterministic = frozen.fake_bounds, stage.kind == "tdm"
-        drawn, sample = generator.sample(
-            nets, stage, models, frozen, rows, key, bounds, moving=False, deterministic=deterministic
-        )
+        drawn, sample = generator.fake_sample(nets, stage, models, frozen, rows, key)
         x_t, t, b = noised(sample, drawn, base.schedule)
         x_t, cond = jax.lax.stop_gradient(x_t), rows["cond"]
         fake = join(models[FAKE], frozen.scales)
@@ -106,15 +103,20 @@ def make_student_loss(base: Base, stage: ScoreStage) -> LossFunction:
 
     def loss(models: Any, ema: Any, frozen: Frozen, rows: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         nets = Networks(base=base, weights=frozen.weights)
-        drawn, sample = generator.sample(
-            nets, stage, models, frozen, rows, key, frozen.bounds, moving=True, deterministic=stage.kind == "tdm"
-        )
+        drawn, sample, begun = generator.student_sample(nets, stage, models, frozen, rows, key)
         real_fn, real_calls = generator.guided_base(nets, stage, frozen)
         fake = join(models[FAKE], frozen.scales)
-        matching, metrics, features = score_term(
+        # The base's solver step, if it is the regulariser's teacher too, goes along with the real score.
+        along = [begun.inputs] if begun is not None and not frozen.anchor else []
+
+        def real_scores(*inputs: Any) -> tuple[jax.Array, list[jax.Array]]:
+            output, *others = in_one_call(real_fn, inputs, *along)
+            return output, others
+
+        matching, metrics, features, others = score_term(
             sample,
             drawn,
-            real_fn,
+            real_scores,
             lambda x, t, cond: nets.tapped(x, t, cond, taps, fake),
             rows["cond"],
             schedule=base.schedule,
@@ -124,7 +126,9 @@ def make_student_loss(base: Base, stage: ScoreStage) -> LossFunction:
         if discriminator is not None:
             metrics["generator"] = discriminator.student_term(models[DISCRIMINATOR], features)
             value = value + discriminator.config.weight * metrics["generator"]
-        terms, more, calls = generator.teachers_terms(nets, stage, models, ema, frozen, rows, key, drawn, sample)
+        if begun is not None and others:
+            begun = begun._replace(teacher=others[0])
+        terms, more, calls = generator.teachers_terms(nets, stage, models, ema, frozen, rows, drawn, sample, begun)
         for term in terms:
             value = value + term
         # The sample's steps, the last with gradient, and both scores.

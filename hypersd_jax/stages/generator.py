@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hypersd_jax import distill
 from hypersd_jax.adapters import Adapter, join
 from hypersd_jax.config import BASE, PREVIOUS, GeneratorStage
 from hypersd_jax.diffusion import solver_table
@@ -18,21 +19,21 @@ from hypersd_jax.distill import (
     Model,
     Sample,
     Segments,
-    consistency_loss,
     draw_trajectory,
     endpoint,
+    frozen_sample,
     mse,
     path_loss,
-    student_sample,
 )
 from hypersd_jax.errors import UserError
-from hypersd_jax.stages.consistency import make_teacher, segments_of
+from hypersd_jax.stages.consistency import segments_of
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.feeding import Fed
 from hypersd_jax.stages.kinds import STUDENT, naming
-from hypersd_jax.stages.networks import Networks
+from hypersd_jax.stages.networks import Networks, in_one_call
 from hypersd_jax.stages.pairs import again_and_again, make_pairs
-from hypersd_jax.stages.streams import Draw, Stream, drawn_from, stream
+from hypersd_jax.stages.regulariser import SolverStep, begin_step, regulariser_loss
+from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import Metrics
 
 
@@ -166,38 +167,63 @@ def guided_base(nets: Networks, stage: GeneratorStage, frozen: Frozen) -> tuple[
     return predict, 2.0
 
 
-def sample(
-    nets: Networks,
-    stage: GeneratorStage,
-    models: Any,
-    frozen: Frozen,
-    rows: Any,
-    key: jax.Array,
-    bounds: Any,
-    *,
-    moving: bool,
-    deterministic: bool = False,
+def fake_sample(
+    nets: Networks, stage: GeneratorStage, models: Any, frozen: Frozen, rows: Any, key: jax.Array
 ) -> tuple[Drawn, Sample]:
-    """Draws, and the student's sample, which starts from the batch's noise where it brings some along.
+    """Draws, and the student's sample without gradient, for what is trained beside it."""
+    drawn, student = draws(nets, stage, rows, key), _frozen_student(nets, stage, models, frozen)
+    return drawn, frozen_sample(student, rows["cond"], drawn, **_sampling(nets, stage, frozen.fake_bounds))
 
-    ``moving``: whether the last step carries the student's gradient.
+
+def student_sample(
+    nets: Networks, stage: GeneratorStage, models: Any, frozen: Frozen, rows: Any, key: jax.Array
+) -> tuple[Drawn, Sample, SolverStep | None]:
+    """Draws, the student's sample, and the consistency regulariser's solver step with the student's prediction.
+
+    The sample starts from the batch's noise where it brings some along. A solver step on images depends on no sample,
+    and the student's last call takes it along; one on the student's own samples is another call.
     """
-    latents = rows["latents"].shape[1:] if stage.reads_images else nets.base.latent_shape
-    shape = (rows["places"].shape[0], *latents)
-    drawn = draw_trajectory(key, shape, len(stage.times), rows["places"])
-    if moving and "noise" in rows:
+    drawn = draws(nets, stage, rows, key)
+    if "noise" in rows:
         drawn = drawn._replace(noise=rows["noise"])
-    still = predictor(nets, stage, jax.lax.stop_gradient(models[STUDENT]), frozen)
-    return drawn, student_sample(
-        predictor(nets, stage, models[STUDENT], frozen) if moving else still,
-        still,
-        rows["cond"],
-        drawn,
-        jnp.asarray(stage.times),
-        jnp.asarray(bounds),
-        schedule=nets.base.schedule,
-        deterministic=deterministic,
-    )
+    student = predictor(nets, stage, models[STUDENT], frozen)
+
+    def begin(latents: jax.Array) -> SolverStep | None:
+        if frozen.tables.segments is None:
+            return None
+        return begin_step(frozen.tables.segments, latents, stage.guidance, rows, key, nets.base.schedule)
+
+    begun = begin(rows["latents"]) if stage.reads_images else None
+
+    def last_step(*inputs: Any) -> tuple[jax.Array, list[jax.Array]]:
+        output, *others = in_one_call(student, inputs, *([begun.inputs] if begun else []))
+        return output, others
+
+    frozen_student, sampling = _frozen_student(nets, stage, models, frozen), _sampling(nets, stage, frozen.bounds)
+    sample, others = distill.student_sample(last_step, frozen_student, rows["cond"], drawn, **sampling)
+    if not stage.reads_images and (begun := begin(jax.lax.stop_gradient(sample.x0))):
+        others = [student(*begun.inputs)]
+    return drawn, sample, begun._replace(student=others[0]) if begun else None
+
+
+def _frozen_student(nets: Networks, stage: GeneratorStage, models: Any, frozen: Frozen) -> Model:
+    return predictor(nets, stage, jax.lax.stop_gradient(models[STUDENT]), frozen)
+
+
+def draws(nets: Networks, stage: GeneratorStage, rows: Any, key: jax.Array) -> Drawn:
+    """What a student's samples are drawn from."""
+    latents = rows["latents"].shape[1:] if stage.reads_images else nets.base.latent_shape
+    return draw_trajectory(key, (rows["places"].shape[0], *latents), len(stage.times), rows["places"])
+
+
+def _sampling(nets: Networks, stage: GeneratorStage, bounds: Any) -> dict[str, Any]:
+    """How the student steps, and the times that its samples are noised to; without any, none are."""
+    return {
+        "times": jnp.asarray(stage.times),
+        "bounds": jnp.zeros(2, jnp.int32) if bounds is None else jnp.asarray(bounds),
+        "schedule": nets.base.schedule,
+        "deterministic": stage.kind == "tdm",
+    }
 
 
 def regression_end(nets: Networks, stage: GeneratorStage, frozen: Frozen, noise: jax.Array, cond: Any) -> jax.Array:
@@ -230,35 +256,19 @@ def regression_term(
     return loss, metrics, calls
 
 
-def anchor_term(
-    nets: Networks,
-    stage: GeneratorStage,
-    student: Model,
-    ema: Any,
-    frozen: Frozen,
-    rows: Any,
-    x0: jax.Array,
-    key: jax.Array,
+def regulariser_term(
+    nets: Networks, stage: GeneratorStage, ema: Any, frozen: Frozen, begun: SolverStep
 ) -> tuple[jax.Array, Metrics, jax.Array]:
-    """TSCD's loss of one segment on the images' latents, or on the student's own samples; weighted, and its calls."""
-    config, segments = stage.anchor, frozen.tables.segments
-    assert config is not None
-    assert segments is not None
-    latents = rows["latents"] if stage.reads_images else jax.lax.stop_gradient(x0)
-    teacher_fn, teacher_calls = make_teacher(nets, frozen.anchor, guided=stage.guided)
-    loss, more = consistency_loss(
-        "tscd",
-        student,
-        predictor(nets, stage, ema[STUDENT], frozen),
-        teacher_fn,
-        {**rows, "latents": latents, "uncond": nets.base.unconditional(frozen.uncond, rows["cond"])},
-        drawn_from(key, Draw.ANCHOR),
-        segments,
-        guidance=(stage.guidance, stage.guidance),
-        schedule=nets.base.schedule,
-        indices=rows["places"],
-    )
-    return config.weight * loss, {"anchor": loss}, 1.0 + teacher_calls + more["target_calls"]
+    """The consistency regulariser, weighted, its metrics, and the calls that it takes, the student's included."""
+    assert stage.anchor is not None
+    if frozen.anchor:
+        teacher_fn, teacher_calls = nets.predictor(frozen.anchor), 1.0
+    else:
+        teacher_fn, teacher_calls = guided_base(nets, stage, frozen)
+    if begun.teacher is None:
+        begun = begun._replace(teacher=teacher_fn(*begun.inputs))
+    loss, target_calls = regulariser_loss(begun, predictor(nets, stage, ema[STUDENT], frozen), nets.base.schedule)
+    return stage.anchor.weight * loss, {"anchor": loss}, 1.0 + teacher_calls + target_calls
 
 
 def teachers_terms(
@@ -268,19 +278,19 @@ def teachers_terms(
     ema: Any,
     frozen: Frozen,
     rows: Any,
-    key: jax.Array,
     drawn: Drawn,
     sampled: Sample,
+    begun: SolverStep | None,
 ) -> tuple[list[jax.Array], Metrics, jax.Array]:
-    """The regression's and the anchor's terms, as far as the stage has them, their metrics and their calls."""
-    student = predictor(nets, stage, models[STUDENT], frozen)
+    """The regression's and the consistency regulariser's terms, as far as the stage has them, metrics and calls."""
     terms: list[jax.Array] = []
     metrics = Metrics()
     calls = jnp.float32(0.0)
     if stage.regression is not None:
+        student = predictor(nets, stage, models[STUDENT], frozen)
         term, more, cost = regression_term(nets, stage, student, frozen, rows, drawn, sampled)
         terms, metrics, calls = [*terms, term], metrics | more, calls + cost
-    if stage.anchor is not None:
-        term, more, spent = anchor_term(nets, stage, student, ema, frozen, rows, sampled.x0, key)
+    if begun is not None:
+        term, more, spent = regulariser_term(nets, stage, ema, frozen, begun)
         terms, metrics, calls = [*terms, term], metrics | more, calls + spent
     return terms, metrics, calls

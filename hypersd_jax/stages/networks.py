@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import jax
@@ -36,11 +37,11 @@ class Networks:
 
         The features are those of the prompted half.
         """
-        both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
-        x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
-        output, found = self.base.predict(self.weights, x, t, both, taps=taps)
-        unguided, prompted = jnp.split(output.astype(jnp.float32), 2)
-        features = {tap: jnp.split(value, 2)[1] for tap, value in found.items()}
+
+        def predict(x: jax.Array, t: jax.Array, cond: Any) -> tuple[jax.Array, Features]:
+            return self.base.predict(self.weights, x, t, cond, taps=taps)
+
+        (unguided, _), (prompted, features) = in_one_call(predict, (x, t, uncond), (x, t, cond))
         return guided(unguided, prompted, guidance.reshape(-1, 1, 1, 1)), features
 
     def tapped(
@@ -48,3 +49,27 @@ class Networks:
     ) -> tuple[jax.Array, Features]:
         """A prediction and the features of these blocks; what lies behind the last of those read is not computed."""
         return self.base.predict(self.weights, x, t, cond, adapter=adapter, taps=taps)
+
+
+def in_one_call(model: Callable[..., Any], *inputs: tuple[Any, ...]) -> list[Any]:
+    """Call a model once on several batches of one size, and return what it gives for each.
+
+    Every call in a step is a program of its own to compile, so fewer and larger ones compile sooner. A sample's inputs
+    lie side by side in the joint batch, so that a batch split over devices stays where it is.
+
+    Args:
+        model: of arrays and trees of arrays whose first axis is the batch's, and so are those that it returns.
+        inputs: the arguments of each call, of equal structure and shapes.
+    """
+    if len(inputs) == 1:
+        return [model(*inputs[0])]
+
+    def join(*leaves: Any) -> jax.Array:
+        stacked = jnp.stack(leaves, axis=1)
+        return stacked.reshape(-1, *stacked.shape[2:])
+
+    def part(leaf: jax.Array, number: int) -> jax.Array:
+        return leaf.reshape(-1, len(inputs), *leaf.shape[1:])[:, number]
+
+    outputs = model(*jax.tree.map(join, *inputs))
+    return [jax.tree.map(partial(part, number=number), outputs) for number in range(len(inputs))]

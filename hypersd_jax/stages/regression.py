@@ -36,9 +36,8 @@ def make_loss(base: Base, stage: RegressionStage) -> LossFunction:
     def loss(models: Any, ema: Any, frozen: Frozen, rows: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         nets = Networks(base=base, weights=frozen.weights)
         key = jax.random.fold_in(jax.random.fold_in(key, 0), 0)  # as the only phase of a student beside others draws
-        whole = jnp.zeros(2, jnp.int32)  # nothing is noised on
-        drawn, sample = generator.sample(nets, stage, models, frozen, rows, key, whole, moving=True)
-        terms, metrics, calls = generator.teachers_terms(nets, stage, models, ema, frozen, rows, key, drawn, sample)
+        drawn, sample, begun = generator.student_sample(nets, stage, models, frozen, rows, key)
+        terms, metrics, calls = generator.teachers_terms(nets, stage, models, ema, frozen, rows, drawn, sample, begun)
         value = jnp.float32(0.0)
         for term in terms:
             value = value + term

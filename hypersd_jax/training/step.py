@@ -7,7 +7,7 @@ student. All is one program, so that a checkpoint always falls between steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -134,7 +134,8 @@ def make_step(phases: Callable[[Any], Sequence[Phase]], *, mesh: Mesh) -> Step:
                 metrics = jax.tree.map(lambda each: each[-1], all_of_them)
             logged = _joined(logged, metrics)
         ema = moving_average(state.ema, {name: weights[name] for name in state.ema}, settings.ema)
-        new_state = _advanced(state, weights, moments, ema, finite)
+        in_loops = {name for name, phase in latest.items() if phase.repeats > 1}
+        new_state = _advanced(state, weights, moments, ema, finite, in_loops)
         new_state = jax.lax.with_sharding_constraint(new_state, tree_shardings(mesh, new_state))
         first = next(iter(taken[-1].models))
         logged["update_norm"] = jnp.where(finite, logged["update_norm"], 0.0)
@@ -144,10 +145,22 @@ def make_step(phases: Callable[[Any], Sequence[Phase]], *, mesh: Mesh) -> Step:
     return jax.jit(step, donate_argnums=0)
 
 
-def _advanced(state: TrainState, trainable: Any, opt_state: Any, ema: Any, finite: jax.Array) -> TrainState:
-    """The next state; where an update was not finite it changes nothing but the two counters."""
+def _advanced(
+    state: TrainState, trainable: Any, opt_state: Any, ema: Any, finite: jax.Array, in_loops: Collection[str]
+) -> TrainState:
+    """The next state; where an update was not finite it changes nothing but the two counters.
 
-    def keep_if_bad(new: Any, old: Any) -> Any:
+    ``in_loops`` are the models whose weights come out of a loop.
+    """
+
+    def keep_if_bad(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: kept(name, new[name], old[name]) for name in new}
+
+    def kept(name: str, new: Any, old: Any) -> Any:
+        # A select is part of the update's own kernel and needs no memory. After a loop it would be a kernel of its own
+        # for every leaf, all to be compiled.
+        if name in in_loops:
+            return jax.lax.cond(finite, lambda: new, lambda: old)
         return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
 
     return TrainState(

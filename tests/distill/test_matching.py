@@ -120,12 +120,12 @@ def sample_at(x0, x, noisy):
 
 
 def term(sample, kind="epsilon", *, judged=False, scales=(1.0, 1.0)):
-    """The term, its metrics and the features, and how often and with what the two models were asked."""
+    """The term, its metrics, the features, what the real score gives beside, and what the two models were asked."""
     asked = []
 
     def real(x, t, cond):
         asked.append(("real", x, t, cond))
-        return scales[0] * network(x, t, cond)
+        return scales[0] * network(x, t, cond), -x
 
     def fake(x, t, cond):
         asked.append(("fake", x, t, cond))
@@ -158,7 +158,8 @@ def by_hand(sample, kind="epsilon"):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_score_term_is_the_one_by_hand(kind, noisy, judged):
     sample = sample_at(X0, 0.8 * X0 + 0.1 * EPS if noisy else X0, noisy)
-    loss, metrics, features, asked = term(sample, kind, judged=judged)
+    loss, metrics, features, beside, asked = term(sample, kind, judged=judged)
+    np.testing.assert_array_equal(beside, -asked[0][1])
     x_t, t, _, gradient = by_hand(sample, kind)
     assert [who for who, *_ in asked] == ["real", "fake"]
     for _, x, times, cond in asked:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hypersd_jax.diffusion import Schedule
-from hypersd_jax.distill import Sample, draw_trajectory, noised, student_sample
+from hypersd_jax.distill import Sample, draw_trajectory, frozen_sample, noised, student_sample
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULE = Schedule(**BETAS)
@@ -55,15 +55,15 @@ def sample(drawn, times, deterministic, scales=(1.0, 1.0), bounds=BOUNDS):
 
     def student(x, t, cond):
         given.append((x, t))
-        return scales[0] * network(x, t, cond)
+        return scales[0] * network(x, t, cond), -x
 
     def still(x, t, cond):
         return scales[1] * network(x, t, cond)
 
-    made = student_sample(
+    made, beside = student_sample(
         student, still, jnp.asarray(COND), drawn, times, bounds, schedule=SCHEDULE, deterministic=deterministic
     )
-    return made, *given
+    return made, *given, beside
 
 
 def fresh_noise(drawn, step):
@@ -89,8 +89,9 @@ def close(ours, theirs, rtol=RTOL, atol=ATOL):
 @pytest.mark.parametrize("time", [999, 800])
 def test_one_step_is_pure_noise_in_and_x0_out(time, deterministic):
     drawn = drawn_at(0, 1)
-    made, (x, t) = sample(drawn, jnp.asarray([time]), deterministic)
+    made, (x, t), beside = sample(drawn, jnp.asarray([time]), deterministic)
     np.testing.assert_array_equal(x, drawn.noise)  # whatever the time
+    np.testing.assert_array_equal(beside, -drawn.noise)
     np.testing.assert_array_equal(t, [time] * 3)
     x0, _ = estimates(np.asarray(drawn.noise, np.float64), time)
     close(made.x0, x0)
@@ -103,7 +104,7 @@ def test_one_step_is_pure_noise_in_and_x0_out(time, deterministic):
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_dmd2_noises_each_estimate_afresh(step):
     drawn = drawn_at(step)
-    made, (x, t) = sample(drawn, TIMES, False)
+    made, (x, t), _ = sample(drawn, TIMES, False)
     by_hand = input_by_hand(drawn, step, False)
     close(x, by_hand)
     np.testing.assert_array_equal(t, [TIMES[step]] * 3)
@@ -115,7 +116,7 @@ def test_dmd2_noises_each_estimate_afresh(step):
 @pytest.mark.parametrize("step", [0, 1, 2])
 def test_tdm_follows_the_deterministic_trajectory(step):
     drawn = drawn_at(step)
-    made, (x, t) = sample(drawn, TIMES, True)
+    made, (x, t), _ = sample(drawn, TIMES, True)
     by_hand = input_by_hand(drawn, step, True)
     close(x, by_hand)
     np.testing.assert_array_equal(t, [TIMES[step]] * 3)
@@ -125,7 +126,7 @@ def test_tdm_follows_the_deterministic_trajectory(step):
     close(made.x0, x0)
     close(made.x, alpha * x0 + sigma * eps)
     assert (made.low, made.high) == ((640, 979), (279, 640), (20, 279))[step]
-    free, _ = sample(drawn, TIMES, True, bounds=jnp.asarray([0, 999]))
+    free, *_ = sample(drawn, TIMES, True, bounds=jnp.asarray([0, 999]))
     assert (free.low, free.high) == ((640, 999), (279, 640), (0, 279))[step]
 
 
@@ -135,7 +136,7 @@ def test_the_gradient_is_that_of_the_drawn_step_alone(step, deterministic):
     drawn, weigh = drawn_at(step), jax.random.normal(jax.random.key(1), (2, *SHAPE))
 
     def ours(scales):
-        made, _ = sample(drawn, TIMES, deterministic, scales)
+        made, *_ = sample(drawn, TIMES, deterministic, scales)
         return jnp.sum(weigh[0] * made.x0) + jnp.sum(weigh[1] * made.x)
 
     def by_hand(scale, x, xp):
@@ -158,6 +159,25 @@ def test_the_gradient_is_that_of_the_drawn_step_alone(step, deterministic):
     assert (abs(other - float(value)) > 1e-2) == (step > 0)
 
 
+@MODES
+@pytest.mark.parametrize("times", [TIMES, TIMES[:1]], ids=["three", "one"])
+def test_the_sample_without_gradient_is_the_same(times, deterministic):
+    """For it the network is traced once, whatever the number of steps."""
+    traced = []
+
+    def student(x, t, cond):
+        traced.append(1)
+        return network(x, t, cond)
+
+    settings = {"schedule": SCHEDULE, "deterministic": deterministic}
+    frozen = jax.jit(lambda drawn: frozen_sample(student, jnp.asarray(COND), drawn, times, BOUNDS, **settings))
+    for step in range(len(times)):
+        drawn = drawn_at(step, len(times))
+        made, *_ = sample(drawn, times, deterministic)
+        jax.tree.map(lambda a, b: close(a, b, 1e-5, 1e-5), frozen(drawn), made)
+    assert len(traced) == 1
+
+
 def test_draws_depend_on_key_and_index_only():
     whole, part = draw_trajectory(KEY, (8, 2, 2, 4), 3), draw_trajectory(KEY, (5, 2, 2, 4), 3, np.arange(3, 8))
     for name in ("noise", "eps", "uniform"):
@@ -178,16 +198,8 @@ def test_a_sample_is_the_same_in_any_part_of_the_batch(deterministic):
 
     def run(indices):
         drawn = draw_trajectory(KEY, (len(indices), 2, 2, 4), 3, indices)._replace(step=jnp.int32(2))
-        return student_sample(
-            network,
-            network,
-            jnp.asarray(0.1 * indices),
-            drawn,
-            TIMES,
-            BOUNDS,
-            schedule=SCHEDULE,
-            deterministic=deterministic,
-        ).x
+        cond, settings = jnp.asarray(0.1 * indices), {"schedule": SCHEDULE, "deterministic": deterministic}
+        return frozen_sample(network, cond, drawn, TIMES, BOUNDS, **settings).x
 
     close(run(np.arange(4))[2:], run(np.arange(2, 4)), rtol=1e-5, atol=1e-5)
 
