@@ -1,7 +1,7 @@
 """Do guidance and negative prompts still work on a LoRA? ``python benchmarks/guidance.py --lora FILE``.
 
 Draws held-out prompts that name a coloured ground with the embedded model: the teacher at 25 steps, the LoRA of
-``--lora`` (`configs/emoji/guided.yaml` trains one), and the shipped 8-step LoRA, which has absorbed its teacher's
+``--lora`` (recipe emoji/cfg-preserving), and the shipped 8-step LoRA, which has absorbed its teacher's
 guidance, each at several guidance scales; and once more with that ground as the negative prompt, "blue background".
 Writes benchmarks/results/guidance: a table (text match; how many pictures have the ground that was asked for; how much
 of the range 0..255 is clipped) and a grid.
