@@ -1,6 +1,6 @@
 """Take a finished run's results into benchmarks/results, with its table as Markdown.
 
-python train.py && python scripts/take_results.py outputs/emoji
+python train.py && python scripts/take_results.py outputs/emoji default
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ import jax
 import yaml
 
 HEAD = (
-    "| model | steps | guidance | calls | distance | KID | FID | KID to training pictures | text match gain "
-    "| diversity | margin in distance | s/picture |"
+    "| model | steps | guidance | calls | distance | KID | FID | KID to training images | text match gain "
+    "| diversity | margin in distance | s/image |"
 )
-NOTE = """Distance: root mean squared pixel difference (0..1) to the teacher's 25-step picture from the same latents.
-KID and FID: EfficientNet-Lite0 features, against the teacher's 25-step pictures; the row from other latents is their
-floor. KID to training pictures: against as many real ones. Text match gain: how much better the pictures fit their
+NOTE = """Distance: root mean squared pixel difference (0..1) to the teacher's 25-step image from the same latents.
+KID and FID: EfficientNet-Lite0 features, against the teacher's 25-step images; the row from other latents is their
+floor. KID to training images: against as many real ones. Text match gain: how much better the images fit their
 own prompts than one another's, by the reporting scorer (docs/evaluation.md), 100 times a cosine. Diversity: between
-four seeds of a prompt. Calls: UNet calls a picture. Margin: how much nearer than the nearest teacher at as many calls,
+four seeds of a prompt. Calls: UNet calls an image. Margin: how much nearer than the nearest teacher at as many calls,
 with its standard error."""
 
 
-def main(folder: Path) -> None:
-    """Copy results.json and grid.png, and write README.md beside them."""
-    target = Path("benchmarks/results") / folder.name
+def main(folder: Path, name: str) -> None:
+    """Copy results.json and grid.png of a run to benchmarks/results/NAME, and write README.md beside them."""
+    target = Path("benchmarks/results") / name
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("results.json", "grid.png"):
-        shutil.copyfile(folder / name, target / name)
+    for file in ("results.json", "grid.png"):
+        shutil.copyfile(folder / file, target / file)
     rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     stages = ", ".join(f"{s['name']} {s['updates']} x {s['batch_size']}" for s in config["stages"] if not s["skip"])
     table = "\n".join([HEAD, "|" + "---|" * 12, *(line(row) for row in rows)])
-    text = f"""# {folder.name}
+    text = f"""# {name}
 
-Updates x pictures: {stages}. {rows[0]["n"]} (prompt, seed, ground) of held-out concepts.
+Training steps x images: {stages}. {rows[0]["n"]} (prompt, seed, background) of held-out concepts.
 {date.today()}, jax {jax.__version__}, {os.cpu_count()} CPU cores ({processor()}).
 
 {table}
@@ -73,4 +73,4 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])
