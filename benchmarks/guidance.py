@@ -48,7 +48,7 @@ class Drawer:
 
 def named_grounds(n: int) -> list[EvalItem]:
     """The first ``n`` held-out items whose ground is not white, and so is named in the prompt."""
-    return [item for item in evaluation_list(4 * n, groups=GROUPS) if item.ground != "white"][:n]
+    return [item for item in evaluation_list(4 * n, groups=GROUPS) if item.background != "white"][:n]
 
 
 def ground_share(images: np.ndarray, items: list[EvalItem]) -> float:
@@ -56,7 +56,7 @@ def ground_share(images: np.ndarray, items: list[EvalItem]) -> float:
     corners = np.stack([images[:, y, x] for y in (0, -1) for x in (0, -1)]).astype(np.float64).mean(axis=0)
     table = np.asarray(list(COLOURS.values()), np.float64)
     nearest = np.argmin(np.square(corners[:, None] - table).sum(axis=-1), axis=1)
-    return float(np.mean([list(COLOURS)[place] == item.ground for place, item in zip(nearest, items, strict=True)]))
+    return float(np.mean([list(COLOURS)[place] == item.background for place, item in zip(nearest, items, strict=True)]))
 
 
 def measure(pipe: Pipeline, drawer: Drawer, items: list[EvalItem], scorer: Any, bar: tqdm) -> list[dict[str, Any]]:
@@ -85,7 +85,7 @@ def draw(pipe: Pipeline, steps: int, scale: float, items: list[EvalItem], negati
     """Pictures uint8 (N, H, W, 3); the same latents whatever the model and the scale."""
     images = pipe(
         [item.prompt for item in items],
-        [f"{item.ground} background" for item in items] if negative else None,
+        [f"{item.background} background" for item in items] if negative else None,
         steps=steps,
         sampler="ddim",
         guidance=scale,

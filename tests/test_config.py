@@ -179,7 +179,7 @@ def test_first_difference(base: Path) -> None:
     ("text", "reason"),
     [
         ("evaluation: {samples: 2}", "evaluation.samples must be 0, or at least 3, which KID needs, not 2"),
-        ("model: {fresh: [unet]}", "model.fresh: stages that train an adapter need a whole model"),
+        ("model: {fresh: [unet]}", "model.fresh: stages that train an adapter need a complete model"),
     ],
 )
 def test_what_would_fail_after_training_is_refused_before(text: str, reason: str, tmp_path: Path) -> None:

@@ -11,14 +11,14 @@ from hypersd_jax.data import COLOURS
 def test_prompts_name_their_ground() -> None:
     items = named_grounds(40)
     assert len(items) == 40
-    assert all(item.prompt.endswith(f", {item.ground} background") for item in items)
+    assert all(item.prompt.endswith(f", {item.background} background") for item in items)
     assert named_grounds(5) == items[:5]
 
 
 def test_the_ground_is_the_nearest_to_the_corners() -> None:
     items = named_grounds(6)
     images = np.zeros((6, 8, 8, 3), np.uint8)
-    images[:] = np.asarray([COLOURS[item.ground] for item in items], np.uint8)[:, None, None]
+    images[:] = np.asarray([COLOURS[item.background] for item in items], np.uint8)[:, None, None]
     images[:, 2:6, 2:6] = 255  # what is drawn in the middle does not count
     assert ground_share(images, items) == 1.0
     images[:3] = np.asarray(COLOURS["white"], np.uint8)
@@ -40,7 +40,7 @@ def test_the_negative_prompt_is_the_ground() -> None:
     assert np.all(images == 128)
     prompts, negatives, settings = pipe.asked
     assert prompts == [item.prompt for item in items]
-    assert negatives == [f"{item.ground} background" for item in items]
+    assert negatives == [f"{item.background} background" for item in items]
     assert (settings["steps"], settings["guidance"], settings["seed"]) == (8, 5.0, 0)
     draw(pipe, 8, 5.0, items, False)  # type: ignore[arg-type]
     assert pipe.asked[1] is None

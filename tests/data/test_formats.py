@@ -13,18 +13,18 @@ import numpy as np
 import pytest
 
 from hypersd_jax.config import DataConfig
-from hypersd_jax.data import PairSource, open_source
+from hypersd_jax.data import ImageTextSource, open_source
 from hypersd_jax.errors import UserError
 from tests.helpers.picture_sets import caption, encoded, numbers, parquet, tar, with_metadata, with_sidecars
 
 
-def opened(source: str | Path, **keys: object) -> PairSource:
+def opened(source: str | Path, **keys: object) -> ImageTextSource:
     found = open_source(DataConfig(source=str(source), **keys), resolution=8, seed=0)
-    assert isinstance(found, PairSource)
+    assert isinstance(found, ImageTextSource)
     return found
 
 
-def epoch(source: PairSource) -> list[int]:
+def epoch(source: ImageTextSource) -> list[int]:
     """The pictures of the first epoch, sorted."""
     batch = source.batch(np.arange(len(source)))
     assert batch.images.shape[1:] == (8, 8, 3)

@@ -37,7 +37,7 @@ def test_resuming_is_bit_identical(run, tmp_path):
     resumed = toy.Run()
     with training.Checkpointer(tmp_path / "checkpoints") as checkpointer:
         assert checkpointer.latest() == 3
-        assert checkpointer.facts() == FACTS
+        assert checkpointer.metadata() == FACTS
         resumed.state, facts = checkpointer.restore(None, like(resumed))
     assert facts == FACTS
     assert int(resumed.state.step) == 3
@@ -65,8 +65,8 @@ def test_a_step_can_be_saved_again(run, tmp_path):
         for step in (1, 2):
             checkpointer.save(step, run.state, {"round": 1})
         checkpointer.save(1, run.state, {"round": 2})
-        assert checkpointer.facts(1) == {"round": 2}
-        assert checkpointer.facts(2) == {"round": 1}
+        assert checkpointer.metadata(1) == {"round": 2}
+        assert checkpointer.metadata(2) == {"round": 1}
 
 
 def test_an_empty_folder_is_named(run, tmp_path):
@@ -150,9 +150,9 @@ def test_another_shape_is_named_by_leaf(run, tmp_path):
 
 
 def test_facts_are_compared_by_name():
-    training.check_facts(FACTS, {"stage": "tscd-8", "base": "sha256:0123"})
+    training.check_metadata(FACTS, {"stage": "tscd-8", "base": "sha256:0123"})
     with pytest.raises(UserError, match="config is 'sha256:4567' there, 'sha256:9' here") as raised:
-        training.check_facts(FACTS, {"config": "sha256:9", "rank": 64, "stage": "tscd-8"})
+        training.check_metadata(FACTS, {"config": "sha256:9", "rank": 64, "stage": "tscd-8"})
     assert "rank is 'absent' there, 64 here" in str(raised.value)
     assert "stage" not in str(raised.value)
 

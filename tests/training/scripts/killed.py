@@ -21,7 +21,7 @@ def main(folder: Path) -> None:
     facts = {"stage": "toy", "config": "sha256:0"}
     with training.Checkpointer(folder / "checkpoints") as checkpointer:
         if checkpointer.latest() is not None:
-            training.check_facts(checkpointer.facts(), facts)
+            training.check_metadata(checkpointer.metadata(), facts)
             run.state, _ = checkpointer.restore(None, training.abstract(run.mesh, run.state))
         start = int(run.state.step)
         print(f"start {start}", flush=True)

@@ -1,4 +1,4 @@
-"""Samples by number: where each one's caption and image are."""
+"""A dataset's examples by number: where the caption and image of each are."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ NO_CAPTION = "without caption"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Rows:
-    """Samples by number, in a `datasets.Dataset`.
+class Examples:
+    """A dataset's examples by number, the rows of a `datasets.Dataset`.
 
     Attributes:
         source: as the configuration has it.
@@ -35,7 +35,7 @@ class Rows:
         starts, folders: from row ``starts[i]`` on, relative file names are in ``folders[i]``.
         image: the column of the images; None where there are prompts alone.
         caption: the column of the captions.
-        beside: the image files of a folder whose table decides which of them are used.
+        candidates: the image files of a folder whose table decides which of them are used.
         left_out: names of the files that were found and are not among the rows, by reason.
     """
 
@@ -46,14 +46,14 @@ class Rows:
     folders: tuple[str, ...] = ("",)
     image: str | None = None
     caption: str = ""
-    beside: tuple[str, ...] = ()
+    candidates: tuple[str, ...] = ()
     left_out: Mapping[str, tuple[str, ...]] = dataclasses.field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.table)
 
     def captions(self) -> Iterator[tuple[str, str]]:
-        """All captions, each on one line, with what is wrong with it or ``""``; no image is read."""
+        """Read all captions, each on one line, with what is wrong with it or ``""``; no image is read."""
         for row in self._texts:
             try:
                 caption = caption_text(row, self.caption)
@@ -63,11 +63,11 @@ class Rows:
                 yield caption, "" if caption else NO_CAPTION
 
     def caption_of(self, row: int) -> str:
-        """The caption of one row, whose caption can be read."""
+        """Read the caption of one row, which must be readable."""
         return caption_text(self._texts[row], self.caption)
 
     def name_of(self, row: int) -> str:
-        """What a message calls a row: its image's file name if it has one."""
+        """Name a row for a message: by its image's file name if it has one."""
         cell = self._images[row].get(self.image or "") if self.image else None
         path = cell.get("path") if isinstance(cell, Mapping) else cell
         if not isinstance(path, str) or not path:
@@ -75,13 +75,13 @@ class Rows:
         return path.removeprefix(f"{self.source.rstrip('/')}/").removesuffix(f".{IMAGE}")  # which a tar's image has
 
     def open_image(self, row: int) -> IO[bytes]:
-        """The encoded image of a row; raises ValueError, OSError, or what a file system raises, if there is none."""
+        """Open the encoded image of a row; raises ValueError, OSError, or what a file system raises, where it fails."""
         cell = image_cell(self._images[row], self.image or "")
         return io.BytesIO(cell) if isinstance(cell, bytes) else open_file(self._located(row, cell))
 
     def paths(self) -> Iterator[str]:
-        """The files that the rows name, of a table that may name those beside it."""
-        if self.beside and self._is_path(0):
+        """List the files that the rows name, of a table that may name those in its folder."""
+        if self.candidates and self._is_path(0):
             for row, cells in enumerate(self._images):
                 name = cells.get(self.image)
                 if isinstance(name, str) and name:

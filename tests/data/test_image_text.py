@@ -11,14 +11,14 @@ import pytest
 from PIL import Image
 
 from hypersd_jax.config import DataConfig
-from hypersd_jax.data import Batch, PairSource, open_source, survey
+from hypersd_jax.data import Batch, ImageTextSource, image_sizes, open_source
 from hypersd_jax.errors import UserError
 from tests.helpers.picture_sets import BROKEN, caption, encoded, numbers, parquet, with_metadata, with_sidecars
 
 
-def opened(source: str | Path, seed: int = 0, **keys: object) -> PairSource:
+def opened(source: str | Path, seed: int = 0, **keys: object) -> ImageTextSource:
     found = open_source(DataConfig(source=str(source), **keys), resolution=8, seed=seed)
-    assert isinstance(found, PairSource)
+    assert isinstance(found, ImageTextSource)
     return found
 
 
@@ -69,7 +69,7 @@ def test_the_same_positions_hold_the_same_pairs(crop: str, folder: Path) -> None
 @pytest.mark.filterwarnings("ignore:data.source")
 def test_others_stand_in_for_what_cannot_be_read(damaged: Path) -> None:
     source = opened(damaged)
-    clean = PairSource.__new__(PairSource)  # the order that there would be without damage
+    clean = ImageTextSource.__new__(ImageTextSource)  # the order that there would be without damage
     clean.__dict__.update(source.__dict__, _broken={})
     wanted = [clean._row(0, place) for place in range(14)]
     broken = {2, 3, 5}
@@ -123,7 +123,7 @@ def test_sizes_are_looked_up_once(folder: Path, monkeypatch: pytest.MonkeyPatch)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         first = opened(folder, min_size=10).batch(np.arange(7))
-        monkeypatch.setattr("hypersd_jax.data.survey.image_size", None)
+        monkeypatch.setattr("hypersd_jax.data.image_sizes.image_size", None)
         same(opened(folder, min_size=10).batch(np.arange(7)), first)
 
 
@@ -134,7 +134,7 @@ def test_a_mended_picture_is_read_again_and_a_damaged_survey_is_made_anew(folder
         assert len(opened(folder, min_size=10)) == 6
     (folder / "3.png").write_bytes(whole)
     assert len(opened(folder, min_size=10)) == 7
-    (kept,) = survey.cache_folder().iterdir()
+    (kept,) = image_sizes.cache_folder().iterdir()
     kept.write_bytes(b"damaged")
     assert len(opened(folder, min_size=10)) == 7
 

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from hypersd_jax.data import COLOURS, EmojiSource, evaluation_images, evaluation_list, load_emoji, split_of
+from hypersd_jax.data.emoji_source import sample_backgrounds
 from hypersd_jax.data.order import mix, shuffled
-from hypersd_jax.data.samples import draw_colours
 from hypersd_jax.errors import UserError
 
 EVALUATION_DIGEST = "5f4d96fa1f323cdb704bc1488a224b250038a840bf9a9bb3cb956254a688987c"
@@ -76,7 +76,7 @@ def test_the_ground_is_the_captions_colour() -> None:
 
 
 def test_grounds_are_drawn_evenly() -> None:
-    colours = draw_colours(np.arange(20000), seed=0, white_fraction=0.5)
+    colours = sample_backgrounds(np.arange(20000), seed=0, white_fraction=0.5)
     shares = {name: colours.count(name) / len(colours) for name in COLOURS}
     assert shares.pop("white") == pytest.approx(0.5, abs=0.01)
     assert all(share == pytest.approx(0.5 / 7, abs=0.006) for share in shares.values())
@@ -108,7 +108,7 @@ def test_evaluation_list_is_held_out_and_matches_its_pictures() -> None:
     images = evaluation_images(items[:4])
     assert images.shape == (4, 64, 64, 3)
     for image, item in zip(images, items, strict=False):
-        np.testing.assert_array_equal(image[0, 0], COLOURS[item.ground])
+        np.testing.assert_array_equal(image[0, 0], COLOURS[item.background])
 
 
 def test_evaluation_list_of_groups() -> None:

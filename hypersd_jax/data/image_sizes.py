@@ -1,4 +1,4 @@
-"""The sizes of all pictures of a set, looked up once and kept in the user's cache folder."""
+"""The sizes of all images of a dataset, looked up once and kept in the user's cache folder."""
 
 from __future__ import annotations
 
@@ -10,26 +10,26 @@ import numpy as np
 from tqdm import tqdm
 
 from hypersd_jax import paths
-from hypersd_jax.data.rows import Rows
+from hypersd_jax.data.examples import Examples
 from hypersd_jax.files import image_size, read_image
 
 WORKERS = min(8, os.cpu_count() or 1)
 
 
-def picture_sizes(rows: Rows, *, decode: bool = False) -> np.ndarray:
-    """(height, width) of every image, int64 (N, 2), and zeros for those that cannot be read.
+def image_sizes_of(examples: Examples, *, decode: bool = False) -> np.ndarray:
+    """Find (height, width) of every image, int64 (N, 2), and zeros for those that cannot be read.
 
     What was found is kept, with the size and time of each file: those that have changed, and those that could not be
     read, are looked up anew. Only headers are read, unless ``decode``: then an image counts as readable only if all of
     it is.
     """
-    kept = cache_folder() / f"{rows.version[:32]}-{'decoded' if decode else 'headers'}.npy"
-    sizes = _kept(kept, rows.stamps)
+    kept = cache_folder() / f"{examples.version[:32]}-{'decoded' if decode else 'headers'}.npy"
+    sizes = _kept(kept, examples.stamps)
     missing = np.flatnonzero(sizes[:, 0] == 0)
 
     def look(row: int) -> tuple[int, int]:
         try:
-            with rows.open_image(row) as file:
+            with examples.open_image(row) as file:
                 if not decode:
                     return image_size(file)
                 image = read_image(file)
@@ -43,17 +43,17 @@ def picture_sizes(rows: Rows, *, decode: bool = False) -> np.ndarray:
             sizes[row] = size
             bar.update()
     if sizes[missing].any():
-        _keep(kept, np.concatenate([sizes, rows.stamps[:, None]], axis=1))
+        _keep(kept, np.concatenate([sizes, examples.stamps[:, None]], axis=1))
     return sizes
 
 
 def cache_folder() -> Path:
-    """Where surveys are kept; below a file, where nothing can be, if the user has no folder that can be written."""
-    return paths.cache_folder("pictures") or Path(os.devnull)
+    """Return the folder where sizes are kept; one that cannot exist if the user has none that can be written."""
+    return paths.cache_folder("image-sizes") or Path(os.devnull)
 
 
 def _kept(path: Path, stamps: np.ndarray) -> np.ndarray:
-    """What an earlier survey found of the files that are still the same; zeros for all others."""
+    """What was found earlier of the files that have not changed; zeros for all others."""
     try:
         found: np.ndarray = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):
@@ -70,4 +70,4 @@ def _keep(path: Path, sizes: np.ndarray) -> None:
         np.save(temporary, sizes)
         temporary.replace(path)
     except OSError:
-        pass  # a home that cannot be written only means looking again next time
+        pass  # a home that cannot be written only means another look next time
