@@ -19,8 +19,8 @@ from hypersd_jax.lazy import lazily
 
 if TYPE_CHECKING:
     from hypersd_jax.diffusion.guidance import guided as guided
+    from hypersd_jax.diffusion.prediction import add_noise as add_noise
     from hypersd_jax.diffusion.prediction import from_x0_eps as from_x0_eps
-    from hypersd_jax.diffusion.prediction import move as move
     from hypersd_jax.diffusion.prediction import to_x0_eps as to_x0_eps
     from hypersd_jax.diffusion.sampling import Known as Known
     from hypersd_jax.diffusion.sampling import State as State
@@ -33,7 +33,7 @@ __getattr__ = lazily(
     __name__,
     {
         "guided": "guidance",
-        **dict.fromkeys(("from_x0_eps", "move", "to_x0_eps"), "prediction"),
+        **dict.fromkeys(("from_x0_eps", "add_noise", "to_x0_eps"), "prediction"),
         **dict.fromkeys(("Known", "State", "advance", "begin", "sample"), "sampling"),
     },
 )

@@ -1,4 +1,4 @@
-"""What a network output means: conversions between epsilon, v and x_0, and the move along the trajectory.
+"""What a network output means: conversions between epsilon, v and x_0, and the way to another noise level.
 
 All in float32: at t = 999 an epsilon prediction is divided by alpha = 0.068, which half precision does not survive.
 `alpha` and `sigma` are scalars or arrays with explicit trailing axes, such as (B, 1, 1, 1).
@@ -53,8 +53,8 @@ def from_x0_eps(x0: ArrayLike, eps: ArrayLike, alpha: ArrayLike, sigma: ArrayLik
     return alpha * eps - sigma * x0
 
 
-def move(x0: ArrayLike, eps: ArrayLike, alpha_s: ArrayLike, sigma_s: ArrayLike) -> jax.Array:
-    """alpha_s x_0 + sigma_s eps, float32.
+def add_noise(x0: ArrayLike, eps: ArrayLike, alpha_s: ArrayLike, sigma_s: ArrayLike) -> jax.Array:
+    """Add noise: alpha_s x_0 + sigma_s eps, float32.
 
     With a model's estimates this is Psi(x_t, f, s) of Hyper-SD Eq. 1, one deterministic DDIM step to time s; with
     data and fresh noise it is the forward process. From t to t it is the identity: no c_skip, c_out are needed.

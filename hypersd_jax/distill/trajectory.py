@@ -1,4 +1,4 @@
-"""The student's own samples, which score distillation judges: from noise, through steps without gradient, to one with.
+"""The student's own samples for score distillation: from noise, through steps without gradient, to one with.
 
 DMD (arXiv 2311.18828) has one step; DMD2 (arXiv 2405.14867, section 4.5, "backward simulation") several, with fresh
 noise between them; TDM (arXiv 2503.06674) several along the student's deterministic trajectory.
@@ -12,14 +12,14 @@ import jax
 import jax.numpy as jnp
 from jax.typing import ArrayLike
 
-from hypersd_jax.diffusion.prediction import move, to_x0_eps
+from hypersd_jax.diffusion.prediction import add_noise, to_x0_eps
 from hypersd_jax.diffusion.schedule import Schedule
-from hypersd_jax.distill.ends import below
-from hypersd_jax.distill.tscd import Model, columns
+from hypersd_jax.distill.target_timesteps import uniform_integer
+from hypersd_jax.distill.tscd import Model, alpha_sigma
 
 
 class Drawn(NamedTuple):
-    """What one loss of score distillation draws; a sample's part depends on (key, its index) alone."""
+    """The random numbers of one loss of score distillation; a sample's depend on (key, its index) alone."""
 
     step: jax.Array  # () int32, which of the student's steps carries the gradient; the same for the whole batch
     noise: jax.Array  # (B, h, w, C) float32, where the student starts
@@ -32,7 +32,7 @@ class Sample(NamedTuple):
     """The student's sample at one of its steps."""
 
     x0: jax.Array  # (B, h, w, C) float32, its estimate of the clean latents; carries the gradient
-    x: jax.Array  # (B, h, w, C) float32, alpha x0 + sigma eps, where the trajectory stands after the step
+    x: jax.Array  # (B, h, w, C) float32, alpha x0 + sigma eps, the trajectory after the step
     alpha: jax.Array  # () float32
     sigma: jax.Array  # () float32, 0 where x is x0
     low: jax.Array  # () int32, the first time that x may be noised to,
@@ -41,21 +41,21 @@ class Sample(NamedTuple):
 
 def draw_trajectory(key: jax.Array, shape: tuple[int, ...], steps: int, indices: ArrayLike | None = None) -> Drawn:
     """Draw for latents of ``shape`` (B, h, w, C) and a student of ``steps`` steps; ``indices`` as in `tscd.draw`."""
-    step_key, rows_key = jax.random.split(key)
+    step_key, samples_key = jax.random.split(key)
 
     def one(index: jax.Array) -> tuple[jax.Array, ...]:
-        keys = jax.random.split(jax.random.fold_in(rows_key, index), 4)
+        keys = jax.random.split(jax.random.fold_in(samples_key, index), 4)
         noise, eps = (jax.random.normal(each, shape[1:]) for each in keys[:2])
         return noise, eps, jax.random.uniform(keys[2]), keys[3]
 
-    places = jnp.arange(shape[0]) if indices is None else jnp.asarray(indices)
-    noise, eps, uniform, keys = jax.vmap(one)(places)
+    indices = jnp.arange(shape[0]) if indices is None else jnp.asarray(indices)
+    noise, eps, uniform, keys = jax.vmap(one)(indices)
     return Drawn(jax.random.randint(step_key, (), 0, steps), noise, eps, uniform, keys)
 
 
 def student_sample(
     student_fn: Model,
-    still_fn: Model,
+    no_gradient_fn: Model,
     cond: Any,
     drawn: Drawn,
     times: jax.Array,
@@ -67,28 +67,28 @@ def student_sample(
     """Run the student's steps up to the drawn one, and that one with gradient.
 
     The first step's input is noise alone, whatever its time: at t = 999 a Stable Diffusion schedule would keep 7 % of
-    the picture, which there is none of (DMD2, section 4.5; Hyper-SD, section 3.3, enters at 999 or 800).
+    the image, which there is none of (DMD2, section 4.5; Hyper-SD, section 3.3, enters at 999 or 800).
 
     Args:
         student_fn: (x, t (B,), cond) -> raw prediction.
-        still_fn: the same without gradient, for the steps before.
+        no_gradient_fn: the same without gradient, for the steps before.
         cond: conditioning of B samples.
         drawn: from `draw_trajectory`.
         times: (K,) int32, the student's steps, descending; K is static.
         bounds: (2,) int32, the range of times that samples are noised to.
         schedule: the base model's.
         deterministic: False (DMD, DMD2): each step's estimate of x_0 is noised afresh to the next time, and x_0 itself
-            is judged, at any time of ``bounds``. True (TDM): DDIM moves, and the point that the step leads to is
-            judged, at the times from there back to where the step began.
+            is scored, at any time of ``bounds``. True (TDM): DDIM steps, and the point after the step is scored, at the
+            timesteps from there back to where the step began.
     """
-    count, rows = times.shape[0], drawn.noise.shape[0]
+    count, batch_size = times.shape[0], drawn.noise.shape[0]
 
     def earlier(index: jax.Array, x: jax.Array) -> jax.Array:
-        x0, eps = estimate(still_fn, x, times[index], cond, schedule)
+        x0, eps = estimate(no_gradient_fn, x, times[index], cond, schedule)
         if not deterministic:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(drawn.keys, index)
             eps = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
-        return move(x0, eps, *columns(schedule, jnp.broadcast_to(times[index + 1], (rows,)), x))
+        return add_noise(x0, eps, *alpha_sigma(schedule, jnp.broadcast_to(times[index + 1], (batch_size,)), x))
 
     x = drawn.noise if count == 1 else jax.lax.fori_loop(0, drawn.step, earlier, drawn.noise)
     x0, eps = estimate(student_fn, jax.lax.stop_gradient(x), times[drawn.step], cond, schedule)
@@ -99,22 +99,22 @@ def student_sample(
     alpha = jnp.where(last, 1.0, jnp.asarray(schedule.alpha)[after])
     sigma = jnp.where(last, 0.0, jnp.asarray(schedule.sigma)[after])
     low, high = jnp.clip(jnp.stack([after, times[drawn.step]]), bounds[0], bounds[1])
-    return Sample(x0, move(x0, eps, alpha, sigma), alpha, sigma, low, high)
+    return Sample(x0, add_noise(x0, eps, alpha, sigma), alpha, sigma, low, high)
 
 
 def noised(sample: Sample, drawn: Drawn, schedule: Schedule) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """The sample noised forward to a time t uniform over its range: (x_t, t (B,) int32, b (B, 1, 1, 1)).
+    """Noise the sample forward to a timestep t uniform over its range: (x_t, t (B,) int32, b (B, 1, 1, 1)).
 
     x_t = a x + b eps with a = alpha_t / alpha and b^2 = sigma_t^2 - a^2 sigma^2, so that b is sigma_t for clean x.
     """
-    t = sample.low + below(drawn.uniform, sample.high - sample.low + 1)
-    alpha_t, sigma_t = columns(schedule, t, sample.x)
+    t = sample.low + uniform_integer(drawn.uniform, sample.high - sample.low + 1)
+    alpha_t, sigma_t = alpha_sigma(schedule, t, sample.x)
     a = alpha_t / sample.alpha
     b = jnp.sqrt(jnp.maximum(jnp.square(sigma_t) - jnp.square(a * sample.sigma), 0.0))
     return a * sample.x + b * drawn.eps, t, b
 
 
 def estimate(model: Model, x: jax.Array, t: jax.Array, cond: Any, schedule: Schedule) -> tuple[jax.Array, jax.Array]:
-    """The clean-latent and noise estimates of a model at x (B, h, w, C), at times t (B,), or all rows at one t ()."""
+    """Compute the clean-latent and noise estimates of a model at x (B, h, w, C) and timesteps t, (B,) or ()."""
     at = jnp.broadcast_to(t, (x.shape[0],))
-    return to_x0_eps(model(x, at, cond), x, *columns(schedule, at, x), schedule.prediction_type)
+    return to_x0_eps(model(x, at, cond), x, *alpha_sigma(schedule, at, x), schedule.prediction_type)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypersd_jax.diffusion import PREDICTION_TYPES, Schedule, from_x0_eps, guided, move, to_x0_eps
+from hypersd_jax.diffusion import PREDICTION_TYPES, Schedule, add_noise, from_x0_eps, guided, to_x0_eps
 from hypersd_jax.errors import UserError
 
 SCHEDULE = Schedule(beta_start=0.00085, beta_end=0.012, beta_schedule="scaled_linear")
@@ -19,7 +19,7 @@ TIMES = np.array([0, 19, 499, 999])
 def state():
     x0, eps = jax.random.normal(jax.random.key(0), (2, 4, 3, 3, 4))
     alpha, sigma = (a[TIMES].reshape(4, 1, 1, 1) for a in (SCHEDULE.alpha, SCHEDULE.sigma))
-    return x0, eps, alpha, sigma, move(x0, eps, alpha, sigma)
+    return x0, eps, alpha, sigma, add_noise(x0, eps, alpha, sigma)
 
 
 @pytest.mark.parametrize("prediction_type", PREDICTION_TYPES)
@@ -64,7 +64,7 @@ def test_finite_at_zero_snr():
 
 def test_move_from_t_to_t_is_the_identity():
     _, eps, alpha, sigma, x = state()
-    np.testing.assert_allclose(move(*to_x0_eps(eps, x, alpha, sigma, "epsilon"), alpha, sigma), x, atol=1e-6)
+    np.testing.assert_allclose(add_noise(*to_x0_eps(eps, x, alpha, sigma, "epsilon"), alpha, sigma), x, atol=1e-6)
 
 
 def test_unknown_type():

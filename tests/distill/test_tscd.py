@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypersd_jax.diffusion import PREDICTION_TYPES, Schedule, from_x0_eps, guided, move, to_x0_eps
+from hypersd_jax.diffusion import PREDICTION_TYPES, Schedule, add_noise, from_x0_eps, guided, to_x0_eps
 from hypersd_jax.distill import Draw, consistency_loss, mse, pad_segments, pseudo_huber, tscd_pair
 from hypersd_jax.distill import draw as eager_draw
 from hypersd_jax.errors import UserError
@@ -61,7 +61,7 @@ def ignoring_guidance(predict):
 
 
 def psi(x, output, t, s, schedule=SCHEDULE):
-    return move(*to_x0_eps(output, x, *at(t, schedule), schedule.prediction_type), *at(s, schedule))
+    return add_noise(*to_x0_eps(output, x, *at(t, schedule), schedule.prediction_type), *at(s, schedule))
 
 
 def drawn(t_n, t_prev, t_end):
@@ -78,7 +78,7 @@ def test_pair_is_equation_12():
     times = drawn([999, 499, 24], [974, 474, 0], [880, 474, 0])
     batch = batch_of(3)
     pair = tscd_pair(network, lambda x, t, c: 0.9 * network(x, t, c), teacher, batch, times, schedule=SCHEDULE)
-    x = move(batch["latents"], times.eps, *at(times.t_n))
+    x = add_noise(batch["latents"], times.eps, *at(times.t_n))
     np.testing.assert_array_equal(pair.x_t, x)
     guided_output, _ = teacher(x, times.t_n, batch["cond"], batch["uncond"], times.guidance)
     xhat = psi(x, guided_output, times.t_n, times.t_prev)
