@@ -28,7 +28,7 @@ from hypersd_jax.training.state import TrainState, moving_average
 class LossFunction(Protocol):
     """A mean over the batch's samples, so that micro-batches average to the full batch's loss."""
 
-    def __call__(self, models: Any, ema: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def __call__(self, models: Any, ema: Any, frozen: Any, batch: Any, key: jax.Array, /) -> tuple[jax.Array, Metrics]:
         """Return the scalar loss and a dict of scalars to log; ``models`` and ``ema`` are weights by model."""
 
 
