@@ -10,7 +10,7 @@ from hypersd_jax.config import DataConfig
 from hypersd_jax.data import ImageTextSource, open_source
 from hypersd_jax.data.buckets import Stream, bucket_sizes, nearest_bucket
 from hypersd_jax.errors import UserError
-from tests.helpers.picture_sets import encoded, numbers, with_metadata
+from tests.helpers.image_sets import encoded, numbers, with_metadata
 
 
 @pytest.mark.parametrize(("resolution", "step"), [(512, 64), (768, 64), (1024, 64), (1024, 32), (64, 8)])
@@ -44,17 +44,17 @@ def test_batches_are_of_one_group_and_nothing_is_lost(counts: list[int], size: i
     """Every group's stream is gone through in order, without a gap, whatever the batches' order."""
     stream = Stream(counts, size, seed=5)
     total = 60 * size
-    groups, places = stream.locate(np.arange(total))
+    groups, offsets = stream.locate(np.arange(total))
     if len(counts) > 1:
         assert all(len(set(batch)) == 1 for batch in groups.reshape(-1, size))
     for group in range(len(counts)):
-        mine = places[groups == group]
+        mine = offsets[groups == group]
         np.testing.assert_array_equal(np.sort(mine), np.arange(len(mine)))
         share = total * counts[group] / sum(counts)
         assert abs(len(mine) - share) < size + counts[group]
     again, where = Stream(counts, size, seed=5).locate(np.arange(total)[::-7])
     np.testing.assert_array_equal(again, groups[::-7])
-    np.testing.assert_array_equal(where, places[::-7])
+    np.testing.assert_array_equal(where, offsets[::-7])
 
 
 def test_groups_are_mixed_and_each_epoch_anew() -> None:
@@ -66,7 +66,7 @@ def test_groups_are_mixed_and_each_epoch_anew() -> None:
 
 def test_every_item_once_in_a_groups_epoch_also_when_stepping_on() -> None:
     stream = Stream([5, 3], 2, seed=1)
-    first = [stream.item(0, place) for place in range(5)]
+    first = [stream.item(0, offset) for offset in range(5)]
     assert sorted(first) == list(range(5))
     assert [stream.item(0, 2, after) for after in range(5)] == first[2:] + first[:2]
 
@@ -90,7 +90,7 @@ def opened(folder: Path, batch_size: int | None = 3, step: int = 16) -> ImageTex
     return found
 
 
-def test_batches_of_pictures_in_buckets(folder: Path) -> None:
+def test_batches_of_images_in_buckets(folder: Path) -> None:
     source = opened(folder)
     seen: collections.Counter[int] = collections.Counter()
     for number in range(4 * 6):

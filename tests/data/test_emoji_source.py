@@ -96,7 +96,7 @@ def test_evaluation_list_is_fixed() -> None:
     assert hashlib.sha256(text.encode()).hexdigest() == EVALUATION_DIGEST
 
 
-def test_evaluation_list_is_held_out_and_matches_its_pictures() -> None:
+def test_evaluation_list_is_held_out_and_matches_its_images() -> None:
     items = evaluation_list(256)
     emoji = load_emoji()
     assert len({item.seed for item in items}) == 256

@@ -13,7 +13,7 @@ from PIL import Image
 from hypersd_jax.config import DataConfig
 from hypersd_jax.data import Batch, ImageTextSource, image_sizes, open_source
 from hypersd_jax.errors import UserError
-from tests.helpers.picture_sets import BROKEN, caption, encoded, numbers, parquet, with_metadata, with_sidecars
+from tests.helpers.image_sets import BROKEN, caption, encoded, numbers, parquet, with_metadata, with_sidecars
 
 
 def opened(source: str | Path, seed: int = 0, **keys: object) -> ImageTextSource:
@@ -29,7 +29,7 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def damaged(folder: Path) -> Path:
-    """Of seven, two are no pictures any more and one is gone."""
+    """Of seven, two are no images any more and one is gone."""
     for name in ("2.png", "3.png"):
         (folder / name).write_bytes(BROKEN)
     (folder / "5.png").unlink()
@@ -71,13 +71,13 @@ def test_others_stand_in_for_what_cannot_be_read(damaged: Path) -> None:
     source = opened(damaged)
     clean = ImageTextSource.__new__(ImageTextSource)  # the order that there would be without damage
     clean.__dict__.update(source.__dict__, _broken={})
-    wanted = [clean._row(0, place) for place in range(14)]
+    wanted = [clean._row(0, offset) for offset in range(14)]
     broken = {2, 3, 5}
     found = numbers(source.batch(np.arange(14)))
     for epoch in (0, 1):
         order = wanted[7 * epoch : 7 * epoch + 7]
         twice = order + order
-        expected = [next(row for row in twice[place:] if row not in broken) for place in range(7)]
+        expected = [next(row for row in twice[offset:] if row not in broken) for offset in range(7)]
         assert found[7 * epoch : 7 * epoch + 7] == expected
         assert set(expected) == set(range(7)) - broken
     scattered = np.asarray([9, 3, 3, 0])
@@ -109,7 +109,7 @@ def test_rows_without_caption_are_left_out_and_counted(tmp_path: Path) -> None:
     assert sorted(numbers(source.batch(np.arange(2)))) == [0, 2]
 
 
-def test_pictures_that_are_too_small_are_left_out_and_counted(folder: Path) -> None:
+def test_images_that_are_too_small_are_left_out_and_counted(folder: Path) -> None:
     (folder / "1.png").write_bytes(encoded(1, (30, 9)))
     (folder / "4.png").write_bytes(BROKEN)
     with pytest.warns(
@@ -127,7 +127,7 @@ def test_sizes_are_looked_up_once(folder: Path, monkeypatch: pytest.MonkeyPatch)
         same(opened(folder, min_size=10).batch(np.arange(7)), first)
 
 
-def test_a_mended_picture_is_read_again_and_a_damaged_survey_is_made_anew(folder: Path) -> None:
+def test_a_mended_image_is_read_again_and_a_damaged_file_of_sizes_is_made_anew(folder: Path) -> None:
     whole = (folder / "3.png").read_bytes()
     (folder / "3.png").write_bytes(BROKEN)
     with pytest.warns(UserWarning, match="1 unreadable"):
@@ -163,7 +163,7 @@ def test_a_set_without_any_caption_is_an_error(folder: Path) -> None:
 
 
 def test_sizes_and_random_crops(tmp_path: Path) -> None:
-    """The red of a picture is its column, so that the crop can be read off it."""
+    """The red of an image is its column, so that the crop can be read off it."""
     picture = np.zeros((8, 40, 3), np.uint8)
     picture[..., 0] = 3 * np.arange(40)
     Image.fromarray(picture).save(tmp_path / "0.png")

@@ -14,7 +14,7 @@ import pytest
 from hypersd_jax.config import DataConfig
 from hypersd_jax.data import ImageTextSource, open_prompts, open_source
 from hypersd_jax.errors import UserError
-from tests.helpers.picture_sets import caption, encoded, numbers, parquet, tar, with_metadata, with_sidecars
+from tests.helpers.image_sets import caption, encoded, numbers, parquet, tar, with_metadata, with_sidecars
 
 
 def opened(source: str | Path, **keys: object) -> ImageTextSource:

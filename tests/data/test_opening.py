@@ -8,7 +8,7 @@ import pytest
 from hypersd_jax.config import DataConfig
 from hypersd_jax.data import EmojiSource, load_emoji, open_source
 from hypersd_jax.errors import UserError
-from tests.helpers.picture_sets import with_metadata
+from tests.helpers.image_sets import with_metadata
 
 
 def test_emoji_is_the_embedded_set() -> None:

@@ -20,7 +20,7 @@ from hypersd_jax.stages.caching import write_cache
 from hypersd_jax.stages.feeding import Inputs
 from hypersd_jax.training import make_mesh
 from hypersd_jax.weights.components import load_components
-from tests.helpers.picture_sets import encoded, with_sidecars
+from tests.helpers.image_sets import encoded, with_sidecars
 from tests.helpers.tiny_model import smaller, tiny_model
 
 RECIPE = """

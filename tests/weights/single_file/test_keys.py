@@ -48,8 +48,8 @@ def layout(family: str) -> dict[str, tuple[int, ...]]:
     parts = structure(family)
     sizes = {}
     for name, network in networks(parts, dict.fromkeys(parts.components, np.float32)).items():
-        for path, place in locations_of(name, network.shapes, parts, KINDS[family]).items():
-            sizes[place.key] = place.shape(torch_shape(path, network.shapes[path].shape))
+        for path, location in locations_of(name, network.shapes, parts, KINDS[family]).items():
+            sizes[location.key] = location.shape(torch_shape(path, network.shapes[path].shape))
     return sizes
 
 
@@ -166,8 +166,8 @@ def test_uneven_transformers_and_a_middle_without_one() -> None:
     uneven = Structure(unet=UNetConfig.from_dict(config), vae=parts.vae, text=parts.text)
     sizes = {key: size for key, size in layout("sdxl").items() if not key.startswith(keys.UNET)}
     network = networks(uneven, dict.fromkeys(uneven.components, np.float32))["unet"]
-    for path, place in locations_of("unet", network.shapes, uneven, "sdxl").items():
-        sizes[place.key] = place.shape(torch_shape(path, network.shapes[path].shape))
+    for path, location in locations_of("unet", network.shapes, uneven, "sdxl").items():
+        sizes[location.key] = location.shape(torch_shape(path, network.shapes[path].shape))
     found = component_configs(sizes, "sdxl", FILE, prediction="epsilon", given={})
     assert (
         networks(
