@@ -1,7 +1,7 @@
 """Do guidance and negative prompts still work on a LoRA? ``python benchmarks/guidance.py --lora FILE``.
 
 Samples held-out prompts that name a coloured background with the embedded model: the teacher at 25 steps, the LoRA of
-``--lora`` (`configs/emoji/guided.yaml` trains one), and the shipped 8-step LoRA, which has absorbed its teacher's
+``--lora`` (recipe emoji/cfg-preserving), and the shipped 8-step LoRA, which has absorbed its teacher's
 guidance, each at several guidance scales; and once more with that background as the negative prompt, "blue background".
 Writes benchmarks/results/guidance: a table (text match; how many images have the background that was asked for; how
 much of the range 0..255 is clipped) and a grid.
@@ -48,7 +48,7 @@ class Contender:
 
 def named_grounds(n: int) -> list[EvalItem]:
     """The first ``n`` held-out items whose ground is not white, and so is named in the prompt."""
-    return [item for item in evaluation_list(4 * n, groups=GROUPS) if item.ground != "white"][:n]
+    return [item for item in evaluation_list(4 * n, groups=GROUPS) if item.background != "white"][:n]
 
 
 def ground_share(images: np.ndarray, items: list[EvalItem]) -> float:
@@ -56,7 +56,7 @@ def ground_share(images: np.ndarray, items: list[EvalItem]) -> float:
     corners = np.stack([images[:, y, x] for y in (0, -1) for x in (0, -1)]).astype(np.float64).mean(axis=0)
     table = np.asarray(list(COLOURS.values()), np.float64)
     nearest = np.argmin(np.square(corners[:, None] - table).sum(axis=-1), axis=1)
-    return float(np.mean([list(COLOURS)[place] == item.ground for place, item in zip(nearest, items, strict=True)]))
+    return float(np.mean([list(COLOURS)[place] == item.background for place, item in zip(nearest, items, strict=True)]))
 
 
 def measure(
@@ -87,7 +87,7 @@ def sampled(pipe: Pipeline, steps: int, scale: float, items: list[EvalItem], neg
     """Images uint8 (N, H, W, 3); the same latents whatever the model and the scale."""
     model = make_model("", pipe, steps=steps, sampler="ddim", guidance=scale)
     listed = [Item(item.prompt, item.seed) for item in items]
-    negatives = [f"{item.ground} background" for item in items] if negative else None
+    negatives = [f"{item.background} background" for item in items] if negative else None
     return sample(model, listed, batch_size=32, negatives=negatives)
 
 

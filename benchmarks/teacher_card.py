@@ -23,7 +23,7 @@ from PIL import Image
 
 from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.data import COLOURS, caption, load_emoji
-from hypersd_jax.data.samples import ground_picture
+from hypersd_jax.data.emoji_source import on_background
 from hypersd_jax.distill import psnr
 from hypersd_jax.evaluation import image_grid, read_metrics
 from hypersd_jax.evaluation.curves import curve
@@ -60,7 +60,7 @@ def fidelity(pipe: Pipeline, ground: str, folder: Path) -> dict[str, Any]:
     """PSNR of held-out pictures on one ground, and how far the ground's own colour is off, in 1/255."""
     emoji = load_emoji()
     chosen = emoji.indices("test")[::2]
-    pictures = np.stack([ground_picture(emoji.images[i], ground, pipe.native_size[0]) for i in chosen])
+    pictures = np.stack([on_background(emoji.images[i], ground, pipe.native_size[0]) for i in chosen])
     images = pictures.astype(np.float32) / 127.5 - 1.0
     pairs = [reconstructed(pipe, images[start : start + 32]) for start in range(0, len(images) // 32 * 32, 32)]
     before, after = (np.concatenate(side) for side in zip(*pairs, strict=True))

@@ -17,13 +17,14 @@ FOLDERS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
 
 
 def recipe_files() -> dict[str, Path]:
-    """The shipped recipes by name: NAME of NAME.yaml, FOLDER/NAME of one in a folder."""
+    """List the shipped recipes by name: NAME of NAME.yaml, FOLDER/NAME of one in a folder."""
     folder = next((f for f in FOLDERS if f.is_dir()), FOLDERS[0])
-    return {path.relative_to(folder).with_suffix("").as_posix(): path for path in sorted(folder.rglob("*.yaml"))}
+    found = {path.relative_to(folder).with_suffix("").as_posix(): path for path in folder.rglob("*.yaml")}
+    return dict(sorted(found.items()))
 
 
 def recipe_titles() -> dict[str, str]:
-    """What each shipped recipe makes, by name: the first sentence of its header."""
+    """Say what each shipped recipe makes, by name: the first sentence of its header."""
     titles = {}
     for name, path in recipe_files().items():
         lines = path.read_text(encoding="utf-8").splitlines()
@@ -33,7 +34,7 @@ def recipe_titles() -> dict[str, str]:
 
 
 def find_recipe(name: str) -> Path:
-    """A recipe by its file's path or its name; an unknown one is a `UserError` with the nearest name."""
+    """Find a recipe by its file's path or its name; an unknown one is a `UserError` with the nearest name."""
     path = expanded(Path(name))
     if os.path.isfile(path):
         return path

@@ -1,7 +1,7 @@
 """Take a finished run's LoRAs into the package, in float16.
 
-python train.py && python scripts/ship_loras.py outputs/emoji
-python train.py --config configs/emoji-long.yaml && python scripts/ship_loras.py outputs/emoji-long tscd-8 tscd-4
+python train.py --config emoji/unified && python scripts/ship_loras.py outputs/emoji-unified unified
+python train.py --config configs/emoji.yaml && python scripts/ship_loras.py outputs/emoji-tscd
 """
 
 from __future__ import annotations

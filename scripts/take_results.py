@@ -1,6 +1,6 @@
 """Take a finished run's results into benchmarks/results, with its table as Markdown.
 
-python train.py && python scripts/take_results.py outputs/emoji
+python train.py && python scripts/take_results.py outputs/emoji default
 """
 
 from __future__ import annotations
@@ -28,19 +28,19 @@ four seeds of a prompt. Calls: UNet calls an image. Margin: how much nearer than
 with its standard error."""
 
 
-def main(folder: Path) -> None:
-    """Copy results.json and grid.png, and write README.md beside them."""
-    target = Path("benchmarks/results") / folder.name
+def main(folder: Path, name: str) -> None:
+    """Copy results.json and grid.png of a run to benchmarks/results/NAME, and write README.md beside them."""
+    target = Path("benchmarks/results") / name
     target.mkdir(parents=True, exist_ok=True)
-    for name in ("results.json", "grid.png"):
-        shutil.copyfile(folder / name, target / name)
+    for file in ("results.json", "grid.png"):
+        shutil.copyfile(folder / file, target / file)
     rows = json.loads((folder / "results.json").read_text(encoding="utf-8"))
     config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
     stages = ", ".join(f"{s['name']} {s['updates']} x {s['batch_size']}" for s in config["stages"] if not s["skip"])
     table = "\n".join([HEAD, "|" + "---|" * 12, *(line(row) for row in rows)])
-    text = f"""# {folder.name}
+    text = f"""# {name}
 
-Updates x images: {stages}. {rows[0]["n"]} (prompt, seed, background) of held-out concepts.
+Training steps x images: {stages}. {rows[0]["n"]} (prompt, seed, background) of held-out concepts.
 {date.today()}, jax {jax.__version__}, {os.cpu_count()} CPU cores ({processor()}).
 
 {table}
@@ -73,4 +73,4 @@ def processor() -> str:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    main(Path(sys.argv[1]), sys.argv[2])

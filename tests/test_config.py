@@ -54,12 +54,25 @@ def test_every_shipped_recipe_is_instantiated_and_written_back(name: str, tmp_pa
         shapes.setdefault(stage.adversarial is not None, set()).add(found)
     assert all(len(found) == 1 for found in shapes.values())  # those of one kind share one compiled step
     if config.adapter_stages:
-        assert [stage.k for stage in consistency] == ([8] if name == "emoji/guided" else [8, 4, 2, 1])
+        assert [stage.k for stage in consistency] == ([8] if name == "emoji/cfg-preserving" else [8, 4, 2, 1])
     assert all(isinstance(stage, GeneratorStage) for stage in config.adapter_stages[4:])
 
 
 def test_the_three_recipes_are_there() -> None:
     assert {f"{name}{part}" for name in ("emoji", "sd15", "sdxl") for part in ("", "/hyper")} <= set(RECIPES)
+
+
+@pytest.mark.parametrize(("later", "earlier"), [("emoji/unified", "emoji/hyper"), ("emoji/one-step-unet", "emoji")])
+def test_a_recipe_that_reuses_another_run_has_its_stages(later: str, earlier: str) -> None:
+    assert load_config(RECIPES[later]).stages[:4] == load_config(RECIPES[earlier]).stages[:4]
+
+
+def test_every_recipe_states_its_command_its_hardware_and_its_result() -> None:
+    for name, path in RECIPES.items():
+        header = path.read_text(encoding="utf-8").partition("\noutput_dir")[0]
+        assert "python train.py" in header, name
+        assert "Hardware:" in header, name
+        assert "esult" in header, name
 
 
 @pytest.mark.parametrize("name", ["emoji/hyper", "configs/emoji/hyper", "configs/emoji/hyper.yaml"])
@@ -166,7 +179,7 @@ def test_first_difference(base: Path) -> None:
     ("text", "reason"),
     [
         ("evaluation: {samples: 2}", "evaluation.samples must be 0, or at least 3, which KID needs, not 2"),
-        ("model: {fresh: [unet]}", "model.fresh: stages that train an adapter need a whole model"),
+        ("model: {fresh: [unet]}", "model.fresh: stages that train an adapter need a complete model"),
     ],
 )
 def test_what_would_fail_after_training_is_refused_before(text: str, reason: str, tmp_path: Path) -> None:

@@ -9,9 +9,9 @@ import pytest
 
 from hypersd_jax.config import (
     AdversarialConfig,
-    AnchorConfig,
     ConsistencyStage,
     RegressionConfig,
+    RegulariserConfig,
     ScoreStage,
     load_config,
     save_config,
@@ -53,7 +53,7 @@ def base(tmp_path: Path) -> Path:
         (["stages.b.weight=-1"], "stages.1.weight must not be negative, not -1.0"),
         (["stages.b.guidance=0.5"], "stages.1.guidance must be at least 1, which is off, not 0.5"),
         (["stages.a.guidance=[0, 3]"], "stages.0.guidance must be a range [low, high] with 1 <= low <= high"),
-        (["stages.a.adversarial.r1_sigma=0.1"], "stages.0.adversarial.r1_sigma is read only beside"),
+        (["stages.a.adversarial.r1_sigma=0.1"], "stages.0.adversarial.r1_sigma is read only with"),
         (["stages.b.guidance=[3, 8]"], "stages.1.guidance must be a number, not [3, 8]"),
         (["stages.b.fake_updates=0"], "stages.1.fake_updates must be at least 1 and fake_learning_rate above 0"),
         (["stages.b.fake_learning_rate=0"], "stages.1.fake_updates must be at least 1 and fake_learning_rate above 0"),
@@ -76,7 +76,7 @@ def base(tmp_path: Path) -> Path:
         (["stages.b.regression.pairs=3"], "stages.1.regression.pairs must be a multiple of batch_size=2"),
         (["stages.b.regression.pairs=12"], "stages.1.regression.pairs: more than the stage's updates come to"),
         (["stages.b.regression.path_range=[0.5, 0.1]"], "stages.1.regression.path_range must be [low, high] with"),
-        (["stages.b.regression.path_range=[0.1, 0.5]"], "stages.1.regression.path_range is read only beside a path"),
+        (["stages.b.regression.path_range=[0.1, 0.5]"], "stages.1.regression.path_range is read only with a path"),
         (["stages.b.regression.steps=0"], "stages.1.regression.steps must be at least 1, not 0"),
         (["stages.b.regression.teacher="], "stages.1.regression.teacher must be text, not nothing"),
         (["stages.b.regression=0.25"], "stages.1.regression must be a mapping of keys, not 0.25"),
@@ -132,7 +132,7 @@ def test_overrides_reach_into_mappings_that_the_file_leaves_out(base: Path) -> N
     first, second = load_config(base, overrides).stages
     assert first.adversarial == AdversarialConfig(weight=0.2, features="pair")
     assert second.regression == RegressionConfig(steps=4)
-    assert second.anchor == AnchorConfig(weight=0.5)
+    assert second.anchor == RegulariserConfig(weight=0.5)
     assert second.adversarial == AdversarialConfig(learning_rate=1e-4)
     assert load_config(base, [*overrides, "stages.0.adversarial=null"]).stages[0].adversarial is None
 

@@ -17,7 +17,7 @@ from tests.helpers.tiny_model import tiny_model
 def test_prompts_name_their_ground() -> None:
     items = named_grounds(40)
     assert len(items) == 40
-    assert all(item.prompt.endswith(f", {item.ground} background") for item in items)
+    assert all(item.prompt.endswith(f", {item.background} background") for item in items)
     assert named_grounds(5) == items[:5]
 
 

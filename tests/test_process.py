@@ -18,8 +18,8 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.models.unet import UNetConfig, unet
 from hypersd_jax.paths import cache_folder, expanded
 from hypersd_jax.weights.lora import write_lora
+from tests.helpers.image_sets import with_sidecars
 from tests.helpers.lora_files import random_adapter
-from tests.helpers.picture_sets import with_sidecars
 from tests.helpers.tiny_model import UNET, tiny_model
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ from typing import Any, NoReturn
 
 from hypersd_jax.commands import checks
 from hypersd_jax.commands.parsing import Parser, add_overrides
-from hypersd_jax.config import Config, load_config, places
+from hypersd_jax.config import Config, key_paths, load_config
 from hypersd_jax.recipes import find_recipe, recipe_titles
 
 DEFAULT_CONFIG = "emoji/hyper"
@@ -92,7 +92,7 @@ def _refuse_option(parser: Parser, argument: str, rest: Sequence[str], arguments
     word, equals, value = argument.lstrip("-").partition("=")
     if word == "resume":
         parser.error(f"{argument} is not needed: a stopped run goes on when the same command is given again")
-    keys = [word] if "." in word else places(Config, word)
+    keys = [word] if "." in word else key_paths(Config, word)
     if not keys:
         parser.error_unknown(rest)
     if not equals:

@@ -13,14 +13,14 @@ from hypersd_jax.config.files import save_config as save_config
 from hypersd_jax.config.files import to_dict as to_dict
 from hypersd_jax.config.generator import BASE as BASE
 from hypersd_jax.config.generator import PREVIOUS as PREVIOUS
-from hypersd_jax.config.generator import AnchorConfig as AnchorConfig
 from hypersd_jax.config.generator import GeneratorStage as GeneratorStage
 from hypersd_jax.config.generator import RegressionConfig as RegressionConfig
 from hypersd_jax.config.generator import RegressionStage as RegressionStage
+from hypersd_jax.config.generator import RegulariserConfig as RegulariserConfig
 from hypersd_jax.config.generator import ScoreStage as ScoreStage
 from hypersd_jax.config.hints import SYNONYMS as SYNONYMS
+from hypersd_jax.config.hints import key_paths as key_paths
 from hypersd_jax.config.hints import nearest as nearest
-from hypersd_jax.config.hints import places as places
 from hypersd_jax.config.model_stages import AutoencoderStage as AutoencoderStage
 from hypersd_jax.config.model_stages import TeacherStage as TeacherStage
 from hypersd_jax.config.scalars import utf8 as utf8

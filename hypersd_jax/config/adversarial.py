@@ -1,4 +1,4 @@
-"""What any stage with a discriminator is told."""
+"""The settings of a discriminator, in any stage that has one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class AdversarialConfig:
         loss: the discriminator's loss, and the student's adversarial term with it.
         features: ``encoder``: a head on each down block and the middle one (PCM for SDXL); ``all``: on the up blocks
             too (PCM for SD 1.5); ``mid``: one on the middle block (DMD2); ``pair``: one on the middle blocks of the
-            latents in question and of those that the step started from, side by side (SDXL-Lightning, arXiv
+            latents in question and of those that the step started from, concatenated (SDXL-Lightning, arXiv
             2402.13929).
         learning_rate: the discriminator heads' learning rate.
         updates: steps of the discriminator for one of the student.
@@ -39,11 +39,11 @@ class AdversarialConfig:
         if self.learning_rate <= 0 or self.r1_sigma <= 0:
             raise ValueError("learning_rate and r1_sigma must be above 0")
         if self.r1_sigma != type(self).r1_sigma and not self.r1_weight:
-            raise ValueError("r1_sigma is read only beside an r1_weight above 0")
+            raise ValueError("r1_sigma is read only with an r1_weight above 0")
         if self.updates < 1:
             raise ValueError(f"updates must be at least 1, not {self.updates}")
 
     @derived
     def r1(self) -> bool:
-        """Whether the penalty is there at all."""
+        """Whether there is an R1 penalty."""
         return self.r1_weight > 0

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from hypersd_jax.config.hints import key_hint, nearest
-from hypersd_jax.config.scalars import Words, is_null, said, split_list, to_bool, to_float, to_text, to_whole
+from hypersd_jax.config.scalars import Words, is_null, quoted, split_list, to_bool, to_float, to_int, to_text
 from hypersd_jax.config.stage import kinds as kinds_of
 from hypersd_jax.config.tree import TreeError, read_tree
 from hypersd_jax.errors import UserError
@@ -28,7 +28,7 @@ def build(cls: type[T], value: Any, path: str = "", root: type | None = None) ->
         cls: the dataclass.
         value: a mapping of its keys. Values of type `Words` are read as their field's type asks.
         path: the dotted key that it stands at, which errors carry.
-        root: the dataclass of the whole configuration, in which misplaced keys are looked up; None is ``cls``.
+        root: the dataclass of the configuration, in which misplaced keys are looked up; None is ``cls``.
 
     Raises:
         UserError: naming the key that is unknown, missing or bad.
@@ -40,7 +40,7 @@ def build(cls: type[T], value: Any, path: str = "", root: type | None = None) ->
     if isinstance(value, Words):
         value = opened(value, where)
     if not isinstance(value, Mapping):
-        raise UserError(f"{where} must be a mapping of keys, not {said(value)}")
+        raise UserError(f"{where} must be a mapping of keys, not {quoted(value)}")
     hints = typing.get_type_hints(cls, include_extras=True)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     prefix = f"{path}." if path else ""
@@ -78,7 +78,7 @@ def is_flow_mapping(text: str) -> bool:
 
 
 def opened(words: Words, path: str) -> Any:
-    """The mapping or list that words spell out in YAML; the words themselves where they are a single value.
+    """Read the mapping or list that words spell out in YAML; the words themselves where they are a single value.
 
     Raises:
         UserError: they are no YAML; names ``path``.
@@ -121,12 +121,12 @@ def _convert(kind: Any, value: Any, path: str, root: type, *, optional: bool = F
         return build(kind, value, path, root)
     if kind is str or origin is Annotated:
         return to_text(value, path, is_path=PATH in arguments, optional=optional)
-    readers: dict[Any, Any] = {bool: to_bool, int: to_whole, float: to_float}
-    if kind in readers:
-        return readers[kind](value, path)
+    converters: dict[Any, Any] = {bool: to_bool, int: to_int, float: to_float}
+    if kind in converters:
+        return converters[kind](value, path)
     if isinstance(value, kind):
         return value
-    raise UserError(f"{path} must be {kind}, not {said(value)}")
+    raise UserError(f"{path} must be {kind}, not {quoted(value)}")
 
 
 def _convert_list(kinds: tuple[Any, ...], value: Any, path: str, root: type) -> tuple[Any, ...]:
@@ -137,7 +137,7 @@ def _convert_list(kinds: tuple[Any, ...], value: Any, path: str, root: type) -> 
     if isinstance(value, Words) and not structured and (value if endless else {"[", ","} & set(value)):
         found = split_list(value)
     if not isinstance(found, list | tuple):
-        raise UserError(f"{path} must be a list, not {said(value)}")
+        raise UserError(f"{path} must be a list, not {quoted(value)}")
     if not endless and len(found) != len(kinds):
         raise UserError(f"{path} must have {len(kinds)} values, not {len(found)}")
     each = [kinds[0]] * len(found) if endless else list(kinds)

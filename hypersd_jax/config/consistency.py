@@ -1,4 +1,4 @@
-"""What the stages of consistency distillation are told."""
+"""The settings of consistency distillation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class ConsistencyStage(StageConfig):
         teacher: whose solver step is learned: the guided base's, or the previous stage's student's.
         distance: between the student's side and the target's.
         huber_c: the constant of ``pseudo_huber``.
-        distance_weight: of the distance, beside ``adversarial.weight`` (section 3.1).
+        distance_weight: of the distance, next to ``adversarial.weight`` (section 3.1).
         adversarial: the adversarial term; null: none.
         offset_noise: strength of the offset noise (noise perturbation).
         prompt_dropout: share of empty prompts. With guidance [1, 1] the student then keeps reacting to guidance and
@@ -63,9 +63,9 @@ class ConsistencyStage(StageConfig):
         if self.offset_noise < 0:
             raise ValueError(f"offset_noise must not be negative, not {self.offset_noise}")
         if self.distance_weight < 0 or (self.distance_weight != 1.0 and not self.adversarial):
-            raise ValueError("distance_weight must not be negative, and is 1 where no adversarial term is beside it")
+            raise ValueError("distance_weight must not be negative, and is 1 where there is no adversarial term")
         if self.adversarial and self.kind == "lcm":
-            raise ValueError("adversarial: kind=lcm compares clean estimates and has no segment to judge in")
+            raise ValueError("adversarial: kind=lcm compares clean estimates and has no segment for a discriminator")
         if not 0.0 <= self.prompt_dropout < 1.0:
             raise ValueError(f"prompt_dropout must lie in [0, 1), not {self.prompt_dropout}")
         if self.sample_guidance < 0:
@@ -92,7 +92,7 @@ class ConsistencyStage(StageConfig):
 
     @property
     def learns_nothing(self) -> str | None:
-        """t_end is t_{n-1}, which the student's own step reaches."""
+        """Why an unguided teacher with N = k teaches nothing: t_end is t_{n-1}, which the student's step reaches."""
         if self.kind == "lcm" or self.solver_steps != self.k or self.guided:
             return None
         return (
@@ -102,17 +102,17 @@ class ConsistencyStage(StageConfig):
 
     @property
     def summary(self) -> str:
-        """Method and segments."""
+        """The method and its number of segments."""
         return f"{self.kind} k={self.k}"
 
     @property
     def grid(self) -> int:
-        """The teacher's."""
+        """The teacher's solver steps N."""
         return self.solver_steps
 
     @property
     def samplings(self) -> tuple[Sampling, ...]:
-        """A step for each segment."""
+        """One sampling step for each segment."""
         return (
             {
                 "steps": self.k,

@@ -1,4 +1,4 @@
-"""What the stages are told that train a student on its own samples: score distillation, and regression alone."""
+"""The settings of the stages that train a student on its own samples: score distillation, and regression alone."""
 
 from __future__ import annotations
 
@@ -21,11 +21,11 @@ class RegressionConfig:
     Hyper-SD, arXiv 2404.13686, section 3.3.
 
     Attributes:
-        weight: of the regression beside the matching loss.
+        weight: of the regression, next to the matching loss.
         path_weight: of the MSE at a second point, which the student's own deterministic step has reached: from there it
             is to find the same endpoint, so that more steps correct the first.
         path_range: where that second point lies, as shares of the training timesteps.
-        pairs: how many ODE pairs are computed once and gone over again, as DMD's are, a multiple of the batch; 0
+        pairs: how many ODE pairs are computed once and reused, as DMD's are, a multiple of the batch; 0
             computes every step's anew.
         teacher: an earlier stage by name, whose student has absorbed its guidance; ``previous``, the stage's own start;
             or ``base``, with the stage's guidance.
@@ -48,7 +48,7 @@ class RegressionConfig:
         if not 0.0 <= low < high <= 1.0:
             raise ValueError(f"path_range must be [low, high] with 0 <= low < high <= 1, not [{low}, {high}]")
         if self.path_range != type(self).path_range and not self.path_weight:
-            raise ValueError("path_range is read only beside a path_weight above 0")
+            raise ValueError("path_range is read only with a path_weight above 0")
         if self.pairs < 0:
             raise ValueError(f"pairs must not be negative, not {self.pairs}")
         if self.steps < 1:
@@ -66,18 +66,18 @@ class RegressionConfig:
 
     @derived
     def paired(self) -> bool:
-        """Whether the batches bring noise and end along."""
+        """Whether the batches hold ODE pairs of noise and endpoint."""
         return self.pairs > 0
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class AnchorConfig:
-    """The consistency regulariser: TSCD's loss of one segment, kept on beside score distillation.
+class RegulariserConfig:
+    """The consistency regulariser: TSCD's loss of one segment, next to score distillation's.
 
     It keeps the student good at more steps.
 
     Attributes:
-        weight: of the consistency regulariser beside the matching loss.
+        weight: of the consistency regulariser, next to the matching loss.
         solver_steps: size of its grid.
         teacher: of its solver steps, as in `RegressionConfig`.
     """
@@ -95,7 +95,7 @@ class AnchorConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class GeneratorStage(StageConfig):
-    """What score distillation and regression share: a student that is trained on samples that it makes from noise.
+    """The settings of a student that is trained on its own samples, which score distillation and regression share.
 
     Attributes:
         student: ``lora``, or ``unet``: full fine-tuning with float32 master weights, earlier LoRAs merged. Such a stage
@@ -114,7 +114,7 @@ class GeneratorStage(StageConfig):
     times: tuple[int, ...] = (LATEST,)
     guidance: float = 3.0
     regression: RegressionConfig | None = None
-    anchor: AnchorConfig | None = None
+    anchor: RegulariserConfig | None = None
     data_free: bool = False
     steps: tuple[int, ...] = outside(())
     sampler: Literal["auto", "ddim", "tcd", "lcm"] = outside("auto")
@@ -167,17 +167,17 @@ class GeneratorStage(StageConfig):
 
     @property
     def exports_model(self) -> bool:
-        """Whether the student is a whole UNet."""
+        """Whether all weights of the UNet are trained, in place of a LoRA."""
         return self.student == "unet"
 
     @property
     def teachers(self) -> frozenset[str]:
-        """Of the regression and the anchor."""
+        """The teachers of the regression and the consistency regulariser."""
         return frozenset(settings.teacher for settings in (self.regression, self.anchor) if settings)
 
     @property
     def grid(self) -> int | None:
-        """The anchor's."""
+        """The consistency regulariser's solver steps N; None without it."""
         return self.anchor.solver_steps if self.anchor else None
 
     @property
@@ -246,7 +246,7 @@ class ScoreStage(GeneratorStage):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RegressionStage(GeneratorStage):
-    """A student that is regressed to a many-step teacher's ends, kept by its anchor, or both, without any score.
+    """Regression to a many-step teacher's endpoints, the consistency regulariser, or both, without any score.
 
     Attributes:
         kind: ``regression``.

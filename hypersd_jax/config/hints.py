@@ -1,4 +1,4 @@
-"""The right key in place of a wrong one."""
+"""Suggest the right key for a wrong one."""
 
 from __future__ import annotations
 
@@ -65,27 +65,27 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def key_hint(root: type, path: str, siblings: Sequence[str]) -> str:
-    """A hint for a key that does not belong where it stands: a sibling, or its place elsewhere under ``root``.
+    """A hint for a key that does not belong where it stands: a sibling, or its path elsewhere under ``root``.
 
     Args:
-        root: the dataclass of the whole configuration.
+        root: the dataclass of the configuration.
         path: the dotted path of the key.
         siblings: the keys that do belong there.
     """
     parent, _, name = path.rpartition(".")
     here = re.sub(r"\.\d+(?=\.|$)", ".*", parent)
     found = [other for other in _called(name) if other in siblings]
-    found = found or [place for place in _places(root, _called(name)) if place.rpartition(".")[0] != here]
+    found = found or [path for path in _named_paths(root, _called(name)) if path.rpartition(".")[0] != here]
     if not found and not difflib.get_close_matches(name, siblings, n=1):
-        found = [place for place in places(root, name) if place.rpartition(".")[0] != here]
+        found = [path for path in key_paths(root, name) if path.rpartition(".")[0] != here]
     return f"; did you mean {' or '.join(found)}?" if found else nearest(name, siblings)
 
 
-def places(root: type, name: str) -> list[str]:
-    """Where a key of about this name, or of what it is called here, stands under ``root``: the paths highest up."""
+def key_paths(root: type, name: str) -> list[str]:
+    """Find the paths under ``root`` of a key of about this name, or of its name here: those highest up."""
     name = name.replace("-", "_").lower()
     close = difflib.get_close_matches(name, _known(root), n=1)
-    return _places(root, _called(name)) or _places(root, close)
+    return _named_paths(root, _called(name)) or _named_paths(root, close)
 
 
 def _called(name: str) -> tuple[str, ...]:
@@ -94,7 +94,7 @@ def _called(name: str) -> tuple[str, ...]:
     return SYNONYMS.get(name, (name,))
 
 
-def _places(root: type, names: Iterable[str]) -> list[str]:
+def _named_paths(root: type, names: Iterable[str]) -> list[str]:
     return [path for name in names for path in _known(root).get(name, ())]
 
 

@@ -1,4 +1,4 @@
-"""What the stages are told that train a model's own weights: the autoencoder, and ordinary training of the teacher."""
+"""The settings of the stages that train a model's own weights: the autoencoder, and the teacher."""
 
 from __future__ import annotations
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hypersd_jax.config.building import has_source, is_flow_mapping, opened
-from hypersd_jax.config.hints import nearest, places
+from hypersd_jax.config.hints import key_paths, nearest
 from hypersd_jax.config.scalars import Words
 from hypersd_jax.errors import UserError, shown
 
@@ -19,7 +19,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str], root: type) 
 
     Args:
         tree: plain data, which is changed.
-        overrides: ``key.path=value`` each; the value is taken over as `Words`.
+        overrides: ``key.path=value`` each; the value is taken as `Words`.
         root: the dataclass that the tree is for.
 
     Raises:
@@ -43,7 +43,7 @@ def apply_overrides(tree: dict[str, Any], overrides: Iterable[str], root: type) 
 def _remedy(override: str, root: type) -> str:
     if Path(override).suffix.lower() in (".yaml", ".yml"):
         return f"; a recipe is given as --config {override}"
-    keys = places(root, override)
+    keys = key_paths(root, override)
     return f"; did you mean {keys[0]}=VALUE, without spaces?" if keys else ""
 
 
@@ -51,19 +51,19 @@ def _set(node: Any, parts: list[str], value: Words, key: str) -> None:
     head, rest = parts[0], parts[1:]
     if isinstance(node, list):
         node[:] = [opened(item, key) if isinstance(item, Words) else item for item in node]
-        places: list[Any] = list(_list_indices(node, head, key))
+        entries: list[Any] = list(_list_indices(node, head, key))
     elif isinstance(node, dict):
-        places = [head]
+        entries = [head]
     else:
         raise UserError(f"override {key}: {head} cannot be set inside {shown(node)}")
-    for place in places:
+    for entry in entries:
         if not rest:
-            node[place] = value
+            node[entry] = value
             continue
-        child = node.get(place) if isinstance(node, dict) else node[place]
+        child = node.get(entry) if isinstance(node, dict) else node[entry]
         child = opened(child, key) if isinstance(child, Words) else child
-        node[place] = {} if child is None or (isinstance(child, Words) and not child) else child
-        _set(node[place], rest, value, key)
+        node[entry] = {} if child is None or (isinstance(child, Words) and not child) else child
+        _set(node[entry], rest, value, key)
 
 
 def _list_indices(items: list[Any], head: str, key: str) -> list[int]:

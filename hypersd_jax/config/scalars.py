@@ -1,4 +1,4 @@
-"""Single values from their text: the type of the field decides, not the look of the text."""
+"""Single values from their text: the type of the field decides how it is read."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def is_null(value: Any) -> bool:
 
 
 def to_text(value: Any, path: str, *, is_path: bool, optional: bool) -> str:
-    """The text as it was written.
+    """Read text as it is written.
 
     Args:
         value: what was given.
@@ -47,7 +47,7 @@ def to_text(value: Any, path: str, *, is_path: bool, optional: bool) -> str:
         UserError: it is no text, or not UTF-8.
     """
     if not isinstance(value, str) or (isinstance(value, Words) and not value):
-        raise UserError(f"{path} must be text, not {said(value) if value != '' else 'nothing'}")
+        raise UserError(f"{path} must be text, not {quoted(value) if value != '' else 'nothing'}")
     text = str(value)
     if optional and isinstance(value, Words) and text in ("'null'", '"null"'):
         return "null"
@@ -66,18 +66,18 @@ def utf8(text: str, what: str) -> str:
         raise UserError(f"{what} must be UTF-8 text, not {shown(os.fsencode(text))[1:]}") from None
 
 
-def to_whole(value: Any, path: str) -> int:
-    """A whole number in decimal digits: ``010`` is ten, and ``0x10``, ``1_000``, ``1:30`` are refused."""
+def to_int(value: Any, path: str) -> int:
+    """Read a whole number in decimal digits: ``010`` is ten, and ``0x10``, ``1_000``, ``1:30`` are refused."""
     if isinstance(value, int) and not isinstance(value, bool):
         return value
     text = value.strip() if isinstance(value, str) else ""
     if _WHOLE.fullmatch(text) and len(text) <= _MAX_DIGITS:
         return int(text)
-    raise UserError(f"{path} must be a whole number, not {said(value)}{_plainly(text)}")
+    raise UserError(f"{path} must be a whole number, not {quoted(value)}{_plainly(text)}")
 
 
 def to_float(value: Any, path: str) -> float:
-    """A finite decimal number."""
+    """Read a finite decimal number."""
     if isinstance(value, int | float) and not isinstance(value, bool):
         text = repr(value) if isinstance(value, float) else f"{value:d}"
     else:
@@ -86,22 +86,22 @@ def to_float(value: Any, path: str) -> float:
     if math.isfinite(number):
         return number
     what = "a number" if text[:1] in ("", "[", "{") else "a finite number"
-    raise UserError(f"{path} must be {what}, not {said(value)}{_plainly(text)}")
+    raise UserError(f"{path} must be {what}, not {quoted(value)}{_plainly(text)}")
 
 
 def to_bool(value: Any, path: str) -> bool:
-    """``true`` or ``false``."""
+    """Read ``true`` or ``false``."""
     if isinstance(value, bool):
         return value
     text = value.strip() if isinstance(value, str) else str(value)
     if text in _BOOLEANS:
         return _BOOLEANS[text]
     meant = _SAID_OTHERWISE.get(text.lower())
-    raise UserError(f"{path} must be true or false, not {said(value)}{f' (write {meant})' if meant else ''}")
+    raise UserError(f"{path} must be true or false, not {quoted(value)}{f' (write {meant})' if meant else ''}")
 
 
 def split_list(text: str) -> list[Any]:
-    """The values of ``[a, b]`` or ``a, b``: each as it is written, or in quotes where it holds a comma."""
+    """Split the values of ``[a, b]`` or ``a, b``: each as it is written, or in quotes where it holds a comma."""
     text = text.strip()
     if text.startswith("[") and text.endswith("]"):
         text = text[1:-1]
@@ -115,8 +115,8 @@ def split_list(text: str) -> list[Any]:
     return values
 
 
-def said(value: Any) -> str:
-    """A value as a message shows it: numbers and lists without quotes."""
+def quoted(value: Any) -> str:
+    """Show a value in a message: numbers and lists without quotes."""
     bare = isinstance(value, Words) and (_DECIMAL.fullmatch(value) or value[:1] in ("[", "{"))
     return short(value) if bare else shown(value)
 

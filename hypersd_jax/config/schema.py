@@ -1,4 +1,4 @@
-"""A whole run, as typed configuration."""
+"""A run, as typed configuration."""
 
 from __future__ import annotations
 
@@ -130,11 +130,11 @@ class EvaluationConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
-    """A whole run.
+    """The settings of a run.
 
     Attributes:
         output_dir: the folder that the run writes to.
-        reuse: the folder of another run, whose first stages are taken over as far as all that made them is the same.
+        reuse: the folder of another run, whose first stages are reused as far as all that made them is the same.
         seed: seed of every random stream of the run.
         model: the base model.
         data: the dataset.
@@ -176,9 +176,9 @@ class Config:
         if not self.active_stages:
             raise ValueError("stages: all of them are skipped")
         if self.adapter_stages and self.model.fresh:
-            raise ValueError("model.fresh: stages that train an adapter need a whole model")
+            raise ValueError("model.fresh: stages that train an adapter need a complete model")
         if self.reuse is not None and not self.adapter_stages:
-            raise ValueError("reuse: only stages that start from a whole model are taken over")
+            raise ValueError("reuse: only stages that start from a complete model are reused")
         first = self.active_stages[0]
         if reason := first.learns_nothing:
             raise ValueError(f"stages.{first.name}: {reason}")

@@ -1,4 +1,4 @@
-"""What every kind of stage is told, and what a run asks of any of them."""
+"""The settings that every kind of stage has, and what a run reads of them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Sampling(TypedDict):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class StageConfig:
-    """What every kind of stage has: its length, AdamW's settings, and the moving average of the weights.
+    """The settings of every kind of stage: its length, AdamW's, and the moving average of the weights.
 
     A kind of stage is a subclass with a ``kind`` of its own. Its instances are arguments of the compiled step too, as
     `config.fields` says.
@@ -86,7 +86,7 @@ class StageConfig:
 
     @property
     def summary(self) -> str:
-        """What it is, for the file of its student."""
+        """A short description for the file of its student."""
         return self.name
 
     @property
@@ -96,12 +96,12 @@ class StageConfig:
 
     @property
     def exports_model(self) -> bool:
-        """Whether it hands on a whole model, and not an adapter."""
+        """Whether it exports a model, and not an adapter."""
         return not self.trains_adapter
 
     @property
     def teachers(self) -> frozenset[str]:
-        """What it names as teachers: earlier stages, or BASE and PREVIOUS."""
+        """The teachers that it names: earlier stages, or BASE and PREVIOUS."""
         return frozenset()
 
     @property
@@ -116,7 +116,7 @@ class StageConfig:
 
 
 def kinds(cls: type) -> dict[str, type]:
-    """The classes below ``cls`` that have a ``kind``, by each of its names, in the order in which they were defined."""
+    """Find the subclasses of ``cls`` that have a ``kind``, by each of its names, in the order of definition."""
     found: dict[str, type] = {}
     each: type
     for each in _below(cls):

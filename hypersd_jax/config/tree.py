@@ -1,4 +1,4 @@
-"""YAML into plain data whose scalars keep their words: what they mean is for the fields that they are given to."""
+"""YAML into plain data whose scalars keep their text: the fields that they are given to decide how it is read."""
 
 from __future__ import annotations
 

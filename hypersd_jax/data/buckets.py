@@ -1,6 +1,6 @@
 """Aspect buckets: which sizes there are, and an endless stream whose batches each come from one of them.
 
-As NovelAI's and kohya's trainers do it: pictures are sorted by shape into sizes of about equal area, so that little is
+As NovelAI's and kohya's trainers do it: images are sorted by shape into sizes of about equal area, so that little is
 cropped away. Each size compiles its own program.
 """
 
@@ -17,7 +17,7 @@ BATCHES, ITEMS = 0, 1
 
 
 def bucket_sizes(resolution: int, step: int) -> list[tuple[int, int]]:
-    """The (height, width) of all buckets: multiples of ``step``, area up to ``resolution`` squared, as near as can be.
+    """List the (height, width) of all buckets: multiples of ``step``, as near to ``resolution`` squared as can be.
 
     Raises:
         ValueError: ``resolution`` is not a multiple of ``step``.
@@ -33,7 +33,7 @@ def bucket_sizes(resolution: int, step: int) -> list[tuple[int, int]]:
 
 
 def nearest_bucket(sizes: np.ndarray, buckets: list[tuple[int, int]]) -> np.ndarray:
-    """The bucket of each picture (N, 2), by the logarithm of the aspect ratio: places in ``buckets``, int64 (N,)."""
+    """Find the bucket of each image (N, 2), by the aspect ratio's logarithm: indices into ``buckets``, int64 (N,)."""
     aspects = np.log(sizes[:, 0] / sizes[:, 1])
     shapes = np.asarray(buckets, np.float64)
     distance = np.abs(aspects[:, None] - np.log(shapes[:, 0] / shapes[:, 1]))
@@ -44,9 +44,9 @@ class Stream:
     """An endless, shuffled stream over groups of items, in which each batch comes from one group.
 
     Every group is an endless stream of its own that holds each of its items once an epoch, cut into batches; what is
-    left of a group at the end of an epoch begins its first batch of a later one. So nothing is left out and nothing
-    comes twice, and a group smaller than a batch has one only every few epochs. The batches of an epoch are shuffled
-    among the groups. With one group and ``batch_size`` 1 that is a plain shuffled stream.
+    left of a group at the end of an epoch begins its first batch of a later one. So nothing is left out or repeated,
+    and a group smaller than a batch has one only every few epochs. The batches of an epoch are shuffled among the
+    groups. With one group and ``batch_size`` 1 that is a plain shuffled stream.
     """
 
     def __init__(self, counts: list[int], batch_size: int, seed: int) -> None:
@@ -55,24 +55,24 @@ class Stream:
         self._seed = seed
         self._orders = [Shuffle(n, int(mix(seed, ITEMS, g)[0])) for g, n in enumerate(counts)]
 
-    def places(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """The group of each position (B,), and the place in that group's own stream, both int64 (B,)."""
+    def locate(self, positions: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Find the group of each position (B,) and the offset into that group's own stream, both int64 (B,)."""
         positions = np.asarray(positions, np.int64)
         if len(self._counts) == 1:
             return np.zeros_like(positions), positions
-        numbers, rows = np.divmod(positions, self._batch_size)
+        numbers, within = np.divmod(positions, self._batch_size)
         found = {int(number): self._batch(int(number)) for number in np.unique(numbers)}
         groups, batches = np.asarray([found[int(number)] for number in numbers], np.int64).reshape(-1, 2).T
-        return groups, batches * self._batch_size + rows
+        return groups, batches * self._batch_size + within
 
-    def item(self, group: int, place: int, after: int = 0) -> int:
-        """Which of a group's items stands at a place of its stream, or ``after`` places later in the same epoch.
+    def item(self, group: int, offset: int, after: int = 0) -> int:
+        """Find the item of a group at an offset into its stream, or ``after`` items later in the same epoch.
 
         Beyond the epoch's end its beginning follows, so that ``after`` from 0 up to the group's size comes to every
         item once.
         """
         count = int(self._counts[group])
-        epoch, within = divmod(place, count)
+        epoch, within = divmod(offset, count)
         return int(self._orders[group](np.asarray([epoch * count + (within + after) % count]))[0])
 
     def _batch(self, number: int) -> tuple[int, int]:
@@ -84,10 +84,10 @@ class Stream:
         groups = np.repeat(np.arange(len(first)), end - first)
         order = np.argsort(mix(self._seed, BATCHES, epoch, np.arange(len(groups))), kind="stable")
         mixed = groups[order]
-        place = number - int(first.sum())
-        group = int(mixed[place])
-        return group, int(first[group] + np.count_nonzero(mixed[:place] == group))
+        index = number - int(first.sum())
+        group = int(mixed[index])
+        return group, int(first[group] + np.count_nonzero(mixed[:index] == group))
 
     def _before(self, epoch: int) -> np.ndarray:
-        """How many whole batches each group has had by the beginning of an epoch, (G,)."""
+        """How many full batches each group has had by the beginning of an epoch, (G,)."""
         return epoch * self._counts // self._batch_size

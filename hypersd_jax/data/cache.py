@@ -1,10 +1,10 @@
-"""Encoded pictures and captions on disk: shards of rows by key, and a manifest that says what they were made from.
+"""Encoded images and captions on disk: shards of examples by key, and a manifest of what they were made from.
 
     CACHE/manifest.json            {"version", "facts", "rows", "arrays", "shards": [{"file", "rows", "sha256"}]}
     CACHE/shard-00000.safetensors  "key" int64 (n,), and each array (n, ...)
 
-A shard appears under its name only when it is whole, and the manifest lists only such shards, so that writing goes on
-after any interruption where it stood.
+A shard appears under its name only when it is complete, and the manifest lists only such shards, so that writing
+resumes after any interruption.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ VERSION = 1
 MANIFEST = "manifest.json"
 KEY = "key"
 LOCK = ".lock"
-"""That a process puts into a folder which it writes to; it makes no folder another's."""
+"""The file by which a process marks a folder that it writes to."""
 
 Arrays = dict[str, np.ndarray]
 
 
 class CacheWriter:
-    """Writes shards in order; what an earlier, interrupted run of the same facts wrote is kept."""
+    """Writes shards in order; what an earlier, interrupted run with the same metadata wrote is kept."""
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any], keys: np.ndarray, shard_rows: int) -> None:
+    def __init__(self, folder: Path, metadata: Mapping[str, Any], keys: np.ndarray, shard_rows: int) -> None:
         """Open the folder, or create it.
 
         Args:
             folder: of the cache.
-            facts: what decides the rows' contents: fingerprints of weights, data and settings; plain JSON.
-            keys: (N,) int64, all rows of the finished cache in their order.
-            shard_rows: rows a shard.
+            metadata: what decides the examples' contents: fingerprints of weights, data and settings; plain JSON.
+            keys: (N,) int64, all examples of the finished cache in their order.
+            shard_rows: examples a shard.
 
         Raises:
-            UserError: the folder holds a cache of other facts, or is damaged, or cannot be written.
+            UserError: the folder holds a cache with other metadata, or is damaged, or cannot be written.
         """
         self.folder = folder
         self._keys = np.asarray(keys, np.int64)
         self._rows = shard_rows
         self._manifest: dict[str, Any] = {
             "version": VERSION,
-            "facts": json.loads(json.dumps(dict(facts))),
+            "facts": json.loads(json.dumps(dict(metadata))),
             "rows": len(keys),
             "keys": hashlib.sha256(self._keys.tobytes()).hexdigest(),
             "shard_rows": shard_rows,
@@ -68,16 +68,16 @@ class CacheWriter:
 
     @property
     def done(self) -> int:
-        """Rows that are on disk."""
+        """Count the examples that are on disk."""
         return sum(int(shard["rows"]) for shard in self._manifest["shards"])
 
     def missing(self) -> Iterator[np.ndarray]:
-        """The keys of each shard that is still to be written, in order; call `write` for one before the next."""
+        """Yield the keys of each shard that is missing, in order; call `write` for one before the next."""
         for start in range(self.done, len(self._keys), self._rows):
             yield self._keys[start : start + self._rows]
 
     def write(self, arrays: Mapping[str, np.ndarray]) -> None:
-        """Write the rows of the next missing shard, ``{name: (n, ...)}``.
+        """Write the examples of the next missing shard, ``{name: (n, ...)}``.
 
         Raises:
             UserError: naming the array whose numbers are not finite, or the disk's refusal.
@@ -101,7 +101,7 @@ class CacheWriter:
 
 
 class Cache:
-    """A finished cache; rows are read from the disk as they are asked for."""
+    """A finished cache; examples are read from the disk as they are asked for."""
 
     def __init__(self, folder: Path, *, verify: bool = False) -> None:
         """Open it.
@@ -115,7 +115,7 @@ class Cache:
         """
         self.folder = folder
         manifest = _read_manifest(folder)
-        self.facts: dict[str, Any] = manifest["facts"]
+        self.metadata: dict[str, Any] = manifest["facts"]
         written = sum(int(shard["rows"]) for shard in manifest["shards"])
         if written != manifest["rows"]:
             raise UserError(f"{folder}: {written} of {manifest['rows']} rows are there; run `hypersd cache` to the end")
@@ -141,14 +141,14 @@ class Cache:
     def __len__(self) -> int:
         return len(self._keys)
 
-    def require(self, facts: Mapping[str, Any]) -> None:
-        """UserError naming the first fact in which the cache differs from this run's."""
-        wanted = json.loads(json.dumps(dict(facts)))
+    def require(self, metadata: Mapping[str, Any]) -> None:
+        """Require this run's metadata of the cache; a UserError names the first entry that differs."""
+        wanted = json.loads(json.dumps(dict(metadata)))
         for name, value in wanted.items():
-            require_same(self.folder, name, self.facts.get(name), value)
+            require_same(self.folder, name, self.metadata.get(name), value)
 
     def require_rows(self, keys: np.ndarray) -> None:
-        """UserError unless all of these rows are there."""
+        """Require the examples of these keys; a UserError names one that is missing."""
         missing = np.setdiff1d(keys, self._keys)
         if len(missing):
             raise UserError(
@@ -156,12 +156,12 @@ class Cache:
             )
 
     def rows(self, keys: np.ndarray) -> Arrays:
-        """Every array's rows of these keys (B,), in their order; a key that is not there is a UserError."""
+        """Read every array's entries of these keys (B,), in their order; a key that is not there is a UserError."""
         keys = np.asarray(keys, np.int64)
-        places = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
-        if not np.array_equal(self._keys[places], keys):
-            raise UserError(f"{self.folder}: row {int(keys[self._keys[places] != keys][0])} is not in the cache")
-        shards, rows = self._shards[places], self._rows[places]
+        indices = np.minimum(np.searchsorted(self._keys, keys), len(self._keys) - 1)
+        if not np.array_equal(self._keys[indices], keys):
+            raise UserError(f"{self.folder}: row {int(keys[self._keys[indices] != keys][0])} is not in the cache")
+        shards, rows = self._shards[indices], self._rows[indices]
         return {
             name: np.stack([self._files[shard].read_row(name, row) for shard, row in zip(shards, rows, strict=True)])
             for name in self.names
@@ -169,7 +169,7 @@ class Cache:
 
 
 def require_same(folder: Path, name: str, found: Any, wanted: Any) -> None:
-    """UserError that names the first thing in which a cache is another's."""
+    """Require one entry of a cache's metadata to be this run's, which a UserError names otherwise."""
     if found == wanted:
         return
     if isinstance(found, dict) and isinstance(wanted, dict):

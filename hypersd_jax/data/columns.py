@@ -51,7 +51,7 @@ def find_column(features: Mapping[str, Any], given: str | None, kind: Kind, sour
 
 
 def _has(features: Mapping[str, Any], name: str) -> bool:
-    """Whether a dotted name leads to a column; types without named parts, such as JSON, may hold anything."""
+    """Whether a dotted name addresses a column; types without named parts, such as JSON, may hold anything."""
     if name in features:
         return True
     head, dot, rest = name.partition(".")
@@ -62,7 +62,7 @@ def _has(features: Mapping[str, Any], name: str) -> bool:
 
 
 def column_of(features: Mapping[str, Any], name: str) -> str:
-    """The outermost column that a dotted name leads into."""
+    """Return the outermost column of a dotted name."""
     return name if name in features else name.partition(".")[0]
 
 
@@ -89,7 +89,7 @@ def json_cell(data: bytes) -> Any:
 
 
 def caption_text(row: Mapping[str, Any], name: str) -> str:
-    """A row's caption on one line, ``""`` if there is none; of a list of captions the first.
+    """Read a row's caption on one line, ``""`` if there is none; of a list of captions the first.
 
     Raises:
         ValueError: its bytes are not UTF-8 text.
@@ -103,7 +103,7 @@ def caption_text(row: Mapping[str, Any], name: str) -> str:
 
 
 def image_cell(row: Mapping[str, Any], name: str) -> bytes | str:
-    """A row's encoded image, or the path or URL where it is.
+    """Return a row's encoded image, or the path or URL where it is.
 
     Raises:
         ValueError: the cell is empty or something else.

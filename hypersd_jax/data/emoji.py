@@ -1,6 +1,6 @@
-"""The embedded picture set: open emoji art, one concept in up to five drawing styles, with clean names.
+"""The embedded images: open emoji art, one concept in up to five drawing styles, with clean names.
 
-THIRD_PARTY_NOTICES.md says where the pictures come from and under which licences.
+THIRD_PARTY_NOTICES.md says where the images come from and under which licences.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ COLOURS: dict[str, tuple[int, int, int]] = {
     "pink": (246, 164, 200),
     "black": (28, 28, 32),
 }
-"""The grounds that pictures are laid on, sRGB 0..255."""
+"""The backgrounds that images are laid on, sRGB 0..255."""
 
 TEST_FRACTION = 0.1
 """The share of concepts that training never sees."""
@@ -40,7 +40,7 @@ TEST_FRACTION = 0.1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class EmojiRecord:
-    """One picture. ``concept`` is the hexcode, shared by all styles and by code points drawn with the same picture."""
+    """One image. ``concept`` is the hexcode, shared by all styles and by code points with the same image."""
 
     label: str
     style: str
@@ -63,7 +63,7 @@ class EmojiSet:
         return len(self.records)
 
     def indices(self, split: Split, groups: Iterable[str] | None = None) -> np.ndarray:
-        """The pictures of a split, ``all`` being both, int64 (M,), of these groups or of all.
+        """Find the images of a split, ``all`` being both, int64 (M,), of these groups or of all.
 
         Raises:
             UserError: naming a group that does not exist.
@@ -83,16 +83,16 @@ def split_of(record: EmojiRecord) -> Literal["train", "test"]:
 
 
 def caption(record: EmojiRecord, colour: str) -> str:
-    """``"red apple, noto style"`` on white, ``"red apple, noto style, blue background"`` on another ground."""
+    """``"red apple, noto style"`` on white, ``"red apple, noto style, blue background"`` on another background."""
     text = f"{record.label}, {record.style} style"
     return text if colour == "white" else f"{text}, {colour} background"
 
 
-def composite(rgba: np.ndarray, ground: tuple[int, int, int]) -> np.ndarray:
-    """Lay pictures (..., H, W, 4) uint8 with straight alpha on a ground: (..., H, W, 3) uint8, rounded to nearest."""
+def composite(rgba: np.ndarray, background: tuple[int, int, int]) -> np.ndarray:
+    """Lay images (..., H, W, 4) uint8 with straight alpha on a background: (..., H, W, 3) uint8, rounded to nearest."""
     alpha = rgba[..., 3:].astype(np.float32) / np.float32(255)
     colours = rgba[..., :3].astype(np.float32)
-    below = np.broadcast_to(np.asarray(ground, np.float32), colours.shape)
+    below = np.broadcast_to(np.asarray(background, np.float32), colours.shape)
     return np.round(below + (colours - below) * alpha).astype(np.uint8)
 
 
@@ -110,7 +110,7 @@ def load_emoji() -> EmojiSet:
 
 
 def _cut(path: Path, size: int) -> np.ndarray:
-    """A sheet's pictures in reading order, (n, size, size, 4)."""
+    """A sheet's images in reading order, (n, size, size, 4)."""
     with Image.open(path) as sheet:
         pixels = np.asarray(sheet.convert("RGBA"))
     rows, columns = pixels.shape[0] // size, pixels.shape[1] // size

@@ -165,7 +165,7 @@ def _spelled(system: Any, name: str) -> str:
 
 
 def file_name(file: str) -> str:
-    """The last part of a path or URL."""
+    """Return the last part of a path or URL."""
     return (file.partition("?")[0] if file.startswith(WEB) else file).rpartition("/")[2]
 
 
@@ -185,9 +185,9 @@ def stamp(path: str) -> str:
         status = Path(path).stat()
         return f"{status.st_size} {status.st_mtime_ns}"
     system, root = _resolved(path)
-    facts = system.info(root)
-    times = (str(facts[key]) for key in ("ETag", "etag", "mtime", "updated", "LastModified", "created") if key in facts)
-    return f"{facts.get('size')} {next(times, '')}"
+    info = system.info(root)
+    times = (str(info[key]) for key in ("ETag", "etag", "mtime", "updated", "LastModified", "created") if key in info)
+    return f"{info.get('size')} {next(times, '')}"
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -203,9 +203,9 @@ def expand_braces(pattern: str) -> list[str]:
     else:
         choices = inside.split(",")
     return [
-        whole
+        expanded
         for choice in choices
-        for whole in expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
+        for expanded in expand_braces(pattern[: match.start()] + choice + pattern[match.end() :])
     ]
 
 

@@ -1,4 +1,4 @@
-"""From a configuration to a source of pairs, or of prompts."""
+"""From a configuration to a source of captioned images, or of prompts."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from collections.abc import Iterable
 
 from hypersd_jax.config import DataConfig
 from hypersd_jax.data.emoji import Split
-from hypersd_jax.data.pairs import PairSource
+from hypersd_jax.data.emoji_source import EmojiSource
+from hypersd_jax.data.image_text import ImageTextSource
 from hypersd_jax.data.prompts import PromptSource
-from hypersd_jax.data.reading import read_rows
-from hypersd_jax.data.samples import EmojiSource
+from hypersd_jax.data.reading import read_examples
 from hypersd_jax.data.source import Prompts, Source
 from hypersd_jax.errors import UserError
 
@@ -20,12 +20,12 @@ TABLE_KEYS = ("image_column", "caption_column", "crop", "flip", "bucket_step", "
 
 
 def open_source(config: DataConfig, *, resolution: int, seed: int, batch_size: int | None = None) -> Source:
-    """The training pairs that ``config.source`` names.
+    """Open the captioned images that ``config.source`` names.
 
     Args:
         config: of the data.
-        resolution: of the pictures, or of the square whose area aspect buckets keep to.
-        seed: of order and chance.
+        resolution: of the images, or of the square whose area aspect buckets keep to.
+        seed: of the order and all randomness.
         batch_size: of all stages, which aspect buckets need; None where they differ.
 
     Raises:
@@ -36,14 +36,14 @@ def open_source(config: DataConfig, *, resolution: int, seed: int, batch_size: i
     _refuse(config, EMOJI_KEYS)
     if config.bucket_step and batch_size is None:
         raise UserError("data.bucket_step: aspect buckets need all stages to have the same batch_size")
-    rows = read_rows(
+    examples = read_examples(
         config.source,
         split=config.split,
         image_column=config.image_column,
         caption_column=config.caption_column,
     )
-    return PairSource(
-        rows,
+    return ImageTextSource(
+        examples,
         resolution=resolution,
         seed=seed,
         crop=config.crop,
@@ -55,7 +55,7 @@ def open_source(config: DataConfig, *, resolution: int, seed: int, batch_size: i
 
 
 def open_prompts(config: DataConfig, *, seed: int) -> Prompts:
-    """The prompts that ``config.source`` names: of a text file one a line, of anything else the captions.
+    """Open the prompts that ``config.source`` names: of a text file one a line, of anything else the captions.
 
     Raises:
         UserError: naming the source or key at fault.
@@ -64,7 +64,7 @@ def open_prompts(config: DataConfig, *, seed: int) -> Prompts:
         return _open_emoji(config, 64, seed)
     _refuse(config, EMOJI_KEYS)
     return PromptSource(
-        read_rows(
+        read_examples(
             config.source, split=config.split, image_column=None, caption_column=config.caption_column, images=False
         ),
         seed=seed,
@@ -75,7 +75,7 @@ def _open_emoji(config: DataConfig, resolution: int, seed: int) -> EmojiSource:
     _refuse(config, TABLE_KEYS)
     splits: dict[str, Split] = {"train": "train", "test": "test", "all": "all"}
     if config.split not in splits:
-        raise UserError(f"data.split={config.split!r}: the embedded pictures have {', '.join(splits)}")
+        raise UserError(f"data.split={config.split!r}: the embedded images have {', '.join(splits)}")
     return EmojiSource(
         resolution=resolution,
         seed=seed,

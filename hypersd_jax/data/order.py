@@ -1,4 +1,4 @@
-"""Order and chance from integers alone: the same on every machine, Python and NumPy version."""
+"""Order and randomness from integers alone: the same on every machine, Python and NumPy version."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ def fraction(hashed: np.ndarray) -> np.ndarray:
 
 
 def text_fraction(text: str) -> float:
-    """A fixed place in [0, 1) for a text."""
+    """Hash a text to a fixed number in [0, 1)."""
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") / 2.0**64
 
 
 def shuffled(positions: np.ndarray, count: int, seed: int) -> np.ndarray:
-    """Which of ``count`` items stand at these positions (B,) of an endless stream, int64 (B,).
+    """Find which of ``count`` items are at these positions (B,) of an endless stream, int64 (B,).
 
-    Position p is place p mod count of epoch p div count; each epoch holds every item once, in an order of its own.
+    Position p is offset p mod count into epoch p div count; each epoch holds every item once, in an order of its own.
     """
     return Shuffle(count, seed)(positions)
 
@@ -46,13 +46,13 @@ class Shuffle:
         self._last = (-1, np.empty(0, np.int64))
 
     def __call__(self, positions: np.ndarray) -> np.ndarray:
-        """The items at these positions (B,), int64 (B,)."""
+        """Find the items at these positions (B,), int64 (B,)."""
         positions = np.asarray(positions, np.int64)
-        epochs, places = positions // self._count, positions % self._count
+        epochs, offsets = positions // self._count, positions % self._count
         items = np.empty_like(positions)
         for epoch in np.unique(epochs):
             here = epochs == epoch
-            items[here] = self._order(int(epoch))[places[here]]
+            items[here] = self._order(int(epoch))[offsets[here]]
         return items
 
     def _order(self, epoch: int) -> np.ndarray:

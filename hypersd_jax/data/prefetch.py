@@ -18,8 +18,8 @@ class _End(NamedTuple):
 def prefetch(items: Iterable[T], depth: int = 2) -> Generator[T, None, None]:
     """Yield ``items``, made up to ``depth`` ahead in a thread of its own.
 
-    What raises there is raised here, in its place of the order. When the generator is closed or dropped the thread
-    stops after the item in hand; one that hangs, as on a network, is not waited for.
+    What raises there is raised here, when its item is due. When the generator is closed or dropped the thread
+    stops after the item in hand; one that hangs, as on a network, is left behind.
 
     Raises:
         ValueError: when ``depth`` is below 1.

@@ -1,4 +1,4 @@
-"""An endless stream of prompts without pictures."""
+"""An endless stream of prompts without images."""
 
 from __future__ import annotations
 
@@ -6,35 +6,37 @@ import warnings
 
 import numpy as np
 
+from hypersd_jax.data.examples import NO_CAPTION, Examples
 from hypersd_jax.data.left_out import LeftOut
 from hypersd_jax.data.order import mix, shuffled
-from hypersd_jax.data.rows import NO_CAPTION, Rows
 from hypersd_jax.errors import UserError
 
 PREVIEWS = 8
-# What a hash is drawn for.
+# What a random number is for.
 ORDER = 0
 
 
 class PromptSource:
     """The captions of a table, shuffled anew each epoch; empty ones are left out."""
 
-    def __init__(self, rows: Rows, *, seed: int) -> None:
+    def __init__(self, examples: Examples, *, seed: int) -> None:
         """Read them all, and count in one line what cannot be read; raises UserError where there are none."""
         self._prompts, unread = [], LeftOut()
-        for row, (caption, wrong) in enumerate(rows.captions()):
+        for row, (caption, wrong) in enumerate(examples.captions()):
             if caption:
                 self._prompts.append(caption)
             elif wrong != NO_CAPTION:
-                unread.add(wrong, [rows.name_of(row)])
+                unread.add(wrong, [examples.name_of(row)])
         if not self._prompts:
-            raise UserError(f"data.source: {rows.source}: none of its {len(rows)} rows holds a prompt")
+            raise UserError(f"data.source: {examples.source}: none of its {len(examples)} rows holds a prompt")
         if unread:
-            warnings.warn(f"data.source: {rows.source}: left out of {len(rows)} prompts: {unread}", stacklevel=3)
+            warnings.warn(
+                f"data.source: {examples.source}: left out of {len(examples)} prompts: {unread}", stacklevel=3
+            )
         self._seed = int(mix(seed, ORDER)[0])
 
     def __len__(self) -> int:
-        """Prompts in an epoch."""
+        """Count the prompts of an epoch."""
         return len(self._prompts)
 
     @property
@@ -43,5 +45,5 @@ class PromptSource:
         return self._prompts[:PREVIEWS]
 
     def prompts(self, positions: np.ndarray) -> list[str]:
-        """The prompts at these positions (B,) of the stream."""
+        """Read the prompts at these positions (B,) of the stream."""
         return [self._prompts[index] for index in shuffled(positions, len(self), self._seed)]

@@ -1,4 +1,4 @@
-"""From what `data.source` says to a table of samples."""
+"""From the value of `data.source` to a table of examples."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path, PurePath
 from typing import Any
 
 from hypersd_jax.data.columns import caption_text, column_of, find_column, json_cell
+from hypersd_jax.data.examples import READERS, Examples
 from hypersd_jax.data.listing import Listing, file_name, is_url, list_files, open_file, reason, stamp
-from hypersd_jax.data.rows import READERS, Rows
 from hypersd_jax.data.splits import images_of, shards_of
 from hypersd_jax.data.tables import TEXT_TABLES, Columns, join_tables, read_table
 from hypersd_jax.errors import UserError
@@ -27,10 +27,10 @@ METADATA = ("metadata.jsonl", "metadata.csv", "metadata.parquet")
 SHARDS = (".parquet", ".tar")
 
 
-def read_rows(
+def read_examples(
     source: str, *, split: str, image_column: str | None, caption_column: str | None, images: bool = True
-) -> Rows:
-    """Read the samples that a source holds.
+) -> Examples:
+    """Read the examples that a source holds.
 
     Args:
         source: a folder, files or a hub dataset; docs/data.md lists the forms.
@@ -90,18 +90,18 @@ def _hub_id(source: str) -> HubId | None:
     return found
 
 
-def _from_hub(source: str, repository: HubId, split: str) -> Rows:
+def _from_hub(source: str, repository: HubId, split: str) -> Examples:
     import datasets
 
     try:
         table = datasets.load_dataset(repository.repo, revision=repository.revision, split=split)
     except Exception as error:  # the library raises many kinds
         why = reason(error.__cause__ or error)
-        raise UserError(f"data.source: {source} is no local path, and not readable as a hub data set ({why})") from None
-    return Rows(source=source, table=table, version=str(table._fingerprint))
+        raise UserError(f"data.source: {source} is no local path, and not readable as a hub dataset ({why})") from None
+    return Examples(source=source, table=table, version=str(table._fingerprint))
 
 
-def _from_files(listing: Listing, split: str) -> Rows:
+def _from_files(listing: Listing, split: str) -> Examples:
     files, folder, source = listing.files, listing.folder, listing.source
     if len(files) == 1 and file_name(files[0]) not in METADATA and _ending(files[0]) in (*SHARDS, *TEXT_TABLES):
         chosen = shards_of(listing, files, split)
@@ -112,7 +112,7 @@ def _from_files(listing: Listing, split: str) -> Rows:
         if shards:
             rows = _shards(source, shards_of(listing, shards, split))
             images = tuple(file for file in files if is_readable(file) or _ending(file) in UNREAD_ENDINGS)
-            return dataclasses.replace(rows, folders=(folder,), beside=images, left_out=listing.left_out)
+            return dataclasses.replace(rows, folders=(folder,), candidates=images, left_out=listing.left_out)
     chosen, apart = images_of(listing, split)
     left_out = {**listing.left_out, **{why: _names(filter(is_readable, those)) for why, those in apart.items()}}
     metadata = [file for file in chosen if file_name(file) in METADATA]
@@ -136,7 +136,7 @@ def _version(files: Sequence[str]) -> str:
     return hashlib.sha256("\n".join([*files, *stamps]).encode()).hexdigest()
 
 
-def _shards(source: str, files: list[str]) -> Rows:
+def _shards(source: str, files: list[str]) -> Examples:
     """One table of parquet files or of tars."""
     import datasets
     from datasets.data_files import DataFilesDict, DataFilesList
@@ -155,7 +155,7 @@ def _shards(source: str, files: list[str]) -> Rows:
             table = builder.as_dataset(split="train")
     except Exception as error:  # the library raises many kinds
         raise UserError(f"data.source: {source} cannot be read ({reason(error.__cause__ or error)})") from None
-    return Rows(source=source, table=table, version=version)
+    return Examples(source=source, table=table, version=version)
 
 
 @contextlib.contextmanager
@@ -173,12 +173,12 @@ def _plain_names(files: Sequence[str]) -> Iterator[list[str]]:
         yield names
 
 
-def _tables(source: str, files: list[str]) -> Rows:
+def _tables(source: str, files: list[str]) -> Examples:
     """One table of text tables."""
     return _in_memory(source, join_tables(map(read_table, files)))
 
 
-def _in_memory(source: str, columns: Mapping[str, Sequence[Any]], folders: Sequence[str] = ("",)) -> Rows:
+def _in_memory(source: str, columns: Mapping[str, Sequence[Any]], folders: Sequence[str] = ("",)) -> Examples:
     """A table of columns of text, or of bytes."""
     import datasets
 
@@ -191,10 +191,10 @@ def _in_memory(source: str, columns: Mapping[str, Sequence[Any]], folders: Seque
         raw = any(isinstance(cell, bytes) for cell in cells)
         features[name] = datasets.Value("large_binary" if raw else "large_string")
     table = datasets.Dataset.from_dict(dict(columns), features=datasets.Features(features))
-    return Rows(source=source, table=table, version=digest.hexdigest())
+    return Examples(source=source, table=table, version=digest.hexdigest())
 
 
-def _with_metadata(source: str, files: Sequence[str], metadata: list[str]) -> Rows:
+def _with_metadata(source: str, files: Sequence[str], metadata: list[str]) -> Examples:
     """The tables of a folder, one for each folder of images, one after the other."""
     folders = [file.rpartition("/")[0] for file in metadata]
     for folder in folders:
@@ -207,10 +207,10 @@ def _with_metadata(source: str, files: Sequence[str], metadata: list[str]) -> Ro
     starts = tuple(sum(lengths[:index]) for index in range(len(lengths)))
     rows = _in_memory(source, join_tables(tables), folders)
     images = tuple(file for file in files if is_readable(file))
-    return dataclasses.replace(rows, starts=starts, folders=tuple(folders), beside=images)
+    return dataclasses.replace(rows, starts=starts, folders=tuple(folders), candidates=images)
 
 
-def _text_columns(rows: Rows) -> Columns:
+def _text_columns(rows: Examples) -> Columns:
     """The columns of a metadata.parquet as text, but for those of bytes and nested ones."""
     found: Columns = {}
     for name in rows.table.column_names:
@@ -220,10 +220,10 @@ def _text_columns(rows: Rows) -> Columns:
     return found
 
 
-def _with_unlisted(rows: Rows) -> Rows:
+def _with_unlisted(rows: Examples) -> Examples:
     """Count the images of the folder that its table does not name."""
     listed = {_spelling(name) for name in rows.paths()}
-    unlisted = _names(file for file in rows.beside if _spelling(file) not in listed)
+    unlisted = _names(file for file in rows.candidates if _spelling(file) not in listed)
     return (
         dataclasses.replace(rows, left_out={**rows.left_out, "that the table does not name": unlisted})
         if unlisted
@@ -236,20 +236,20 @@ def _spelling(path: str) -> str:
     return unicodedata.normalize("NFC", os.path.normpath(path.replace("\\", "/")))
 
 
-def _with_sidecars(source: str, files: Sequence[str]) -> Rows:
-    """A table of images and of what the text file beside each says."""
+def _with_sidecars(source: str, files: Sequence[str]) -> Examples:
+    """A table of images, each with the text file of the same name as its caption."""
     images = [file for file in files if is_readable(file)]
     texts = {_spelling(file.rpartition(".")[0]): file for file in files if _ending(file) == ".txt"}
-    beside = [texts.get(_spelling(image.rpartition(".")[0])) for image in images]
-    if not any(beside):
+    captions_at = [texts.get(_spelling(image.rpartition(".")[0])) for image in images]
+    if not any(captions_at):
         raise UserError(
             f"data.source: {source} has no captioned images: it needs a {METADATA[0]} or .csv with file_name and "
             "text, a .txt beside each image, .parquet files, or .tar files"
         )
     with ThreadPoolExecutor(READERS) as pool:
-        captions = list(pool.map(_read_text, beside))
+        captions = list(pool.map(_read_text, captions_at))
     rows = _in_memory(source, {"image": images, "text": captions})
-    used = set(beside)
+    used = set(captions_at)
     alone = _names(file for file in texts.values() if file not in used)
     return dataclasses.replace(rows, left_out={"text files without an image": alone} if alone else {})
 

@@ -85,12 +85,12 @@ def _json_rows(text: str, *, lines: bool) -> Iterator[dict[str, str | None]]:
     found: Iterable[tuple[str, Any]]
     if not lines:
         try:
-            whole = _parsed(text)
+            document = _parsed(text)
         except ValueError:
             lines = True  # a .json that holds JSON lines
         else:
-            columns = isinstance(whole, dict) and whole and all(isinstance(cells, list) for cells in whole.values())
-            records = _transposed(whole) if columns else whole if isinstance(whole, list) else [whole]
+            lists = isinstance(document, dict) and document and all(isinstance(x, list) for x in document.values())
+            records = _transposed(document) if lists else document if isinstance(document, list) else [document]
             found = ((f"record {number}", record) for number, record in enumerate(records, start=1))
     if lines:
         found = (
@@ -98,20 +98,20 @@ def _json_rows(text: str, *, lines: bool) -> Iterator[dict[str, str | None]]:
             for number, line in enumerate(lines_of(text), start=1)
             if line.strip()
         )
-    for place, record in found:
+    for where, record in found:
         if not isinstance(record, dict):
-            raise ValueError(f"{place} is not an object with columns")
+            raise ValueError(f"{where} is not an object with columns")
         row: dict[str, str | None] = {}
         _flatten(record, "", row)
         yield row
 
 
-def _parsed(text: str, place: str = "") -> Any:
+def _parsed(text: str, where: str = "") -> Any:
     try:
         return json.loads(text, parse_int=str, parse_float=str, parse_constant=str)
     except json.JSONDecodeError as error:
-        where = place or f"line {error.lineno}"
-        raise ValueError(f"{where} is not valid JSON ({error.msg})") from None
+        at = where or f"line {error.lineno}"
+        raise ValueError(f"{at} is not valid JSON ({error.msg})") from None
 
 
 def _transposed(columns: Mapping[str, list[Any]]) -> list[dict[str, Any]]:

@@ -1,7 +1,8 @@
-"""Adversarial losses on a discriminator's logits, one map for each head, and the noise that it judges under.
+"""Adversarial losses on a discriminator's logits, one map for each head, and the noise that its inputs get.
 
-A logit says how real a sample looks at one place; 0 is undecided in all the losses. Each loss is the mean over a map's
-places, then over the heads, then over the samples, so that neither the number of heads nor the resolution weighs.
+A logit says how real a sample looks at one position; 0 is undecided in all the losses. Each loss is the mean over a
+map's positions, then over the heads, then over the samples, so that neither the number of heads nor the resolution
+weighs.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ Term = Callable[[jax.Array], jax.Array]
 
 
 class _Terms(NamedTuple):
-    """What one logit adds to the losses."""
+    """The contributions of one logit to the losses."""
 
     real: Term  # the discriminator's
     fake: Term
@@ -48,20 +49,20 @@ ADVERSARIAL_LOSSES = tuple(_TERMS)
 
 
 def _by_sample(logits: Logits, term: Term = lambda d: d) -> jax.Array:
-    """The mean of `term` over places, then heads: (B,) float32."""
+    """The mean of `term` over positions, then heads: (B,) float32."""
     maps = [jnp.asarray(head, jnp.float32) for head in logits.values()]
     return sum(jnp.mean(term(d).reshape(d.shape[0], -1), axis=1) for d in maps) / jnp.float32(len(maps))
 
 
 def discriminator_loss(kind: str, real: Logits, fake: Logits) -> jax.Array:
-    """What the discriminator D minimises, a float32 scalar.
+    """Compute the loss of the discriminator D, a float32 scalar.
 
     hinge:          relu(1 - D(real)) + relu(1 + D(fake))               (arXiv 1705.02894; PCM, arXiv 2405.18407)
     non_saturating: softplus(-D(real)) + softplus(D(fake))              (arXiv 1406.2661; SDXL-Lightning, DMD2)
     least_squares:  (D(real) - 1)^2 / 2 + (D(fake) + 1)^2 / 2           (arXiv 1611.04076, with b = c = 1, a = -1)
 
-    The targets of the last are the paper's 1 and 0 moved to +1 and -1, so that there too 0 is undecided and a new head,
-    whose logits are small, is on neither side.
+    The targets of the last are the paper's 1 and 0 shifted to +1 and -1, so that there too 0 is undecided and a new
+    head, whose logits are small, is on neither side.
 
     Args:
         kind: one of ADVERSARIAL_LOSSES; static.
@@ -76,7 +77,7 @@ def discriminator_loss(kind: str, real: Logits, fake: Logits) -> jax.Array:
 
 
 def generator_loss(kind: str, fake: Logits) -> jax.Array:
-    """What the student minimises, a float32 scalar; the arguments are those of `discriminator_loss`.
+    """Compute the adversarial loss of the student, a float32 scalar; the arguments are those of `discriminator_loss`.
 
     hinge:          relu(1 - D(fake)), which lets a sample go once it passes for real, as PCM has it
     non_saturating: softplus(-D(fake))
@@ -89,7 +90,7 @@ def generator_loss(kind: str, fake: Logits) -> jax.Array:
 def finite_difference_r1(logits: Logits, perturbed: Logits, sigma: ArrayLike) -> jax.Array:
     """((D(x + sigma n) - D(x)) / sigma)^2: the R1 penalty (arXiv 1801.04406) without a second derivative.
 
-    D is the mean over places and heads. Over n ~ N(0, I) the expectation tends to |grad_x D(x)|^2 as sigma goes to 0.
+    D is the mean over positions and heads. Over n ~ N(0, I) the expectation tends to |grad_x D(x)|^2 as sigma -> 0.
     The approximated R1 of APT (arXiv 2501.08316) is sigma^2 times this: multiply its weight by sigma^2.
 
     Args:
@@ -102,18 +103,18 @@ def finite_difference_r1(logits: Logits, perturbed: Logits, sigma: ArrayLike) ->
 
 
 def accuracy(real: Logits, fake: Logits) -> jax.Array:
-    """The share of samples that the discriminator puts on the right side of 0, over real and fake ones alike.
+    """Compute the share of samples that the discriminator puts on the right side of 0, over real and fake ones alike.
 
-    A sample's logit is the mean over places and heads; one of exactly 0 is on neither side.
+    A sample's logit is the mean over positions and heads; one of exactly 0 is on neither side.
     """
     right = jnp.stack([_by_sample(real) > 0, _by_sample(fake) < 0])
     return jnp.mean(jnp.mean(right.astype(jnp.float32), axis=0))
 
 
 def renoise(schedule: Schedule, x: ArrayLike, s: ArrayLike, t: ArrayLike, noise: ArrayLike) -> jax.Array:
-    """The forward process from time s on: sqrt(abar_t / abar_s) x + sqrt(1 - abar_t / abar_s) noise.
+    """Add noise from timestep s on: sqrt(abar_t / abar_s) x + sqrt(1 - abar_t / abar_s) noise.
 
-    What is distributed as the data noised to s becomes the data noised to t, for the discriminator to judge there
+    What is distributed as the data noised to s becomes the data noised to t, for the discriminator
     (PCM, arXiv 2405.18407; SDXL-Lightning, arXiv 2402.13929). With t = s it is the identity, bit for bit.
 
     Args:

@@ -11,15 +11,15 @@ from jax.typing import ArrayLike
 
 from hypersd_jax.diffusion.schedule import Schedule
 from hypersd_jax.distill.distances import Distance, mse
-from hypersd_jax.distill.ends import End, edge_end, uniform_end
 from hypersd_jax.distill.lcm import lcm_pair
 from hypersd_jax.distill.segments import Segments
+from hypersd_jax.distill.target_timesteps import TargetChoice, segment_boundary, uniform_target
 from hypersd_jax.distill.tscd import Model, Pair, Teacher, draw, tscd_pair
 
-METHODS: dict[str, tuple[End, Callable[..., Pair]]] = {
-    "tscd": (uniform_end, tscd_pair),
-    "pcm": (edge_end, tscd_pair),
-    "lcm": (edge_end, lcm_pair),
+METHODS: dict[str, tuple[TargetChoice, Callable[..., Pair]]] = {
+    "tscd": (uniform_target, tscd_pair),
+    "pcm": (segment_boundary, tscd_pair),
+    "lcm": (segment_boundary, lcm_pair),
 }
 """How a method chooses t_end, and what it compares. TCD (arXiv 2402.19159) is "tscd" with one segment."""
 
@@ -41,7 +41,7 @@ def consistency_loss(
     indices: ArrayLike | None = None,
     extra: Callable[[Pair], tuple[jax.Array, dict[str, jax.Array]]] | None = None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """The loss of one of METHODS, such as Hyper-SD's Eq. 12, and its metrics.
+    """Compute the loss of one of METHODS, such as Hyper-SD's Eq. 12, and its metrics.
 
     Args:
         method: one of METHODS; static.

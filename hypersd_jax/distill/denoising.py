@@ -1,4 +1,4 @@
-"""Ordinary training of a diffusion model: predict what the noise was, at every time (DDPM, arXiv 2006.11239)."""
+"""Ordinary training of a diffusion model: predict the noise at every timestep (DDPM, arXiv 2006.11239)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypersd_jax.distill.distances import mse
 
 
 class Corruption(NamedTuple):
-    """What one step of ordinary training draws for each sample."""
+    """The random numbers of one step of ordinary training, for each sample."""
 
     t: jax.Array  # (B,) int32, uniform over all training times
     eps: jax.Array  # (B, h, w, C) float32, standard normal
@@ -24,12 +24,12 @@ class Corruption(NamedTuple):
 def corruption(
     key: jax.Array, shape: tuple[int, ...], indices: jax.Array, *, times: int, prompt_dropout: float
 ) -> Corruption:
-    """Times, noise and dropped captions for latents of ``shape`` (B, h, w, C); a sample's depend on (key, its index).
+    """Draw timesteps, noise and dropped captions for latents of ``shape`` (B, h, w, C), by (key, batch index) alone.
 
     Args:
         key: the step's key.
         shape: of the latents.
-        indices: (B,) places of the samples in the whole batch.
+        indices: (B,) batch indices of the samples.
         times: number of training times T.
         prompt_dropout: probability that a caption is dropped.
     """
@@ -54,7 +54,7 @@ def denoising_loss(
     schedule: Schedule,
     snr_gamma: float | None,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """Mean squared error of the prediction, weighted over time, and its metrics.
+    """Compute the mean squared error of the prediction, weighted over time, and its metrics.
 
     Args:
         model_fn: (x (B, h, w, C), t (B,), cond) -> raw prediction, of the schedule's prediction type.

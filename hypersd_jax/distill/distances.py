@@ -19,12 +19,12 @@ def _difference(prediction: ArrayLike, target: ArrayLike) -> jax.Array:
 
 
 def mse(prediction: ArrayLike, target: ArrayLike) -> jax.Array:
-    """Mean squared error of each sample: (B, ...) twice -> (B,)."""
+    """Compute the mean squared error of each sample: (B, ...) twice -> (B,)."""
     return jnp.mean(jnp.square(_difference(prediction, target)), axis=1)
 
 
 def pseudo_huber(c: float) -> Distance:
-    """The distance mean_i sqrt(d_i^2 + c^2) - c, over the elements i of a sample; c > 0.
+    """Make the distance mean_i sqrt(d_i^2 + c^2) - c, over the elements i of a sample; c > 0.
 
     The element form of LCM's and PCM's training code, which their c = 0.001 belongs to; the norm form of iCT
     (arXiv 2310.14189) wants a c that grows with the number of elements.

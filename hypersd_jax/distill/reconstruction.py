@@ -1,4 +1,4 @@
-"""The autoencoder's loss: what a picture loses on its way through the latents."""
+"""The autoencoder's loss: the difference between an image and its reconstruction."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ def reconstruction_loss(
     gradient_weight: float,
     kl_weight: float,
 ) -> tuple[jax.Array, dict[str, jax.Array]]:
-    """L1 of pixels, L1 of differences between neighbours, and the latents' divergence from N(0, I).
+    """Compute L1 of pixels, L1 of differences between neighbours, and the latents' divergence from N(0, I).
 
     Args:
-        output: decoded pictures (B, H, W, 3).
-        images: the pictures (B, H, W, 3) in -1..1.
+        output: decoded images (B, H, W, 3).
+        images: the originals (B, H, W, 3) in -1..1.
         mean: of the posterior (B, h, w, C).
         logvar: its log variance, same shape.
         gradient_weight: of the neighbours' term, horizontal plus vertical.
@@ -28,7 +28,7 @@ def reconstruction_loss(
 
     Returns:
         (loss, metrics): float32 scalar, and scalars "l1", "gradient", "kl" and "psnr" (dB, of the clipped output, the
-        mean over pictures).
+        mean over images).
     """
     output, images = output.astype(jnp.float32), images.astype(jnp.float32)
     mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
@@ -42,6 +42,6 @@ def reconstruction_loss(
 
 
 def psnr(output: jax.Array, images: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio (B,) in dB of pictures (B, H, W, 3) in -1..1; ``output`` is clipped first."""
+    """Compute the peak signal-to-noise ratio (B,) in dB of images (B, H, W, 3) in -1..1, of ``output`` clipped."""
     square = jnp.mean(jnp.square((jnp.clip(output, -1.0, 1.0) - images) / 2.0), axis=(1, 2, 3))
     return -10.0 * jnp.log10(jnp.maximum(square, 1e-10))

@@ -8,15 +8,15 @@ from jax.typing import ArrayLike
 
 
 def dmd_gradient(x: ArrayLike, mu_real: ArrayLike, mu_fake: ArrayLike) -> jax.Array:
-    """The gradient of the KL between the student's and the teacher's distribution with respect to the sample x.
+    """Compute the gradient in x of the KL divergence between the student's and the teacher's distribution.
 
     (mu_fake - mu_real) / mean|x - mu_real|, the mean over all axes but the batch's: DMD2's normalised form of
     s_fake - s_real. What is not finite (a sample that equals its real estimate) becomes 0.
 
     Args:
         x: the student's clean samples (B, h, w, C).
-        mu_real: the x_0 estimates, from x noised, of the real-score model, guidance applied; same shape.
-        mu_fake: those of the fake-score model.
+        mu_real: the x_0 estimates, from x noised, of the real score model, guidance applied; same shape.
+        mu_fake: those of the fake score model.
 
     Returns:
         float32 (B, h, w, C), without a gradient of its own.
@@ -28,7 +28,7 @@ def dmd_gradient(x: ArrayLike, mu_real: ArrayLike, mu_fake: ArrayLike) -> jax.Ar
 
 
 def surrogate_loss(x: ArrayLike, gradient: ArrayLike) -> jax.Array:
-    """0.5 mean (x - sg(x - gradient))^2: a scalar whose derivative in x is gradient / x.size.
+    """Compute 0.5 mean (x - sg(x - gradient))^2: a scalar whose derivative in x is gradient / x.size.
 
     Args:
         x: samples (B, h, w, C), through which the student is differentiated.

@@ -10,7 +10,7 @@ from hypersd_jax.errors import UserError
 
 
 def segment_bounds(N: int, k: int, T: int = 1000) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Start, teacher-step and segment-boundary timesteps of the N solver starts when the trajectory has k segments.
+    """Compute the start, teacher-step and boundary timesteps of N solver starts on a trajectory of k segments.
 
     The grid is g_j = (j + 1) T / N - 1. Hyper-SD's Eq. 11 computes the boundary t_b on timesteps, which puts it above
     t_prev for some starts of every practical grid; on indices t_b <= t_prev always holds, and the boundaries of N = 40
@@ -49,7 +49,7 @@ class Segments(NamedTuple):
 
 
 def pad_segments(N: int, k: int, length: int, T: int = 1000) -> Segments:
-    """The segments of `segment_bounds` as arrays of a fixed length.
+    """Pad the segments of `segment_bounds` to arrays of a fixed length.
 
     Raises:
         UserError: as `segment_bounds`, or N > length.

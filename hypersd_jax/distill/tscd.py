@@ -12,18 +12,18 @@ from jax.typing import ArrayLike
 
 from hypersd_jax.diffusion.prediction import add_noise, to_x0_eps
 from hypersd_jax.diffusion.schedule import Schedule
-from hypersd_jax.distill.ends import End, below, uniform_end
 from hypersd_jax.distill.segments import Segments
+from hypersd_jax.distill.target_timesteps import TargetChoice, uniform_integer, uniform_target
 from hypersd_jax.errors import UserError
 
 Model = Callable[[jax.Array, jax.Array, Any], jax.Array]
 """(x (B, h, w, C), t (B,) int32, cond) -> raw prediction."""
 Teacher = Callable[[jax.Array, jax.Array, Any, Any, jax.Array], tuple[jax.Array, Any]]
-"""(x, t, cond, uncond, guidance (B,)) -> guided raw prediction, and what else is to be read of the call."""
+"""(x, t, cond, uncond, guidance (B,)) -> guided raw prediction, and anything else that the call gives."""
 
 
 class Draw(NamedTuple):
-    """What one step of consistency distillation draws for each sample."""
+    """The random numbers of one step of consistency distillation, for each sample."""
 
     t_n: jax.Array  # (B,) int32, start on the solver grid
     t_prev: jax.Array  # (B,) int32, one solver step further
@@ -41,7 +41,7 @@ class Pair(NamedTuple):
     x_t: jax.Array  # (B, h, w, C) float32, the noised latents at draw.t_n
     draw: Draw
     target_calls: jax.Array  # () float32, network calls a sample that the target took
-    seen: Any = None  # what the teacher's call at (x_t, t_n) gave beside its prediction
+    seen: Any = None  # what the teacher's call at (x_t, t_n) gave besides its prediction
 
 
 def draw(
@@ -52,9 +52,9 @@ def draw(
     guidance: tuple[ArrayLike, ArrayLike],
     offset_noise: ArrayLike = 0.0,
     indices: ArrayLike | None = None,
-    end: End = uniform_end,
+    end: TargetChoice = uniform_target,
 ) -> Draw:
-    """Times, guidance scales and noise for a batch; those of a sample depend on (key, its index) alone.
+    """Draw timesteps, guidance scales and noise for a batch; those of a sample depend on (key, its index) alone.
 
     Args:
         key: the step's key.
@@ -63,7 +63,7 @@ def draw(
         guidance: the range that guidance scales are uniform over.
         offset_noise: strength of a normal shift of each channel, added to eps.
         indices: (B,) integers that tell the samples apart; None for 0..B-1. Parts of a larger batch (gradient
-            accumulation) pass their places in it.
+            accumulation) pass their batch indices.
         end: how t_end is chosen.
     """
     bounds = Segments(*(jnp.asarray(value, jnp.int32) for value in segments))
@@ -72,25 +72,25 @@ def draw(
 
     def one(index: jax.Array) -> Draw:
         times_key, noise_key = jax.random.split(jax.random.fold_in(key, index))
-        start, place, scale = jax.random.uniform(times_key, (3,))
-        n = below(start, bounds.size)
+        start, target, scale = jax.random.uniform(times_key, (3,))
+        n = uniform_integer(start, bounds.size)
         t_b, t_prev = bounds.t_b[n], bounds.t_prev[n]
         noise = jax.random.normal(noise_key, (pixels + 1, channels))  # the last row is the offset noise
         return Draw(
             t_n=bounds.t_n[n],
             t_prev=t_prev,
-            t_end=end(place, t_b, t_prev),
+            t_end=end(target, t_b, t_prev),
             guidance=low + (high - low) * scale,
             eps=(noise[:-1] + offset * noise[-1:]).reshape(shape[1:]),
             t_top=bounds.t_top[n],
         )
 
-    places = jnp.arange(shape[0]) if indices is None else jnp.asarray(indices)
-    return jax.vmap(one)(places)
+    indices = jnp.arange(shape[0]) if indices is None else jnp.asarray(indices)
+    return jax.vmap(one)(indices)
 
 
-def columns(schedule: Schedule, t: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """alpha and sigma at timesteps (B,), with axes to multiply ``like`` (B, ...) by."""
+def alpha_sigma(schedule: Schedule, t: jax.Array, like: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Look up alpha and sigma at timesteps (B,), with axes to multiply ``like`` (B, ...) by."""
     column = (t.shape[0], *[1] * (like.ndim - 1))
     return jnp.asarray(schedule.alpha)[t].reshape(column), jnp.asarray(schedule.sigma)[t].reshape(column)
 
@@ -103,7 +103,7 @@ def solver_start(latents: jax.Array, drawn: Draw, schedule: Schedule) -> jax.Arr
     """
     if schedule.clip_sample:
         raise UserError("scheduler_config: clip_sample=true cannot be distilled, latents are not bounded")
-    return add_noise(latents, drawn.eps, *columns(schedule, drawn.t_n, drawn.eps))
+    return add_noise(latents, drawn.eps, *alpha_sigma(schedule, drawn.t_n, drawn.eps))
 
 
 def solver_end(x_t: jax.Array, output: jax.Array, drawn: Draw, schedule: Schedule) -> jax.Array:
@@ -111,13 +111,13 @@ def solver_end(x_t: jax.Array, output: jax.Array, drawn: Draw, schedule: Schedul
 
     All are (B, h, w, C); xhat is float32, without gradient.
     """
-    return jax.lax.stop_gradient(psi(schedule, x_t, output, drawn.t_n, drawn.t_prev))
+    return jax.lax.stop_gradient(ddim_step(schedule, x_t, output, drawn.t_n, drawn.t_prev))
 
 
-def psi(schedule: Schedule, x: jax.Array, output: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
+def ddim_step(schedule: Schedule, x: jax.Array, output: jax.Array, t: jax.Array, s: jax.Array) -> jax.Array:
     """Psi(x, output, t -> s): one DDIM move of x (B, h, w, C) along a raw prediction, between timesteps (B,)."""
     return add_noise(
-        *to_x0_eps(output, x, *columns(schedule, t, x), schedule.prediction_type), *columns(schedule, s, x)
+        *to_x0_eps(output, x, *alpha_sigma(schedule, t, x), schedule.prediction_type), *alpha_sigma(schedule, s, x)
     )
 
 
@@ -130,7 +130,7 @@ def tscd_pair(
     *,
     schedule: Schedule,
 ) -> Pair:
-    """Both sides of Eq. 12 for given draws; the arguments are those of `consistency_loss`.
+    """Compute both sides of Eq. 12 for given draws; the arguments are those of `consistency_loss`.
 
     x_n = alpha_n z_0 + sigma_n eps;  xhat = Psi(x_n, teacher, t_prev)  (Eq. 1)
     prediction = Psi(x_n, student, t_end);  target = sg(Psi(xhat, EMA, t_end))
@@ -164,10 +164,10 @@ def tscd_pair_from(
     """
     t_prev, t_end = drawn.t_prev, drawn.t_end
     x_prev = solver_end(x_t, teacher, drawn, schedule)
-    prediction = psi(schedule, x_t, student, drawn.t_n, t_end)
+    prediction = ddim_step(schedule, x_t, student, drawn.t_n, t_end)
 
     def target_at_end() -> jax.Array:
-        return psi(schedule, x_prev, target_fn(x_prev, t_prev, cond), t_prev, t_end)
+        return ddim_step(schedule, x_prev, target_fn(x_prev, t_prev, cond), t_prev, t_end)
 
     # With N = k every segment is one solver step: the target is the teacher's, and the EMA's forward pass is spared.
     spared = jnp.all(t_end == t_prev)

@@ -21,7 +21,6 @@ from hypersd_jax.errors import UserError, shown
 from hypersd_jax.pipeline import Pipeline, Settings
 from hypersd_jax.pipeline.arguments import NotFiniteWarning, about_not_finite, not_finite
 from hypersd_jax.pipeline.settings import table_for
-
 from hypersd_jax.weights.diffusers.component import fingerprint
 
 MANY_STEPS = 25
@@ -88,7 +87,7 @@ def make_model(name: str, pipe: Pipeline, *, preset: str | None = None, identity
         UserError: no solver has such settings.
     """
     settings = pipe.settings(preset, **explicit)
-    table_for(settings, pipe.components)
+    table_for(settings, pipe.components.scheduler_config)
     return Model(name=name, pipe=pipe, settings=settings, preset=preset, identity=identity)
 
 
@@ -130,7 +129,7 @@ def sample(
     factor = pipe.components.vae_config.downscale
     shape = (*(side // factor for side in pipe.native_size), pipe.components.unet_config.out_channels)
     seeds = np.asarray([item.seed for item in items], np.uint32)
-    table = table_for(settings, pipe.components)
+    table = table_for(settings, pipe.components.scheduler_config)
     noise = np.moveaxis(_noise(seeds, (len(table["alpha"]), *shape)), 1, 0) if injects_noise(table) else None
     with already_warned(), warnings.catch_warnings():  # whoever has the list warns of its long prompts, once
         warnings.simplefilter("ignore", NotFiniteWarning)

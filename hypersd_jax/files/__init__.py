@@ -1,4 +1,4 @@
-"""What users' files say: images and text, read by one rule wherever they come from."""
+"""Images and text of users' files, read by one rule wherever they come from."""
 
 from hypersd_jax.files.images import IMAGE_ENDINGS as IMAGE_ENDINGS
 from hypersd_jax.files.images import UNREAD_ENDINGS as UNREAD_ENDINGS

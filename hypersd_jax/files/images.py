@@ -1,6 +1,6 @@
-"""One reader for every image that a user names: to training, to start from, to steer by, to compare with.
+"""One reader for every image that a user names: for training, image to image, ControlNet and evaluation.
 
-What comes out is what an image viewer shows: upright, in sRGB, 8 bits a channel, with transparent parts on white.
+The result is what an image viewer shows: upright, in sRGB, 8 bits a channel, with transparent parts on white.
 """
 
 from __future__ import annotations
@@ -23,8 +23,8 @@ UNREAD_ENDINGS = (".heic", ".heif", ".hif", ".jxl", ".svg", ".psd", ".exr", ".hd
 """Endings of images that cannot be read; where they lie among others they are counted and named."""
 
 _ORIENTATION = 0x0112
-# From orientation 5 on, width and height change places.
-_TURNS = {
+# From orientation 5 on, width and height are swapped.
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -37,7 +37,7 @@ _TURNS = {
 _DEEP = {"RGB;16B": "RGB;16L", "RGBA;16B": "RGBA;16L"}
 # Steps between the grey levels of a PNG with few of them, which Pillow spreads over 0..255 but not in its tRNS.
 _SPREAD = {"L;2": 85, "L;4": 17}
-# A profile that moves no colour further than this is taken for sRGB, so that such images keep their pixels.
+# A profile that changes no colour by more than this is taken for sRGB, so that such images keep their pixels.
 _SAME = 1
 
 
@@ -60,12 +60,12 @@ def image_size(file: IO[bytes]) -> tuple[int, int]:
         width, height = image.size
         # Of a PNG without it in the header, Pillow would decode all pixels to look behind them.
         known = image.format != "PNG" or "exif" in image.info
-        turned = known and image.getexif().get(_ORIENTATION, 1) >= 5
-    return (width, height) if turned else (height, width)
+        swapped = known and image.getexif().get(_ORIENTATION, 1) >= 5
+    return (width, height) if swapped else (height, width)
 
 
 def read_image(source: Any, size: tuple[int, int] | None = None) -> Image.Image:
-    """Read an image as RGB, 8 bits a channel, in sRGB: turned as its EXIF data says, transparent parts on white.
+    """Read an image as RGB, 8 bits a channel, in sRGB: upright by its EXIF data, transparent parts on white.
 
     Args:
         source: an open binary file, a path, or a PIL image. Of an animation the first frame counts.
@@ -121,7 +121,7 @@ def _layers(image: Image.Image) -> _Layers:
     deep = _deep_pixels(image, packing) if packing in _DEEP else None
     image.load()
     profile, clear = image.info.get("icc_profile"), image.info.get("transparency")
-    turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    transpose = _TRANSPOSES.get(image.getexif().get(_ORIENTATION, 1))
     if deep is not None:
         flat, alpha = _from_16_bits(deep[..., :3]), _from_16_bits(deep[..., 3]) if deep.shape[-1] == 4 else None
         if clear is not None:
@@ -136,8 +136,8 @@ def _layers(image: Image.Image) -> _Layers:
     else:
         flat, alpha = _from_8_bits(image, clear, _SPREAD.get(packing, 1))
     colour = _in_srgb(flat, profile)
-    if turn is not None:
-        colour, alpha = colour.transpose(turn), None if alpha is None else alpha.transpose(turn)
+    if transpose is not None:
+        colour, alpha = colour.transpose(transpose), None if alpha is None else alpha.transpose(transpose)
     # Pillow resizes black and white, which has no levels between, by the nearest pixel whatever it is asked for.
     return _Layers(colour, alpha, Image.Resampling.NEAREST if image.mode == "1" else Image.Resampling.LANCZOS)
 
@@ -155,9 +155,9 @@ def _deep_pixels(image: Any, packing: str) -> np.ndarray:
     data = image.fp.read()
 
     def unpacked(packing: str) -> np.ndarray:
-        with Image.open(io.BytesIO(data)) as again:
-            again.tile = [again.tile[0]._replace(args=packing)]
-            return np.asarray(again).astype(np.int64)
+        with Image.open(io.BytesIO(data)) as reopened:
+            reopened.tile = [reopened.tile[0]._replace(args=packing)]
+            return np.asarray(reopened).astype(np.int64)
 
     return 256 * unpacked(packing) + unpacked(_DEEP[packing])
 
@@ -191,14 +191,14 @@ def _in_srgb(flat: Image.Image, profile: bytes | None) -> Image.Image:
     transform = _transform(profile, flat.mode) if profile or flat.mode == "LAB" else None
     if transform is None:
         return flat.convert("RGB")
-    moved = ImageCms.applyTransform(flat, transform)
-    assert moved is not None
-    return moved
+    converted = ImageCms.applyTransform(flat, transform)
+    assert converted is not None
+    return converted
 
 
 @functools.lru_cache(maxsize=64)
 def _transform(profile: bytes | None, mode: str) -> ImageCms.ImageCmsTransform | None:
-    """The way from a profile's colours to sRGB; None where there is none, or where it leads nowhere else."""
+    """The transform from a profile's colours to sRGB; None where there is none, or where it changes nothing."""
     try:
         source = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else ImageCms.createProfile("LAB")
         transform = ImageCms.buildTransform(

@@ -17,11 +17,11 @@ from hypersd_jax.config import AdversarialConfig
 from hypersd_jax.distill import (
     Pair,
     accuracy,
-    below,
     discriminator_loss,
     finite_difference_r1,
     generator_loss,
     renoise,
+    uniform_integer,
 )
 from hypersd_jax.models.functional import Network
 from hypersd_jax.stages.base import Base, Features
@@ -104,7 +104,7 @@ def pair_term(
     def term(pair: Pair) -> tuple[jax.Array, dict[str, jax.Array]]:
         t_end, t_top = pair.draw.t_end, pair.draw.t_top
         uniform, noises = _draw(drawn_from(key, Draw.DISCRIMINATOR), places, pair.prediction.shape[1:])
-        t = t_end + below(uniform, t_top - t_end + 1)
+        t = t_end + uniform_integer(uniform, t_top - t_end + 1)
         fake = renoise(nets.base.schedule, pair.prediction, t_end, t, noises[0])
         real = renoise(nets.base.schedule, pair.target, t_end, t, noises[1])
         start: Features = {}

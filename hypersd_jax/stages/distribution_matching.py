@@ -16,7 +16,7 @@ import numpy as np
 from hypersd_jax.adapters import join
 from hypersd_jax.config import ScoreStage
 from hypersd_jax.diffusion import add_noise
-from hypersd_jax.distill import columns, fake_loss, noised, score_term
+from hypersd_jax.distill import alpha_sigma, fake_loss, noised, score_term
 from hypersd_jax.stages import adapter_student, generator
 from hypersd_jax.stages.adversarial import make_discriminator
 from hypersd_jax.stages.base import Base
@@ -120,7 +120,7 @@ def make_student_loss(base: Base, stage: ScoreStage) -> LossFunction:
             lambda x, t, cond: nets.tapped(x, t, cond, taps, fake),
             rows["cond"],
             schedule=base.schedule,
-            judged=discriminator is not None,
+            with_features=discriminator is not None,
         )
         value = stage.weight * matching
         if discriminator is not None:
@@ -141,7 +141,7 @@ def _real(base: Base, rows: Any, key: jax.Array, t: jax.Array) -> jax.Array:
     """The images' latents noised to t (B,)."""
     latents = rows["latents"]
     noise = _normal(drawn_from(key, Draw.REAL), rows["places"], latents.shape[1:])
-    return add_noise(latents, noise, *columns(base.schedule, t, latents))
+    return add_noise(latents, noise, *alpha_sigma(base.schedule, t, latents))
 
 
 def _normal(key: jax.Array, places: jax.Array, shape: tuple[int, ...]) -> jax.Array:

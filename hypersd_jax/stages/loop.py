@@ -23,7 +23,7 @@ from hypersd_jax.training import (
     StopSignals,
     TrainState,
     abstract,
-    check_facts,
+    check_metadata,
 )
 
 SKIPPED_ROW = "skipped_in_a_row"
@@ -84,8 +84,8 @@ def run_updates(
     with Checkpointer(folder) as checkpoints:
         row = 0
         if checkpoints.latest() is not None:
-            found = checkpoints.facts()
-            check_facts(found, facts(saved_updates(found, stage.updates)))
+            found = checkpoints.metadata()
+            check_metadata(found, facts(saved_updates(found, stage.updates)))
             row = int(found.get(SKIPPED_ROW, 0))
             like = abstract(mesh, state)
             # The caller still holds it: without this, two states would be in memory for the whole stage.

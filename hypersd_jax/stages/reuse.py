@@ -84,7 +84,7 @@ def _is_finished(folder: Path, stage: StageConfig, digest: str) -> bool:
     if not folder.is_dir():
         return False
     with Checkpointer(folder, read_only=True) as checkpoints:
-        return checkpoints.latest() == stage.updates and checkpoints.facts().get("history") == digest
+        return checkpoints.latest() == stage.updates and checkpoints.metadata().get("history") == digest
 
 
 def _link_student(theirs: Path, mine: Path) -> None:

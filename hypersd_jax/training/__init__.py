@@ -8,7 +8,7 @@ from __future__ import annotations
 from hypersd_jax.training.agreement import LAG as LAG
 from hypersd_jax.training.agreement import Agreement as Agreement
 from hypersd_jax.training.checkpoints import Checkpointer as Checkpointer
-from hypersd_jax.training.checkpoints import check_facts as check_facts
+from hypersd_jax.training.checkpoints import check_metadata as check_metadata
 from hypersd_jax.training.checkpoints import newest_step as newest_step
 from hypersd_jax.training.gradients import Metrics as Metrics
 from hypersd_jax.training.logging import MetricsLog as MetricsLog

@@ -1,4 +1,4 @@
-"""Decisions that every process of a run must take at the same update, such as to save or to stop."""
+"""Decisions that every process of a run must take at the same training step, such as to save or to stop."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 LAG = 2
-"""Updates after which what an update has computed is read: the devices have the next ones queued by then."""
+"""Training steps after which a step's results are read: the devices have the next ones queued by then."""
 
 
 class Agreement:
-    """The largest of what the processes say, the same in all of them; one process agrees with itself at once.
+    """The largest of the processes' values, the same in all of them; a single process has it at once.
 
-    With several the answer is that of `LAG` calls ago, so that nobody waits for the devices to run dry.
+    With several the answer is that of `LAG` calls ago, so that the devices never run out of work.
     """
 
     def __init__(self) -> None:
@@ -27,14 +27,14 @@ class Agreement:
             grid = np.asarray(devices).reshape(jax.process_count(), -1)
             mesh = Mesh(grid, ("process", "device"))
             self._by_process = NamedSharding(mesh, P("process"))
-            self._largest = jax.jit(lambda rows: rows.max(axis=0), out_shardings=NamedSharding(mesh, P()))
+            self._largest = jax.jit(lambda values: values.max(axis=0), out_shardings=NamedSharding(mesh, P()))
 
     def largest(self, *values: int) -> tuple[int, ...]:
-        """Every process calls this equally often; zeros until there is an answer."""
+        """Return the largest values over all processes, which call this equally often; at first zeros."""
         if jax.process_count() == 1:
             return values
-        row = np.asarray([values], np.int32)
-        self._pending.append(self._largest(jax.make_array_from_process_local_data(self._by_process, row)))
+        own = np.asarray([values], np.int32)
+        self._pending.append(self._largest(jax.make_array_from_process_local_data(self._by_process, own)))
         if len(self._pending) <= LAG:
             return (0,) * len(values)
         return tuple(int(value) for value in np.asarray(self._pending.popleft()))

@@ -1,6 +1,6 @@
-"""Checkpoints of the trainable side: a `TrainState` and a dict of facts, through Orbax.
+"""Checkpoints of the trainable side: a `TrainState` and a dict of metadata, through Orbax.
 
-A checkpoint appears under its final name only when it is whole, and carries a checksum of the state, so that what
+A checkpoint appears under its final name only when it is complete, and carries a checksum of the state, so that what
 `restore` returns is bit for bit what `save` was given, under whatever mesh.
 """
 
@@ -26,8 +26,8 @@ from orbax.checkpoint import v1 as ocp
 from hypersd_jax.errors import UserError
 from hypersd_jax.training.state import TrainState
 
-Facts = dict[str, Any]
-"""JSON-serialisable facts beside the state: stage, counters, fingerprints of base and configuration, data position."""
+Metadata = dict[str, Any]
+"""JSON-serialisable metadata of a state: stage, counters, fingerprints of base and configuration, data position."""
 
 HALF_WRITTEN = ".orbax-checkpoint-tmp"
 """In the names of folders that Orbax has not finished."""
@@ -62,37 +62,37 @@ class Checkpointer:
             )
         self._quiet = _Quiet()
 
-    def save(self, step: int, state: TrainState, facts: Mapping[str, Any]) -> None:
+    def save(self, step: int, state: TrainState, metadata: Mapping[str, Any]) -> None:
         """Save as `step`, in place of a checkpoint of that step if there is one.
 
-        Returns once the state has been copied off the devices, so the next step may donate it; writing goes on in the
-        background and its errors surface at the next call.
+        Returns once the state has been copied off the devices, so the next step may donate it; it is written in the
+        background, and errors surface at the next call.
 
         Raises:
             UserError: this save, or the one before, could not be written; `close` removes what it wrote.
         """
         self.wait()
-        metadata = {"facts": json.loads(json.dumps(dict(facts))), "checksum": _checksum(state)}
+        custom = {"facts": json.loads(json.dumps(dict(metadata))), "checksum": _checksum(state)}
         with self._disk_errors():
             self._saving = self._orbax.save_async(
-                step, _by_name(state), force=True, overwrite=True, custom_metadata=metadata
+                step, _by_name(state), force=True, overwrite=True, custom_metadata=custom
             )
 
     def latest(self) -> int | None:
-        """The newest whole checkpoint's step."""
+        """Return the newest complete checkpoint's step."""
         self.wait()
         newest = self._orbax.latest
         return None if newest is None else newest.step
 
-    def facts(self, step: int | None = None) -> Facts:
-        """The facts of a checkpoint (None: the newest) without its state, to be checked before anything is built.
+    def metadata(self, step: int | None = None) -> Metadata:
+        """Read the metadata of a checkpoint (None: the newest) without its state.
 
         Raises:
             UserError: no such checkpoint, or a damaged one.
         """
-        return self._metadata(self._resolve(step))[0]["facts"]
+        return self._read_metadata(self._resolve(step))[0]["facts"]
 
-    def restore(self, step: int | None, like: TrainState) -> tuple[TrainState, Facts]:
+    def restore(self, step: int | None, like: TrainState) -> tuple[TrainState, Metadata]:
         """Read a checkpoint back.
 
         Args:
@@ -107,7 +107,7 @@ class Checkpointer:
         step = self._resolve(step)
         folder = self.directory / str(step)
         wanted = _by_name(like)
-        metadata, saved = self._metadata(step)
+        custom, saved = self._read_metadata(step)
         for name in sorted(wanted.keys() | saved.keys()):
             ours, theirs = (
                 f"{leaf.dtype}{list(leaf.shape)}" if (leaf := leaves.get(name)) is not None else "absent"
@@ -120,12 +120,12 @@ class Checkpointer:
         except Exception as error:
             raise UserError(f"checkpoint {folder} is damaged: {_first_line(error)}; delete the folder") from error
         state = jax.tree.unflatten(jax.tree.structure(like), [leaves[name] for name in wanted])
-        if _checksum(state) != metadata["checksum"]:
+        if _checksum(state) != custom["checksum"]:
             raise UserError(f"checkpoint {folder} is damaged: its checksum does not match; delete the folder")
-        return state, metadata["facts"]
+        return state, custom["facts"]
 
     def wait(self) -> None:
-        """Block until the save in flight is whole on disk; raises what went wrong with it."""
+        """Block until the save in flight is complete on disk; raises what went wrong with it."""
         saving, self._saving = self._saving, None
         if saving is not None:
             with self._disk_errors():
@@ -139,7 +139,7 @@ class Checkpointer:
             try:
                 self._orbax.close()
             except Exception:
-                if not self._failed:  # of a failed save, which has been said, Orbax speaks once more
+                if not self._failed:  # of a failed save, which has been reported, Orbax raises once more
                     raise
             finally:
                 if self._failed:
@@ -156,7 +156,7 @@ class Checkpointer:
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """Say a refusal of the disk in one line; `close` removes what it left half-written."""
+        """Report a refusal of the disk in one line; `close` removes what it left half-written."""
         try:
             yield
         except Exception as error:
@@ -170,7 +170,7 @@ class Checkpointer:
             ) from None
 
     def _remove_half_written(self) -> None:
-        """Until there has been nothing for a while: threads of the save that failed go on, and nothing tells when."""
+        """Remove them until none is left for a while: threads of the save that failed still run."""
         if jax.process_index() != 0:
             return
         deadline = time.monotonic() + 10 * QUIET_SECONDS
@@ -192,13 +192,13 @@ class Checkpointer:
             raise UserError(f"no checkpoint of step {step} in {self.directory}, only of {steps}")
         return step
 
-    def _metadata(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What `save` wrote beside the state, and the saved leaves' shapes by name."""
+    def _read_metadata(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
+        """What `save` wrote with the state, and the saved leaves' shapes by name."""
         try:
             found = self._orbax.metadata(step)
             custom, leaves = dict(found.custom_metadata), dict(found.metadata)
             if custom.keys() < {"facts", "checksum"}:
-                raise ValueError("its facts are missing")
+                raise ValueError("its metadata are missing")
         except Exception as error:
             folder = self.directory / str(step)
             raise UserError(f"checkpoint {folder} is damaged: {_first_line(error)}; delete the folder") from error
@@ -206,7 +206,7 @@ class Checkpointer:
 
 
 def newest_step(directory: Path) -> int | None:
-    """The step of the newest whole checkpoint in a folder, which need not exist, without opening it."""
+    """Find the step of the newest complete checkpoint in a folder, which need not exist, without opening it."""
     steps = [int(path.name) for path in directory.glob("*") if path.name.isdigit() and path.is_dir()]
     return max(steps, default=None)
 
@@ -240,11 +240,11 @@ def _refusal(error: BaseException) -> str | None:
     return _refusal(cause) if cause is not None else None
 
 
-def check_facts(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
-    """Compare facts of a checkpoint with this run's; facts that `expected` does not mention are not compared.
+def check_metadata(found: Mapping[str, Any], expected: Mapping[str, Any]) -> None:
+    """Compare a checkpoint's metadata with this run's; entries that `expected` lacks are not compared.
 
     Raises:
-        UserError: naming every fact that differs, and both values.
+        UserError: naming every entry that differs, and both values.
     """
     wrong = [
         f"{key} is {found.get(key, 'absent')!r} there, {value!r} here"

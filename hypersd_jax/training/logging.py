@@ -1,4 +1,4 @@
-"""What a run writes down while it trains: metrics.jsonl, TensorBoard events and a progress bar."""
+"""The log of a run while it trains: metrics.jsonl, TensorBoard events and a progress bar."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class MetricsLog:
 
         Args:
             directory: the run's output folder; other stages' lines in its metrics.jsonl stay.
-            total: updates of this stage.
+            total: training steps of this stage.
             stage: its name, in every line and in TensorBoard's tags.
             resume_step: the restored step; this stage's lines beyond it are dropped, and so is a line that a killed
                 run left unfinished, so that the file has each step once.
@@ -64,7 +64,7 @@ class MetricsLog:
             with self._disk_errors():
                 self._events = _Events(self._path.parent / "tensorboard" / stage, resume_step)
         interval = 0.5 if sys.stderr.isatty() else 30.0
-        # The first step compiles, which the bar says and leaves out of its rate.
+        # The first step compiles, which the bar shows and leaves out of its rate.
         self._compiling = resume_step < total
         self._bar = tqdm(
             total=total,
@@ -117,7 +117,7 @@ class MetricsLog:
             self._bar.close()
             for file in (self._file, self._events):
                 if file is not None:
-                    with contextlib.suppress(OSError):  # the disk's refusal has been said
+                    with contextlib.suppress(OSError):  # the disk's refusal has been reported
                         file.close()
 
     def __enter__(self) -> Self:
@@ -147,7 +147,7 @@ class MetricsLog:
 
     @contextmanager
     def _disk_errors(self) -> Iterator[None]:
-        """Say a refusal of the disk in one line; nothing more is written after it."""
+        """Report a refusal of the disk in one line; nothing more is written after it."""
         try:
             yield
         except OSError as error:
@@ -156,11 +156,11 @@ class MetricsLog:
 
 
 class _Events:
-    """TensorBoard's events of one stage, written in the thread that logs: where the disk is full it hears of it."""
+    """TensorBoard's events of one stage, written in the thread that logs, which so learns of a full disk."""
 
     def __init__(self, folder: Path, resume_step: int) -> None:
         """Begin a file; events beyond ``resume_step`` in earlier ones are hidden."""
-        # Imported here because it brings in the whole of PyTorch where that is installed.
+        # Imported here because it imports PyTorch where that is installed.
         from tensorboardX import event_file_writer, summary
         from tensorboardX.proto import event_pb2
 
@@ -172,13 +172,13 @@ class _Events:
             self._writer.write_event(event_pb2.Event(step=resume_step + 1, session_log=session))
 
     def write(self, values: Mapping[str, float], step: int) -> None:
-        """Scalars by tag."""
+        """Write scalars by tag."""
         for tag, value in values.items():
             event = self._event(wall_time=time.time(), step=step, summary=self._summary(tag, value))
             self._writer.write_event(event)
 
     def flush(self) -> None:
-        """To disk."""
+        """Write all events to disk."""
         self._writer.flush()
 
     def close(self) -> None:
@@ -199,7 +199,7 @@ def _drop_lines(path: Path, stage: str, resume_step: int) -> None:
         return
     lines = path.read_text(encoding="utf-8", errors="replace").split("\n")
     kept = []
-    # Whatever follows the last line break was cut short by a kill.
+    # Text after the last line break was cut short by a kill.
     for number, line in enumerate(lines[:-1], start=1):
         try:
             record = json.loads(line)

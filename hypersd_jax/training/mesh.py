@@ -1,4 +1,4 @@
-"""The device mesh, and how batches land on it.
+"""The device mesh, and how batches are placed on it.
 
 Two axes: `data` splits the batch alone, `fsdp` splits the batch and every large leaf of the state. One chip is the mesh
 1 x 1, so nothing else in the engine asks how many devices there are.
@@ -65,7 +65,7 @@ def make_mesh(
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same value on every device."""
+    """Return the sharding that has the same value on every device."""
     return NamedSharding(mesh, P())
 
 
@@ -73,21 +73,21 @@ def put_batch(batch: Tree, sharding: NamedSharding) -> Tree:
     """Move a batch of NumPy arrays to the devices.
 
     Args:
-        batch: tree of arrays. In a run of several processes each brings its own rows, equally many in each, and the
+        batch: tree of arrays. In a run of several processes each brings its own samples, equally many in each, and the
             result is the global batch.
         sharding: from `weights.placement.batch_sharding`; training batches are split along axis 1, behind the
             micro-batches.
 
     Raises:
-        UserError: naming `batch_size`, when the rows cannot be dealt out evenly.
+        UserError: naming `batch_size`, when the samples cannot be split evenly.
     """
     axis = len(sharding.spec) - 1
     shards = sharding.mesh.size // jax.process_count()
 
     def put(leaf: Any) -> jax.Array:
-        rows = np.shape(leaf)[axis]
-        if rows % shards:
-            raise UserError(f"batch_size: {rows} rows in this process cannot be split evenly over {shards} devices")
+        size = np.shape(leaf)[axis]
+        if size % shards:
+            raise UserError(f"batch_size: {size} samples in this process cannot be split evenly over {shards} devices")
         if jax.process_count() == 1:
             return jax.device_put(leaf, sharding)
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))

@@ -14,7 +14,7 @@ from hypersd_jax.training.settings import Settings
 
 
 def make_optimizer(settings: Settings) -> optax.GradientTransformation:
-    """Clip, precondition, decay: the update before the learning rate, which the step multiplies in."""
+    """Make the chain clip, precondition, decay: the update before the learning rate, which the step multiplies in."""
     parts = [
         optax.clip_by_global_norm(settings.clip_norm),
         optax.scale_by_adam(b1=settings.beta1, b2=settings.beta2),
@@ -25,9 +25,9 @@ def make_optimizer(settings: Settings) -> optax.GradientTransformation:
 
 
 def learning_rate_at(settings: Settings, peak: ArrayLike, step: jax.Array | int) -> jax.Array:
-    """The learning rate of the update that follows `step` finished ones, float32.
+    """Compute the learning rate of the training step that follows `step` finished ones, float32.
 
-    Warm-up gives update n (counted from 1) n/warmup of ``peak``; `cosine` and `linear` fall to 0 over the updates after
+    Warm-up gives step n (counted from 1) n/warmup of ``peak``; `cosine` and `linear` fall to 0 over the steps after
     it, of which there are ``updates`` less the warm-up.
     """
     done, warmup, updates = (jnp.asarray(each, jnp.float32) for each in (step, settings.warmup, settings.updates))

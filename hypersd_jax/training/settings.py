@@ -19,19 +19,19 @@ _REGISTERED: set[type] = set()
 
 
 class Settings(Protocol):
-    """What the engine reads of a stage: AdamW's settings (`optimizer`), the average's decay, the micro-batches."""
+    """Settings that the engine reads: AdamW's settings (`optimizer`), the average's decay, the micro-batches."""
 
     @property
     def updates(self) -> Any:
-        """How many there are."""
+        """Training steps of the stage."""
 
     @property
     def warmup(self) -> Any:
-        """Updates over which the learning rate rises."""
+        """Training steps over which the learning rate rises."""
 
     @property
     def schedule(self) -> str:
-        """What follows the warm-up: constant, cosine or linear."""
+        """The learning rate after the warm-up: constant, cosine or linear."""
 
     @property
     def beta1(self) -> float:
@@ -43,7 +43,7 @@ class Settings(Protocol):
 
     @property
     def weight_decay(self) -> float:
-        """Decoupled, times the learning rate."""
+        """Decoupled weight decay, times the learning rate."""
 
     @property
     def clip_norm(self) -> float:
@@ -55,7 +55,7 @@ class Settings(Protocol):
 
     @property
     def accumulate(self) -> int:
-        """Micro-batches an update."""
+        """Micro-batches of a training step."""
 
 
 def step_argument(cls: type) -> type:

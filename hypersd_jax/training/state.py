@@ -19,11 +19,11 @@ from hypersd_jax.training.shardings import tree_shardings
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True, kw_only=True)
 class TrainState:
-    """The whole of what a checkpoint holds; the frozen base is never in it.
+    """All that a checkpoint holds; the frozen base is never in it.
 
     Attributes:
         step: finished steps of this stage, skipped ones included, int32.
-        trainable: float32 master weights by model: adapters and heads, or whole networks.
+        trainable: float32 master weights by model: adapters and discriminator heads, or all weights of a network.
         opt_state: the optimizers' states by model; Adam holds two float32 copies of the weights and a counter.
         ema: moving averages of `trainable`, of those models that are averaged.
         skipped: steps whose loss or gradient was not finite, int32.
@@ -43,7 +43,7 @@ def init_state(
     averaged: Collection[str],
     mesh: Mesh | None = None,
 ) -> TrainState:
-    """The state before the first step, with `ema` equal to what it averages.
+    """Make the state before the first step, with `ema` equal to what it averages.
 
     Args:
         trainable: a tree of float32 arrays for each model, copied: the caller's outlive the donation of the state.
@@ -76,5 +76,5 @@ def init_state(
 
 
 def moving_average(ema: Any, params: Any, decay: ArrayLike) -> Any:
-    """`decay * ema + (1 - decay) * params`; at decay 0 exactly `params`."""
+    """Compute `decay * ema + (1 - decay) * params`; at decay 0 exactly `params`."""
     return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)

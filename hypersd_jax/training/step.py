@@ -1,6 +1,6 @@
 """The training step: one compiled program from (state, frozen, batch, key, settings) to (state, metrics).
 
-A step is a list of phases, taken in order: each says which models move, on what loss, and how often in a row. A
+A step is a list of phases, taken in order: each says which models are trained, on what loss, and how often in a row. A
 consistency stage has one phase with one model; score distillation trains the fake-score model some times, then the
 student. All is one program, so that a checkpoint always falls between steps.
 """
@@ -26,9 +26,9 @@ from hypersd_jax.training.state import TrainState, moving_average
 
 
 class LossFunction(Protocol):
-    """A mean over the batch's rows, so that micro-batches average to the whole."""
+    """A mean over the batch's samples, so that micro-batches average to the full batch's loss."""
 
-    def __call__(self, models: Any, ema: Any, frozen: Any, rows: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def __call__(self, models: Any, ema: Any, frozen: Any, batch: Any, key: jax.Array, /) -> tuple[jax.Array, Metrics]:
         """Return the scalar loss and a dict of scalars to log; ``models`` and ``ema`` are weights by model."""
 
 
@@ -46,7 +46,7 @@ class Step(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class Phase:
-    """One kind of update within a step.
+    """One phase of a training step: which models it trains, on what loss.
 
     Attributes:
         models: those whose weights it changes, with their learning rates after the warm-up; the first one of the last
@@ -61,19 +61,19 @@ class Phase:
 
 
 def make_step(phases: Callable[[Any], Sequence[Phase]], *, mesh: Mesh) -> Step:
-    """The training step of every stage whose phases ``phases`` makes; stages of equal choices share one program.
+    """Make the training step of stages with the phases that ``phases`` makes; equal choices share one program.
 
     The step's arguments: state, from `init_state`; frozen, what is read and never changed; batch, whose leaves have
     shape (accumulate, B, ...), split over the mesh along B, so that one micro-batch is in memory at a time; key; and
     the stage's settings (`Settings`, registered by `step_argument`).
 
-    The only phase of a single model, taken once, draws from `fold_in(key, state.step)`, and elsewhere phase i's r-th
-    repetition from `fold_in(fold_in(fold_in(key, state.step), i), r)`: the same after a restart and in every
-    micro-batch. A loss tells its rows apart by something in the batch, so that `accumulate` does not change what they
-    draw.
+    The only phase of a single model, taken once, has the key `fold_in(key, state.step)`, and elsewhere phase i's r-th
+    repetition has `fold_in(fold_in(fold_in(key, state.step), i), r)`: the same after a restart and in every
+    micro-batch. A loss tells its samples apart by their batch index, so that `accumulate` does not change their
+    randomness.
 
     A step with a loss or gradient that is not finite changes nothing but two counters: `skipped`, and `step`, so that
-    the next one draws other noise. Metrics: the losses' own (those of a repeated phase from its last time); loss,
+    the next one has other noise. Metrics: the losses' own (those of a repeated phase from its last time); loss,
     grad_norm (before clipping), update_norm, param_norm and lr of the last phase's first model, ``MODEL_grad_norm`` of
     the others, skipped (so far).
 
@@ -92,15 +92,15 @@ def make_step(phases: Callable[[Any], Sequence[Phase]], *, mesh: Mesh) -> Step:
         latest = {name: phase for phase in taken for name in phase.models}  # whose gradient norm is logged
 
         def take(phase: Phase, weights: Any, moments: Any, key: jax.Array) -> Any:
-            """One update of a phase: new weights and moments, what it was like, and whether it was finite."""
+            """Take one phase's update: new weights and moments, its metrics, and whether it was finite."""
 
-            def loss_of(moving: Any, rows: Any) -> tuple[jax.Array, Metrics]:
-                return phase.loss({**weights, **moving}, state.ema, frozen, rows, key)
+            def loss_of(trained: Any, micro_batch: Any) -> tuple[jax.Array, Metrics]:
+                return phase.loss({**weights, **trained}, state.ema, frozen, micro_batch, key)
 
-            moving = {name: weights[name] for name in phase.models}
-            grads, (loss, metrics) = mean_gradient(loss_of, moving, batch, mesh=mesh, accumulate=settings.accumulate)
+            trained = {name: weights[name] for name in phase.models}
+            grads, (loss, metrics) = mean_gradient(loss_of, trained, batch, mesh=mesh, accumulate=settings.accumulate)
             finite, own = jnp.isfinite(loss), Metrics()
-            for place, (name, peak) in enumerate(phase.models.items()):
+            for index, (name, peak) in enumerate(phase.models.items()):
                 norm = optax.tree.norm(grads[name])
                 finite &= jnp.isfinite(norm)
                 rate = learning_rate_at(settings, peak, state.step)
@@ -108,7 +108,7 @@ def make_step(phases: Callable[[Any], Sequence[Phase]], *, mesh: Mesh) -> Step:
                 updates = jax.tree.map(lambda direction, rate=rate: -rate * direction, directions)
                 weights = {**weights, name: optax.apply_updates(weights[name], updates)}
                 moments = {**moments, name: new_moments}
-                if phase is taken[-1] and place == 0:
+                if phase is taken[-1] and index == 0:
                     own |= {"loss": loss, "grad_norm": norm, "update_norm": optax.tree.norm(updates), "lr": rate}
                 elif phase is latest[name]:
                     own[f"{name}_grad_norm"] = norm

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM: a run finishes the update in hand, saves, and says where it resumes."""
+"""SIGINT and SIGTERM: a run finishes its training step, saves, and prints where it resumes."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from hypersd_jax.errors import Interrupted, Terminated
 
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 SAME_SECONDS = 0.3
-"""Within which a signal that comes again is the same one: `timeout` and job launchers send theirs twice."""
+"""Seconds within which a second signal is the same one: `timeout` and job launchers send theirs twice."""
 PATIENCE_SECONDS = 1.5
-"""How long Python may be out of reach, as inside XLA's compiler, before a process with nothing to save is ended."""
+"""Seconds that Python may not respond, as inside XLA's compiler, before a process with nothing to save is ended."""
 
 
 class StopSignals:
-    """What SIGINT and SIGTERM do while a run lasts. A context manager; the handlers before it come back after it.
+    """The handler of SIGINT and SIGTERM while a run lasts. A context manager; it restores the handlers before it.
 
-    The first signal raises `Interrupted` or `Terminated` where Python stands, but between `hold` and `release` it is
+    The first signal raises `Interrupted` or `Terminated` where Python is, but between `hold` and `release` it is
     only noted, and `release` raises. A second one ends the process at once, or outside the command line raises at once.
     Without being entered, or in another thread than the main one, which alone gets signals, it does nothing.
 
@@ -38,7 +38,7 @@ class StopSignals:
         Args:
             alone: the process is for this run alone, as the command line's is. Then a thread watches for signals that
                 Python cannot handle, since it waits for the compiler, and ends the process. A notebook is not ended.
-            leave: what has to be undone even so, such as a lock file.
+            leave: undoes what must not stay even so, such as a lock file.
         """
         self.where = "before anything was done"
         self.signal: int | None = None
@@ -72,21 +72,21 @@ class StopSignals:
             signal.set_wakeup_fd(self._wakeup)
             os.close(self._pipe[1])  # ends the thread, which closes the other end
             self._pipe = None
-        if isinstance(error, Terminated):  # of which Python itself says nothing
+        if isinstance(error, Terminated):  # of which Python itself prints nothing
             print(f"hypersd: {error}", file=sys.stderr, flush=True)
 
     def hold(self) -> None:
-        """From here to `release` a signal waits: an update is in hand, or is being saved."""
+        """Delay signals until `release`: a training step runs, or is being saved."""
         self._held = True
 
     def release(self) -> None:
-        """Raise what a signal asked for meanwhile."""
+        """Raise for a signal that has come since `hold`."""
         self._held = False
         if self.signal is not None:
             raise self.error(self.signal)
 
     def error(self, number: int) -> Interrupted | Terminated:
-        """What a signal raises."""
+        """Make the exception that a signal raises."""
         kind = Terminated if number == signal.SIGTERM else Interrupted
         return kind(f"stopped {self.where}")
 

@@ -30,7 +30,7 @@ HostParams = Iterator[tuple[str, np.ndarray]]
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a model says about itself beside its weights, in diffusers' terms.
+    """What a model's configuration files say, in diffusers' terms.
 
     Attributes:
         origin: the folder or the single file.
@@ -51,7 +51,7 @@ class Description:
         """Whether this is SDXL: two text encoders, pooled text and time ids."""
         return is_xl(self.model_index)
 
-    def place(self, component: str) -> str:
+    def location(self, component: str) -> str:
         """Where a component's configuration is, for messages."""
         return str(self.origin / component / "config.json") if self.origin.is_dir() else f"{self.origin} ({component})"
 
@@ -97,7 +97,7 @@ class Components:
 
     @property
     def is_inpainting(self) -> bool:
-        """Whether the UNet also reads a mask and the latents of the masked picture: 4 + 1 + 4 channels."""
+        """Whether the UNet also reads a mask and the latents of the masked image: 4 + 1 + 4 channels."""
         return self.unet_config.in_channels == inpainting_channels(self.vae_config)
 
     @property
@@ -134,7 +134,7 @@ def is_xl(model_index: Mapping[str, Any]) -> bool:
 
 
 def inpainting_channels(config: AnyVaeConfig) -> int:
-    """What the UNet of an inpainting model reads: noisy latents, one mask, latents of the masked picture."""
+    """What the UNet of an inpainting model reads: noisy latents, one mask, latents of the masked image."""
     return 2 * config.latent_channels + 1
 
 
@@ -142,18 +142,18 @@ def parse(description: Description) -> Structure:
     """The configurations as dataclasses; UserError names the part and key that is unsupported or does not fit."""
 
     def parsed(from_dict: Callable[[dict[str, Any]], Any], component: str) -> Any:
-        place = description.place(component)
+        location = description.location(component)
         try:
             return from_dict(dict(description.configs[component]))
         except UserError as error:
-            raise UserError(f"{place}: {error}") from None
+            raise UserError(f"{location}: {error}") from None
 
     structure = Structure(
         unet=parsed(UNetConfig.from_dict, "unet"),
         vae=parsed(read_vae_config, "vae"),
         text={name: parsed(ClipTextConfig.from_dict, name) for name in text_names(description.is_xl)},
     )
-    _require_fit(description.place("unet"), structure)
+    _require_fit(description.location("unet"), structure)
     return structure
 
 
@@ -197,7 +197,7 @@ def load(
         mesh: devices with axes ``data`` and ``fsdp``: large parameters are split over ``fsdp``, and the UNet's
             activations stay on the batch axes. None is the default device.
         param_dtype: of the parameters, where it is not that of the computation: float32 for weights that are trained.
-        fresh: components whose weights are drawn at random instead, from ``seed``.
+        fresh: components whose weights are random instead, from ``seed``.
         seed: see ``fresh``.
 
     Raises:
@@ -216,7 +216,7 @@ def load(
     params = {}
     stored_as = dtypes if param_dtype is None else dict.fromkeys(dtypes, param_dtype)
     read = stored.read({name: part.shapes for name, part in parts.items() if name not in fresh}, stored_as)
-    for name, found in {**read, **{name: _drawn(parts[name], seed, stored_as[name]) for name in fresh}}.items():
+    for name, found in {**read, **{name: _random_params(parts[name], seed, stored_as[name]) for name in fresh}}.items():
         shapes = parts[name].shapes
         placed = {path: jax.device_put(array, place(shapes[path])) for path, array in found}
         params[name] = {path: placed[path] for path in shapes}
@@ -234,7 +234,7 @@ def load(
     )
 
 
-def _drawn(part: Network, seed: int, dtype: Any) -> HostParams:
+def _random_params(part: Network, seed: int, dtype: Any) -> HostParams:
     """Weights to train from. PyTorch's narrower kernels cost the autoencoder 3 dB after 150 updates."""
     return ((path, np.asarray(value.astype(dtype))) for path, value in part.init(seed, gain=3.0**0.5).items())
 
@@ -243,26 +243,28 @@ def _place(mesh: Mesh | None, leaf: jax.ShapeDtypeStruct) -> jax.sharding.Shardi
     return None if mesh is None else leaf_sharding(mesh, leaf.shape, leaf.dtype)
 
 
-def _require_fit(place: str, structure: Structure) -> None:
+def _require_fit(location: str, structure: Structure) -> None:
     """Refuse parts that are each readable and do not belong together."""
     config, channels = structure.unet, structure.vae.latent_channels
     allowed = (channels, inpainting_channels(structure.vae))
     if config.in_channels not in allowed:
         instructed = config.in_channels == 2 * channels
         hint = " (models that edit by instruction, InstructPix2Pix, are not supported)" if instructed else ""
-        raise UserError(f"{place}: in_channels={config.in_channels}, but the vae has latent_channels={channels}{hint}")
+        raise UserError(
+            f"{location}: in_channels={config.in_channels}, but the vae has latent_channels={channels}{hint}"
+        )
     if config.out_channels != channels:
-        raise UserError(f"{place}: out_channels={config.out_channels}, but the vae has latent_channels={channels}")
+        raise UserError(f"{location}: out_channels={config.out_channels}, but the vae has latent_channels={channels}")
     width = sum(text.hidden_size for text in structure.text.values())
     for value in config.cross_attention_dims:
         if value != width:
             names = " and ".join(structure.text)
-            raise UserError(f"{place}: cross_attention_dim={value}, but hidden_size of {names} makes {width}")
+            raise UserError(f"{location}: cross_attention_dim={value}, but hidden_size of {names} makes {width}")
     second = structure.text.get("text_encoder_2")
     pooled = second.projection_dim if second is not None else 0
     if config.text_time and config.pooled_dim != pooled:
         key = "projection_class_embeddings_input_dim"
         raise UserError(
-            f"{place}: {key} leaves {config.pooled_dim} for pooled text, but projection_dim of text_encoder_2 is "
+            f"{location}: {key} leaves {config.pooled_dim} for pooled text, but projection_dim of text_encoder_2 is "
             f"{pooled or 'missing'}"
         )

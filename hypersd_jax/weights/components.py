@@ -23,7 +23,7 @@ EMBEDDED = "embedded"
 
 
 def assets() -> Path:
-    """The folder of what ships inside the package: teacher, pictures, feature network, LoRAs."""
+    """The folder of what ships inside the package: teacher, images, feature network, LoRAs."""
     return Path(str(resources.files("hypersd_jax"))) / "assets"
 
 
@@ -71,7 +71,7 @@ def load_components(
         mesh: devices with axes ``data`` and ``fsdp``: large parameters are split over ``fsdp``, and the UNet's
             activations stay on the batch axes. None is the default device.
         param_dtype: of the parameters, where it is not that of the computation: float32 for weights that are trained.
-        fresh: components whose weights are drawn at random instead, from ``seed``.
+        fresh: components whose weights are random instead, from ``seed``.
         seed: see ``fresh``.
 
     Raises:

@@ -1,4 +1,4 @@
-"""A whole model from one layout into another, LoRAs merged on the way."""
+"""A model from one layout into another, with LoRAs merged into it."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def convert_model(
 ) -> None:
     """Write a model in another layout, or in the same one with LoRAs in it.
 
-    On the host, a component at a time for a folder; a single file is gathered whole before it is written.
+    On the host, a component at a time for a folder; a single file is gathered in memory before it is written.
 
     Args:
         src: a diffusers folder, a single .safetensors file, or ``embedded``.

@@ -1,6 +1,6 @@
 """The three model families whose shapes are known without a model: what their `config.json` files say.
 
-And what a diffusers folder of each family says beside that: single files say none of it.
+And what a diffusers folder of each family states besides: single files state none of it.
 """
 
 from __future__ import annotations
@@ -133,7 +133,7 @@ SCALING_FACTORS = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
 """Of the latents, by generation of models."""
 
 NATIVE_SIZES = {"sd1": 512, "sd2": 768, "sdxl": 1024}
-"""Side of the pictures in pixels; SD 2.x that predicts noise is made for 512."""
+"""Side of the images in pixels; SD 2.x that predicts noise is made for 512."""
 
 _SCHEDULE = {
     "beta_end": 0.012,

@@ -49,7 +49,7 @@ Choice = Callable[[Iterable[str]], list[str]]
 
 
 def fetch_model(source: str | os.PathLike[str]) -> Path:
-    """The folder or file of a whole model, or of one component such as a ControlNet or an autoencoder.
+    """Find the folder or file of a model, or of one component such as a ControlNet or an autoencoder.
 
     Args:
         source: a local path, returned with its ``~`` replaced, an id, or the id of a single .safetensors file. Of a
@@ -97,7 +97,7 @@ def fetch_file(source: str | os.PathLike[str]) -> Path:
         names = set(files)
         if file not in names:
             raise UserError("there is no such file")
-        # What says how a PEFT adapter is scaled lies beside it.
+        # A PEFT adapter's scale is in a file in its folder.
         return [file, *({(Path(file).parent / LORA_CONFIG).as_posix()} & names)]
 
     return _first(_snapshot(found, choose))
@@ -197,7 +197,7 @@ def _cached(found: HubId, choose: Choice) -> tuple[Path, list[str]]:
     """What an earlier call has fetched, for when the hub cannot be asked."""
     from huggingface_hub import snapshot_download
 
-    # No patterns: what is missing is judged below, by the files that are there.
+    # No patterns: what is missing is decided below, by the files that are there.
     folder = Path(snapshot_download(found.repo, revision=found.revision, allow_patterns=[], local_files_only=True))
     files = (path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file())
     try:
@@ -215,7 +215,7 @@ def _choose(found: HubId, choose: Choice, files: Iterable[str]) -> list[str]:
 
 @contextmanager
 def _explained(found: HubId) -> Iterator[None]:
-    """Turn what huggingface_hub raises into one line."""
+    """Turn an exception of huggingface_hub into one line."""
     endpoint = constants.ENDPOINT
     try:
         yield
@@ -236,7 +236,7 @@ def _explained(found: HubId) -> Iterator[None]:
         status = error.response.status_code
         reason = f"{endpoint} answered {status}; {'check HF_TOKEN' if status in (401, 403) else 'try again later'}"
     except HTTPError as error:
-        reason = f"the download from {endpoint} broke off ({type(error).__name__}); run the command again to go on"
+        reason = f"the download from {endpoint} broke off ({type(error).__name__}); run the command again to resume"
     except OSError as error:
         reason = f"cannot be fetched ({error.strerror or error})"
     else:

@@ -103,7 +103,7 @@ class TensorFile:
         return self._bytes(begin, end).view(self.dtype(key)).reshape(shape)
 
     def read_row(self, key: str, row: int) -> np.ndarray:
-        """One row of tensor `key` along its first axis, in its stored type; nothing else of the tensor is read."""
+        """Read one entry of tensor `key` along its first axis, in its stored type, and nothing else of it."""
         count, *shape = self.shape(key)
         begin, end = self._entries[key]["data_offsets"]
         length = (end - begin) // count
@@ -142,7 +142,7 @@ def save_tensors(
 ) -> None:
     """Writes a safetensors file; `path` afterwards holds all of it or, after an error, what it held before.
 
-    Parent folders are made. Raises UserError where the place cannot be written.
+    Parent folders are made. Raises UserError where the path cannot be written.
     """
     # asarray, for ascontiguousarray would turn a 0-d tensor (a LoRA's alpha) into a 1-d one.
     contiguous = {key: np.asarray(value, order="C") for key, value in tensors.items()}
@@ -155,9 +155,9 @@ def save_tensors(
 
 @contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yields a temporary name beside `path`; on success it becomes `path` in one step, on error it is removed.
+    """Yield a temporary name in the folder of `path`; on success it becomes `path` in one step, on error it is removed.
 
-    Parent folders are made. Raises UserError where the place cannot be written.
+    Parent folders are made. Raises UserError where the path cannot be written.
     """
     path = expanded(Path(path))
     if path.is_dir():
@@ -189,7 +189,7 @@ def _refuse_what_is_no_weights_file(path: Path) -> None:
 
 
 def pickle_message(path: str | os.PathLike[str]) -> str:
-    """What is said of pickled weights, which are never read."""
+    """The message about pickled weights, which are never read."""
     return f"{path}: pickled weights are not read, because a pickle can run any code; use the .safetensors file instead"
 
 
@@ -222,7 +222,7 @@ def _diagnosis(path: Path, error: Exception) -> str:
 
 
 def _end(entry: Any) -> int:
-    """Where the tensor of a header's entry ends; 0 where the entry does not say it soundly."""
+    """Return where the tensor of a header's entry ends; 0 where the entry is unsound."""
     offsets = entry.get("data_offsets") if isinstance(entry, dict) else None
     if isinstance(offsets, list) and len(offsets) == 2 and isinstance(offsets[1], int):
         return offsets[1]

@@ -1,4 +1,4 @@
-"""Tables that `datasets` makes, and what is remembered of pictures, stay out of the user's home."""
+"""Tables that `datasets` makes, and the sizes of images that are kept, stay out of the user's home."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from hypersd_jax.data import survey
+from hypersd_jax.data import image_sizes
 
 
 @pytest.fixture(autouse=True)
@@ -17,7 +17,7 @@ def own_caches(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     home: Path = tmp_path_factory.mktemp("home")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", home / "datasets")
     monkeypatch.setattr(datasets.config, "DOWNLOADED_DATASETS_PATH", home / "downloads")
-    monkeypatch.setattr(survey, "cache_folder", lambda: home / "pictures")
+    monkeypatch.setattr(image_sizes, "cache_folder", lambda: home / "image-sizes")
     datasets.disable_progress_bars()
     yield
     datasets.enable_progress_bars()

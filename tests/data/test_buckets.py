@@ -7,10 +7,10 @@ import numpy as np
 import pytest
 
 from hypersd_jax.config import DataConfig
-from hypersd_jax.data import PairSource, open_source
+from hypersd_jax.data import ImageTextSource, open_source
 from hypersd_jax.data.buckets import Stream, bucket_sizes, nearest_bucket
 from hypersd_jax.errors import UserError
-from tests.helpers.picture_sets import encoded, numbers, with_metadata
+from tests.helpers.image_sets import encoded, numbers, with_metadata
 
 
 @pytest.mark.parametrize(("resolution", "step"), [(512, 64), (768, 64), (1024, 64), (1024, 32), (64, 8)])
@@ -44,29 +44,29 @@ def test_batches_are_of_one_group_and_nothing_is_lost(counts: list[int], size: i
     """Every group's stream is gone through in order, without a gap, whatever the batches' order."""
     stream = Stream(counts, size, seed=5)
     total = 60 * size
-    groups, places = stream.places(np.arange(total))
+    groups, offsets = stream.locate(np.arange(total))
     if len(counts) > 1:
         assert all(len(set(batch)) == 1 for batch in groups.reshape(-1, size))
     for group in range(len(counts)):
-        mine = places[groups == group]
+        mine = offsets[groups == group]
         np.testing.assert_array_equal(np.sort(mine), np.arange(len(mine)))
         share = total * counts[group] / sum(counts)
         assert abs(len(mine) - share) < size + counts[group]
-    again, where = Stream(counts, size, seed=5).places(np.arange(total)[::-7])
+    again, where = Stream(counts, size, seed=5).locate(np.arange(total)[::-7])
     np.testing.assert_array_equal(again, groups[::-7])
-    np.testing.assert_array_equal(where, places[::-7])
+    np.testing.assert_array_equal(where, offsets[::-7])
 
 
 def test_groups_are_mixed_and_each_epoch_anew() -> None:
     stream = Stream([32, 32], 4, seed=0)
-    orders = [tuple(stream.places(np.arange(0, 64, 4) + 64 * epoch)[0]) for epoch in range(4)]
+    orders = [tuple(stream.locate(np.arange(0, 64, 4) + 64 * epoch)[0]) for epoch in range(4)]
     assert len(set(orders)) == 4
     assert all(sorted(order) == [0] * 8 + [1] * 8 for order in orders)
 
 
 def test_every_item_once_in_a_groups_epoch_also_when_stepping_on() -> None:
     stream = Stream([5, 3], 2, seed=1)
-    first = [stream.item(0, place) for place in range(5)]
+    first = [stream.item(0, offset) for offset in range(5)]
     assert sorted(first) == list(range(5))
     assert [stream.item(0, 2, after) for after in range(5)] == first[2:] + first[:2]
 
@@ -83,14 +83,14 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def opened(folder: Path, batch_size: int | None = 3, step: int = 16) -> PairSource:
+def opened(folder: Path, batch_size: int | None = 3, step: int = 16) -> ImageTextSource:
     config = DataConfig(source=str(folder), bucket_step=step)
     found = open_source(config, resolution=64, seed=0, batch_size=batch_size)
-    assert isinstance(found, PairSource)
+    assert isinstance(found, ImageTextSource)
     return found
 
 
-def test_batches_of_pictures_in_buckets(folder: Path) -> None:
+def test_batches_of_images_in_buckets(folder: Path) -> None:
     source = opened(folder)
     seen: collections.Counter[int] = collections.Counter()
     for number in range(4 * 6):

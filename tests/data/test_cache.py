@@ -13,7 +13,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.weights.tensors import save_tensors
 
 KEYS = np.asarray([7, 3, 11, 5, 2, 13, 1], np.int64)
-FACTS = {"vae": "abc", "data": {"source": "emoji", "resolution": 64}}
+METADATA = {"vae": "abc", "data": {"source": "emoji", "resolution": 64}}
 
 
 def rows(keys):
@@ -21,8 +21,8 @@ def rows(keys):
     return {"mean": base, "context": base.astype(ml_dtypes.bfloat16), "ids": np.asarray(keys, np.int32)[:, None]}
 
 
-def fill(folder, *, shards=99, facts=FACTS):
-    writer = CacheWriter(folder, facts, KEYS, shard_rows=3)
+def fill(folder, *, shards=99, metadata=METADATA):
+    writer = CacheWriter(folder, metadata, KEYS, shard_rows=3)
     for number, keys in enumerate(writer.missing()):
         if number == shards:
             break
@@ -34,7 +34,7 @@ def test_rows_come_back_by_key_in_the_order_asked_for(tmp_path):
     fill(tmp_path / "c")
     cache = Cache(tmp_path / "c", verify=True)
     assert len(cache) == 7
-    cache.require(FACTS)
+    cache.require(METADATA)
     asked = np.asarray([1, 7, 7, 13])
     found, wanted = cache.rows(asked), rows(asked)
     assert found.keys() == wanted.keys()
@@ -66,9 +66,9 @@ def test_another_model_or_data_set_is_named(tmp_path):
     with pytest.raises(UserError, match="made with vae 'abc', this run has 'abd'"):
         Cache(tmp_path / "c").require({"vae": "abd"})
     with pytest.raises(UserError, match="made with resolution 64, this run has 32"):
-        fill(tmp_path / "c", facts={**FACTS, "data": {"source": "emoji", "resolution": 32}})
+        fill(tmp_path / "c", metadata={**METADATA, "data": {"source": "emoji", "resolution": 32}})
     with pytest.raises(UserError, match="made with keys"):
-        CacheWriter(tmp_path / "c", FACTS, KEYS[::-1], shard_rows=3)
+        CacheWriter(tmp_path / "c", METADATA, KEYS[::-1], shard_rows=3)
 
 
 def test_damage_is_named(tmp_path):
@@ -110,7 +110,7 @@ def test_damage_is_named(tmp_path):
 
 
 def test_numbers_that_are_not_finite_are_not_kept(tmp_path):
-    writer = CacheWriter(tmp_path / "c", FACTS, KEYS, shard_rows=3)
+    writer = CacheWriter(tmp_path / "c", METADATA, KEYS, shard_rows=3)
     bad = rows(KEYS[:3])
     bad["mean"][1, 0, 0] = np.nan
     with pytest.raises(UserError, match="mean of shard 0 is not finite"):

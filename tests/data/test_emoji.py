@@ -37,7 +37,7 @@ def test_the_set_is_complete_and_of_settled_licences() -> None:
     assert len({(r.hexcode, r.style) for r in emoji.records}) == 4857
 
 
-def test_pictures_stand_beside_their_own_records() -> None:
+def test_images_stand_beside_their_own_records() -> None:
     emoji = load_emoji()
     mean = {}
     for i, r in enumerate(emoji.records):
@@ -64,7 +64,7 @@ def test_a_tenth_of_the_concepts_is_held_out_in_all_styles() -> None:
     assert {emoji.records[i].style for i in test} == STYLES
 
 
-def test_no_picture_is_in_both_splits() -> None:
+def test_no_image_is_in_both_splits() -> None:
     emoji = load_emoji()
     pictures = {split: {emoji.images[i].tobytes() for i in emoji.indices(split)} for split in ("train", "test")}
     assert not pictures["train"] & pictures["test"]

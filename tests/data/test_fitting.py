@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from hypersd_jax.data.pictures import fit_picture
+from hypersd_jax.data.fitting import fit_image
 
 
 def ramp(height: int, width: int) -> Image.Image:
@@ -16,7 +16,7 @@ def ramp(height: int, width: int) -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("place", "flip", "top", "left"),
+    ("corner", "flip", "top", "left"),
     [
         (None, False, 0, 4),
         ((0.0, 0.0), False, 0, 0),
@@ -25,8 +25,8 @@ def ramp(height: int, width: int) -> Image.Image:
         ((1.0, 1.0), True, 0, 8),
     ],
 )
-def test_the_crop_is_where_the_sizes_say(place: tuple[float, float] | None, flip: bool, top: int, left: int) -> None:
-    pixels, sizes = fit_picture(ramp(12, 20), (12, 12), place, flip=flip)
+def test_the_crop_is_where_the_sizes_say(corner: tuple[float, float] | None, flip: bool, top: int, left: int) -> None:
+    pixels, sizes = fit_image(ramp(12, 20), (12, 12), corner, flip=flip)
     np.testing.assert_array_equal(sizes, np.asarray([12, 20, top, left, 12, 12], np.float32))
     assert pixels.dtype == sizes.dtype == np.float32
     whole = np.asarray(ramp(12, 20), np.float32)
@@ -44,8 +44,8 @@ def test_the_crop_is_where_the_sizes_say(place: tuple[float, float] | None, flip
         ((101, 67), (8, 8), (101, 67, 2, 0, 8, 8)),
     ],
 )
-def test_sizes_of_scaled_pictures(size: tuple[int, int], target: tuple[int, int], expected: tuple[int, ...]) -> None:
-    pixels, sizes = fit_picture(ramp(*size), target)
+def test_sizes_of_scaled_images(size: tuple[int, int], target: tuple[int, int], expected: tuple[int, ...]) -> None:
+    pixels, sizes = fit_image(ramp(*size), target)
     np.testing.assert_array_equal(sizes, np.asarray(expected, np.float32))
     assert pixels.shape == (*target, 3)
     assert np.abs(pixels).max() <= 1.0

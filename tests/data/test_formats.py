@@ -1,4 +1,4 @@
-"""Every form that pairs are read from, from real files to pictures with their own captions."""
+"""Every form that pairs are read from, from real files to images with their own captions."""
 
 from __future__ import annotations
 
@@ -13,19 +13,19 @@ import numpy as np
 import pytest
 
 from hypersd_jax.config import DataConfig
-from hypersd_jax.data import PairSource, open_source
+from hypersd_jax.data import ImageTextSource, open_source
 from hypersd_jax.errors import UserError
-from tests.helpers.picture_sets import caption, encoded, numbers, parquet, tar, with_metadata, with_sidecars
+from tests.helpers.image_sets import caption, encoded, numbers, parquet, tar, with_metadata, with_sidecars
 
 
-def opened(source: str | Path, **keys: object) -> PairSource:
+def opened(source: str | Path, **keys: object) -> ImageTextSource:
     found = open_source(DataConfig(source=str(source), **keys), resolution=8, seed=0)
-    assert isinstance(found, PairSource)
+    assert isinstance(found, ImageTextSource)
     return found
 
 
-def epoch(source: PairSource) -> list[int]:
-    """The pictures of the first epoch, sorted."""
+def epoch(source: ImageTextSource) -> list[int]:
+    """The images of the first epoch, sorted."""
     batch = source.batch(np.arange(len(source)))
     assert batch.images.shape[1:] == (8, 8, 3)
     return sorted(numbers(batch))
@@ -100,7 +100,7 @@ def test_parquet_that_datasets_wrote(tmp_path: Path) -> None:
         opened(tmp_path, image_column="picture", caption_column="text")
 
 
-def test_a_table_beside_its_pictures(tmp_path: Path) -> None:
+def test_a_table_beside_its_images(tmp_path: Path) -> None:
     folder = with_metadata(tmp_path, range(3))
     (folder / "metadata.jsonl").rename(folder / "pairs.jsonl")
     assert epoch(opened(folder / "pairs.jsonl")) == [0, 1, 2]

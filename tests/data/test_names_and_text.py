@@ -12,18 +12,18 @@ import numpy as np
 import pytest
 
 from hypersd_jax.config import DataConfig
-from hypersd_jax.data import PairSource, open_prompts, open_source
+from hypersd_jax.data import ImageTextSource, open_prompts, open_source
 from hypersd_jax.errors import UserError
-from tests.helpers.picture_sets import caption, encoded, numbers, parquet, tar, with_metadata, with_sidecars
+from tests.helpers.image_sets import caption, encoded, numbers, parquet, tar, with_metadata, with_sidecars
 
 
-def opened(source: str | Path, **keys: object) -> PairSource:
+def opened(source: str | Path, **keys: object) -> ImageTextSource:
     found = open_source(DataConfig(source=str(source), **keys), resolution=8, seed=0)
-    assert isinstance(found, PairSource)
+    assert isinstance(found, ImageTextSource)
     return found
 
 
-def epoch(source: PairSource) -> list[int]:
+def epoch(source: ImageTextSource) -> list[int]:
     return sorted(numbers(source.batch(np.arange(len(source)))))
 
 
@@ -31,7 +31,7 @@ def captions(source: Path) -> list[str]:
     return sorted(opened(source).preview_prompts)
 
 
-def told(source: str | Path, **keys: object) -> tuple[PairSource, str]:
+def told(source: str | Path, **keys: object) -> tuple[ImageTextSource, str]:
     """The source, and the one line that is said of it."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")

@@ -8,7 +8,7 @@ import pytest
 from hypersd_jax.config import DataConfig
 from hypersd_jax.data import EmojiSource, load_emoji, open_source
 from hypersd_jax.errors import UserError
-from tests.helpers.picture_sets import with_metadata
+from tests.helpers.image_sets import with_metadata
 
 
 def test_emoji_is_the_embedded_set() -> None:
@@ -57,7 +57,7 @@ def test_keys_that_only_the_embedded_set_reads(tmp_path: Path) -> None:
 def test_bad_values_are_named(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"data\.source: .*nowhere is no folder"):
         open_source(DataConfig(source=str(tmp_path / "nowhere")), resolution=8, seed=0)
-    with pytest.raises(UserError, match=r"data\.split='dev': the embedded pictures have train, test, all"):
+    with pytest.raises(UserError, match=r"data\.split='dev': the embedded images have train, test, all"):
         open_source(DataConfig(split="dev"), resolution=8, seed=0)
     for key, value in (("bucket_step", 12), ("min_size", 0), ("source", ""), ("split", "")):
         with pytest.raises(ValueError, match=f"^{key} must"):

@@ -8,7 +8,7 @@ import pytest
 from hypersd_jax.config import DataConfig
 from hypersd_jax.data import EmojiSource, PromptSource, open_prompts, open_source
 from hypersd_jax.errors import UserError
-from tests.helpers.picture_sets import parquet, with_metadata
+from tests.helpers.image_sets import parquet, with_metadata
 
 PROMPTS = ["a cat", "a red apple, 35 mm", "été"]
 
@@ -46,7 +46,7 @@ def test_captions_of_pairs_serve_too(tmp_path: Path) -> None:
     assert sorted(source.prompts(np.arange(4))) == [f"picture {number}" for number in range(4)]
 
 
-def test_captions_of_the_embedded_pictures() -> None:
+def test_captions_of_the_embedded_images() -> None:
     config = DataConfig(split="all", white_fraction=1.0)
     positions = np.arange(16)
     found = open_prompts(config, seed=3).prompts(positions)

@@ -16,12 +16,12 @@ from hypersd_jax.distill import (
     boundary_scalings,
     consistency_loss,
     draw,
-    edge_end,
     lcm_pair,
     pad_segments,
     pseudo_huber,
+    segment_boundary,
     segment_bounds,
-    uniform_end,
+    uniform_target,
 )
 from hypersd_jax.errors import UserError
 
@@ -117,7 +117,7 @@ def test_tcds_end_is_uniform_over_all_times_below_the_start():
 
 @pytest.mark.parametrize(("N", "k"), [(40, 8), (40, 4), (50, 2), (50, 1)])
 def test_pcms_end_is_the_phases_edge(N, k):
-    drawn = draw(KEY, (500, 1, 1, 1), pad_segments(N, k, 50), guidance=GUIDANCE, end=edge_end)
+    drawn = draw(KEY, (500, 1, 1, 1), pad_segments(N, k, 50), guidance=GUIDANCE, end=segment_boundary)
     t_n, _, t_b = segment_bounds(N, k)
     edges = dict(zip(t_n.tolist(), t_b.tolist(), strict=True))
     assert np.asarray(drawn.t_end).tolist() == [edges[t] for t in np.asarray(drawn.t_n).tolist()]
@@ -128,7 +128,9 @@ def test_both_rules_meet_where_a_segment_is_one_step():
     bounds = [jnp.asarray(a, jnp.int32) for a in segment_bounds(8, 8)]
     for uniform in (0.0, 0.5, 1.0 - 2.0**-23):
         numbers = jnp.full(8, uniform)
-        np.testing.assert_array_equal(uniform_end(numbers, bounds[2], bounds[1]), edge_end(numbers, *bounds[2:0:-1]))
+        np.testing.assert_array_equal(
+            uniform_target(numbers, bounds[2], bounds[1]), segment_boundary(numbers, *bounds[2:0:-1])
+        )
     assert jitted("pcm", 8, 8)[0] == jitted("tscd", 8, 8)[0]
 
 
@@ -136,7 +138,7 @@ def test_the_other_draws_are_the_same_for_all_methods():
     """So that methods are compared on the same starts, noise and guidance."""
     segments = pad_segments(40, 4, 50)
     uniform, edge = (
-        draw(KEY, (SIZE, 3, 3, 4), segments, guidance=GUIDANCE, end=end) for end in (uniform_end, edge_end)
+        draw(KEY, (SIZE, 3, 3, 4), segments, guidance=GUIDANCE, end=end) for end in (uniform_target, segment_boundary)
     )
     jax.tree.map(np.testing.assert_array_equal, uniform._replace(t_end=0), edge._replace(t_end=0))
     assert np.any(uniform.t_end != edge.t_end)

@@ -71,7 +71,7 @@ def test_only_the_students_estimate_is_differentiated():
         assert not np.any(gradient)
 
 
-def test_the_judged_point_of_a_trajectory_is_not_what_is_pulled():
+def test_the_noised_point_of_a_trajectory_is_not_what_is_pulled():
     """The estimate of x_0 is, also where the student's sample is a point that it moves to."""
 
     def loss(x0, x):
@@ -119,7 +119,7 @@ def sample_at(x0, x, noisy):
     return Sample(x0, x, jnp.float32(alpha), jnp.float32(sigma), jnp.int32(low), jnp.int32(high))
 
 
-def term(sample, kind="epsilon", *, judged=False, scales=(1.0, 1.0)):
+def term(sample, kind="epsilon", *, with_features=False, scales=(1.0, 1.0)):
     """The term, its metrics, the features, what the real score gives beside, and what the two models were asked."""
     asked = []
 
@@ -131,7 +131,7 @@ def term(sample, kind="epsilon", *, judged=False, scales=(1.0, 1.0)):
         asked.append(("fake", x, t, cond))
         return scales[1] * network(x, t, -cond), {"mid": 3.0 * x}
 
-    found = score_term(sample, DRAWN, real, fake, COND, schedule=SCHEDULES[kind], judged=judged)
+    found = score_term(sample, DRAWN, real, fake, COND, schedule=SCHEDULES[kind], with_features=with_features)
     return *found, asked
 
 
@@ -153,12 +153,12 @@ def by_hand(sample, kind="epsilon"):
     return x_t, t, share, (fake - real) / np.mean(np.abs(x0 - real), axis=(1, 2, 3), keepdims=True)
 
 
-@pytest.mark.parametrize("judged", [False, True], ids=["alone", "judged"])
+@pytest.mark.parametrize("with_features", [False, True], ids=["alone", "with_features"])
 @pytest.mark.parametrize("noisy", [False, True], ids=["clean", "on-the-trajectory"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_score_term_is_the_one_by_hand(kind, noisy, judged):
+def test_the_score_term_is_the_one_by_hand(kind, noisy, with_features):
     sample = sample_at(X0, 0.8 * X0 + 0.1 * EPS if noisy else X0, noisy)
-    loss, metrics, features, beside, asked = term(sample, kind, judged=judged)
+    loss, metrics, features, beside, asked = term(sample, kind, with_features=with_features)
     np.testing.assert_array_equal(beside, -asked[0][1])
     x_t, t, _, gradient = by_hand(sample, kind)
     assert [who for who, *_ in asked] == ["real", "fake"]
@@ -173,13 +173,13 @@ def test_the_score_term_is_the_one_by_hand(kind, noisy, judged):
     assert (loss.shape, loss.dtype) == ((), jnp.float32)
 
 
-@pytest.mark.parametrize("judged", [False, True], ids=["alone", "judged"])
-def test_the_score_term_pulls_the_estimate_of_x0_alone(judged):
+@pytest.mark.parametrize("with_features", [False, True], ids=["alone", "with_features"])
+def test_the_score_term_pulls_the_estimate_of_x0_alone(with_features):
     """Not the point that is noised, nor either model, also where features carry a gradient."""
     start = 0.8 * X0 + 0.1 * EPS
 
     def loss(x0, x, scales):
-        return term(sample_at(x0, x, True), judged=judged, scales=scales)[0]
+        return term(sample_at(x0, x, True), with_features=with_features, scales=scales)[0]
 
     of_x0, of_x, of_models = jax.grad(loss, argnums=(0, 1, 2))(X0, start, (1.0, 1.0))
     gradient = by_hand(sample_at(X0, start, True))[-1]
@@ -188,14 +188,14 @@ def test_the_score_term_pulls_the_estimate_of_x0_alone(judged):
     assert of_models == (0, 0)
 
 
-@pytest.mark.parametrize("judged", [False, True], ids=["alone", "judged"])
-def test_features_carry_the_students_gradient_where_they_are_judged(judged):
+@pytest.mark.parametrize("with_features", [False, True], ids=["alone", "with_features"])
+def test_features_carry_the_students_gradient_where_they_are_judged(with_features):
     def total(x):
-        return jnp.sum(term(sample_at(X0, x, True), judged=judged)[2]["mid"])
+        return jnp.sum(term(sample_at(X0, x, True), with_features=with_features)[2]["mid"])
 
     start = 0.8 * X0 + 0.1 * EPS
     share = by_hand(sample_at(X0, start, True))[2]
-    expected = 3 * share * np.ones(SHAPE) if judged else np.zeros(SHAPE)
+    expected = 3 * share * np.ones(SHAPE) if with_features else np.zeros(SHAPE)
     np.testing.assert_allclose(jax.grad(total)(start), expected, rtol=1e-5)
 
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hypersd_jax.diffusion import Schedule, solver_table
-from hypersd_jax.distill import Sample, again, draw_trajectory, endpoint, path_loss
+from hypersd_jax.distill import Sample, draw_trajectory, endpoint, path_loss, second_estimate
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULES = {kind: Schedule(**BETAS, prediction_type=kind) for kind in ("epsilon", "v_prediction")}
@@ -122,7 +122,7 @@ def second_by_hand(kind="epsilon", scale=1.0):
 @KINDS
 def test_the_second_estimate_is_from_where_the_first_step_leads(kind):
     points = (jnp.int32(START), jnp.asarray(SECOND, jnp.int32))
-    ours = again(network, sample_of(X0), DRAWN.noise, jnp.asarray(COND), *points, schedule=SCHEDULES[kind])
+    ours = second_estimate(network, sample_of(X0), DRAWN.noise, jnp.asarray(COND), *points, schedule=SCHEDULES[kind])
     close(ours, second_by_hand(kind)[1], rtol=1e-5, atol=1e-5)
 
 

@@ -79,7 +79,7 @@ def test_another_ground_or_style_scores_less(name: str, pictures: np.ndarray) ->
         before = prompt.split(" style")[0] + " style"
         return before if colour == "white" else f"{before}, {colour} background"
 
-    assert rate([ground(i.prompt, colours[(colours.index(i.ground) + 3) % 8]) for i in items]) > 0.85
+    assert rate([ground(i.prompt, colours[(colours.index(i.background) + 3) % 8]) for i in items]) > 0.85
     assert (
         rate([i.prompt.replace(i.style, next(s for s in styles if s != i.style)) for i in items]) > 0.7
     )  # by chance: 0.5

@@ -20,7 +20,7 @@ from hypersd_jax.stages.caching import write_cache
 from hypersd_jax.stages.feeding import Inputs
 from hypersd_jax.training import make_mesh
 from hypersd_jax.weights.components import load_components
-from tests.helpers.picture_sets import encoded, with_sidecars
+from tests.helpers.image_sets import encoded, with_sidecars
 from tests.helpers.tiny_model import smaller, tiny_model
 
 RECIPE = """
@@ -81,8 +81,8 @@ def test_a_stage_gets_the_same_numbers_either_way(way, model, cache, tmp_path):
 def test_the_cache_holds_every_picture_on_every_ground(model, cache):
     found = Cache(cache, verify=True)
     config = recipe(cache.parent, model)
-    assert found.facts["data"]["resolution"] == 16
-    assert "groups" not in found.facts["data"]
+    assert found.metadata["data"]["resolution"] == 16
+    assert "groups" not in found.metadata["data"]
     assert set(found.names) == {"mean", "logvar", "context", "ids_0", "sizes"}
     source = open_source(config.data, resolution=16, seed=0)
     assert len(found) == 8 * len(source)

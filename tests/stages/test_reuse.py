@@ -89,7 +89,7 @@ def test_stages_are_taken_as_far_as_their_histories_agree(
         if stage in expected:
             assert (root / student).read_bytes() == (finished / student).read_bytes()
             with training.Checkpointer(root / "checkpoints" / stage) as checkpoints:
-                assert checkpoints.facts().keys() == {"history"}
+                assert checkpoints.metadata().keys() == {"history"}
     assert not list(root.rglob(".tmp-*"))
 
 

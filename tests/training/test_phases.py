@@ -309,8 +309,8 @@ def test_resuming_is_bit_identical(tmp_path):
         checkpointer.save(2, state, {"stage": "dmd"})
         uninterrupted, _ = go(state, 2)
     with training.Checkpointer(tmp_path) as checkpointer:
-        restored, facts = checkpointer.restore(None, like)
-    assert facts == {"stage": "dmd"}
+        restored, metadata = checkpointer.restore(None, like)
+    assert metadata == {"stage": "dmd"}
     assert set(restored.ema) == {"student"}
     assert int(restored.step) == 2
     again, _ = go(restored, 2)

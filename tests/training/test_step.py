@@ -54,7 +54,7 @@ def test_training_lowers_the_loss():
 
 
 def test_accumulated_gradient_equals_the_big_batch():
-    """Noise included: rows are told apart by their place in the whole batch."""
+    """Noise included: samples are told apart by their batch index."""
     whole, pieces = (toy.Run(rows=16, accumulate=n) for n in (1, 4))
     for big, small in zip(whole.go(3), pieces.go(3), strict=True):
         assert big == pytest.approx(small, rel=1e-4, abs=1e-6)
@@ -109,13 +109,13 @@ def test_the_only_phase_of_one_model_draws_from_the_steps_key(repeats):
     """Taken once, from that itself; repeated, each time from a key of its own."""
 
     def loss(models, ema, frozen, rows, key):
-        return jnp.sum(models["a"]), {"drawn": jax.random.uniform(key)}
+        return jnp.sum(models["a"]), {"random": jax.random.uniform(key)}
 
     _, metrics = one_step(loss, jnp.zeros(3), seed=5, repeats=repeats)
     key = jax.random.fold_in(jax.random.key(5), 0)  # state.step is 0
     if repeats == 3:
         key = jax.random.fold_in(jax.random.fold_in(key, 0), 2)
-    assert float(metrics["drawn"]) == float(jax.random.uniform(key))
+    assert float(metrics["random"]) == float(jax.random.uniform(key))
 
 
 def test_the_state_is_donated_and_the_callers_arrays_are_not():

@@ -230,7 +230,7 @@ def test_a_download_that_breaks_off_goes_on(hub: HubServer) -> None:
 @pytest.mark.usefixtures("no_pause")
 def test_a_download_that_always_breaks_off(hub: HubServer) -> None:
     hub.cut = 1000
-    with pytest.raises(UserError, match=r"^some/lora/sub/b\.safetensors: .*run the command again to go on$"):
+    with pytest.raises(UserError, match=r"^some/lora/sub/b\.safetensors: .*run the command again to resume$"):
         fetch_file("some/lora/sub/b.safetensors")
 
 

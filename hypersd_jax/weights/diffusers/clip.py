@@ -1,4 +1,4 @@
-"""A whole CLIP, both towers, as transformers' `CLIPModel` keeps it: a folder, or its safetensors file alone."""
+"""A CLIP, both towers, as transformers' `CLIPModel` keeps it: a folder, or its safetensors file alone."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def load_clip_model(source: str | os.PathLike[str], *, dtype: Any) -> LoadedClip
         raise UserError(f"{origin}: no such file or folder")
     folder = origin if origin.is_dir() else origin.parent
     files = [open_tensors(path) for path in (component_files(origin, STEMS["clip"]) if origin.is_dir() else [origin])]
-    place = folder / "config.json"
-    stated = read_json(place) if origin.is_dir() or place.is_file() else guess_config(files[0])
+    location = folder / "config.json"
+    stated = read_json(location) if origin.is_dir() or location.is_file() else guess_config(files[0])
     try:
         text_config, vision_config = read_configs(stated)
     except UserError as error:
-        raise UserError(f"{place if place.is_file() else origin}: {error}") from None
+        raise UserError(f"{location if location.is_file() else origin}: {error}") from None
     text = clip_text(text_config, dtype=dtype, projection=True)
     vision = clip_vision(vision_config, dtype=dtype)
     shapes = {**text.shapes, **vision.shapes, LOGIT_SCALE: jax.ShapeDtypeStruct((), jnp.float32)}
@@ -122,29 +122,29 @@ def read_configs(values: Mapping[str, Any]) -> tuple[ClipTextConfig, ClipVisionC
 def _read(origin: Path, files: Sequence[TensorFile], shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
     """The parameters in the order of the files; one UserError with all that does not fit comes before the first."""
     paths = {torch_key(path): path for path in shapes}
-    places: dict[str, TensorFile] = {}
+    locations: dict[str, TensorFile] = {}
     misfits = []
     for file in files:
         for key in (key for key in file.keys() if not PASSENGERS.match(key)):  # noqa: SIM118 - not a mapping
-            if key in places:
+            if key in locations:
                 misfits.append(f"{key} stored twice")
-            places[key] = file
-    for key in places.keys() & paths.keys():
-        found, wanted = places[key].shape(key), torch_shape(paths[key], shapes[paths[key]].shape)
+            locations[key] = file
+    for key in locations.keys() & paths.keys():
+        found, wanted = locations[key].shape(key), torch_shape(paths[key], shapes[paths[key]].shape)
         if found != wanted:
             misfits.append(f"{key} {list(found)} instead of {list(wanted)}")
-        elif not jnp.issubdtype(places[key].dtype(key), jnp.floating):
-            misfits.append(f"{key} of type {places[key].dtype(key)}")
+        elif not jnp.issubdtype(locations[key].dtype(key), jnp.floating):
+            misfits.append(f"{key} of type {locations[key].dtype(key)}")
     require_fit(
-        origin, [key for key in paths if key not in places], sorted(places.keys() - paths.keys()), sorted(misfits)
+        origin, [key for key in paths if key not in locations], sorted(locations.keys() - paths.keys()), sorted(misfits)
     )
-    for key, file in places.items():
+    for key, file in locations.items():
         path = paths[key]
         yield path, cast(from_torch(path, read_finite(file, key)), shapes[path].dtype, file.path, key)
 
 
 def _image_processor(folder: Path) -> dict[str, Any]:
-    """How pictures are prepared: a file of its own or, from transformers 5, a part of the processor's."""
+    """How images are prepared: a file of its own or, from transformers 5, a part of the processor's."""
     if (folder / "preprocessor_config.json").is_file():
         return read_json(folder / "preprocessor_config.json")
     if (folder / "processor_config.json").is_file():

@@ -181,7 +181,7 @@ def save_params(
         dtype: type to write; None keeps that of each parameter.
 
     Raises:
-        UserError: the folder holds a sharded model, which readers would go on preferring, or cannot be written; or a
+        UserError: the folder holds a sharded model, which readers would still prefer, or cannot be written; or a
             value is too large for `dtype`.
     """
     folder = Path(folder)
@@ -294,7 +294,7 @@ def cast(array: np.ndarray, dtype: Any, file: Path, key: str) -> np.ndarray:
 def _in_order(array: np.ndarray, dtype: Any) -> np.ndarray:
     """An array in C order and in `dtype`.
 
-    A transposed one is copied in strips that fit in cache lines: two to five times as fast as NumPy copies it whole.
+    A transposed one is copied in strips that fit in cache lines: two to five times as fast as NumPy copies it.
     """
     if array.ndim < 2 or array.flags.c_contiguous:
         return array.astype(dtype, order="C", copy=False)
@@ -317,7 +317,7 @@ def _ahead(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
 
 
 def host(value: Any) -> np.ndarray:
-    """The whole array on this host, also where it is spread over several."""
+    """Gather an array on this host, also where it is spread over several."""
     if isinstance(value, jax.Array) and not value.is_fully_addressable:
         value = multihost_utils.process_allgather(value, tiled=True)
     return np.asarray(value)

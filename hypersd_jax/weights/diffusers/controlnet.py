@@ -46,7 +46,7 @@ def load_controlnet(
     Args:
         source: a folder with ``config.json`` and safetensors, a single .safetensors file, or a hub id of either.
         unet_config: of the UNet that it steers.
-        downscale: picture pixels per latent pixel, `VaeConfig.downscale`.
+        downscale: image pixels per latent pixel, `VaeConfig.downscale`.
         dtype: of parameters and computation.
         mesh: as in `load_components`.
 

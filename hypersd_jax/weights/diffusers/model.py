@@ -1,4 +1,4 @@
-"""A whole model as a diffusers folder: read, and written back."""
+"""A model as a diffusers folder: read, and written back."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ PIPELINES = (
 )
 """Values of `_class_name` in `model_index.json` that are read; a ControlNet in the folder is not part of the model."""
 
-# Parts of a pipeline that judge or condition pictures in ways that are not offered here.
+# Parts of a pipeline that check or condition images in ways that are not offered here.
 IGNORED = ("safety_checker", "feature_extractor", "image_encoder")
 
 Weights = Mapping[str, jax.Array | np.ndarray]
@@ -107,7 +107,7 @@ def write_folder(
     *,
     dtype: Any = None,
 ) -> None:
-    """What `save_model` writes, with each component's weights asked for by name when its turn comes."""
+    """Write the folder of `save_model`, with each component's weights asked for when they are written."""
     target = expanded(Path(folder))
     require_free(target)
     temporary = target.with_name(f".{target.name}.{uuid.uuid4().hex}.tmp")
@@ -129,7 +129,7 @@ def write_folder(
 
 def require_free(folder: Path) -> None:
     """UserError where there is something already that a new model would be mixed with, or a path without a name."""
-    if folder.name in ("", ".."):  # the model is made beside it under another name
+    if folder.name in ("", ".."):  # the model is first written under another name in the same folder
         raise UserError(f"{folder}: has no name of its own; name a new folder")
     try:
         if folder.exists() and not (folder.is_dir() and not any(folder.iterdir())):

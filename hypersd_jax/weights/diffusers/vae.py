@@ -19,7 +19,7 @@ from hypersd_jax.weights.hub import fetch_model
 from hypersd_jax.weights.keys import canonical_key, drop_pointwise
 from hypersd_jax.weights.placement import leaf_sharding
 from hypersd_jax.weights.single_file.component import Read, read_part
-from hypersd_jax.weights.single_file.keys import IGNORED, VAE, Stored, canonical, vae_places
+from hypersd_jax.weights.single_file.keys import IGNORED, VAE, Stored, canonical, vae_locations
 from hypersd_jax.weights.tensors import open_tensors
 
 
@@ -72,13 +72,13 @@ def _open_folder(folder: Path) -> tuple[AnyVaeConfig, Read]:
 
 
 def _open_file(path: Path, config: AnyVaeConfig) -> tuple[AnyVaeConfig, Read]:
-    """An autoencoder alone, or the one within a whole checkpoint."""
+    """An autoencoder alone, or the one within a complete checkpoint."""
     if isinstance(config, TinyVaeConfig):
         raise UserError(f"{path}: the model's own autoencoder is a tiny one, for which only folders are read")
     file = open_tensors(path)
     keys = set(file.keys())
-    whole = {key for key in keys if key.startswith(VAE)}
-    prefix, keys = (VAE, whole) if whole else ("", keys)
+    own = {key for key in keys if key.startswith(VAE)}
+    prefix, keys = (VAE, own) if own else ("", keys)
     keys = {key for key in keys if not IGNORED.search(key)}
     if f"{prefix}encoder.down_blocks.0.resnets.0.conv1.weight" in keys:
         # Files of before diffusers 0.16 spell the middle's attention in its older way.
@@ -93,9 +93,9 @@ def _open_file(path: Path, config: AnyVaeConfig) -> tuple[AnyVaeConfig, Read]:
     # How a file spells the canonical keys of the original program; they differ in the middle's attention.
     spelt = {canonical(VAE + key.removeprefix(prefix)): key for key in keys}
 
-    def place(key: str) -> Stored:
-        stored = vae_places([key], levels)[key]
+    def location(key: str) -> Stored:
+        stored = vae_locations([key], levels)[key]
         name = spelt.get(stored.key, prefix + stored.key.removeprefix(VAE))
         return Stored(key=name, pointwise=stored.pointwise)
 
-    return config, read_part(file, keys, place)
+    return config, read_part(file, keys, location)

@@ -46,7 +46,7 @@ class EnergyReport:
 
 
 def check_rank(rank: int | None) -> None:
-    """UserError unless a rank is absent or a positive whole number."""
+    """Require a rank to be None or a positive whole number; raises UserError."""
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or rank < 1):
         raise UserError(f"rank={rank!r} must be a whole number from 1 on")
 

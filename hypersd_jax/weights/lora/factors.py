@@ -60,7 +60,7 @@ def to_torch(
         module: its path, for the error.
         entry: {"down", "up", "scale"}.
         dtype: to store.
-        alpha: as the reader is told it; None means the rank, so that its scale is 1.
+        alpha: as the file states it; None means the rank, so that its scale is 1.
 
     Raises:
         UserError: a value is NaN or infinite, or is too large for `dtype`.

@@ -43,8 +43,8 @@ class Kind:
 
     Attributes:
         name: "LoRA", "LoHa", "LoKr" or "full"; None where there is a bias alone.
-        dora: whether a magnitude stands beside it.
-        bias: whether a change of the bias stands beside it.
+        dora: whether it has a magnitude too.
+        bias: whether it changes the bias too.
     """
 
     name: str | None
@@ -70,7 +70,7 @@ def kind_of(roles: Collection[str]) -> Kind | None:
 
 
 def rank_of(shapes: Mapping[str, Shape]) -> int | None:
-    """The rank that alpha is divided by; None where alpha means nothing: a full difference, a LoKr of whole factors.
+    """The rank that alpha is divided by; None where alpha means nothing: a full difference, a LoKr of full factors.
 
     As LyCORIS and ComfyUI read LoKr, the second factor's rank goes before the first's.
     """

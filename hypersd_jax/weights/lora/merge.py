@@ -97,7 +97,7 @@ def _cut(factors: Mapping[str, Any] | None, dense: np.ndarray | None, rank: int 
 
 
 def _dense(loras: Sequence[LoraFile], scales: Sequence[float], component: str) -> dict[str, np.ndarray]:
-    """The summed differences of one component's modules, as whole kernels."""
+    """The summed differences of one component's modules, as full kernels."""
     total: dict[str, np.ndarray] = {}
     for lora, scale in zip(loras, scales, strict=True):
         for module, entry in lora.differences.get(component, {}).items():

@@ -4,7 +4,7 @@
     base_model.model.<module>.lora_A.weight / .lora_B.weight      PEFT's own folder, with adapter_config.json
     unet.<module>.lora.down.weight / .lora.up.weight              diffusers, late 2023
     unet.<attention>.processor.to_q_lora.down.weight / .up.       diffusers, early 2023 (`to_out_lora` is `to_out.0`)
-    unet.<module>.lora_magnitude_vector                           beside PEFT's, of a DoRA
+    unet.<module>.lora_magnitude_vector                           with PEFT's, of a DoRA
 
 Alpha is no tensor here. diffusers keeps PEFT's LoraConfig in the header as JSON under `lora_adapter_metadata`, its
 fields prefixed by component; a PEFT folder keeps it in adapter_config.json; where there is neither, the scale is 1.
@@ -125,12 +125,12 @@ def read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str | None, di
             name = field.removeprefix(f"{component}.") if component else field
             configs.setdefault(component, {})[name] = value
     else:
-        beside = file.with_name(CONFIG_NAME)
-        where = str(beside)
+        config_file = file.with_name(CONFIG_NAME)
+        where = str(config_file)
         try:
-            if not beside.is_file():
+            if not config_file.is_file():
                 return {}
-            text = decoded(beside.read_bytes())
+            text = decoded(config_file.read_bytes())
         except (OSError, ValueError) as error:
             raise UserError(f"{where}: cannot be read ({getattr(error, 'strerror', None) or error})") from None
         config = _json_object(text, where)
@@ -147,7 +147,7 @@ def read_configs(file: Path, metadata: Mapping[str, str]) -> dict[str | None, di
 
 
 def strengths(file: Path, metadata: Mapping[str, str]) -> Strength:
-    """Read how strongly a file's modules apply, from its header or the configuration beside it."""
+    """Read how strongly a file's modules apply, from its header or the configuration in its folder."""
     configs = read_configs(file, metadata)
 
     def strength(slot: Slot, rank: int, where: str) -> tuple[float, float | None]:

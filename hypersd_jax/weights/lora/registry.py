@@ -1,4 +1,4 @@
-"""The LoRA layouts by name, one record each: the one place to change, besides its own file, when a layout is added."""
+"""The LoRA layouts by name, one record each: all there is to change, besides its own file, when a layout is added."""
 
 from __future__ import annotations
 

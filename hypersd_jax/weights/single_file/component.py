@@ -19,31 +19,31 @@ Read = Callable[[Shapes, Any], Iterator[tuple[str, np.ndarray]]]
 """``(shapes, dtype)`` to pairs of our path and an array, one at a time."""
 
 
-def read_part(file: TensorFile, keys: set[str], place: Callable[[str], Stored]) -> Read:
+def read_part(file: TensorFile, keys: set[str], location: Callable[[str], Stored]) -> Read:
     """What reads a component from the tensors `keys` of `file`.
 
     Args:
         file: the open file.
         keys: its tensors that belong to the component, each of which must be used.
-        place: where the file keeps the tensor of a canonical diffusers key.
+        location: where the file keeps the tensor of a canonical diffusers key.
 
     Returns:
         A function that raises one UserError with all that is missing, unknown or does not fit, before it reads.
     """
 
     def read(shapes: Shapes, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-        places = {(stored := place(torch_key(path))).key: (path, stored) for path in shapes}
-        sizes = {key: torch_shape(path, shapes[path].shape) for key, (path, _) in places.items()}
+        locations = {(stored := location(torch_key(path))).key: (path, stored) for path in shapes}
+        sizes = {key: torch_shape(path, shapes[path].shape) for key, (path, _) in locations.items()}
         misfits = []
-        for key in sorted(keys & places.keys()):
-            found, stored = file.shape(key), places[key][1]
+        for key in sorted(keys & locations.keys()):
+            found, stored = file.shape(key), locations[key][1]
             if found != sizes[key] and not (stored.pointwise and found == stored.shape(sizes[key])):
                 misfits.append(f"{key} {list(found)} instead of {list(sizes[key])}")
             elif not jnp.issubdtype(file.dtype(key), jnp.floating):
                 misfits.append(f"{key} of type {file.dtype(key)}")
-        require_fit(file.path, [key for key in places if key not in keys], sorted(keys - places.keys()), misfits)
-        for key in (key for key in file.keys() if key in places):  # noqa: SIM118 - not a mapping
-            path = places[key][0]
+        require_fit(file.path, [key for key in locations if key not in keys], sorted(keys - locations.keys()), misfits)
+        for key in (key for key in file.keys() if key in locations):  # noqa: SIM118 - not a mapping
+            path = locations[key][0]
             yield path, cast(from_torch(path, read_finite(file, key).reshape(sizes[key])), dtype, file.path, key)
 
     return read

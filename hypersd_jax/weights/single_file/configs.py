@@ -48,7 +48,7 @@ def generation(sizes: Sizes, file: Path) -> Generation:
     if present[OPEN_CLIP] and f"{UNET}label_emb.0.0.weight" in sizes:
         raise UserError(f"{file}: the SDXL refiner is not supported")
     if not any(key.startswith(VAE) for key in sizes):
-        raise UserError(f"{file}: holds no autoencoder ({VAE}*); only whole models are read")
+        raise UserError(f"{file}: holds no autoencoder ({VAE}*); only complete models are read")
     if f"{UNET}label_emb.0.0.weight" in sizes:
         for prefix in (CLIP_XL, OPEN_CLIP_XL):
             if not any(key.startswith(prefix) for key in sizes):
@@ -128,7 +128,7 @@ class _Shapes:
         """Attention heads of 64 channels each."""
         if width % HEAD_WIDTH:
             raise UserError(
-                f"{self.file}: {key} is {width} wide, so its attention heads cannot be told: not a multiple of "
+                f"{self.file}: {key} is {width} wide, so its attention heads are unknown: not a multiple of "
                 f"{HEAD_WIDTH}; pass the component's own configuration"
             )
         return width // HEAD_WIDTH
@@ -136,7 +136,7 @@ class _Shapes:
 
 def _unet(shape: _Shapes, kind: Generation, size: int) -> dict[str, Any]:
     def transformers(block: str) -> int | None:
-        """Transformer layers beside a resnet, None without a transformer."""
+        """Transformer layers of a resnet, None without a transformer."""
         if f"{UNET}{block}.norm.weight" not in shape:
             return None
         return shape.count(f"{UNET}{block}.transformer_blocks.{{}}.norm1.weight")
@@ -164,7 +164,7 @@ def _unet(shape: _Shapes, kind: Generation, size: int) -> dict[str, Any]:
         number += count + 1
     middle = transformers("middle_block.1")
     mid_type = None if f"{UNET}middle_block.0.in_layers.0.weight" not in shape else "UNetMidBlock2D"
-    first = next((f"{UNET}{key}" for key in _attention_places(down)), f"{UNET}middle_block.1")
+    first = next((f"{UNET}{key}" for key in _attention_modules(down)), f"{UNET}middle_block.1")
     config = {
         **families.UNET,
         "block_out_channels": channels,
@@ -196,13 +196,13 @@ def _unet(shape: _Shapes, kind: Generation, size: int) -> dict[str, Any]:
     return config
 
 
-def _attention_places(down: list[list[int | None]]) -> list[str]:
+def _attention_modules(down: list[list[int | None]]) -> list[str]:
     """LDM's names of the transformers on the way down."""
-    places, number = [], 1
+    locations, number = [], 1
     for level in down:
-        places += [f"input_blocks.{number + i}.1" for i, depth in enumerate(level) if depth is not None]
+        locations += [f"input_blocks.{number + i}.1" for i, depth in enumerate(level) if depth is not None]
         number += len(level) + 1
-    return places
+    return locations
 
 
 def _block_type(level: list[int | None], direction: str) -> str:

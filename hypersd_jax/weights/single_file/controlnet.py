@@ -1,7 +1,7 @@
 """A ControlNet in one .safetensors file without config.json, by diffusers' names or those of its original program.
 
 Such a file says nothing of its structure. It copies the encoder of a UNet, so the model's own configuration tells most
-of it, and the tensors tell where it differs: transformer depths, and the network that reads the picture.
+of it, and the tensors tell where it differs: transformer depths, and the network that reads the image.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.models.controlnet_config import ControlNetConfig
 from hypersd_jax.models.unet_config import UNetConfig
 from hypersd_jax.weights.single_file.component import Read, read_part
-from hypersd_jax.weights.single_file.keys import UNET, Stored, unet_places
+from hypersd_jax.weights.single_file.keys import UNET, Stored, unet_locations
 from hypersd_jax.weights.tensors import TensorFile, open_tensors
 
 Spelling = Callable[[str], str]
@@ -75,7 +75,7 @@ def _spelling(keys: set[str], unet_config: UNetConfig) -> Spelling:
             name, count = re.subn(pattern, replacement, key)
             if count:
                 return prefix + name
-        return prefix + unet_places([key], unet_config)[key].key.removeprefix(UNET)
+        return prefix + unet_locations([key], unet_config)[key].key.removeprefix(UNET)
 
     return spell
 
@@ -111,7 +111,7 @@ def _encoder(keys: set[str], spell: Spelling, unet: UNetConfig) -> UNetConfig:
 
 
 def _embedding(file: TensorFile, keys: set[str], spell: Spelling) -> dict[str, Any]:
-    """Widths of the network that reads the picture."""
+    """Widths of the network that reads the image."""
 
     def shape(module: str) -> tuple[int, ...]:
         key = spell(f"{EMBEDDING}.{module}.weight")

@@ -87,7 +87,7 @@ def write_header(description: Description, structure: Structure, kind: Generatio
 
 
 def unusual_tokenizers(description: Description, structure: Structure, kind: Generation) -> dict[str, dict[str, str]]:
-    """The tokenizers that a reader would not take anyway: ``{role: {file name: text}}``."""
+    """The tokenizers that a reader would not choose anyway: ``{role: {file name: text}}``."""
     found = {}
     for name in text_names(description.is_xl):
         role = name.replace("text_encoder", "tokenizer")

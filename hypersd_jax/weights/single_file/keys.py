@@ -99,7 +99,7 @@ class Stored:
 
     Attributes:
         key: the name in the file.
-        part: 0, 1 or 2: q, k or v within a tensor that holds all three, one below the other; None for a whole tensor.
+        part: 0, 1 or 2: q, k or v within a tensor that holds all three, one below the other; None otherwise.
         transposed: stored as (in, out).
         pointwise: stored with a 1x1 window, (out, in, 1, 1).
     """
@@ -159,45 +159,46 @@ def unet_modules(config: UNetConfig) -> dict[str, str]:
     return modules
 
 
-def unet_places(keys: Iterable[str], config: UNetConfig) -> dict[str, Stored]:
+def unet_locations(keys: Iterable[str], config: UNetConfig) -> dict[str, Stored]:
     """Canonical diffusers keys of the UNet -> where the file has them."""
     modules = unet_modules(config)
-    places = {}
+    locations = {}
     for key in keys:
         parts = key.split(".")
         count = next(n for n in range(len(parts), 0, -1) if ".".join(parts[:n]) in modules)
         layer, *rest = parts[count:]
-        places[key] = Stored(key=".".join([UNET + modules[".".join(parts[:count])], RESNET.get(layer, layer), *rest]))
-    return places
+        module = UNET + modules[".".join(parts[:count])]
+        locations[key] = Stored(key=".".join([module, RESNET.get(layer, layer), *rest]))
+    return locations
 
 
-def vae_places(keys: Iterable[str], levels: int) -> dict[str, Stored]:
+def vae_locations(keys: Iterable[str], levels: int) -> dict[str, Stored]:
     """Canonical diffusers keys of the autoencoder -> where the file has them."""
-    places = {}
+    locations = {}
     for key in keys:
         name = _renamed(key, VAE_MODULES)
         name = re.sub(r"^(decoder\.up)\.(\d+)", lambda found: f"{found[1]}.{levels - 1 - int(found[2])}", name)
         pointwise = re.search(r"\.attn_1\.(q|k|v|proj_out)\.weight$", name) is not None
-        places[key] = Stored(key=VAE + name, pointwise=pointwise)
-    return places
+        locations[key] = Stored(key=VAE + name, pointwise=pointwise)
+    return locations
 
 
-def clip_places(keys: Iterable[str], prefix: str) -> dict[str, Stored]:
+def clip_locations(keys: Iterable[str], prefix: str) -> dict[str, Stored]:
     """Canonical transformers keys of OpenAI's text encoder -> where the file has them."""
     return {key: Stored(key=prefix + key) for key in keys}
 
 
-def open_clip_places(keys: Iterable[str], prefix: str) -> dict[str, Stored]:
+def open_clip_locations(keys: Iterable[str], prefix: str) -> dict[str, Stored]:
     """Canonical transformers keys of OpenCLIP's text encoder -> where the file has them."""
-    places = {}
+    locations = {}
     for key in keys:
         fused = re.search(r"\.self_attn\.([qkv])_proj\.", key)
-        places[key] = Stored(
+        locations[key] = Stored(
             key=prefix + _renamed(key, OPEN_CLIP_MODULES),
             part="qkv".index(fused[1]) if fused else None,
             transposed=key == "text_projection.weight",
         )
-    return places
+    return locations
 
 
 def canonical(key: str) -> str:

@@ -1,4 +1,4 @@
-"""A whole model in one .safetensors file, in the layout of the original Stable Diffusion programs: read and written.
+"""A model in one .safetensors file, in the layout of the original Stable Diffusion programs: read and written.
 
 Such a file holds weights only. What else a model is made of is taken, in this order, from the caller, from a header
 entry that `save_single_file` writes, or from the tensors (`configs`); the tokenizer is CLIP's.
@@ -39,13 +39,13 @@ from hypersd_jax.weights.single_file import keys
 from hypersd_jax.weights.single_file.configs import Generation, Sizes, component_configs, generation, prediction_type
 from hypersd_jax.weights.single_file.header import pad_token, read_header, unusual_tokenizers, write_header
 from hypersd_jax.weights.single_file.keys import Stored
-from hypersd_jax.weights.single_file.notes import untold
+from hypersd_jax.weights.single_file.notes import settings_lost
 from hypersd_jax.weights.tensors import TensorFile, open_tensors, save_tensors
 from hypersd_jax.weights.tokenizers import CLIP_TOKENS, clip_tokenizer
 
 Configs = Mapping[str, Mapping[str, Any]]
-Places = dict[str, Stored]
-"""``{our parameter path: place in the single file}``."""
+Locations = dict[str, Stored]
+"""``{our parameter path: location in the single file}``."""
 
 
 def load_single_file(
@@ -56,7 +56,7 @@ def load_single_file(
     mesh: Mesh | None = None,
     configs: Configs | None = None,
 ) -> Components:
-    """Read a whole model from one file: `open_single_file`, then `assembly.load`, whose arguments these are."""
+    """Read a model from one file: `open_single_file`, then `assembly.load`, whose arguments these are."""
     return load(open_single_file(path, configs=configs), dtype=dtype, remat=remat, mesh=mesh)
 
 
@@ -107,9 +107,9 @@ def open_single_file(path: str | os.PathLike[str], *, configs: Configs | None = 
     structure = parse(description)
 
     def read(shapes: Mapping[str, Shapes], dtypes: Mapping[str, Any]) -> Mapping[str, HostParams]:
-        places = {name: places_of(name, shapes[name], structure, kind) for name in shapes}
-        _require_tensors(file, names, shapes, places, structure)
-        return {name: _read(file, names, shapes[name], places[name], dtypes[name]) for name in shapes}
+        locations = {name: locations_of(name, shapes[name], structure, kind) for name in shapes}
+        _require_tensors(file, names, shapes, locations, structure)
+        return {name: _read(file, names, shapes[name], locations[name], dtypes[name]) for name in shapes}
 
     return StoredModel(description=description, read=read)
 
@@ -121,7 +121,7 @@ def save_single_file(
     params: Mapping[str, Params] | None = None,
     dtype: Any = None,
 ) -> None:
-    """Write a whole model as one file that ComfyUI, A1111, diffusers and this package read.
+    """Write a model as one file that ComfyUI, A1111, diffusers and this package read.
 
     Args:
         components: the model.
@@ -143,7 +143,7 @@ def write_single_file(
     *,
     dtype: Any = None,
 ) -> None:
-    """What `save_single_file` writes, with each component's weights asked for by name when its turn comes."""
+    """Write the file of `save_single_file`, with each component's weights asked for when they are written."""
     target = Path(path)
     if target.suffix != ".safetensors":
         raise UserError(f"{target}: name a file that ends in .safetensors")
@@ -151,13 +151,13 @@ def write_single_file(
     kind = generation_of(structure, description.is_xl)
     tensors: dict[str, np.ndarray] = {}
     for name, network in _networks(structure).items():
-        places = places_of(name, network.shapes, structure, kind)
-        tensors |= _stored(weights(name), places, dtype, target)
+        locations = locations_of(name, network.shapes, structure, kind)
+        tensors |= _stored(weights(name), locations, dtype, target)
     if kind != "sd2":  # whose readers expect v anyway
         tensors |= _marks(description)
     header = write_header(description, structure, kind)
     save_tensors(target, tensors, header)
-    notes = untold({key: value.shape for key, value in tensors.items()}, description, structure, kind, target)
+    notes = settings_lost({key: value.shape for key, value in tensors.items()}, description, structure, kind, target)
     notes += [f"{role} (not CLIP's)" for role in unusual_tokenizers(description, structure, kind)]
     if notes:
         what = ", ".join(notes)
@@ -206,45 +206,45 @@ def _scheduler(file: TensorFile, names: Mapping[str, str], sizes: Sizes, kind: G
     return config
 
 
-def places_of(component: str, shapes: Shapes, structure: Structure, kind: Generation) -> Places:
+def locations_of(component: str, shapes: Shapes, structure: Structure, kind: Generation) -> Locations:
     """Where a file of this generation has each parameter of a component."""
     canonical = {path: torch_key(path) for path in shapes}
     found = canonical.values()
     if component == "unet":
-        places = keys.unet_places(found, structure.unet)
+        locations = keys.unet_locations(found, structure.unet)
     elif component == "vae":
         if isinstance(structure.vae, TinyVaeConfig):
             raise UserError("vae: a tiny autoencoder has no place in a single file; use the model's own, or a folder")
-        places = keys.vae_places(found, len(structure.vae.channels))
+        locations = keys.vae_locations(found, len(structure.vae.channels))
     elif component == "text_encoder_2":
-        places = keys.open_clip_places(found, keys.OPEN_CLIP_XL)
+        locations = keys.open_clip_locations(found, keys.OPEN_CLIP_XL)
     elif kind == "sd2":
-        places = keys.open_clip_places(found, keys.OPEN_CLIP)
+        locations = keys.open_clip_locations(found, keys.OPEN_CLIP)
     else:
-        places = keys.clip_places(found, keys.CLIP if kind == "sd1" else keys.CLIP_XL)
-    return {path: places[key] for path, key in canonical.items()}
+        locations = keys.clip_locations(found, keys.CLIP if kind == "sd1" else keys.CLIP_XL)
+    return {path: locations[key] for path, key in canonical.items()}
 
 
 def _require_tensors(
     file: TensorFile,
     names: Mapping[str, str],
     shapes: Mapping[str, Shapes],
-    places: Mapping[str, Places],
+    locations: Mapping[str, Locations],
     structure: Structure,
 ) -> None:
     """One UserError with every tensor that is missing, unknown, of the wrong shape or no number."""
     missing: dict[str, None] = {}
     misfits: dict[str, None] = {}
     wanted = set()
-    for component, found in places.items():
-        for path, place in found.items():
-            if place.key not in names:
-                missing[place.key] = None
+    for component, found in locations.items():
+        for path, location in found.items():
+            if location.key not in names:
+                missing[location.key] = None
                 continue
-            wanted.add(place.key)
-            stored = names[place.key]
+            wanted.add(location.key)
+            stored = names[location.key]
             shape = torch_shape(path, shapes[component][path].shape)
-            allowed = [place.shape(shape), shape] if place.pointwise else [place.shape(shape)]
+            allowed = [location.shape(shape), shape] if location.pointwise else [location.shape(shape)]
             size = _shape(file, stored)
             if size not in allowed:
                 misfits[f"{stored} {list(size)} instead of {list(allowed[0])}"] = None
@@ -269,36 +269,36 @@ def _unused_layers(structure: Structure) -> Callable[[str], bool]:
     return unused
 
 
-def _read(file: TensorFile, names: Mapping[str, str], shapes: Shapes, places: Places, dtype: Any) -> HostParams:
+def _read(file: TensorFile, names: Mapping[str, str], shapes: Shapes, locations: Locations, dtype: Any) -> HostParams:
     """The parameters of one component in the order of the file, tensor by tensor."""
     users: dict[str, list[str]] = {}
-    for path, place in places.items():
-        users.setdefault(place.key, []).append(path)
+    for path, location in locations.items():
+        users.setdefault(location.key, []).append(path)
     for name, key in names.items():
         if name not in users:
             continue
         stored = read_finite(file, key)
         stored = stored.T if key == keys.FLIPPED else stored
         for path in users[name]:
-            place = places[path]
-            array = stored if place.part is None else np.split(stored, 3)[place.part]
-            array = array.T if place.transposed else array
+            location = locations[path]
+            array = stored if location.part is None else np.split(stored, 3)[location.part]
+            array = array.T if location.transposed else array
             array = array.reshape(torch_shape(path, shapes[path].shape))
             yield path, cast(from_torch(path, array), dtype, file.path, key)
 
 
 def _stored(
-    params: Mapping[str, jax.Array | np.ndarray], places: Places, dtype: Any, target: Path
+    params: Mapping[str, jax.Array | np.ndarray], locations: Locations, dtype: Any, target: Path
 ) -> dict[str, np.ndarray]:
     """One component's tensors by the keys of the single file."""
     fused: dict[str, dict[int, np.ndarray]] = {}
     tensors: dict[str, np.ndarray] = {}
-    for path, place in places.items():
-        array = cast(to_torch(path, host(params[path])), dtype, target, place.key)
-        if place.part is not None:
-            fused.setdefault(place.key, {})[place.part] = array
+    for path, location in locations.items():
+        array = cast(to_torch(path, host(params[path])), dtype, target, location.key)
+        if location.part is not None:
+            fused.setdefault(location.key, {})[location.part] = array
         else:
-            tensors[place.key] = (array.T if place.transposed else array).reshape(place.shape(array.shape))
+            tensors[location.key] = (array.T if location.transposed else array).reshape(location.shape(array.shape))
     for key, thirds in fused.items():
         tensors[key] = np.concatenate([thirds[part] for part in range(3)])
     return tensors

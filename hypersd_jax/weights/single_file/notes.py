@@ -11,7 +11,7 @@ from hypersd_jax.weights import families
 from hypersd_jax.weights.assembly import Description, Structure, parse
 from hypersd_jax.weights.single_file.configs import Generation, Sizes, component_configs
 
-# Of each part, what bears on a picture and lies in no tensor.
+# The settings of each part that change an image and are in no tensor.
 _TEXT = ("num_attention_heads", "hidden_act", "layer_norm_eps")
 _FIELDS = {
     "unet": ("heads", "groups", "norm_eps", "act_fn", "downsample_padding", "flip_sin_to_cos", "freq_shift"),
@@ -22,7 +22,9 @@ _FIELDS = {
 _SCHEDULE = ("beta_start", "beta_end", "beta_schedule", "num_train_timesteps")
 
 
-def untold(sizes: Sizes, description: Description, structure: Structure, kind: Generation, file: Path) -> list[str]:
+def settings_lost(
+    sizes: Sizes, description: Description, structure: Structure, kind: Generation, file: Path
+) -> list[str]:
     """Settings that other programs will take to be the family's, and which are not, as ``part.setting``."""
     prediction = str(description.scheduler_config.get("prediction_type", "epsilon"))
     found = []
@@ -42,7 +44,7 @@ def untold(sizes: Sizes, description: Description, structure: Structure, kind: G
     found += [
         f"scheduler.{key}" for key in _SCHEDULE if description.scheduler_config.get(key, usual[key]) != usual[key]
     ]
-    # diffusers takes an SD 2.x file for 768-v unless it inpaints, and no mark says that a model predicts the picture.
+    # diffusers takes an SD 2.x file for 768-v unless it inpaints, and no mark says that a model predicts the image.
     inpaints = structure.unet.in_channels != structure.unet.out_channels
     if prediction == "sample" or (kind == "sd2" and prediction == ("v_prediction" if inpaints else "epsilon")):
         found.append("scheduler.prediction_type")

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from hypersd_jax.adapters import join
 from hypersd_jax.config import Sampling, StageConfig, load_config
 from hypersd_jax.diffusion import add_noise
-from hypersd_jax.distill import columns, mse
+from hypersd_jax.distill import alpha_sigma, mse
 from hypersd_jax.stages import adapter_student, consistency, register, train
 from hypersd_jax.stages.consistency import Frozen
 from hypersd_jax.stages.kinds import STUDENT
@@ -56,7 +56,7 @@ class Guidance:
             nets, latents, cond = Networks(base=base, weights=frozen.weights), rows["latents"], rows["cond"]
             times, noises = jax.random.split(key)
             t = jax.random.randint(times, latents.shape[:1], 0, base.schedule.num_train_timesteps)
-            x = add_noise(latents, jax.random.normal(noises, latents.shape), *columns(base.schedule, t, latents))
+            x = add_noise(latents, jax.random.normal(noises, latents.shape), *alpha_sigma(base.schedule, t, latents))
             uncond, scale = base.unconditional(frozen.uncond, cond), jnp.broadcast_to(stage.guidance, t.shape)
             target = jax.lax.stop_gradient(nets.guided(x, t, cond, uncond, scale)[0])
             return jnp.mean(mse(nets.predictor(join(models[STUDENT], frozen.scales))(x, t, cond), target)), {}

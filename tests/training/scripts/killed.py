@@ -18,10 +18,10 @@ jax.config.update("jax_platforms", "cpu")
 
 def main(folder: Path) -> None:
     run = toy.Run()
-    facts = {"stage": "toy", "config": "sha256:0"}
+    metadata = {"stage": "toy", "config": "sha256:0"}
     with training.Checkpointer(folder / "checkpoints") as checkpointer:
         if checkpointer.latest() is not None:
-            training.check_facts(checkpointer.facts(), facts)
+            training.check_metadata(checkpointer.metadata(), metadata)
             run.state, _ = checkpointer.restore(None, training.abstract(run.mesh, run.state))
         start = int(run.state.step)
         print(f"start {start}", flush=True)
@@ -31,7 +31,7 @@ def main(folder: Path) -> None:
                 run.state, metrics = run.step(run.state, run.frozen, batch, run.key, run.settings)
                 log.write(step, metrics)
                 log.flush()
-                checkpointer.save(step, run.state, facts)
+                checkpointer.save(step, run.state, metadata)
                 print(f"step {step}", flush=True)
     leaves = jax.tree_util.tree_leaves_with_path(run.state)
     np.savez(folder / "final.npz", **{jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves})

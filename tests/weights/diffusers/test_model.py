@@ -1,4 +1,4 @@
-"""A whole model written back: the same weights and pictures, in one step or not at all."""
+"""A whole model written back: the same weights and images, in one step or not at all."""
 
 from __future__ import annotations
 

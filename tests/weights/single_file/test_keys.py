@@ -17,8 +17,8 @@ from hypersd_jax.weights.assembly import Description, Structure, networks
 from hypersd_jax.weights.keys import torch_shape
 from hypersd_jax.weights.single_file import keys
 from hypersd_jax.weights.single_file.configs import component_configs, generation, prediction_type
-from hypersd_jax.weights.single_file.model import places_of
-from hypersd_jax.weights.single_file.notes import untold
+from hypersd_jax.weights.single_file.model import locations_of
+from hypersd_jax.weights.single_file.notes import settings_lost
 
 FILE = Path("model.safetensors")
 KINDS = {"sd15": "sd1", "sd21": "sd2", "sdxl": "sdxl"}
@@ -48,8 +48,8 @@ def layout(family: str) -> dict[str, tuple[int, ...]]:
     parts = structure(family)
     sizes = {}
     for name, network in networks(parts, dict.fromkeys(parts.components, np.float32)).items():
-        for path, place in places_of(name, network.shapes, parts, KINDS[family]).items():
-            sizes[place.key] = place.shape(torch_shape(path, network.shapes[path].shape))
+        for path, location in locations_of(name, network.shapes, parts, KINDS[family]).items():
+            sizes[location.key] = location.shape(torch_shape(path, network.shapes[path].shape))
     return sizes
 
 
@@ -126,7 +126,7 @@ def test_nothing_of_a_real_model_is_lost_on_other_programs(family: str) -> None:
         model_index=families.model_index("DDIMScheduler", xl=kind == "sdxl", inpainting=False),
         tokenizers={},
     )
-    assert untold(layout(family), description, parts, kind, FILE) == []
+    assert settings_lost(layout(family), description, parts, kind, FILE) == []
 
 
 @pytest.mark.parametrize("family", KINDS)
@@ -166,8 +166,8 @@ def test_uneven_transformers_and_a_middle_without_one() -> None:
     uneven = Structure(unet=UNetConfig.from_dict(config), vae=parts.vae, text=parts.text)
     sizes = {key: size for key, size in layout("sdxl").items() if not key.startswith(keys.UNET)}
     network = networks(uneven, dict.fromkeys(uneven.components, np.float32))["unet"]
-    for path, place in places_of("unet", network.shapes, uneven, "sdxl").items():
-        sizes[place.key] = place.shape(torch_shape(path, network.shapes[path].shape))
+    for path, location in locations_of("unet", network.shapes, uneven, "sdxl").items():
+        sizes[location.key] = location.shape(torch_shape(path, network.shapes[path].shape))
     found = component_configs(sizes, "sdxl", FILE, prediction="epsilon", given={})
     assert (
         networks(

@@ -297,7 +297,7 @@ REFUSALS = {
             **own,
             f"{keys.CLIP}text_model.embeddings.token_embedding.weight": np.ones((49408, 40), np.float32),
         },
-        r"is 40 wide, so its attention heads cannot be told",
+        r"is 40 wide, so its attention heads are unknown",
     ),
 }
 
