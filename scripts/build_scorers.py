@@ -27,7 +27,7 @@ from tqdm import tqdm
 from hypersd_jax.data import COLOURS, composite, load_emoji, split_of
 from hypersd_jax.data.order import fraction, mix
 from hypersd_jax.evaluation.lite0 import load_lite0
-from hypersd_jax.evaluation.scorer import SPECS, Scorer, ScorerName, look
+from hypersd_jax.evaluation.scorer import SPECS, Scorer, ScorerName, tower_input
 from hypersd_jax.evaluation.scorer_checks import auc, chosen_rate, retrieval
 from hypersd_jax.evaluation.scorer_training import ScorerData, ScorerTraining, caption_text, train_scorer
 from hypersd_jax.weights.components import assets
@@ -108,7 +108,7 @@ def unseen_styles(scorer: Scorer, found: dict[str, np.ndarray], names: list[str]
     rng = np.random.default_rng(0)
     known = np.isin(found["held_label"], names)
     labels, grounds = found["held_label"][known], np.array(list(COLOURS))[found["held_colour"][known]]
-    pictures = scorer.pictures(found[f"held_{scorer.spec.eye}"][known])
+    pictures = scorer.images(found[f"held_{scorer.spec.eye}"][known])
     truth = np.array([names.index(label) for label in labels])
     texts = {ground: scorer.text([caption_text(name, "", ground) for name in names]) for ground in COLOURS}
     ranks = np.zeros(2)
@@ -139,7 +139,7 @@ def unseen_concepts(scorer: Scorer, found: dict[str, np.ndarray]) -> dict[str, f
     records = [load_emoji().records[i] for i in found["test_record"]]
     grounds = np.array(list(COLOURS))[found["test_colour"]]
     styles = sorted({record.style for record in records})
-    pictures = scorer.pictures(found[f"test_{scorer.spec.eye}"])
+    pictures = scorer.images(found[f"test_{scorer.spec.eye}"])
 
     def scores(parts: list[tuple[str, str, str]]) -> np.ndarray:
         return np.sum(pictures * scorer.text([caption_text(*part) for part in parts]), axis=1)
@@ -201,7 +201,7 @@ def seen(held_out: list[Path]) -> dict[str, np.ndarray]:
 def looked(name: str, pictures, count: int) -> dict[str, np.ndarray]:
     """What both eyes see in pictures (64, 64, 3) uint8."""
     trunk = jax.device_put(load_lite0())
-    run = jax.jit(lambda trunk, images: {spec.eye: look(spec, trunk, images) for spec in SPECS.values()})
+    run = jax.jit(lambda trunk, images: {spec.eye: tower_input(spec, trunk, images) for spec in SPECS.values()})
     pictures = iter(pictures)
     parts = []
     for start in tqdm(range(0, count, BATCH), desc=name):

@@ -64,7 +64,7 @@ def fitted(images: jax.Array, size: int | None = None) -> jax.Array:
     if size is None:
         size = SMALL if max(images.shape[1:3]) <= SMALL else NATIVE
     shape = (images.shape[0], size, size, images.shape[3])
-    # Bicubic overshoots at edges; no picture holds values outside 0..255.
+    # Bicubic overshoots at edges; no image holds values outside 0..255.
     return jnp.clip(jax.image.resize(images.astype(jnp.float32), shape, "cubic"), 0.0, 255.0)
 
 

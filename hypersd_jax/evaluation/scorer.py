@@ -1,4 +1,4 @@
-"""Two small text-image scorers for the embedded pictures, each a dual encoder on frozen EfficientNet-Lite0 features.
+"""Two small text-image scorers for the embedded images, each a dual encoder on frozen EfficientNet-Lite0 features.
 
 ``report`` reads pooled features and words in their order; ``reward`` reads middle layers and a bag of letter groups.
 They share no trained weight, seed, layer read or text reading, so that what is trained to please one is still judged by
@@ -78,18 +78,18 @@ class Scorer:
         """Unit vectors (B, D) of prompts."""
         return np.asarray(_embed_text(self.spec, dict(self.params), self.tokens(prompts)))
 
-    def pictures(self, seen: np.ndarray) -> np.ndarray:
-        """Unit vectors (B, D) of what the frozen network saw, see `look`."""
-        return np.asarray(_embed_pictures(dict(self.params), np.asarray(seen, np.float32)))
+    def images(self, seen: np.ndarray) -> np.ndarray:
+        """Unit vectors (B, D) of what the frozen network saw, see `tower_input`."""
+        return np.asarray(_embed_images(dict(self.params), np.asarray(seen, np.float32)))
 
 
 def score(spec: ScorerSpec, params: Params, trunk: Params, images: jax.Array, tokens: Any) -> jax.Array:
     """Cosine times 100, (B,), of images (B, H, W, 3) in 0..1 and tokens (B, L): the function behind `Scorer.score`."""
-    mine = embed_pictures(params, look(spec, trunk, images * 255.0))
+    mine = embed_images(params, tower_input(spec, trunk, images * 255.0))
     return SCALE * jnp.sum(mine * embed_text(spec, params, tokens), axis=-1)
 
 
-def look(spec: ScorerSpec, trunk: Params, images: jax.Array) -> jax.Array:
+def tower_input(spec: ScorerSpec, trunk: Params, images: jax.Array) -> jax.Array:
     """What the frozen network sees in images (B, H, W, 3) in 0..255, at 128 px: (B, `ScorerSpec.eye_width`)."""
     images = fitted(images, SMALL)
     pooled = []
@@ -110,7 +110,7 @@ def seen_by(spec: ScorerSpec, images: np.ndarray, *, batch_size: int = 32) -> np
         part = images[start : start + batch_size]
         batch = np.zeros((batch_size, *images.shape[1:]), np.float32)
         batch[: len(part)] = part
-        found.append(np.asarray(_look(spec, load_lite0(), batch))[: len(part)])
+        found.append(np.asarray(_tower_input(spec, load_lite0(), batch))[: len(part)])
     return np.concatenate(found)
 
 
@@ -134,8 +134,8 @@ def thumbnail(images: jax.Array) -> jax.Array:
     return jnp.mean(cells, axis=(2, 4)).reshape(count, -1)
 
 
-def embed_pictures(params: Params, seen: jax.Array) -> jax.Array:
-    """Unit vectors (B, D) of what `look` returns: standardised, one hidden layer."""
+def embed_images(params: Params, seen: jax.Array) -> jax.Array:
+    """Unit vectors (B, D) of what `tower_input` returns: standardised, one hidden layer."""
     x = (seen - params["eye.mean"][None]) / params["eye.deviation"][None]
     x = jax.nn.gelu(text_towers.linear(params, "eye.hidden", x), approximate=False)
     return unit(text_towers.linear(params, "eye.out", x))
@@ -198,7 +198,7 @@ def load_card(name: ScorerName) -> dict[str, Any]:
     return card
 
 
-_look = jax.jit(look, static_argnums=0)
+_tower_input = jax.jit(tower_input, static_argnums=0)
 _thumbnails = jax.jit(lambda images: thumbnail(fitted(images, SMALL)))
-_embed_pictures = jax.jit(embed_pictures)
+_embed_images = jax.jit(embed_images)
 _embed_text = jax.jit(embed_text, static_argnums=0)

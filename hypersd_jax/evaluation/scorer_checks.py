@@ -1,4 +1,4 @@
-"""What a scorer can tell apart, on pictures that it was not trained on: the figures of its card."""
+"""What a scorer can tell apart, on images that it was not trained on: the figures of its card."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 
-def retrieval(pictures: np.ndarray, texts: np.ndarray, truth: np.ndarray, ranks: Sequence[int] = (1, 5)) -> list[float]:
+def retrieval(images: np.ndarray, texts: np.ndarray, truth: np.ndarray, ranks: Sequence[int] = (1, 5)) -> list[float]:
     """R@k: how often the true text is among the k best of all, for unit vectors (N, D) and (M, D), ``truth`` (N,)."""
-    scores = pictures @ texts.T
+    scores = images @ texts.T
     own = scores[np.arange(len(truth)), truth]
     above = np.sum(scores > own[:, None], axis=1)
     return [float(np.mean(above < rank)) for rank in ranks]
@@ -29,5 +29,5 @@ def auc(matched: np.ndarray, mismatched: np.ndarray) -> float:
 
 
 def chosen_rate(matched: np.ndarray, swapped: np.ndarray) -> float:
-    """How often a picture scores higher with its own text than with the same text with one part swapped; both (N,)."""
+    """How often a image scores higher with its own text than with the same text with one part swapped; both (N,)."""
     return float(np.mean((matched > swapped) + 0.5 * (matched == swapped)))

@@ -1,6 +1,6 @@
 """Training a scorer: a symmetric contrastive loss over features that the frozen network has handed over once.
 
-As CLIP's (arXiv 2103.00020, figure 3), but a caption that fits several pictures of a batch shares its target among
+As CLIP's (arXiv 2103.00020, figure 3), but a caption that fits several images of a batch shares its target among
 them: one concept comes in several styles, and a caption without a style fits them all.
 """
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from hypersd_jax.evaluation.scorer import Scorer, ScorerSpec, embed_pictures, embed_text, init_scorer, read
+from hypersd_jax.evaluation.scorer import Scorer, ScorerSpec, embed_images, embed_text, init_scorer, read
 from hypersd_jax.evaluation.text_towers import PADDING, UNKNOWN, split_words
 
 NO_STYLE = ""
@@ -24,7 +24,7 @@ LEAST_DEVIATION = 1e-3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScorerData:
-    """``seen`` (N, V, E): each of N pictures in V variants, on different grounds, as the frozen network sees them.
+    """``seen`` (N, V, E): each of N images in V variants, on different grounds, as the frozen network sees them.
 
     The parts of their captions: ``names`` and ``styles`` have N entries, ``grounds`` (N, V) the
     colours' names.
@@ -38,7 +38,7 @@ class ScorerData:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScorerTraining:
-    """``grouped``: every which epoch keeps a concept's pictures together, so that style and ground tell them apart.
+    """``grouped``: every which epoch keeps a concept's images together, so that style and ground tell them apart.
 
     ``style_dropout`` and ``noise``: how often a caption goes without its style, and the share of values hidden."""
 
@@ -96,9 +96,9 @@ def train_scorer(spec: ScorerSpec, data: ScorerData, options: ScorerTraining) ->
 
 
 def contrastive_loss(mine: jax.Array, theirs: jax.Array, fits: jax.Array, temperature: jax.Array) -> jax.Array:
-    """Mean cross-entropy of pictures (B, D) over captions (B, D) and back, all of length one.
+    """Mean cross-entropy of images (B, D) over captions (B, D) and back, all of length one.
 
-    ``fits`` (B, B) is 1 where caption j is true of picture i; a row's or column's target is spread over its ones.
+    ``fits`` (B, B) is 1 where caption j is true of image i; a row's or column's target is spread over its ones.
     ``temperature`` is the logarithm of what cosines are multiplied with.
     """
     logits = jnp.exp(temperature) * jnp.matmul(mine, theirs.T, precision="highest")
@@ -118,7 +118,7 @@ def _make_step(spec: ScorerSpec, optimizer: optax.GradientTransformation, noise:
         hidden = jax.random.bernoulli(word_key, noise / 4, batch["tokens"].shape) & (batch["tokens"] != PADDING)
         tokens = jnp.where(hidden, UNKNOWN if spec.reader == "words" else PADDING, batch["tokens"])
         theirs = embed_text(spec, params, tokens)
-        return contrastive_loss(embed_pictures(params, seen), theirs, batch["fits"], params["temperature"])
+        return contrastive_loss(embed_images(params, seen), theirs, batch["fits"], params["temperature"])
 
     @jax.jit
     def step(params: Any, state: Any, batch: Any, key: jax.Array) -> Any:
@@ -134,13 +134,13 @@ def _make_step(spec: ScorerSpec, optimizer: optax.GradientTransformation, noise:
 
 
 def _fits(names: np.ndarray, said: np.ndarray, styles: np.ndarray, grounds: np.ndarray) -> np.ndarray:
-    """(B, B) float32: caption j, whose style ``said`` is -1 where it names none, is true of picture i."""
+    """(B, B) float32: caption j, whose style ``said`` is -1 where it names none, is true of image i."""
     same = (names[:, None] == names[None]) & (grounds[:, None] == grounds[None])
     return (same & ((said[None] == -1) | (said[None] == styles[:, None]))).astype(np.float32)
 
 
 def _tokens(spec: ScorerSpec, data: ScorerData, vocabulary: Sequence[str]) -> np.ndarray:
-    """(N, V, 2, L): of each picture's captions with and without its style."""
+    """(N, V, 2, L): of each image's captions with and without its style."""
     texts = [
         caption_text(name, said, ground)
         for name, style, grounds in zip(data.names, data.styles, data.grounds, strict=True)

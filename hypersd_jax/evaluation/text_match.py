@@ -1,4 +1,4 @@
-"""How well pictures fit their prompts, beside how well they fit others: without that zero a score says nothing."""
+"""How well images fit their prompts, beside how well they fit others: without that zero a score says nothing."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def text_match(scorer: Scorer, seen: np.ndarray, prompts: Sequence[str]) -> Text
     order = derangement(prompts)
     if order is None:
         return None
-    pictures, texts = scorer.pictures(seen), scorer.text(prompts)
-    pictures, texts = SCALE * pictures.astype(np.float64), texts.astype(np.float64)
-    return TextMatch(np.sum(pictures * texts, axis=1), np.sum(pictures * texts[order], axis=1))
+    images, texts = scorer.images(seen), scorer.text(prompts)
+    images, texts = SCALE * images.astype(np.float64), texts.astype(np.float64)
+    return TextMatch(np.sum(images * texts, axis=1), np.sum(images * texts[order], axis=1))
 
 
 def knows(scorer: Scorer, prompts: Sequence[str]) -> bool:

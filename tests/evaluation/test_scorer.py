@@ -53,7 +53,7 @@ def test_letters_in_a_bag() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_own_prompts_score_above_others(name: str, pictures: np.ndarray, prompts: list[str]) -> None:
     scorer = load_scorer(name)  # type: ignore[arg-type]
-    mine = scorer.pictures(seen_by(scorer.spec, pictures))
+    mine = scorer.images(seen_by(scorer.spec, pictures))
     texts = scorer.text(prompts)
     np.testing.assert_allclose(np.linalg.norm(mine, axis=1), 1.0, rtol=1e-5)
     table = SCALE * mine @ texts.T
@@ -67,7 +67,7 @@ def test_own_prompts_score_above_others(name: str, pictures: np.ndarray, prompts
 @pytest.mark.parametrize("name", NAMES)
 def test_another_ground_or_style_scores_less(name: str, pictures: np.ndarray) -> None:
     scorer = load_scorer(name)  # type: ignore[arg-type]
-    mine = scorer.pictures(seen_by(scorer.spec, pictures))
+    mine = scorer.images(seen_by(scorer.spec, pictures))
     items = evaluation_list(COUNT)
     colours, styles = list(COLOURS), ("noto", "blob", "fluent flat")
 

@@ -45,7 +45,7 @@ def test_training_learns_names_styles_and_grounds(reader: str) -> None:
 
     def found(epochs: int) -> float:
         scorer = train_scorer(spec, data, dataclasses.replace(options, epochs=epochs))
-        mine = scorer.pictures(unseen.seen.reshape(48, -1))
+        mine = scorer.images(unseen.seen.reshape(48, -1))
         return retrieval(mine, scorer.text(texts), np.arange(48))[0]
 
     assert found(1) < 0.3
