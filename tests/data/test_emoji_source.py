@@ -12,7 +12,7 @@ from hypersd_jax.data.emoji_source import sample_backgrounds
 from hypersd_jax.data.order import mix, shuffled
 from hypersd_jax.errors import UserError
 
-EVALUATION_DIGEST = "5f4d96fa1f323cdb704bc1488a224b250038a840bf9a9bb3cb956254a688987c"
+EVALUATION_DIGEST = "6584e7b98b4c2ab7675995d1acb3676f23075a26f15f2742ed9efbe3d7d9390f"
 
 
 def test_hash_is_splitmix64() -> None:
@@ -92,7 +92,7 @@ def test_other_resolutions_and_groups() -> None:
 
 def test_evaluation_list_is_fixed() -> None:
     items = evaluation_list()
-    text = json.dumps([dataclasses.asdict(item) for item in items])
+    text = json.dumps([dataclasses.astuple(item) for item in items])
     assert hashlib.sha256(text.encode()).hexdigest() == EVALUATION_DIGEST
 
 
