@@ -145,7 +145,7 @@ def _convert_list(kinds: tuple[Any, ...], value: Any, path: str, root: type) -> 
 
 
 def _of_kind(named: Mapping[str, type], value: Any, path: str) -> tuple[type, Any]:
-    """Which of several dataclasses ``value`` is for, by the ``kind`` that it names or by the first; and its mapping."""
+    """The dataclass that ``value`` is for, by the ``kind`` that it names or by the first; and its mapping."""
     if isinstance(value, Words):
         value = opened(value, path)
     kind = value.get("kind") if isinstance(value, Mapping) else None

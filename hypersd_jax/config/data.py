@@ -1,4 +1,4 @@
-"""Where image-text pairs come from."""
+"""The settings of the dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a stage's settings reach the compiled training step.
+"""The role of each setting in the compiled training step.
 
 Numbers are its arguments: another value compiles nothing. Choices (words, booleans, whether a part is there at all) are
 part of the program. A field says here if its type does not tell, or if the step does not see it.

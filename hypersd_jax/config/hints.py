@@ -65,7 +65,7 @@ def nearest(name: str, valid: Iterable[str]) -> str:
 
 
 def key_hint(root: type, path: str, siblings: Sequence[str]) -> str:
-    """A hint for a key that does not belong where it stands: a sibling, or its path elsewhere under ``root``.
+    """A hint for a key that does not belong where it is: a sibling, or its path elsewhere under ``root``.
 
     Args:
         root: the dataclass of the configuration.
@@ -89,7 +89,7 @@ def key_paths(root: type, name: str) -> list[str]:
 
 
 def _called(name: str) -> tuple[str, ...]:
-    """What a key may be called here."""
+    """The names that a key may have here."""
     name = name.replace("-", "_").lower()
     return SYNONYMS.get(name, (name,))
 
@@ -108,7 +108,7 @@ def _known(root: type) -> dict[str, tuple[str, ...]]:
 
 
 def _depth(path: str) -> int:
-    """How far down a key stands; that of an entry counts as its list's."""
+    """The depth of a key; that of an entry counts as its list's."""
     return path.replace(".*", "").count(".")
 
 

@@ -24,7 +24,7 @@ _MAX_DIGITS = 4000
 
 
 class Words(str):
-    """Text whose type is open: an unquoted value of a recipe, or all that stands behind ``key=``."""
+    """Text whose type is open: an unquoted value of a recipe, or all text after ``key=``."""
 
     __slots__ = ()
 

@@ -66,7 +66,7 @@ class MeshConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LogConfig:
-    """What is written while training.
+    """The logs, previews and checkpoints of a run.
 
     Attributes:
         every: training steps from one line of ``metrics.jsonl`` to the next.
@@ -95,7 +95,7 @@ class LogConfig:
 
 
 EMBEDDED_GUIDANCE = 4.0
-"""What the embedded model, and one trained on the embedded images, is sampled with at many steps."""
+"""The many-step guidance of the embedded model, and of one trained on the embedded images."""
 
 EMBEDDED_SAMPLES, OWN_SAMPLES = 256, 16
 
@@ -198,7 +198,7 @@ class Config:
 
     @property
     def batch_size(self) -> int | None:
-        """That of all stages; None where they differ."""
+        """The batch size of all stages; None where they differ."""
         sizes = {stage.batch_size for stage in self.active_stages}
         return sizes.pop() if len(sizes) == 1 else None
 
@@ -209,7 +209,7 @@ class Config:
 
     @property
     def compared_samples(self) -> int:
-        """How many samples of each student and of the teacher are compared."""
+        """The number of samples of each student and of the teacher in the comparison."""
         if self.evaluation.samples is not None:
             return self.evaluation.samples
         return EMBEDDED_SAMPLES if self.on_emoji else OWN_SAMPLES

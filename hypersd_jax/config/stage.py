@@ -11,7 +11,7 @@ from hypersd_jax.config.fields import outside, static
 
 
 class Sampling(TypedDict):
-    """How a stage's student is sampled; ``guidance`` 0 is off, ``timesteps`` None are the sampler's own."""
+    """The sampling settings of a stage's student; ``guidance`` 0 is off, ``timesteps`` None are the sampler's own."""
 
     steps: int
     sampler: str
@@ -111,7 +111,7 @@ class StageConfig:
 
     @property
     def samplings(self) -> tuple[Sampling, ...]:
-        """How its student is sampled and compared, the first as its file says; empty where it has no student."""
+        """The samplings of its student to compare, the first as in its file; empty where it has no student."""
         return ()
 
 

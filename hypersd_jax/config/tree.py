@@ -15,7 +15,7 @@ _MAX_VALUES = 100_000
 
 
 class TreeError(Exception):
-    """What is wrong with a text, and in which line of it, counted from 1; None where that is not known."""
+    """An error in a text, and its line, counted from 1; None where that is not known."""
 
     def __init__(self, message: str, line: int | None = None) -> None:
         super().__init__(message)

@@ -89,5 +89,5 @@ class Stream:
         return group, int(first[group] + np.count_nonzero(mixed[:index] == group))
 
     def _before(self, epoch: int) -> np.ndarray:
-        """How many full batches each group has had by the beginning of an epoch, (G,)."""
+        """The number of full batches of each group before an epoch, (G,)."""
         return epoch * self._counts // self._batch_size

@@ -1,4 +1,4 @@
-"""Which columns of a table hold the image and the caption, and what their cells say."""
+"""The columns of a table that hold image and caption, and the contents of their cells."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ class Examples:
         return next((path for path in paths if os.path.exists(path)), paths[0])
 
     def _candidates(self, row: int, name: str) -> list[str]:
-        """Where a name leads, from its table's folder: as it is, with slashes, and with accents composed or not."""
+        """The paths that a name may mean, from its table's folder: as it is, with slashes, with composed accents."""
         if is_url(name):
             return [name]
         folder = self.folders[bisect.bisect_right(self.starts, row) - 1]

@@ -53,7 +53,7 @@ def cache_folder() -> Path:
 
 
 def _kept(path: Path, stamps: np.ndarray) -> np.ndarray:
-    """What was found earlier of the files that have not changed; zeros for all others."""
+    """The sizes that were kept of files that have not changed; zeros for all others."""
     try:
         found: np.ndarray = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError):

@@ -234,7 +234,7 @@ class ImageTextSource:
         return rows[~out]
 
     def _report(self) -> None:
-        """Say how many images could not be read so far: at the first one, and at each tenfold."""
+        """Warn how many images could not be read so far: at the first one, and at each tenfold."""
         count = len(self._broken)
         if count < self._next_report:
             return

@@ -1,4 +1,4 @@
-"""What a source does not use: counted, and named as far as a line has room."""
+"""Counts and names of what a source does not use, as far as a line has room."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which files a local path, a pattern or a URL stands for."""
+"""Listing the files of a local path, a pattern or a URL."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WEB = ("http://", "https://")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Listing:
-    """The files that a source stands for.
+    """The files of a source.
 
     Attributes:
         source: as it was given.
@@ -49,7 +49,7 @@ def is_url(source: str) -> bool:
 
 
 def list_files(source: str) -> Listing:
-    """List what a source stands for; what is hidden, such as `.cache/`, is passed over, and links are followed.
+    """List the files of a source; what is hidden, such as `.cache/`, is left out, and links are followed.
 
     Args:
         source: a folder (all files below it), a file, or a pattern with ``*``, ``?``, ``[ab]``, ``{000..007}`` or
@@ -116,7 +116,7 @@ def _existing_part(pattern: str) -> tuple[str, str]:
 
 
 def _below(folder: str, above: tuple[str, ...]) -> Iterator[str]:
-    """All files below a folder that are not hidden; a link that leads back to a folder above is not followed."""
+    """All files below a folder that are not hidden; a link to a folder above is not followed."""
     real = os.path.realpath(folder)
     if real in above:
         return

@@ -255,7 +255,7 @@ def _with_sidecars(source: str, files: Sequence[str]) -> Examples:
 
 
 def _read_text(file: str | None) -> bytes | None:
-    """What a text file holds; None if it cannot be read."""
+    """The bytes of a text file; None if it cannot be read."""
     if file is None:
         return None
     try:

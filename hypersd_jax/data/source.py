@@ -1,4 +1,4 @@
-"""What training asks of image-text data."""
+"""The protocols of image-text data that training reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which of a source's files belong to the split that is asked for."""
+"""The files of a source that belong to a split."""
 
 from __future__ import annotations
 

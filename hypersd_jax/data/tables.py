@@ -17,7 +17,7 @@ TEXT_TABLES = (".csv", ".jsonl", ".json", ".txt")
 LINES_COLUMN = "text"
 
 Columns = dict[str, list[str | None]]
-"""Cells by column, all text: `007`, `1e5` and `2024-01-05` are what stands in the file. None is an absent cell."""
+"""Cells by column, all text: `007`, `1e5` and `2024-01-05` stay as they are written. None is an absent cell."""
 
 
 def read_table(file: str) -> Columns:

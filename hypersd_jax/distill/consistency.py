@@ -21,7 +21,7 @@ METHODS: dict[str, tuple[TargetChoice, Callable[..., Pair]]] = {
     "pcm": (segment_boundary, tscd_pair),
     "lcm": (segment_boundary, lcm_pair),
 }
-"""How a method chooses t_end, and what it compares. TCD (arXiv 2402.19159) is "tscd" with one segment."""
+"""The choice of t_end and the two sides of each method. TCD (arXiv 2402.19159) is "tscd" with one segment."""
 
 
 def consistency_loss(

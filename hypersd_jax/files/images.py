@@ -143,7 +143,7 @@ def _layers(image: Image.Image) -> _Layers:
 
 
 def _packing(image: Image.Image) -> str:
-    """How the pixels of a PNG that is not decoded yet lie in its file, in Pillow's words."""
+    """The packing of the pixels of a PNG that is not decoded yet, in Pillow's terms."""
     tiles = getattr(image, "tile", None)
     packing = tiles[0][3] if image.format == "PNG" and tiles else ""
     return packing if isinstance(packing, str) else ""

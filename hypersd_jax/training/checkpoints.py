@@ -193,7 +193,7 @@ class Checkpointer:
         return step
 
     def _read_metadata(self, step: int) -> tuple[dict[str, Any], dict[str, Any]]:
-        """What `save` wrote with the state, and the saved leaves' shapes by name."""
+        """Read what `save` wrote with the state, and the saved leaves' shapes by name."""
         try:
             found = self._orbax.metadata(step)
             custom, leaves = dict(found.custom_metadata), dict(found.metadata)
@@ -226,7 +226,7 @@ class _Quiet(logging.Filter):
 
 
 def _refusal(error: BaseException) -> str | None:
-    """Why the disk refused, in the system's words; None where it is another kind of error."""
+    """The reason of the disk's refusal, in the system's words; None for another kind of error."""
     if isinstance(error, OSError) and error.errno:
         return error.strerror or str(error)
     # TensorStore says it in its own words: "... No space left on device [os_error_code='28'] ...".

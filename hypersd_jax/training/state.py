@@ -1,4 +1,4 @@
-"""What training changes: the trainable tree, its optimizer state, its moving average and two counters."""
+"""The state that training changes: the trainable tree, its optimizer state, its moving average and two counters."""
 
 from __future__ import annotations
 

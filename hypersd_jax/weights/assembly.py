@@ -30,7 +30,7 @@ HostParams = Iterator[tuple[str, np.ndarray]]
 
 @dataclass(frozen=True, kw_only=True)
 class Description:
-    """What a model's configuration files say, in diffusers' terms.
+    """The contents of a model's configuration files, in diffusers' terms.
 
     Attributes:
         origin: the folder or the single file.
@@ -52,7 +52,7 @@ class Description:
         return is_xl(self.model_index)
 
     def location(self, component: str) -> str:
-        """Where a component's configuration is, for messages."""
+        """The file of a component's configuration, for messages."""
         return str(self.origin / component / "config.json") if self.origin.is_dir() else f"{self.origin} ({component})"
 
 
@@ -134,7 +134,7 @@ def is_xl(model_index: Mapping[str, Any]) -> bool:
 
 
 def inpainting_channels(config: AnyVaeConfig) -> int:
-    """What the UNet of an inpainting model reads: noisy latents, one mask, latents of the masked image."""
+    """The input channels of an inpainting UNet: noisy latents, one mask, latents of the masked image."""
     return 2 * config.latent_channels + 1
 
 

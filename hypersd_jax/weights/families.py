@@ -127,10 +127,10 @@ VAE: dict[str, Any] = {
     "norm_num_groups": 32,
     "out_channels": 3,
 }
-"""What all autoencoders of Stable Diffusion share."""
+"""The configuration that all autoencoders of Stable Diffusion share."""
 
 SCALING_FACTORS = {"sd1": 0.18215, "sd2": 0.18215, "sdxl": 0.13025}
-"""Of the latents, by generation of models."""
+"""Scaling factors of the latents, by generation of models."""
 
 NATIVE_SIZES = {"sd1": 512, "sd2": 768, "sdxl": 1024}
 """Side of the images in pixels; SD 2.x that predicts noise is made for 512."""

@@ -104,7 +104,7 @@ def fetch_file(source: str | os.PathLike[str]) -> Path:
 
 
 def choose_model(files: Iterable[str]) -> list[str]:
-    """Which of a repository's files make up a model, or the one component that it holds; UserError without a name."""
+    """Choose the files of a repository that make up a model, or its one component; UserError without a name."""
     names = set(files)
     if "model_index.json" not in names:
         if "config.json" not in names:
@@ -128,7 +128,7 @@ def choose_configs(files: Iterable[str]) -> list[str]:
 
 
 def choose_lora(files: Iterable[str]) -> list[str]:
-    """Which of a repository's files make up its LoRA; UserError without a name, and where it holds several."""
+    """Choose the files of a repository that make up its LoRA; UserError without a name, and where it holds several."""
     names = {name for name in files if "/" not in name}
     tensors = sorted(name for name in names if name.endswith(".safetensors"))
     known = [name for name in LORA_FILES if name in tensors] or tensors
@@ -194,7 +194,7 @@ def _first(snapshot: tuple[Path, list[str]]) -> Path:
 
 
 def _cached(found: HubId, choose: Choice) -> tuple[Path, list[str]]:
-    """What an earlier call has fetched, for when the hub cannot be asked."""
+    """Find what an earlier call has fetched, for when the hub cannot be reached."""
     from huggingface_hub import snapshot_download
 
     # No patterns: what is missing is decided below, by the files that are there.

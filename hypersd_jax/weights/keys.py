@@ -38,7 +38,7 @@ PERMUTATIONS: dict[tuple[str, int], tuple[int, ...]] = {
 
 @dataclass(frozen=True, kw_only=True)
 class KeyTable:
-    """How the files of one kind of component differ from the canonical spelling.
+    """The differences of one kind of component's files from the canonical spelling.
 
     Attributes:
         aliases: (pattern, replacement) pairs that turn a stored key into the canonical one; each applies at most once.

@@ -1,4 +1,4 @@
-"""Where arrays live on a mesh: one rule for base weights, adapters and optimizer state."""
+"""The placement of arrays on a mesh: one rule for base weights, adapters and optimizer state."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ from hypersd_jax.paths import expanded
 PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 
 MOST_AXES = 32
-"""Of a tensor that is read; NumPy ends at 64."""
+"""Most axes of a tensor that is read; NumPy's limit is 64."""
 
 DTYPES: dict[str, np.dtype] = {
     name: np.dtype(dtype)
@@ -194,7 +194,7 @@ def pickle_message(path: str | os.PathLike[str]) -> str:
 
 
 def _diagnosis(path: Path, error: Exception) -> str:
-    """What is wrong with a file that safetensors has refused."""
+    """The reason why safetensors has refused a file."""
     if isinstance(error, OSError):
         return f"{path}: cannot be read ({error.strerror or error})"
     size = path.stat().st_size

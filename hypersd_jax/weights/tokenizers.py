@@ -1,4 +1,4 @@
-"""Tokenizers as files: those beside a model, and CLIP's own, for models that are stored without one."""
+"""Tokenizers as files: a model's, and CLIP's own for models that are stored without one."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from hypersd_jax.errors import UserError
 
 START, END = "<|startoftext|>", "<|endoftext|>"
 CLIP_TOKENS = 49408
-"""How many tokens CLIP's vocabulary has: 256 bytes, each also as the end of a word, 48894 merges and two marks."""
+"""The size of CLIP's vocabulary: 256 bytes, each also as the end of a word, 48894 merges and two marks."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +47,7 @@ class TokenizerFiles:
 
 
 def tokenizer_files(folder: Path) -> TokenizerFiles:
-    """What a tokenizer's folder holds; no files where there is no such folder."""
+    """The files of a tokenizer's folder; none where there is no such folder."""
     try:
         found = [path for path in sorted(folder.glob("*")) if path.is_file() and not path.name.startswith(".")]
         files = {path.name: path.read_bytes() for path in found}

@@ -32,7 +32,7 @@ TOKENIZER_FILES = (
     "tokenizer_config.json",
     "vocab.json",
 )
-"""What of a model's folder belongs to its tokenizer."""
+"""The files of a model's folder that belong to its tokenizer."""
 
 LOGIT_SCALE = "logit_scale"
 """Path of the logarithm of what cosines are multiplied by, a scalar beside the towers' parameters."""
@@ -144,7 +144,7 @@ def _read(origin: Path, files: Sequence[TensorFile], shapes: Shapes) -> Iterator
 
 
 def _image_processor(folder: Path) -> dict[str, Any]:
-    """How images are prepared: a file of its own or, from transformers 5, a part of the processor's."""
+    """The configuration of the image processor: its own file or, from transformers 5, a part of the processor's."""
     if (folder / "preprocessor_config.json").is_file():
         return read_json(folder / "preprocessor_config.json")
     if (folder / "processor_config.json").is_file():

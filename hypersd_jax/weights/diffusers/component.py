@@ -42,7 +42,7 @@ STEMS: dict[Kind, str] = {
     "vae": "diffusion_pytorch_model",
     "clip": "model",
 }
-"""What diffusers and transformers call the weights of each kind of component."""
+"""The file names of each kind of component's weights in diffusers and transformers."""
 
 HALF = "fp16"
 # Numbers from which reading on two threads is worth having them.
@@ -235,7 +235,7 @@ def _shards(index: Path) -> list[Path]:
 
 
 def _match(folder: Path, files: list[TensorFile], shapes: Shapes, kind: Kind) -> dict[str, tuple[TensorFile, str]]:
-    """Where each parameter is stored, in the order of the files; UserError with all that does not fit."""
+    """The location of each parameter, in the order of the files; UserError with all that does not fit."""
     wanted = {torch_key(path): path for path in shapes}
     found: dict[str, tuple[TensorFile, str]] = {}
     unexpected, misfits = [], []

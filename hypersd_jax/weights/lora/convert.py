@@ -69,7 +69,7 @@ def convert_lora(
 
 
 def text_encoders_of(shapes: Mapping[str, Any]) -> int:
-    """How many text encoders the base of these components has."""
+    """The number of text encoders of the base of these components."""
     return sum(component.startswith("text_encoder") for component in shapes)
 
 
@@ -153,6 +153,6 @@ def _own_shapes(sources: Sequence[Source]) -> Shapes | None:
 
 
 def _spelled(key: str) -> Key | None:
-    """What a key says by itself, in the first layout that reads it without a base."""
+    """The parsed form of a key, in the first layout that reads it without a base."""
     readings = (layout.spelled(key) for layout in LAYOUTS.values() if layout.spelled is not None)
     return next((reading for reading in readings if reading is not None), None)

@@ -1,4 +1,4 @@
-"""How much of a change of weights a LoRA of limited rank holds."""
+"""The share of a change of weights that a LoRA of limited rank holds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypersd_jax.weights.lora.match import listing
 
 @dataclass(frozen=True, kw_only=True)
 class EnergyReport:
-    """What a written LoRA keeps, in squared Frobenius norms of changes of kernels.
+    """The share that a written LoRA keeps, in squared Frobenius norms of changes of kernels.
 
     Attributes:
         file: what was written.
@@ -25,7 +25,7 @@ class EnergyReport:
 
     @property
     def share(self) -> float:
-        """Of the squared norm of all modules together, from 0 to 1."""
+        """The share of the squared norm of all modules together, from 0 to 1."""
         pairs = [pair for modules in self.modules.values() for pair in modules.values()]
         return _share(sum(kept for kept, _ in pairs), sum(total for _, total in pairs))
 

@@ -27,7 +27,7 @@ from hypersd_jax.weights.tensors import TensorFile, open_tensors, save_tensors
 
 @dataclass(frozen=True, kw_only=True, repr=False)
 class LoraReport:
-    """What a LoRA file held.
+    """The contents of a LoRA file.
 
     Attributes:
         file: its path.
@@ -56,7 +56,7 @@ class LoraReport:
 
     @property
     def about_left_out(self) -> str:
-        """What is not used, counted and named; "" for most files."""
+        """The counts and names of what is not used; "" for most files."""
         if not self.left_out:
             return ""
         what = "embedding" if len(self.left_out) == 1 else "embeddings"
@@ -245,7 +245,7 @@ def _scale(tensors: TensorFile, slot: Slot, rank: int | None, strength: Strength
 
 
 def _layouts(slots: Mapping[tuple[str, str], Slot]) -> set[str]:
-    """Of the UNet's keys, where there are any: the text encoders' are named alike in both of kohya's namings."""
+    """The layout of the UNet's keys, where there are any: the text encoders' are alike in both of kohya's layouts."""
     unet = {slot.first.layout for (component, _), slot in slots.items() if component == "unet"}
     return unet or {slot.first.layout for slot in slots.values()}
 

@@ -1,4 +1,4 @@
-"""What a LoRA's safetensors header says of its own sampling, and whether it is ours to read.
+"""The sampling settings in a LoRA's safetensors header, and whether this package wrote it.
 
 Other trainers' headers have keys of the same names with other meanings ("steps": "1500 / 3000" of training,
 "sampler": "prodigy"), so only a header that this package has written is taken at its word.
@@ -38,7 +38,7 @@ def is_ours(header: Mapping[str, str]) -> bool:
 
 
 def stated(header: Mapping[str, str]) -> dict[str, str]:
-    """The sampling settings of a header of ours, as they stand there; {} of any other header."""
+    """The sampling settings of a header of ours, as they are written; {} of any other header."""
     return {key: header[key] for key in SETTINGS if key in header} if is_ours(header) else {}
 
 

@@ -1,4 +1,4 @@
-"""What the tensors of one LoRA module together are: LoRA, LoHa, LoKr or a full difference, with or without DoRA.
+"""The kinds of LoRA modules, by their tensors: LoRA, LoHa, LoKr or a full difference, with or without DoRA.
 
 Tensors are known by role here: `down`, `up`, `mid` of a LoRA, LyCORIS's own names for LoHa and LoKr, `full` and `bias`
 of a plain difference, `alpha`, and DoRA's `magnitude`.

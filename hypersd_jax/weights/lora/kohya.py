@@ -60,10 +60,10 @@ PREFIXES = {
     ),
     "text_encoder_2": ("lora_te2", "text_encoder_2", "clip_g", "lora_clip_g", "text_encoders.clip_g.transformer"),
 }
-"""What a component is called at the beginning of a key, by kohya, SimpleTuner, OneTrainer and ComfyUI."""
+"""The prefix of a component's keys, by kohya, SimpleTuner, OneTrainer and ComfyUI."""
 
 UNSPELLED = ("lora_", "lycoris_", "diffusion_model.", "text_encoders.")
-"""How keys begin that do not spell the module's path out as diffusers has it."""
+"""The prefixes of keys that do not spell out the module's path as diffusers does."""
 
 _COMFY = ("diffusion_model.", "model.diffusion_model.", "text_encoders.")
 _STARTS = tuple(f"{prefix}{mark}" for prefixes in PREFIXES.values() for prefix in prefixes for mark in "._")
@@ -132,7 +132,7 @@ def matcher(_: TensorFile, shapes: Shapes) -> Match:
 
 
 def layout_of(name: str, target: Target | None) -> str:
-    """What a layout is called in which a module with kohya's factors has this name."""
+    """The name of the layout in which a module with kohya's factors is called so."""
     if name.startswith(_COMFY):
         return "ComfyUI"
     if "." in name:

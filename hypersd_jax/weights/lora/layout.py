@@ -1,4 +1,4 @@
-"""What a LoRA layout is to the rest of the package: one record that says how its keys are read and written."""
+"""A LoRA layout as one record: how its keys are read and written."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COMPONENTS = ("unet", "text_encoder", "text_encoder_2")
 
 @dataclass(frozen=True, kw_only=True)
 class Key:
-    """What a key of a file says by itself.
+    """The parsed form of a key by itself.
 
     Attributes:
         component: as it names it; None where it does not.
@@ -63,7 +63,7 @@ class Slot:
 
     @property
     def kind(self) -> Kind:
-        """What the tensors are; `match.assign` returns only slots that have one."""
+        """The kind of the tensors; `match.assign` returns only slots that have one."""
         kind = kind_of(self.keys)
         assert kind is not None
         return kind
@@ -78,7 +78,7 @@ class Slot:
 
 @dataclass(frozen=True, kw_only=True)
 class Destination:
-    """What a LoRA is written for.
+    """The base that a LoRA is written for.
 
     Attributes:
         dtype: of the stored factors.
@@ -92,7 +92,7 @@ class Destination:
 
 
 Match = Callable[[str], Found | None]
-"""What a layout makes of a key; None where the key is not of the layout."""
+"""The parsed form of a key; None where the key is not of the layout."""
 
 Strength = Callable[[Slot, int, str], tuple[float, float | None]]
 """(scale, alpha or None) of a module without an alpha tensor, from (slot, rank, place for errors)."""

@@ -1,4 +1,4 @@
-"""Which key of a LoRA file belongs to which module of the base; what fits nothing is refused here, by name."""
+"""Matching the keys of a LoRA file with the base's modules; what fits nothing is refused here, by name."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from hypersd_jax.weights.lora.unsupported import unsupported
 from hypersd_jax.weights.tensors import TensorFile
 
 LEFT_OUT = ("bundle_emb.",)
-"""Keys of what may come beside a LoRA and is not used here: embeddings (textual inversion) bundled with it."""
+"""Keys of what is bundled with some LoRAs and not used here: embeddings (textual inversion)."""
 
 # The kind that the first word of a role speaks of; alpha, magnitude and bias go with any.
 _SORTS = {"down": "LoRA", "up": "LoRA", "mid": "LoRA", "hada": "LoHa", "lokr": "LoKr", "full": "full"}
 
 Slots = dict[tuple[str, str], Slot]
 Matches = dict[str, tuple[Layout, Found]]
-"""What every key that is written in some layout says, and the layout."""
+"""The parsed form of every key that is written in some layout, and the layout."""
 
 
 def assign(tensors: TensorFile, shapes: Shapes) -> tuple[Slots, list[str]]:
@@ -120,7 +120,7 @@ def _family_hint(tensors: TensorFile, shapes: Shapes, matches: Matches) -> str:
 
 
 def _attended(key: Key, shape: tuple[int, ...]) -> int | None:
-    """How many inputs the key's module has, if it is one that attends to the text and the key tells."""
+    """The number of inputs of the key's module, if it is one that attends to the text and the key tells."""
     if key.module.endswith(("attn2_to_k", "attn2.to_k")) and key.role in ("down", "hada_w1_b") and len(shape) > 1:
         return shape[1]
     return None

@@ -212,7 +212,7 @@ def describe(adapters: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> dict[st
 
 
 def _component_of_bare_keys(tensors: TensorFile, shapes: Shapes) -> str:
-    """Which component the keys without one belong to: the first that has all their modules with the right widths."""
+    """The component of the keys that name none: the first that has all their modules with the right widths."""
     keys = tensors.keys()
     parsed = [(text, key) for text in keys if (key := parse(text)) and not key.component]
 

@@ -1,4 +1,4 @@
-"""The structure of a CLIP whose safetensors file has no config.json beside it, from the shapes of its tensors."""
+"""The structure of a CLIP whose safetensors file comes without config.json, from the shapes of its tensors."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ OPENAI_WIDTHS = (768, 1024)
 
 
 def guess_config(file: TensorFile) -> dict[str, Any]:
-    """What the `config.json` of this file would say.
+    """Guess the `config.json` of this file.
 
     No tensor shows heads and activation. A file as wide as OpenAI's models is taken for one of theirs (`quick_gelu`), a
     larger one for OpenCLIP's (`gelu`), and a warning says so: of some widths there are both.

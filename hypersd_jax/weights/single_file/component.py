@@ -20,7 +20,7 @@ Read = Callable[[Shapes, Any], Iterator[tuple[str, np.ndarray]]]
 
 
 def read_part(file: TensorFile, keys: set[str], location: Callable[[str], Stored]) -> Read:
-    """What reads a component from the tensors `keys` of `file`.
+    """Make the reader of a component from the tensors `keys` of `file`.
 
     Args:
         file: the open file.

@@ -1,4 +1,4 @@
-"""What a single file's tensors say about the model: families, structure, schedule.
+"""Configuration of a model from a single file's tensors: family, structure, schedule.
 
 Shapes show all of the structure but for the number of attention heads, the groups of the norms and the sizes of time-id
 embeddings; these are the families' own (SD 1.x has 8 heads at every level, the later ones 64 channels a head). The
@@ -83,7 +83,7 @@ def component_configs(
 
 
 def prediction_type(sizes: Sizes, kind: Generation, metadata: Mapping[str, str], step: float | None, file: Path) -> str:
-    """What the UNet predicts, which no shape shows.
+    """Find what the UNet predicts, which no shape shows.
 
     A `v_pred` tensor says it, else the header's `modelspec.prediction_type`. Else SD 2.x with its four input channels
     is taken for the 768-v model unless `global_step` is that of 2-base, which is diffusers' guess, and all others
@@ -118,7 +118,7 @@ class _Shapes:
         return key in self.sizes
 
     def count(self, pattern: str) -> int:
-        """How many keys there are of a pattern with one `{}`, which counts from 0."""
+        """Count the keys of a pattern with one `{}`, which counts from 0."""
         number = 0
         while pattern.format(number) in self.sizes:
             number += 1

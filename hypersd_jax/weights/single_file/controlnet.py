@@ -22,7 +22,7 @@ from hypersd_jax.weights.tensors import TensorFile, open_tensors
 Spelling = Callable[[str], str]
 
 PREFIX = "control_model."
-"""What stands before the keys of a ControlNet in a checkpoint that holds the UNet too."""
+"""The prefix of a ControlNet's keys in a checkpoint that holds the UNet too."""
 
 EMBEDDING = "controlnet_cond_embedding"
 POOLED = re.compile(r"_shuffle(_fp16)?$")
@@ -55,7 +55,7 @@ def open_controlnet_file(path: Path, unet_config: UNetConfig) -> tuple[ControlNe
 
 
 def _spelling(keys: set[str], unet_config: UNetConfig) -> Spelling:
-    """How a file with these keys spells a canonical diffusers key."""
+    """Spell a canonical diffusers key as a file with these keys does."""
     prefix = PREFIX if any(key.startswith(PREFIX) for key in keys) else ""
     if f"{prefix}{EMBEDDING}.conv_in.weight" in keys:
         return lambda key: prefix + key

@@ -20,7 +20,7 @@ KEY = "hypersd.model"
 
 @dataclass(frozen=True, kw_only=True)
 class Stated:
-    """What a file says of itself; empty where it was written by another program."""
+    """The configuration in a file's header; empty where it was written by another program."""
 
     configs: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     model_index: Mapping[str, Any] = field(default_factory=dict)
@@ -28,12 +28,12 @@ class Stated:
 
 
 def pad_token(kind: Generation, tokenizer: str) -> str:
-    """What fills prompts up: see `tokenizers.clip_tokenizer`."""
+    """The token that pads prompts: see `tokenizers.clip_tokenizer`."""
     return "!" if kind == "sd2" or tokenizer == "tokenizer_2" else "<|endoftext|>"
 
 
 def read_header(file: TensorFile, kind: Generation) -> Stated:
-    """What `write_header` wrote; UserError where the entry is not of that form, or of a model of another kind."""
+    """Read what `write_header` wrote; UserError where the entry is not of that form, or of a model of another kind."""
     text = file.metadata.get(KEY)
     if text is None:
         return Stated()

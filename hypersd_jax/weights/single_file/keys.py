@@ -95,7 +95,7 @@ OPEN_CLIP_MODULES: tuple[tuple[str, str], ...] = (
 
 @dataclass(frozen=True, kw_only=True)
 class Stored:
-    """Where and how a single file keeps one tensor of a diffusers model.
+    """The location and form of one tensor of a diffusers model in a single file.
 
     Attributes:
         key: the name in the file.

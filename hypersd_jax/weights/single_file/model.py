@@ -207,7 +207,7 @@ def _scheduler(file: TensorFile, names: Mapping[str, str], sizes: Sizes, kind: G
 
 
 def locations_of(component: str, shapes: Shapes, structure: Structure, kind: Generation) -> Locations:
-    """Where a file of this generation has each parameter of a component."""
+    """Find the locations of a component's parameters in a file of this generation."""
     canonical = {path: torch_key(path) for path in shapes}
     found = canonical.values()
     if component == "unet":

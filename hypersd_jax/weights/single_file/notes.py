@@ -1,4 +1,4 @@
-"""What of a model a single file cannot tell to other programs."""
+"""The settings of a model that a single file cannot carry to other programs."""
 
 from __future__ import annotations
 
