@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fnmatch
 import gc
 import os
 import signal
@@ -45,6 +46,22 @@ else:
 
 # A worker that is larger than this forgets its programs before the next file; below it, files share the small ones.
 _LARGE = 1.2 * 2**30
+
+
+SLOW = Path(__file__).parent / "slow.txt"
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Mark the tests that slow.txt lists; each of its lines must name some where all files are collected."""
+    patterns = [line.strip() for line in SLOW.read_text().splitlines() if line.strip() and not line.startswith("#")]
+    named = set()
+    for item in items:
+        for pattern in patterns:
+            if fnmatch.fnmatchcase(item.nodeid, f"tests/{pattern}".replace("[", "[[]")):
+                item.add_marker("slow")
+                named.add(pattern)
+    if config.args == config.getini("testpaths") and (unknown := sorted({*patterns} - named)):
+        raise pytest.UsageError(f"{SLOW}: no test is called {unknown[0]}")
 
 
 @pytest.fixture(autouse=True, scope="module")

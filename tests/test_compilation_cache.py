@@ -97,7 +97,7 @@ def test_a_second_process_samples_without_compiling(tmp_path: Path, model: Path)
         assert a == b
 
 
-@pytest.mark.parametrize(("stage", "samples"), [(TSCD, 0), pytest.param(DMD, 3, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("stage", "samples"), [(TSCD, 0), (DMD, 3)], ids=["tscd", "dmd"])
 def test_a_second_process_trains_without_compiling(tmp_path: Path, model: Path, stage: str, samples: int) -> None:
     cache, recipe = tmp_path / "cache", tmp_path / "recipe.yaml"
     recipe.write_text(RECIPE.format(model=model, stage=stage, samples=samples))

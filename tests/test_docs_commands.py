@@ -74,7 +74,6 @@ def test_its_options_and_keys_are_known(page: str, command: str, monkeypatch: py
         load_config(find_recipe(options.config or "emoji/hyper"), options.overrides)
 
 
-@pytest.mark.slow
 def test_those_of_the_embedded_model_run(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

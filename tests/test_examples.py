@@ -39,7 +39,7 @@ def test_the_mixture() -> None:
     assert far["TSCD then DMD, 1 step"] < 0.5 * far["TSCD, 1 step"]
 
 
-@pytest.mark.parametrize("model", ["tiny", pytest.param("embedded", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("model", ["tiny", "embedded"])
 def test_minimal_tscd(
     model: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -87,7 +87,6 @@ def test_what_is_kept() -> None:
     assert str(ROOT) not in NOTEBOOK.read_text(encoding="utf-8")
 
 
-@pytest.mark.slow
 def test_it_runs_from_top_to_bottom(tmp_path: Path) -> None:
     fresh = load(ROOT / "scripts" / "run_notebook.py").executed(NOTEBOOK, tmp_path)
     kept = nbformat.read(NOTEBOOK, as_version=4)

@@ -93,7 +93,6 @@ def test_the_fewest_calls() -> None:
     assert [name for name, case in CASES.items() if EARLIER in case.student.calls] == ["dmd2", "tdm"]
 
 
-@pytest.mark.slow
 def test_compiling_alone(tmp_path: Path) -> None:
     """A stage of score distillation stands beside TSCD, and another number of fake updates is the same work."""
     kernels = {}

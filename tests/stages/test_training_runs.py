@@ -184,7 +184,6 @@ def test_killed_and_gone_on(tmp_path: Path, model: Path, finished: Path) -> None
     assert_same_loras(tmp_path / "out", finished)
 
 
-@pytest.mark.slow
 def test_killed_in_the_second_stage(tmp_path: Path, model: Path) -> None:
     """What goes on is the second stage, from its own place, with the first stage's student as its teacher."""
     # Saving takes longer than all else here, so it is rarer than in the recipe; step 8 is whole when 18 are logged.
