@@ -1,4 +1,4 @@
-"""The tests that a change does not wait for: ``python benchmarks/slow_tests.py``; writes benchmarks/results/slow_tests.*.
+"""Tests that a change does not wait for: ``python benchmarks/slow_tests.py`` writes benchmarks/results/slow_tests.*.
 
 They are those of tests/slow.txt. The table has each test's seconds and whether it passed; the exit status is pytest's.
 """
