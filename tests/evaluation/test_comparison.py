@@ -33,11 +33,10 @@ from hypersd_jax.evaluation import (
 )
 from hypersd_jax.evaluation import reference as references
 from hypersd_jax.evaluation import samples as samples_module
-from hypersd_jax.evaluation.comparison import Outcome, embedded_evaluator, embedded_teacher
+from hypersd_jax.evaluation.comparison import Outcome, embedded_evaluator
 from hypersd_jax.evaluation.evaluator import Evaluator
 from hypersd_jax.evaluation.files import write_results
 from hypersd_jax.evaluation.reference import (
-    SHIPPED,
     Reference,
     Teacher,
     compute_reference,
@@ -47,11 +46,9 @@ from hypersd_jax.evaluation.reference import (
 )
 from hypersd_jax.evaluation.sources import training_images
 from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.recipes import find_recipe
 from hypersd_jax.stages.comparison import compare_run, run_report
 from hypersd_jax.stages.export import export_student
 from hypersd_jax.stages.output import Output, create_output
-from hypersd_jax.weights.diffusers.component import fingerprint
 from tests.helpers.lora_files import random_adapter
 from tests.helpers.tiny_model import tiny_model
 
@@ -395,18 +392,6 @@ def test_a_protocol_is_that_of_what_decides_the_figures(compared: Compared) -> N
     ]
     found = {dataclasses.replace(measuring, **change).protocol for change in changed}
     assert len(found | {measuring.protocol}) == len(changed) + 1
-
-
-def test_the_reference_that_ships_is_that_of_the_default_recipe() -> None:
-    """It is found by its identity: no sample of the teacher is generated for it."""
-    config = load_config(find_recipe("emoji"))
-    pipe = Pipeline.from_pretrained("embedded")
-    measuring = embedded_evaluator(pipe, config.compared_samples, config.data.groups)
-    teacher = embedded_teacher(pipe, fingerprint(pipe.components.params["unet"]), 4.0, batch_size=32)
-    found = load_reference(SHIPPED, reference_identity(teacher, measuring), measuring, "")
-    assert found is not None
-    assert [(each.row["steps"], each.row["guidance"]) for each in found.few] == list(teacher.few)
-    assert len(found.samples.images) == config.compared_samples
 
 
 def without(path: Path, key: str) -> bytes:
