@@ -38,7 +38,7 @@ class Mixture:
     """A base model: latents (B, 1, 1, 2) are points of a plane, conditioned on nothing."""
 
     schedule = Schedule(**SCHEDULER)
-    latent_shape, scheduler_config = (1, 1, 2), SCHEDULER
+    latent_shape, scheduler_config, compiler_options = (1, 1, 2), SCHEDULER, {}
 
     def __init__(self) -> None:
         angles = 2 * np.pi * np.arange(MODES) / MODES

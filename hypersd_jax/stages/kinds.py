@@ -75,4 +75,5 @@ def kind_of(stage: StageConfig) -> Kind:
 
 def training_step(base: Base, mesh: Mesh) -> Step:
     """The training step of every stage on a base; stages of one kind and equal choices share one program."""
-    return make_step(lambda stage: kind_of(stage).phases(base, stage), mesh=mesh)
+    options = base.compiler_options
+    return make_step(lambda stage: kind_of(stage).phases(base, stage), mesh=mesh, compiler_options=options)

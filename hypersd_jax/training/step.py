@@ -60,7 +60,9 @@ class Phase:
     repeats: int = 1
 
 
-def make_step(phases: Callable[[Any], Sequence[Phase]], *, mesh: Mesh) -> Step:
+def make_step(
+    phases: Callable[[Any], Sequence[Phase]], *, mesh: Mesh, compiler_options: Mapping[str, Any] | None = None
+) -> Step:
     """Make the training step of stages with the phases that ``phases`` makes; equal choices share one program.
 
     The step's arguments: state, from `init_state`; frozen, what is read and never changed; batch, whose leaves have
@@ -81,6 +83,7 @@ def make_step(phases: Callable[[Any], Sequence[Phase]], *, mesh: Mesh) -> Step:
         phases: (settings as they are inside the step) -> phases in the order in which they are taken; the last one's
             loss is the step's.
         mesh: from `make_mesh`; the state stays split as `tree_shardings` says.
+        compiler_options: the backend's, see `hypersd_jax.compilation`.
     """
 
     def step(
@@ -142,7 +145,7 @@ def make_step(phases: Callable[[Any], Sequence[Phase]], *, mesh: Mesh) -> Step:
         own = {"param_norm": optax.tree.norm(new_state.trainable[first]), "skipped": new_state.skipped}
         return new_state, jax.lax.with_sharding_constraint(_joined(own, logged), replicated(mesh))
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=dict(compiler_options or {}))
 
 
 def _advanced(

@@ -137,7 +137,7 @@ def test_pictures_on_the_way_that_are_not_finite_are_said(tmp_path, model):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_student_that_has_hardly_moved_is_exported_with_a_warning(tmp_path, model, dtype):
     """Its first updates are below the type's resolution; that is no adapter which is off."""
-    rate = 1e-6 if dtype == "bfloat16" else 1e-12
+    rate = 1e-9 if dtype == "bfloat16" else 1e-12
     settings = [
         f"model.dtype={dtype}",
         f"stages.two.learning_rate={rate}",
