@@ -26,6 +26,8 @@ from hypersd_jax.sampling_command import read_prompts
 BASE, NONE = "base", "none"
 # Seed of which real images, on which backgrounds, stand for the training data.
 REAL_SEED = 20_000
+# Of fewer real images, half of them for a floor, no distance is given.
+LEAST = 6
 # Images that are in memory in float32.
 AT_A_TIME = 64
 
@@ -103,6 +105,9 @@ def folder_images(folder: Path, n: int, size: tuple[int, int]) -> RealImages:
         UserError: naming the folder where it holds too few.
     """
     paths = [file for file in list_files(str(folder)).files if is_readable(file)]
+    too_few = f"--reference {folder}: holds {len(paths)} images, but distances need at least {LEAST}"
+    if len(paths) < LEAST:
+        raise UserError(too_few)
     height, width = size
     wanted = 2 * min(n, len(paths) // 2)
     found, broken = np.zeros((wanted, height, width, 3), np.uint8), LeftOut()
@@ -120,8 +125,8 @@ def folder_images(folder: Path, n: int, size: tuple[int, int]) -> RealImages:
             bar.update()
     count //= 2
     said = f"; left out: {broken}" if broken else ""
-    if count < 3:
-        raise UserError(f"--reference {folder}: holds {len(paths)} images, but distances need at least 6{said}")
+    if count < LEAST // 2:
+        raise UserError(f"{too_few}{said}")
     if broken:
         warnings.warn(f"--reference {folder}: left out of {len(paths)} images: {broken}", stacklevel=2)
     return RealImages(found[:count], found[count : 2 * count], hashlib.sha256(found[:count].data).hexdigest())
