@@ -160,10 +160,10 @@ def make_batch(run: Run, values: dict[str, np.ndarray]) -> dict[str, Any]:
         jnp.asarray(values["pooled"], dtype) if "pooled" in values else None,
         values.get("time_ids"),
     )
-    rows = {"cond": cond, "places": np.zeros(1, np.int32), "latents": values["latents"]}
+    batch = {"cond": cond, "indices": np.zeros(1, np.int32), "latents": values["latents"]}
     if not run.config.stages[INDEX].reads_images:
-        del rows["latents"]
-    return put_batch(jax.tree.map(lambda leaf: leaf[None], rows), batch_sharding(run.mesh, axis=1))
+        del batch["latents"]
+    return put_batch(jax.tree.map(lambda leaf: leaf[None], batch), batch_sharding(run.mesh, axis=1))
 
 
 def trees(run: Run) -> tuple[TrainState, Any]:

@@ -327,7 +327,7 @@ def test_the_report_says_the_margin(compared: Compared) -> None:
 
 
 def test_the_report_of_a_run_that_has_trained_nothing_itself(compared: Compared, tmp_path: Path) -> None:
-    """All its stages are taken over from another run: there are no curves, and all the rest."""
+    """All its stages are reused from another run: there are no curves, and all the rest."""
     output = Output(tmp_path / "out")
     create_output(output, dataclasses.replace(compared.config, output_dir=str(output.root)))
     columns = {"one": np.zeros((1, 8, 8, 3), np.uint8)}

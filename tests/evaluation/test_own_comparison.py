@@ -203,7 +203,7 @@ def test_again_and_taken_over(trained: Trained, tmp_path: Path) -> None:
     folder = train(load_config(trained.folder / "config.yaml", overrides))
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert not (folder / "metrics.jsonl").exists()
-    assert f"taken over from {trained.folder}" in page
+    assert f"reused from {trained.folder}" in page
     assert [row["distance"] for row in json.loads((folder / "results.json").read_text())] == [
         row["distance"] for row in before
     ]
