@@ -66,7 +66,7 @@ class Mixture:
         return mean.reshape(x.shape), {}
 
     def unconditional(self, row: Any, cond: Any) -> Any:
-        """Nothing, as the conditional."""
+        """Return the conditional, which is nothing."""
         return cond
 
     def fresh_adapter(self, key: jax.Array, *, rank: int, alpha: float | None = None) -> Any:
@@ -89,7 +89,7 @@ def train(base: Mixture, stage: Any, frozen: Any, models: dict[str, Any]) -> Any
     key = jax.random.key(stage.updates)
     for number in range(stage.updates):
         latents = base.data(jax.random.fold_in(key, number), BATCH)
-        batch = {"latents": latents, "cond": jnp.zeros((BATCH, 1)), "places": jnp.arange(BATCH)}
+        batch = {"latents": latents, "cond": jnp.zeros((BATCH, 1)), "indices": jnp.arange(BATCH)}
         state, _ = step(state, frozen, jax.tree.map(lambda leaf: leaf[None], batch), key, stage)
     return state.ema[STUDENT]
 
@@ -109,7 +109,7 @@ def run(updates: int) -> dict[str, np.ndarray]:
 
     dmd = ScoreStage(kind="dmd", guidance=1.0, updates=updates // 2, fake_updates=4, fake_learning_rate=2e-2, **common)
     times = np.asarray([[20, 980], [0, LAST]], np.int32)
-    settings: dict[str, Any] = {"regression": {}, "anchor": {}, "tables": generator.Tables()}
+    settings: dict[str, Any] = {"regression": {}, "regulariser": {}, "tables": generator.Tables()}
     matched = train(
         base,
         dmd,
@@ -136,7 +136,7 @@ def run(updates: int) -> dict[str, np.ndarray]:
 
 
 def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two sets of points (Szekely and Rizzo 2013): 0 where their distributions are the same."""
+    """Energy distance of two sets of points (Szekely and Rizzo 2013): 0 where their distributions are the same."""
 
     def mean(x: np.ndarray, y: np.ndarray) -> float:
         return float(np.linalg.norm(x[:, None] - y[None], axis=-1).mean())

@@ -25,7 +25,7 @@ SHOWN = 8
 """Prompts in the grid of images."""
 
 METRICS = ("distance", "kid", "fid_teacher", "kid_train", "clip_gain")
-"""What is told of every row: the evaluator's columns."""
+"""Columns of every row: the evaluator's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ class Scorer:
 
     @property
     def prompts(self) -> list[str]:
-        """Of the images that are kept."""
+        """Prompts of the images that are kept."""
         return [item.prompt for item in self._evaluator.items[:SHOWN]]
 
     @property

@@ -127,7 +127,7 @@ def make_run(
     scales: Any,
     student: Factors,
 ) -> Run:
-    """What a stage is told of its run, without data or output; a stage stands before it, as a teacher may."""
+    """Make a stage's run, without data or output; a stage stands before it, as a teacher may."""
     components = model.components(params)
     stages = [{"name": "before", **training.TSCD}, {"name": "timed", **case.stage}]
     config = build(Config, {"output_dir": "nowhere", "lora": {"rank": shape.rank}, "stages": stages})
@@ -160,14 +160,14 @@ def make_batch(run: Run, values: dict[str, np.ndarray]) -> dict[str, Any]:
         jnp.asarray(values["pooled"], dtype) if "pooled" in values else None,
         values.get("time_ids"),
     )
-    rows = {"cond": cond, "places": np.zeros(1, np.int32), "latents": values["latents"]}
+    batch = {"cond": cond, "indices": np.zeros(1, np.int32), "latents": values["latents"]}
     if not run.config.stages[INDEX].reads_images:
-        del rows["latents"]
-    return put_batch(jax.tree.map(lambda leaf: leaf[None], rows), batch_sharding(run.mesh, axis=1))
+        del batch["latents"]
+    return put_batch(jax.tree.map(lambda leaf: leaf[None], batch), batch_sharding(run.mesh, axis=1))
 
 
 def trees(run: Run) -> tuple[TrainState, Any]:
-    """The stage's state before the first update, and what its step reads beside."""
+    """The stage's state before the first update, and its frozen arrays."""
     stage = run.config.stages[INDEX]
     kind = kind_of(stage)
     return init_state(kind.trainable(run, INDEX, stage), stage, averaged=(STUDENT,)), kind.frozen(run, stage)
@@ -186,32 +186,32 @@ def leave_for_theirs(
 
 
 def least_calls(case: training.Case, key: jax.Array, step: int) -> float:
-    """The fewest calls of this update, given how many earlier steps of the student its turns have drawn.
+    """The fewest calls of this update, given how many earlier steps of the student its phases have drawn.
 
-    As the metrics do, the last repetition stands for all of a turn's.
+    As the metrics do, the last repetition stands for all of a phase's.
     """
     count = len(case.stage.get("times", [0]))
     found = 0.0
-    for index, turn in enumerate(reversed(case.turns)):
+    for index, phase in enumerate(reversed(case.phases)):
         here = jax.random.fold_in(jax.random.fold_in(key, step), index)
-        drawn = draw_trajectory(jax.random.fold_in(here, turn.times - 1), (1, 1, 1, 1), count)
-        found += turn.least(int(drawn.step))
+        drawn = draw_trajectory(jax.random.fold_in(here, phase.times - 1), (1, 1, 1, 1), count)
+        found += phase.least(int(drawn.step))
     return found
 
 
 def counted_calls(metrics: dict[str, float]) -> float:
-    """What the step itself has counted."""
+    """Sum the calls that the step itself has counted."""
     return metrics["calls"] + metrics.get("fake_calls", 0.0) + metrics.get("discriminator_calls", 0.0)
 
 
 def device_peak(device: jax.Device) -> float:
-    """Of an accelerator's memory, GiB."""
+    """Peak of an accelerator's memory, GiB."""
     stats = device.memory_stats() or {}
     return stats["peak_bytes_in_use"] / training.GIB
 
 
 def tree_bytes(tree: Any) -> int:
-    """Of all its arrays, or of what they will be."""
+    """Size of all arrays of a tree, or of their shapes, in bytes."""
     return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -277,7 +277,7 @@ class Planned:
 
     @property
     def kernels(self) -> int:
-        """What XLA has generated code for, which is what compiling on a CPU takes its time for."""
+        """Number of kernels that XLA has generated, which is what compiling on a CPU takes its time for."""
         return sum(line.count(" fusion(") for line in self.step.as_text().splitlines())
 
 

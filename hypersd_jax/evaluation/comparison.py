@@ -36,24 +36,24 @@ LEFT_OUT = ("feature_distance",)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Student:
-    """What a stage of training has made.
+    """The result of a stage of training.
 
     Attributes:
         name: of the stage.
         path: of its LoRA file or its model folder.
-        whole: it is a model.
+        is_model: whether it is a model folder.
         samplings: how it is sampled, in the keywords of a pipeline: one row of the table each.
     """
 
     name: str
     path: Path
-    whole: bool
+    is_model: bool
     samplings: Sequence[Mapping[str, Any]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
         rows: of results.json.
@@ -71,7 +71,7 @@ class Outcome:
 
 
 def embedded_evaluator(pipe: Pipeline, n: int, groups: Sequence[str] | None) -> Evaluator:
-    """What measures on the embedded list: its first ``n`` prompts, and as many training images of ``groups``."""
+    """Make the evaluator of the embedded list: its first ``n`` prompts, and as many training images of ``groups``."""
     items, side = embedded_items(n, groups), pipe.native_size[0]
     evaluator = Evaluator(
         items=items,
@@ -98,7 +98,7 @@ def dataset_teacher(
 
 
 def dataset_evaluator(pipe: Pipeline, captions: Sequence[str], n: int) -> Evaluator:
-    """What measures on a dataset's own captions: ``n`` samples, dealt out to them in turn, sample i from seed i.
+    """Make the evaluator of a dataset's own captions: ``n`` samples, dealt out in turn, sample i from seed i.
 
     They are few, so that no further seeds are generated: diversity is that of a caption's seeds in the list.
     """
@@ -166,7 +166,7 @@ def _timed(row: Row, teacher: Teacher, items: Sequence[Item]) -> Row:
 @contextlib.contextmanager
 def _loaded(pipe: Pipeline, student: Student) -> Iterator[Pipeline]:
     """The base under the student's LoRA, as long as this lasts, or the model that the student is."""
-    if student.whole:
+    if student.is_model:
         yield Pipeline.from_pretrained(student.path, dtype=pipe.dtype, mesh=pipe.mesh)
         return
     pipe.load_lora(student.path, name=student.name)

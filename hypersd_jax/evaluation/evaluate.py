@@ -155,15 +155,15 @@ def _model(
 
 
 def _content(file: Path) -> str:
-    """The hash of a LoRA's file, with the configuration beside it, where PEFT may keep alpha."""
-    beside = file.with_name("adapter_config.json")
-    return hashlib.sha256(file.read_bytes() + (beside.read_bytes() if beside.is_file() else b"")).hexdigest()
+    """The hash of a LoRA's file, with the configuration next to it, where PEFT may keep alpha."""
+    config = file.with_name("adapter_config.json")
+    return hashlib.sha256(file.read_bytes() + (config.read_bytes() if config.is_file() else b"")).hexdigest()
 
 
 def _real_images(
     options: argparse.Namespace, folder: Path | None, embedded: bool, size: tuple[int, int]
 ) -> sources.RealImages | None:
-    """Of the user's folder, else of the embedded training split."""
+    """Load the real images of the user's folder, else of the embedded training split."""
     if folder is not None:
         return sources.folder_images(folder, options.n, size)
     return sources.training_images(options.n, options.groups, size[0]) if embedded else None

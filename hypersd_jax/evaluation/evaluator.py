@@ -40,7 +40,7 @@ class Evaluated(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """What the rows of a table are measured with; None where there is no such thing.
+    """Everything that the rows of a table are measured with; None where there is no such thing.
 
     Attributes:
         items: the list.
@@ -51,7 +51,7 @@ class Evaluator:
         scorer: the reporting one, where it knows the prompts' words.
         clip: a CLIP of the user's.
         reference: the teacher's samples at many steps.
-        reference_facts: how those were sampled.
+        reference_metadata: how those were sampled.
         least: of fewer images no distance between sets is given.
         left_out: keys of metrics that this table does not have.
     """
@@ -64,7 +64,7 @@ class Evaluator:
     scorer: Scorer | None = None
     clip: ClipScorer | None = None
     reference: Samples | None = None
-    reference_facts: Any = None
+    reference_metadata: Any = None
     least: int = LEAST
     left_out: tuple[str, ...] = ()
 
@@ -78,7 +78,7 @@ class Evaluator:
         parts = {
             "items": [list(item) for item in self.items],
             "further": [[list(item) for item in items] for items in self.further],
-            "reference": self.reference_facts,
+            "reference": self.reference_metadata,
             "real": self.real_name,
             "size": list(self.size),
             "features": [_digest_of_lite0(), SMALL, NATIVE],
@@ -86,12 +86,12 @@ class Evaluator:
         }
         return digest(parts)[:12]
 
-    def with_reference(self, samples: Samples, facts: Any) -> Evaluator:
-        """The same with a reference, that was sampled as ``facts`` say."""
-        return dataclasses.replace(self, reference=samples, reference_facts=facts)
+    def with_reference(self, samples: Samples, metadata: Any) -> Evaluator:
+        """Return a copy with a reference that was sampled as ``metadata`` say."""
+        return dataclasses.replace(self, reference=samples, reference_metadata=metadata)
 
     def with_real(self, images: RealImages) -> Evaluator:
-        """The same with the first set of real images."""
+        """Return a copy with the first set of real images."""
         return dataclasses.replace(self, real=image_features(images.first), real_name=images.name)
 
     def evaluate(self, samples: Samples, model: Model | None = None, *, name: str = "") -> Evaluated:

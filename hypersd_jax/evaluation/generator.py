@@ -46,7 +46,7 @@ def further_items(items: Sequence[Item]) -> tuple[tuple[Item, ...], ...]:
 
 
 def moved(items: Sequence[Item], offset: int) -> tuple[Item, ...]:
-    """The same prompts from seeds that lie ``offset`` higher."""
+    """Return the same prompts with seeds that are ``offset`` higher."""
     return tuple(item._replace(seed=item.seed + offset) for item in items)
 
 
@@ -94,18 +94,18 @@ def make_model(name: str, pipe: Pipeline, *, preset: str | None = None, identity
 def weights_identity(pipe: Pipeline) -> str:
     """A name for the base: the weights of all parts, the dtype that they compute in, and all that its files state."""
     parts = {name: fingerprint(params) for name, params in sorted(pipe.components.params.items())}
-    told = pipe.components.description
+    description = pipe.components.description
     tokenizers = {
         name: {file: hashlib.sha256(content).hexdigest() for file, content in tokenizer.files.items()}
-        for name, tokenizer in told.tokenizers.items()
+        for name, tokenizer in description.tokenizers.items()
     }
-    stated = [told.configs, told.scheduler_config, told.model_index, tokenizers]
+    stated = [description.configs, description.scheduler_config, description.model_index, tokenizers]
     text = json.dumps([parts, jnp.dtype(pipe.dtype).name, stated], sort_keys=True, default=dict)
     return hashlib.sha256(text.encode()).hexdigest()
 
 
 def with_loras(identity: str, loras: Sequence[tuple[str, float]]) -> str:
-    """The same for a base with LoRAs, by the hashes of their contents and their scales, in order."""
+    """Return the fingerprint of a base with LoRAs, by the hashes of their contents and their scales, in order."""
     return hashlib.sha256(json.dumps([identity, list(loras)]).encode()).hexdigest() if loras else identity
 
 

@@ -1,4 +1,4 @@
-"""What a scorer can tell apart, on images that it was not trained on: the figures of its card."""
+"""Measure what a scorer can distinguish, on images that it was not trained on: the figures of its card."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ def auc(matched: np.ndarray, mismatched: np.ndarray) -> float:
     order = np.argsort(everything, kind="stable")
     ranks = np.empty(len(everything))
     ranks[order] = np.arange(1, len(everything) + 1)
-    values, place, counts = np.unique(everything, return_inverse=True, return_counts=True)
-    sums = np.bincount(place, ranks, len(values))
-    ranks = (sums / counts)[place]  # ties share their mean rank
+    values, index, counts = np.unique(everything, return_inverse=True, return_counts=True)
+    sums = np.bincount(index, ranks, len(values))
+    ranks = (sums / counts)[index]  # ties share their mean rank
     wins = ranks[: len(matched)].sum() - len(matched) * (len(matched) + 1) / 2
     return float(wins / (len(matched) * len(mismatched)))
 
 
 def chosen_rate(matched: np.ndarray, swapped: np.ndarray) -> float:
-    """How often a image scores higher with its own text than with the same text with one part swapped; both (N,)."""
+    """Compute how often an image scores higher with its own text than with one part of it swapped; both (N,)."""
     return float(np.mean((matched > swapped) + 0.5 * (matched == swapped)))

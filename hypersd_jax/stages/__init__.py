@@ -1,4 +1,4 @@
-"""Stages: the only room that ties losses to models and data."""
+"""Training stages: the only package that ties losses to models and data."""
 
 from hypersd_jax.config import AutoencoderStage, ConsistencyStage, RegressionStage, ScoreStage, TeacherStage
 from hypersd_jax.stages import autoencoder, consistency, denoising, distribution_matching, regression

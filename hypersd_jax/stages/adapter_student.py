@@ -1,4 +1,4 @@
-"""A student under the frozen base, LoRA or whole: sampled from while it trains, exported after it, and handed on."""
+"""Sample, export and pass on a student: a LoRA on the frozen base, or a fully fine-tuned UNet."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ NAME = "preview"
 
 
 def finish(run: Run, stage: StageConfig, student: Any, *, trained: bool) -> None:
-    """Sample with the student, which also proves that it is not the base, export it, and hand it on to the run.
+    """Sample with the student, which also proves that it is not the base, export it, and pass it on to the run.
 
     Raises:
         UserError: its weights or its images are not finite, and nothing is exported.
@@ -52,32 +52,34 @@ def finish(run: Run, stage: StageConfig, student: Any, *, trained: bool) -> None
 
 
 def preview(run: Run, stage: StageConfig, student: Any, name: str, *, last: bool = False) -> None:
-    """Draw the data's first prompts with the student at its own step count: a strip of pictures, samples/NAME.png.
+    """Sample the data's first prompts with the student at its own step count: a strip of images, samples/NAME.png.
 
-    The base draws them too, with the same program. Where they come out the same the student is changed so much that
-    everybody would see it, and must then draw otherwise: a preview of a model whose adapter was left off has fooled
-    whole training runs. A student that has hardly moved yet is warned of alone.
+    The base samples them too, with the same program. Where the images are equal, the student is perturbed so much
+    that its images must differ: a preview of a model whose adapter was left off has fooled whole training runs. A
+    student that has hardly moved yet only causes a warning.
 
     Raises:
-        UserError: the ``last`` preview of a stage has pictures that are not finite, while the base's are.
+        UserError: the ``last`` preview of a stage has images that are not finite, while the base's are.
     """
     untrained = None if stage.exports_model else jax.tree.map(jnp.zeros_like, student)
-    images, base = _drawn(run, stage, student), _drawn(run, stage, untrained)
+    images, base = _sampled(run, stage, student), _sampled(run, stage, untrained)
     require_finite_images(images, stage, name, last=last and bool(np.isfinite(base).all()))
     if np.array_equal(images, base, equal_nan=True):
-        if np.array_equal(_drawn(run, stage, _shaken(stage, student)), base, equal_nan=True):
-            raise RuntimeError(f"stage {stage.name}: the student draws exactly as the base does; its adapter is not on")
+        if np.array_equal(_sampled(run, stage, _perturbed(stage, student)), base, equal_nan=True):
+            raise RuntimeError(
+                f"stage {stage.name}: the student samples just what the base does; its adapter is not on"
+            )
         warnings.warn(
-            f"samples/{name}.png: the student of {stage.name} draws exactly as the base does; what it has learned so "
-            f"far is too little to be seen in {np.dtype(run.pipe.dtype).name}",
+            f"samples/{name}.png: the student of {stage.name} samples exactly what the base does; what it has learned "
+            f"so far is too little to be seen in {np.dtype(run.pipe.dtype).name}",
             stacklevel=2,
         )
     if jax.process_index() == 0:
         write_strips(run.output.samples / f"{name}.png", [images], run.preview_prompts)
 
 
-def _drawn(run: Run, stage: StageConfig, student: Any) -> np.ndarray:
-    """The pictures of a student's factors or whole UNet, or of the base (None)."""
+def _sampled(run: Run, stage: StageConfig, student: Any) -> np.ndarray:
+    """Sample the preview prompts with a student's LoRA factors or UNet, or with the base (None)."""
     prompts = list(run.preview_prompts)
     # The comparison's batch size, so that both share their compiled programs.
     settings: dict[str, Any] = {"output": "np", "batch_size": run.config.evaluation.batch_size, "stepwise": True}
@@ -97,13 +99,13 @@ def _drawn(run: Run, stage: StageConfig, student: Any) -> np.ndarray:
             run.pipe.unload_lora(NAME)
 
 
-def _shaken(stage: StageConfig, student: Any) -> Any:
-    """The student with noise of deviation 1 on all its factors, or on the vectors of a whole network."""
+def _perturbed(stage: StageConfig, student: Any) -> Any:
+    """Add noise of deviation 1 to all LoRA factors, or to the vectors of a fully fine-tuned network."""
 
-    def shake(path: Any, leaf: Any) -> Any:
+    def perturb(path: Any, leaf: Any) -> Any:
         if stage.exports_model and leaf.ndim > 1:
             return leaf
         random = np.random.default_rng(len(jax.tree_util.keystr(path)))
         return leaf + random.standard_normal(leaf.shape, np.float32).astype(leaf.dtype)
 
-    return jax.tree_util.tree_map_with_path(shake, student)
+    return jax.tree_util.tree_map_with_path(perturb, student)

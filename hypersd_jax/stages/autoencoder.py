@@ -1,4 +1,4 @@
-"""A KL autoencoder, or its decoder alone, is trained to give images back."""
+"""Autoencoder stages: train a KL autoencoder, or its decoder alone, to reconstruct images."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ from hypersd_jax.distill import reconstruction_loss
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages.base import StableDiffusion
+from hypersd_jax.stages.batches import LoadedBatch, images_only, load_batches
 from hypersd_jax.stages.context import Run
-from hypersd_jax.stages.feeding import Fed, feed, pictures
 from hypersd_jax.stages.kinds import STUDENT
-from hypersd_jax.stages.model_student import hand_on, with_weights, write_after, write_images
+from hypersd_jax.stages.model_student import pass_on, with_weights, write_final_model, write_images
 from hypersd_jax.training import LossFunction, Phase
 from hypersd_jax.weights.components import Components
 
@@ -30,44 +30,44 @@ SCALE_IMAGES, SCALE_BATCH = 512, 32
 
 
 def check(run: Run, stage: AutoencoderStage, earlier: Sequence[str]) -> None:
-    """It needs whole images."""
+    """Refuse aspect buckets and caches, naming the key: the autoencoder trains on square images themselves."""
     for key in ("bucket_step", "cache"):
         if getattr(run.config.data, key) is not None:
             raise UserError(f"data.{key}: stages.{stage.name} trains the autoencoder, on whole square images")
 
 
 def trained_part(stage: AutoencoderStage, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
-    """Those of the autoencoder's parameters that the stage trains."""
+    """Select the autoencoder's parameters that the stage trains."""
     return {path: value for path, value in params.items() if stage.part == "all" or path.startswith(DECODER)}
 
 
 def trainable(run: Run, index: int, stage: AutoencoderStage) -> dict[str, Any]:
-    """{"vae": parameters}."""
+    """Return the trained parameters of the autoencoder: {"vae": parameters}."""
     return {STUDENT: {VAE: trained_part(stage, run.base.components.params[VAE])}}
 
 
 def frozen(run: Run, stage: AutoencoderStage) -> dict[str, Any]:
-    """{"vae": those of its parameters that are not trained}."""
+    """Return the frozen parameters of the autoencoder: {"vae": parameters}."""
     params = run.base.components.params[VAE]
     trained = trained_part(stage, params)
     return {VAE: {path: value for path, value in params.items() if path not in trained}}
 
 
 def phases(base: StableDiffusion, stage: AutoencoderStage) -> list[Phase]:
-    """One update."""
+    """Train the autoencoder once a step."""
     return [Phase(models={STUDENT: stage.learning_rate}, loss=make_loss(base, stage))]
 
 
 def make_loss(base: StableDiffusion, stage: AutoencoderStage) -> LossFunction:
-    """The posterior is sampled, each image with the noise of its place in the batch."""
+    """Make the reconstruction loss; the posterior is sampled, with each image's noise by its batch index."""
     vae, dtype = base.components.vae, base.dtype
 
-    def loss(models: Any, ema: Any, frozen: Any, rows: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        images = rows["images"]
+    def loss(models: Any, ema: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
+        images = batch["images"]
         params = {**frozen[VAE], **models[STUDENT][VAE]}
         mean, logvar = vae(params, images.astype(dtype), method="encode")
         mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
-        latents = mean + jnp.exp(0.5 * logvar) * posterior_noise(key, rows["places"], mean.shape[1:])
+        latents = mean + jnp.exp(0.5 * logvar) * posterior_noise(key, batch["indices"], mean.shape[1:])
         output = vae(params, latents.astype(dtype), method="decode")
         weights: dict[str, Any] = {"gradient_weight": stage.gradient_weight, "kl_weight": stage.kl_weight}
         return reconstruction_loss(output, images, mean, logvar, **weights)
@@ -75,20 +75,22 @@ def make_loss(base: StableDiffusion, stage: AutoencoderStage) -> LossFunction:
     return loss
 
 
-def posterior_noise(key: jax.Array, places: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Standard normal numbers (B, *shape); those of a row depend on (key, its place) alone."""
-    return jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(key, place), shape))(places)
+def posterior_noise(key: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Draw standard normal noise (B, *shape); a sample's depends on (key, its batch index) alone."""
+    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(indices)
 
 
-def batches(run: Run, index: int, stage: AutoencoderStage, frozen: Any, done: int) -> Iterator[Fed]:
-    """{"images", "places"}."""
+def batches(run: Run, index: int, stage: AutoencoderStage, frozen: Any, done: int) -> Iterator[LoadedBatch]:
+    """Load batches {"images", "indices"}."""
     assert run.source is not None
-    load, before = pictures(run.source), run.images_before(index)
-    return feed(stage, before=before, done=done, mesh=run.mesh, load=load, finish=lambda _number, loaded: loaded)
+    load, before = images_only(run.source), run.images_before(index)
+    return load_batches(
+        stage, before=before, done=done, mesh=run.mesh, load=load, finish=lambda _number, loaded: loaded
+    )
 
 
 def preview(run: Run, stage: AutoencoderStage, student: Any, name: str, *, last: bool = False) -> None:
-    """Images over their reconstructions."""
+    """Write the data's first images over their reconstructions."""
     assert run.source is not None
     pipe = run.base.around(with_weights(run.base.components, student)).pipe
     images = run.source.batch(np.arange(run.config.evaluation.batch_size)).images
@@ -96,18 +98,18 @@ def preview(run: Run, stage: AutoencoderStage, student: Any, name: str, *, last:
 
 
 def finish(run: Run, stage: AutoencoderStage, student: Any, *, trained: bool) -> None:
-    """New latents get a new scaling factor."""
+    """Pass the autoencoder on, with a new scaling factor where its latents are new, and export it if it is the last."""
 
     def adjusted(components: Components) -> Components:
         return _with_scaling(run, components) if stage.part == "all" else components
 
-    hand_on(run, stage, student, adjusted)
+    pass_on(run, stage, student, adjusted)
     preview(run, stage, {}, stage.name, last=True)
-    write_after(run, stage)
+    write_final_model(run, stage)
 
 
 def _with_scaling(run: Run, components: Components) -> Components:
-    """The components with the scaling factor that gives the latents of the stream's first images unit variance."""
+    """Return the components with the scaling factor that gives the data's first latents unit variance."""
     assert run.source is not None
     images = jnp.asarray(run.source.batch(np.arange(SCALE_IMAGES)).images)
 
@@ -117,7 +119,7 @@ def _with_scaling(run: Run, components: Components) -> Components:
         return jnp.mean(mean), jnp.mean(jnp.square(mean) + jnp.exp(logvar.astype(jnp.float32)))
 
     parts = images.reshape(-1, SCALE_BATCH, *images.shape[1:])
-    first, second = (jnp.mean(each) for each in jax.jit(lambda rows: jax.lax.map(moments, rows))(parts))
+    first, second = (jnp.mean(each) for each in jax.jit(lambda parts: jax.lax.map(moments, parts))(parts))
     factor = float(1.0 / jnp.sqrt(second - jnp.square(first)))
     description = components.description
     config = {**description.configs[VAE], "scaling_factor": factor}
@@ -129,7 +131,7 @@ def _with_scaling(run: Run, components: Components) -> Components:
 
 
 def reconstructed(pipe: Pipeline, images: np.ndarray) -> list[np.ndarray]:
-    """Images (B, H, W, 3) in -1..1 and what the autoencoder makes of them, by its posterior's mean; both in 0..1."""
+    """Reconstruct images (B, H, W, 3) in -1..1 by the posterior's mean; return images and reconstructions in 0..1."""
     components = pipe.components
 
     def back_and_forth(params: Any, given: jax.Array) -> jax.Array:

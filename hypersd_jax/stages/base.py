@@ -1,6 +1,6 @@
-"""The seam between the stages and a base model: all that a stage sees of it.
+"""The protocol of a base model, which is all that a stage sees of it, and Stable Diffusion's implementation.
 
-Weights are arguments of the compiled step, so `Base.predict` is given them; what a `Base` holds itself is static.
+Weights are arguments of the compiled step, so `Base.predict` takes them; what a `Base` holds itself is static.
 """
 
 from __future__ import annotations
@@ -37,15 +37,15 @@ class Base(Protocol):
 
     @property
     def schedule(self) -> Schedule:
-        """Its noise schedule."""
+        """Noise schedule of the model."""
 
     @property
     def latent_shape(self) -> tuple[int, ...]:
-        """(h, w, C) of a run's latents."""
+        """Shape (h, w, C) of a run's latents."""
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
-        """What the schedule was made from, for the solvers."""
+        """Scheduler configuration that the schedule was made from, for the solvers."""
 
     @property
     def compiler_options(self) -> Mapping[str, Any]:
@@ -53,27 +53,27 @@ class Base(Protocol):
 
     @property
     def weights(self) -> Any:
-        """What `predict` reads."""
+        """Weights that `predict` reads."""
 
     def predict(
         self, weights: Any, x: jax.Array, t: jax.Array, cond: Any, *, adapter: Any = None, taps: Sequence[str] = ()
     ) -> tuple[jax.Array, Features]:
-        """The raw prediction at latents (B, h, w, C) and times (B,) int32 under an adapter, and the named features."""
+        """Predict at latents (B, h, w, C) and timesteps (B,) int32 under an adapter; also return named features."""
 
     def unconditional(self, row: Any, cond: Any) -> Any:
-        """The unconditional, of which ``row`` holds one, for every sample of ``cond``."""
+        """Repeat the unconditional, of which ``row`` holds one sample, for every sample of ``cond``."""
 
     def fresh_adapter(self, key: jax.Array, *, rank: int, alpha: float | None) -> Adapter:
-        """A new adapter that changes nothing yet."""
+        """Make a new adapter whose output is zero."""
 
     def masters(self, adapter: Adapter) -> Any:
-        """Float32 weights to train whole, with an adapter merged into them."""
+        """Return float32 weights for full fine-tuning, with an adapter merged into them."""
 
     def discriminator(self, features: str) -> tuple[tuple[str, ...], Network]:
-        """The taps that a kind of discriminator reads, and its heads: (params, features by tap) -> logits by tap."""
+        """Return a discriminator's taps and its heads: (params, features by tap) -> logits by tap."""
 
     def is_partial(self, taps: Sequence[str]) -> bool:
-        """Whether features alone cost about half a call."""
+        """Tell whether features alone cost about half a call."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)
@@ -88,7 +88,7 @@ class StableDiffusion:
 
     @functools.cached_property
     def latent_shape(self) -> tuple[int, ...]:
-        """Of images of the run's resolution; UserError where the autoencoder does not divide it."""
+        """Latent shape (h, w, C) at the run's resolution; UserError if it does not suit the autoencoder."""
         factor, size = self.components.vae_config.downscale, self.resolution or self.pipe.native_size[0]
         if size % factor:
             raise UserError(f"data.resolution={size} must be a multiple of the autoencoder's {factor}")
@@ -96,26 +96,26 @@ class StableDiffusion:
 
     @functools.cached_property
     def schedule(self) -> Schedule:
-        """The model's own."""
+        """Noise schedule of the model."""
         return Schedule.from_config(dict(self.scheduler_config))
 
     @functools.cached_property
     def pipe(self) -> Pipeline:
-        """The model as it is sampled from."""
+        """Sampling pipeline of the model."""
         return Pipeline(self.components, dtype=self.dtype, mesh=self.mesh)
 
     @property
     def prompts(self) -> PromptEncoder:
-        """From prompts to conditioning."""
+        """Prompt encoder of the model."""
         return self.pipe.prompts
 
     def around(self, components: Components) -> StableDiffusion:
-        """Another model of the same structure."""
+        """Return a copy around other components of the same structure."""
         return dataclasses.replace(self, components=components)
 
     @property
     def scheduler_config(self) -> Mapping[str, Any]:
-        """The model's own."""
+        """Scheduler configuration of the model."""
         return self.components.scheduler_config
 
     @property
@@ -125,7 +125,7 @@ class StableDiffusion:
 
     @property
     def weights(self) -> dict[str, jax.Array]:
-        """The UNet's parameters."""
+        """Parameters of the UNet."""
         return dict(self.components.params["unet"])
 
     def predict(
@@ -138,14 +138,14 @@ class StableDiffusion:
         adapter: Any = None,
         taps: Sequence[str] = (),
     ) -> tuple[jax.Array, Features]:
-        """See `Base.predict`."""
+        """Predict under an adapter, as `Base.predict`."""
         names = tuple(taps)
         extra = cond.unet_kwargs()
         found = self.components.unet(weights, x, t, cond.context, adapter=adapter, taps=names, **extra)
         return found if names else (found, {})
 
     def unconditional(self, row: Conditioning, cond: Conditioning) -> Conditioning:
-        """The row's text for every sample, with the sample's own time ids (only text is zeroed or empty)."""
+        """Repeat the row's text for every sample, with the sample's own time ids (only text is zeroed or empty)."""
 
         def repeat(one: jax.Array, like: jax.Array) -> jax.Array:
             return jnp.broadcast_to(one, like.shape)
@@ -154,19 +154,19 @@ class StableDiffusion:
         return Conditioning(repeat(row.context, cond.context), pooled, cond.time_ids)
 
     def fresh_adapter(self, key: jax.Array, *, rank: int, alpha: float | None) -> Adapter:
-        """A LoRA on the 14-module list."""
+        """Make a LoRA on the 14-module list."""
         return adapters.init(key, self.components.unet.shapes, rank=rank, alpha=alpha)
 
     def masters(self, adapter: Adapter) -> dict[str, jax.Array]:
-        """The UNet's parameters in float32 with a LoRA merged into them."""
+        """Return the UNet's parameters in float32 with a LoRA merged into them."""
         own = {path: leaf.astype(jnp.float32) for path, leaf in self.components.params["unet"].items()}
         return adapters.merge(own, adapter)
 
     def discriminator(self, features: str) -> tuple[tuple[str, ...], Network]:
-        """Heads on blocks of the UNet: ``encoder``, ``all``, ``mid``, or ``pair`` (two middle blocks side by side).
+        """Make heads on blocks of the UNet: ``encoder``, ``all``, ``mid``, or ``pair`` (two middle blocks joined).
 
         Raises:
-            UserError: the UNet has no middle block, and the features are its.
+            UserError: the UNet has no middle block, and the features are of it.
         """
         config = self.components.unet_config
         how: dict[str, Any] = {
@@ -185,12 +185,12 @@ class StableDiffusion:
         return (MIDDLE,), pooled_heads({MIDDLE: width}, downsamples=halvings, **how)
 
     def is_partial(self, taps: Sequence[str]) -> bool:
-        """What lies behind the middle block is not computed where nothing reads it."""
+        """Tell whether no tap lies beyond the middle block, so that a call may stop there."""
         return not any(tap.startswith("up_blocks") for tap in taps)
 
 
 def with_dropped(cond: Any, uncond: Any, dropped: jax.Array) -> Any:
-    """``cond`` with the unconditional in the rows that ``dropped`` (B,) names."""
+    """Replace ``cond`` by the unconditional in the samples that ``dropped`` (B,) marks."""
 
     def choose(empty: jax.Array, given: jax.Array) -> jax.Array:
         return jnp.where(dropped.reshape(-1, *[1] * (given.ndim - 1)), empty, given)

@@ -1,4 +1,4 @@
-"""``hypersd cache``: encode every row of a data set once, so that training need not."""
+"""``hypersd cache``: encode every example of a dataset once, so that training need not."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from hypersd_jax.data import open_source
 from hypersd_jax.data.cache import Cache, CacheWriter
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline, parse_dtype
-from hypersd_jax.stages.cache_facts import cache_facts
-from hypersd_jax.stages.feeding import warn_of_cut_captions
+from hypersd_jax.stages.batches import warn_about_cut_captions
+from hypersd_jax.stages.cache_metadata import cache_metadata
 from hypersd_jax.stages.inputs import moments
 from hypersd_jax.stages.lock import FolderLock
 from hypersd_jax.training import StopSignals
@@ -28,20 +28,20 @@ from hypersd_jax.weights.components import Components, load_components
 def write_cache(
     config: Config, folder: Path, *, batch_size: int = 32, shard_rows: int = 1024, alone: bool = False
 ) -> int:
-    """Write the moments of the latents, the text embeddings, the token ids and the sizes of every row.
+    """Write the moments of the latents, the text embeddings, the token ids and the sizes of every example.
 
-    What an interrupted call left is kept and gone on from. At the end all is read once more and compared with its
-    checksums, so that the same command on a finished cache finds what has been damaged since.
+    An interrupted call is resumed. At the end all is read once more and compared with its checksums, so that the same
+    command on a finished cache finds what has been damaged since.
 
     Args:
         config: of the run that will read the cache; its ``model`` and ``data`` count.
         folder: where the cache goes.
-        batch_size: rows encoded at a time.
-        shard_rows: rows a file.
+        batch_size: examples encoded at a time.
+        shard_rows: examples a file.
         alone: the process is for this alone, as the command line's is: a signal ends it even while it compiles.
 
     Returns:
-        How many rows the cache holds.
+        Number of examples in the cache.
 
     Raises:
         UserError: naming the key or file at fault, or another process that writes to the folder.
@@ -67,7 +67,7 @@ def _write(config: Config, folder: Path, batch_size: int, shard_rows: int, stop:
     if source.uncacheable:
         raise UserError(f"this data cannot be encoded once: {source.uncacheable}")
     keys = source.variants()
-    writer = CacheWriter(folder, cache_facts(config.data, source, components, dtype), keys, shard_rows)
+    writer = CacheWriter(folder, cache_metadata(config.data, source, components, dtype), keys, shard_rows)
 
     def where() -> str:
         return f"at {writer.done} of {len(keys)} rows; the same command resumes there"
@@ -97,7 +97,7 @@ def _write(config: Config, folder: Path, batch_size: int, shard_rows: int, stop:
             stop.release()
     stop.where = f"while it checked the {len(keys)} rows, all of which are written"
     Cache(folder, verify=True)
-    warn_of_cut_captions(pipe.prompts)
+    warn_about_cut_captions(pipe.prompts)
     return len(keys)
 
 

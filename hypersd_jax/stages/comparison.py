@@ -1,4 +1,4 @@
-"""After training: each stage's student against the teacher, in results.json, grid.png and report.html."""
+"""Compare each stage's student with the teacher after training: results.json, grid.png and report.html."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages.export import student_path
 from hypersd_jax.stages.output import Output
 
-# What the page says of a stage, where the stage has it.
-TOLD = ("k", "solver_steps", "times", "student", "updates", "batch_size", "learning_rate", "teacher", "ema")
-# Strips of a stage's way that the page shows beside the last; all of them are in samples/.
-ON_THE_WAY = 4
+# The settings of a stage that the page shows, where the stage has them.
+SHOWN_SETTINGS = ("k", "solver_steps", "times", "student", "updates", "batch_size", "learning_rate", "teacher", "ema")
+# How many previews of a stage the page shows before the last; all of them are in samples/.
+SHOWN_PREVIEWS = 4
 
 
 def compare_run(
@@ -62,7 +62,7 @@ def compare_run(
         Student(
             name=stage.name,
             path=student_path(output, stage),
-            whole=stage.exports_model,
+            is_model=stage.exports_model,
             samplings=[dict(sampling) for sampling in stage.samplings],
         )
         for stage in stages
@@ -82,8 +82,8 @@ def compare_run(
 
 
 def run_report(config: Config, output: Output, outcome: Outcome, command: str | None) -> Report:
-    """The page of a run: what was found, how it was trained, and what it showed on the way."""
-    log = output.root / "metrics.jsonl"  # a run whose stages are all taken over from another has none
+    """Make the report of a run: its results, how it was trained, and its previews."""
+    log = output.root / "metrics.jsonl"  # a run whose stages are all reused from another has none
     metrics = read_metrics(log) if log.exists() else []
     shown = "Held-out concepts" if config.on_emoji else "Captions of the dataset"
     notes = column_notes([key for row in outcome.rows for key in row])
@@ -119,29 +119,30 @@ def _facts(config: Config, outcome: Outcome, trained: Mapping[str, float]) -> di
     }
     for index, stage in enumerate(config.adapter_stages):
         settings = dataclasses.asdict(stage)
-        keys = [key for key in TOLD if key in settings]
+        keys = [key for key in SHOWN_SETTINGS if key in settings]
         if settings.get("teacher") != "previous" or index == 0:
             keys.append("guidance")
         spent = f"trained in {duration(trained[stage.name])}" if stage.name in trained else "not trained in this run"
         if stage.name not in trained and config.reuse is not None:
-            spent = f"taken over from {config.reuse}"
+            spent = f"reused from {config.reuse}"
         facts[stage.name] = f"{', '.join(f'{key} {settings[key]}' for key in keys)}; {spent}"
     return facts
 
 
 def _strips(folder: Path, stages: Sequence[str]) -> dict[str, list[Sample]]:
-    """The samples of each stage, by the numbers in their names: some from its way, and those after its last update."""
+    """Read the previews of each stage: some from its training, by the steps in their names, and the last."""
     found: dict[str, list[Sample]] = {}
     names = {path.stem: path for path in folder.glob("*.png")}
     for stage in sorted(stages, key=natural):
-        way = sorted((name for name in names if re.fullmatch(re.escape(stage) + r"-\d{6,}", name)), key=natural)
-        way = [name for name in way if name not in stages]
-        few = [way[index] for index in np.unique(np.linspace(0, len(way) - 1, ON_THE_WAY).astype(int))] if way else []
+        previews = sorted((name for name in names if re.fullmatch(re.escape(stage) + r"-\d{6,}", name)), key=natural)
+        previews = [name for name in previews if name not in stages]
+        chosen = np.unique(np.linspace(0, len(previews) - 1, SHOWN_PREVIEWS).astype(int)) if previews else ()
+        few = [previews[index] for index in chosen]
         for name in (*few, *([stage] if stage in names else [])):
             found[f"Training captions: {name}"] = read_strip(names[name])
     return found
 
 
 def natural(text: str) -> list[tuple[int, str]]:
-    """Sorts tscd-2 before tscd-16."""
+    """Split a name into a sort key that puts tscd-2 before tscd-16."""
     return [(int(part), "") if part.isdecimal() else (-1, part) for part in re.split(r"(\d+)", text)]

@@ -1,4 +1,4 @@
-"""Consistency distillation: TSCD and what it is compared with (arXiv 2404.13686, section 3.1; `docs/method.md`).
+"""Consistency stages: TSCD and the baselines (arXiv 2404.13686, section 3.1; `docs/method.md`).
 
 Teacher, student, target and discriminator are the same base weights under different LoRA trees, so a step holds one
 base. What differs between the four stages of TSCD (k, N, guidance range, EMA decay, learning rate, the two terms'
@@ -19,8 +19,8 @@ from hypersd_jax.distill import Segments, Teacher, consistency_loss, mse, pad_se
 from hypersd_jax.stages import adapter_student
 from hypersd_jax.stages.adversarial import Discriminator, make_discriminator, pair_calls, pair_term
 from hypersd_jax.stages.base import Base, with_dropped
+from hypersd_jax.stages.batches import LoadedBatch
 from hypersd_jax.stages.context import Run
-from hypersd_jax.stages.feeding import Fed
 from hypersd_jax.stages.kinds import DISCRIMINATOR, STUDENT, naming
 from hypersd_jax.stages.networks import Networks
 from hypersd_jax.stages.streams import Draw, Stream, drawn_from, stream
@@ -30,29 +30,29 @@ preview, finish = adapter_student.preview, adapter_student.finish
 
 
 class Frozen(NamedTuple):
-    """What the step reads and never changes."""
+    """Arrays that the training step reads and never changes."""
 
     weights: Any
-    uncond: Any  # one row
+    uncond: Any  # of one sample
     scales: Any  # of the LoRA's factors
     teacher: Adapter  # the previous student, empty where the teacher is the base
     segments: Segments
 
 
 def check(run: Run, stage: ConsistencyStage, earlier: Sequence[str]) -> None:
-    """Whether the base has the discriminator's features, and the schedule the solver's grid."""
+    """Refuse a base without the discriminator's features, or a schedule without the solver's grid."""
     with naming(f"stages.{stage.name}"):
         make_discriminator(run.base, stage.adversarial)
         segments_of(run, stage.solver_steps, stage.k)
 
 
 def segments_of(run: Run, solver_steps: int, k: int) -> Segments:
-    """The segments of a grid, padded to the run's longest."""
+    """Compute the segments of a solver grid, padded to the run's longest."""
     return pad_segments(solver_steps, k, run.grid_length, run.base.schedule.num_train_timesteps)
 
 
 def trainable(run: Run, index: int, stage: ConsistencyStage) -> dict[str, Any]:
-    """The student's factors, and the discriminator's heads."""
+    """Return the student's LoRA factors and the discriminator heads."""
     models: dict[str, Any] = {STUDENT: run.student}
     if discriminator := make_discriminator(run.base, stage.adversarial):
         models[DISCRIMINATOR] = discriminator.heads.init(run.config.seed + index)
@@ -60,8 +60,8 @@ def trainable(run: Run, index: int, stage: ConsistencyStage) -> dict[str, Any]:
 
 
 def frozen(run: Run, stage: ConsistencyStage) -> Frozen:
-    """What the losses read."""
-    # The first stage's teacher is the base under both readings of the paper: its student is the base still.
+    """Collect what the losses read."""
+    # The first stage's teacher is the base under both readings of the paper: its student is the unchanged base.
     first = stage.name == run.config.adapter_stages[0].name
     return Frozen(
         weights=run.base.weights,
@@ -73,7 +73,7 @@ def frozen(run: Run, stage: ConsistencyStage) -> Frozen:
 
 
 def phases(base: Base, stage: ConsistencyStage) -> list[Phase]:
-    """One update of the student, and of the discriminator on the same pair after further ones of its own."""
+    """List the phases: discriminator steps alone, then one of the student and the discriminator on the same pair."""
     student = {STUDENT: stage.learning_rate}
     if stage.adversarial is None:
         return [Phase(models=student, loss=make_loss(base, stage))]
@@ -86,29 +86,29 @@ def phases(base: Base, stage: ConsistencyStage) -> list[Phase]:
 
 
 def make_loss(base: Base, stage: ConsistencyStage, *, discriminator_alone: bool = False) -> LossFunction:
-    """The loss of a phase; ``discriminator_alone``: of one in which the student stands still."""
+    """Make the loss of a phase; ``discriminator_alone``: of one that does not train the student."""
     distance = mse if stage.distance == "mse" else pseudo_huber(stage.huber_c)
     discriminator = make_discriminator(base, stage.adversarial)
 
     def loss(
-        models: Any, ema: Any, frozen: Frozen, rows: Any, key: jax.Array
+        models: Any, ema: Any, frozen: Frozen, batch: Any, key: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         nets = Networks(base=base, weights=frozen.weights)
-        uncond = base.unconditional(frozen.uncond, rows["cond"])
-        cond, places = rows["cond"], rows["places"]
+        uncond = base.unconditional(frozen.uncond, batch["cond"])
+        cond, indices = batch["cond"], batch["indices"]
         if stage.drops:
-            cond = with_dropped(cond, uncond, _dropped(key, places, stage.prompt_dropout))
+            cond = with_dropped(cond, uncond, _dropped(key, indices, stage.prompt_dropout))
         teacher_fn, teacher_calls = make_teacher(nets, frozen.teacher, discriminator, guided=stage.guided)
         extra = None
         if discriminator is not None:
             heads = models[DISCRIMINATOR]
-            extra = pair_term(discriminator, nets, heads, cond, key, places, alone=discriminator_alone)
+            extra = pair_term(discriminator, nets, heads, cond, key, indices, alone=discriminator_alone)
         value, metrics = consistency_loss(
             "tscd" if stage.kind == "tcd" else stage.kind,  # TCD is TSCD with one segment
             nets.predictor(join(models[STUDENT], frozen.scales)),
             nets.predictor(join(ema[STUDENT], frozen.scales)),
             teacher_fn,
-            {**rows, "cond": cond, "uncond": uncond},
+            {**batch, "cond": cond, "uncond": uncond},
             key,
             frozen.segments,
             guidance=(stage.guidance[0], stage.guidance[1]),
@@ -116,7 +116,7 @@ def make_loss(base: Base, stage: ConsistencyStage, *, discriminator_alone: bool 
             distance=distance,
             distance_weight=np.float32(0.0) if discriminator_alone else stage.distance_weight,
             schedule=base.schedule,
-            indices=places,
+            indices=indices,
             extra=extra,
         )
         calls = 1.0 + teacher_calls + metrics.pop("target_calls")
@@ -132,9 +132,9 @@ def make_loss(base: Base, stage: ConsistencyStage, *, discriminator_alone: bool 
 def make_teacher(
     nets: Networks, previous: Adapter, discriminator: Discriminator | None = None, *, guided: bool
 ) -> tuple[Teacher, float]:
-    """The teacher of a consistency loss and its calls: the previous student, or the base, with guidance or without.
+    """Make the teacher of a consistency loss, and count its calls: the previous student, or the base, guided or not.
 
-    The guided base's call also gives what a discriminator of pairs reads at the step's start.
+    The guided base's call also gives the features that a discriminator of pairs reads at the step's start.
     """
     if guided and not previous:
         taps = discriminator.taps if discriminator is not None and discriminator.config.features == "pair" else ()
@@ -143,14 +143,14 @@ def make_teacher(
     return lambda x, t, cond, _uncond, _guidance: (unguided(x, t, cond), {}), 1.0
 
 
-def batches(run: Run, index: int, stage: ConsistencyStage, frozen: Frozen, done: int) -> Iterator[Fed]:
-    """{"latents", "cond", "places"}."""
+def batches(run: Run, index: int, stage: ConsistencyStage, frozen: Frozen, done: int) -> Iterator[LoadedBatch]:
+    """Load batches {"latents", "cond", "indices"}."""
     assert run.inputs is not None
     key = stream(run.config.seed, Stream.ENCODER, index)
     return run.inputs.conditioned(stage, before=run.images_before(index), done=done, key=key)
 
 
-def _dropped(key: jax.Array, places: jax.Array, share: Any) -> jax.Array:
-    """Which rows (B,) lose their caption; by (key, place) alone."""
+def _dropped(key: jax.Array, indices: jax.Array, share: Any) -> jax.Array:
+    """Draw which samples (B,) lose their caption, by (key, batch index) alone."""
     mine = drawn_from(key, Draw.DROPOUT)
-    return jax.vmap(lambda place: jax.random.uniform(jax.random.fold_in(mine, place)))(places) < share
+    return jax.vmap(lambda index: jax.random.uniform(jax.random.fold_in(mine, index)))(indices) < share

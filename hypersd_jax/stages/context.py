@@ -1,4 +1,4 @@
-"""What the stages of one run share: the base, the data, and what the stages before have made."""
+"""The state that the stages of one run share: base, data, and the students of earlier stages."""
 
 from __future__ import annotations
 
@@ -16,22 +16,22 @@ from hypersd_jax.config import BASE, PREVIOUS, Config
 from hypersd_jax.data import Source
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages.base import StableDiffusion
-from hypersd_jax.stages.feeding import Inputs
+from hypersd_jax.stages.batches import Inputs
 from hypersd_jax.stages.kinds import training_step
 from hypersd_jax.stages.output import Output
-from hypersd_jax.stages.prompt_feeding import PromptInputs
+from hypersd_jax.stages.prompt_inputs import PromptInputs
 from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import Step, StopSignals
 from hypersd_jax.weights.components import Components
 from hypersd_jax.weights.diffusers.component import fingerprint
 
 Factors = dict[str, dict[str, jax.Array]]
-"""An adapter's trained part: down and up by module."""
+"""The trained part of an adapter: down and up by module."""
 
 
 @dataclasses.dataclass(kw_only=True)
 class Run:
-    """One run; a stage changes what it hands on.
+    """One training run; a stage changes what it passes on to the next.
 
     Attributes:
         config: the whole configuration.
@@ -39,13 +39,13 @@ class Run:
         mesh: of the devices.
         base: the model as the stages see it.
         base_fingerprint: of the weights that the next stage starts from.
-        preview_prompts: the data's first ones.
-        uncond: the unconditional, one row.
+        preview_prompts: the data's first prompts.
+        uncond: the unconditional, of one sample.
         source: images and captions, where a stage reads them.
-        prompt_inputs: how prompts alone do, where a stage reads them alone.
-        scales: of the student's factors.
+        prompt_inputs: conditioning from prompts alone, where a stage reads no images.
+        scales: of the student's LoRA factors.
         student: the factors that the next stage starts from.
-        students: those of earlier stages, by name, as far as a later stage names them.
+        students: factors of earlier stages, by name, as far as a later stage names them.
         step: the training step of all stages.
         stop: the signals that have come.
     """
@@ -67,12 +67,12 @@ class Run:
 
     @property
     def pipe(self) -> Pipeline:
-        """The base as it is sampled from."""
+        """Sampling pipeline of the base."""
         return self.base.pipe
 
     @functools.cached_property
     def inputs(self) -> Inputs | None:
-        """How the images become latents and conditioning; None where no stage reads any.
+        """Latents and conditioning of the images; None where no stage reads images.
 
         Raises:
             UserError: the cache is missing, unfinished, or of another model.
@@ -83,8 +83,8 @@ class Run:
         trained = () if self.config.adapter_stages else tuple(base.components.text_encoders)
         return Inputs(self.config, self.source, base.components, base.prompts, base.mesh, base.dtype, trained=trained)
 
-    def go_on_with(self, components: Components) -> None:
-        """Let the stages that follow start from another model of the same structure."""
+    def start_from(self, components: Components) -> None:
+        """Make the next stages start from another model of the same structure."""
         self.base = self.base.around(components)
         self.base_fingerprint = fingerprints(self.config, components)
         self.__dict__.pop("inputs", None)
@@ -92,29 +92,29 @@ class Run:
 
     @property
     def grid_length(self) -> int:
-        """The longest solver grid of the run; shorter ones are padded to it, so that stages share one program."""
+        """Length of the run's longest solver grid; shorter ones are padded to it, so that stages share one program."""
         return max((stage.grid or 1 for stage in self.config.adapter_stages), default=1)
 
     def fresh_factors(self, name: Stream, index: int) -> tuple[Factors, dict[str, jax.Array]]:
-        """New factors, whose output is zero, and their scales; drawn from a stream for the stage at this place."""
+        """Draw new LoRA factors, whose output is zero, and their scales, from a random stream of stage ``index``."""
         lora = self.config.lora
         adapter = self.base.fresh_adapter(stream(self.config.seed, name, index), rank=lora.rank, alpha=lora.alpha)
         factors, scales = jax.tree.map(jax.numpy.asarray, adapters.split(adapter))
         return factors, scales
 
     def teacher(self, name: str) -> Adapter:
-        """The adapter of a teacher: BASE, PREVIOUS, or the name of an earlier stage. The base's is empty."""
+        """Return the adapter of a teacher: BASE, PREVIOUS, or the name of an earlier stage. The base's is empty."""
         if name == BASE:
             return {}
         return adapters.join(self.student if name == PREVIOUS else self.students[name], self.scales)
 
     def images_before(self, index: int) -> int:
-        """How many images the stages before this place have read."""
+        """Count the images that the stages before stage ``index`` have read."""
         return sum(stage.updates * stage.batch_size for stage in self.config.active_stages[:index])
 
 
 def fingerprints(config: Config, components: Components) -> Any:
-    """Of the weights that the stages start from: the UNet's, or where weights are trained, those of every component."""
+    """Fingerprint the weights that the stages start from: the UNet's, or where these are trained, each component's."""
     if config.adapter_stages:
         return fingerprint(components.params["unet"])
     return {name: fingerprint(part) for name, part in components.params.items()}

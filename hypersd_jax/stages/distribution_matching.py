@@ -1,8 +1,8 @@
-"""Score distillation: DMD, DMD2 and TDM (Hyper-SD, arXiv 2404.13686, section 3.3; `docs/method.md`).
+"""Score distillation stages: DMD, DMD2 and TDM (Hyper-SD, arXiv 2404.13686, section 3.3; `docs/method.md`).
 
-Real score: the guided base. Fake score: the base under a LoRA of its own. Student: the base under its LoRA, or a whole
-network of its own. A step is some updates of the fake-score model, and of the discriminator on its features, then one
-of the student.
+Real score: the guided base. Fake score: the base under a LoRA of its own. Student: the base under its LoRA, or a UNet
+of its own under full fine-tuning. A training step is some fake-score steps, which also train the discriminator on the
+fake score model's features, then one generator step.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ preview, finish = adapter_student.preview, adapter_student.finish
 
 
 def check(run: Run, stage: ScoreStage, earlier: Sequence[str]) -> None:
-    """Whether the base has the discriminator's features, and the run the teachers."""
+    """Refuse a base without the discriminator's features, or a run without the teachers."""
     with naming(f"stages.{stage.name}"):
         make_discriminator(run.base, stage.adversarial)
     generator.check(run, stage, earlier)
 
 
 def trainable(run: Run, index: int, stage: ScoreStage) -> dict[str, Any]:
-    """The student, the fake-score model's factors, and the discriminator's heads."""
+    """Return the student, the fake score model's LoRA factors, and the discriminator heads."""
     models = {STUDENT: generator.first_student(run, stage), FAKE: run.fresh_factors(Stream.FAKE, index)[0]}
     if discriminator := make_discriminator(run.base, stage.adversarial):
         models[DISCRIMINATOR] = discriminator.heads.init(run.config.seed + index)
@@ -47,48 +47,48 @@ def trainable(run: Run, index: int, stage: ScoreStage) -> dict[str, Any]:
 
 
 def frozen(run: Run, stage: ScoreStage) -> Frozen:
-    """What the losses read."""
+    """Collect what the losses read."""
     bounds = generator.times_between(run, stage.time_range)
     everywhere = np.asarray([0, run.base.schedule.num_train_timesteps - 1], np.int32)
-    # A deterministic student's points lie on its way, each to be known over the times beyond it.
+    # The points of a deterministic student lie on its trajectory, so the fake score is needed from each of them on.
     fake_bounds = bounds if stage.kind == "tdm" else everywhere
     return generator.frozen(run, stage)._replace(bounds=bounds, fake_bounds=fake_bounds)
 
 
 def phases(base: Base, stage: ScoreStage) -> list[Phase]:
-    """The fake-score model's updates, with the discriminator's, then the student's."""
-    beside = {FAKE: stage.fake_learning_rate}
+    """List the phases: fake-score steps, which train the discriminator too, then a generator step."""
+    fake_models = {FAKE: stage.fake_learning_rate}
     if stage.adversarial:
-        beside[DISCRIMINATOR] = stage.adversarial.learning_rate
+        fake_models[DISCRIMINATOR] = stage.adversarial.learning_rate
     return [
-        Phase(models=beside, loss=make_fake_loss(base, stage), repeats=stage.fake_updates),
+        Phase(models=fake_models, loss=make_fake_loss(base, stage), repeats=stage.fake_updates),
         Phase(models={STUDENT: stage.learning_rate}, loss=make_student_loss(base, stage)),
     ]
 
 
 def make_fake_loss(base: Base, stage: ScoreStage) -> LossFunction:
-    """The loss of the fake-score model, and of the discriminator on its features."""
+    """Make the loss of a fake-score step: of the fake score model, and of the discriminator on its features."""
     discriminator = make_discriminator(base, stage.adversarial)
     taps = discriminator.taps if discriminator is not None else ()
 
-    def loss(models: Any, ema: Any, frozen: Frozen, rows: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(models: Any, ema: Any, frozen: Frozen, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         nets = Networks(base=base, weights=frozen.weights)
-        drawn, sample = generator.fake_sample(nets, stage, models, frozen, rows, key)
+        drawn, sample = generator.fake_sample(nets, stage, models, frozen, batch, key)
         x_t, t, b = noised(sample, drawn, base.schedule)
-        x_t, cond = jax.lax.stop_gradient(x_t), rows["cond"]
+        x_t, cond = jax.lax.stop_gradient(x_t), batch["cond"]
         fake = join(models[FAKE], frozen.scales)
         output, features = nets.tapped(x_t, t, cond, taps, fake)
         value = fake_loss(output, x_t, t, b, drawn.eps, schedule=base.schedule)
         metrics: Metrics = {"fake_mse": value}
         calls = 2.0  # the sample's last step, and the fake score
         if discriminator is not None:
-            real_t = _real(base, rows, key, t)
-            seen = nets.tapped(real_t, t, cond, taps, fake)[1]
+            real_t = _real(base, batch, key, t)
+            real_features = nets.tapped(real_t, t, cond, taps, fake)[1]
             perturbed = None
             if discriminator.config.r1:
-                noise = _normal(drawn_from(key, Draw.R1), rows["places"], real_t.shape[1:])
+                noise = _normal(drawn_from(key, Draw.R1), batch["indices"], real_t.shape[1:])
                 perturbed = nets.tapped(real_t + discriminator.config.r1_sigma * noise, t, cond, taps, fake)[1]
-            own, more = discriminator.loss(models[DISCRIMINATOR], seen, features, perturbed)
+            own, more = discriminator.loss(models[DISCRIMINATOR], real_features, features, perturbed)
             value, metrics = value + own, metrics | more
             calls += discriminator.cost * (2 if discriminator.config.r1 else 1)
         return value, {**metrics, "fake_calls": (drawn.step + calls) * stage.fake_updates}
@@ -97,20 +97,20 @@ def make_fake_loss(base: Base, stage: ScoreStage) -> LossFunction:
 
 
 def make_student_loss(base: Base, stage: ScoreStage) -> LossFunction:
-    """The loss of the student: the difference of the scores, what the discriminator says, regression and anchor."""
+    """Make the loss of a generator step: score difference, generator loss, regression, consistency regulariser."""
     discriminator = make_discriminator(base, stage.adversarial)
     taps = discriminator.taps if discriminator is not None else ()
 
-    def loss(models: Any, ema: Any, frozen: Frozen, rows: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(models: Any, ema: Any, frozen: Frozen, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         nets = Networks(base=base, weights=frozen.weights)
-        drawn, sample, begun = generator.student_sample(nets, stage, models, frozen, rows, key)
+        drawn, sample, solver_step = generator.student_sample(nets, stage, models, frozen, batch, key)
         real_fn, real_calls = generator.guided_base(nets, stage, frozen)
         fake = join(models[FAKE], frozen.scales)
-        # The base's solver step, if it is the regulariser's teacher too, goes along with the real score.
-        along = [begun.inputs] if begun is not None and not frozen.anchor else []
+        # The base's solver step, if it is the regulariser's teacher too, shares the real score's call.
+        joined = [solver_step.inputs] if solver_step is not None and not frozen.regulariser else []
 
         def real_scores(*inputs: Any) -> tuple[jax.Array, list[jax.Array]]:
-            output, *others = in_one_call(real_fn, inputs, *along)
+            output, *others = in_one_call(real_fn, inputs, *joined)
             return output, others
 
         matching, metrics, features, others = score_term(
@@ -118,7 +118,7 @@ def make_student_loss(base: Base, stage: ScoreStage) -> LossFunction:
             drawn,
             real_scores,
             lambda x, t, cond: nets.tapped(x, t, cond, taps, fake),
-            rows["cond"],
+            batch["cond"],
             schedule=base.schedule,
             with_features=discriminator is not None,
         )
@@ -126,9 +126,11 @@ def make_student_loss(base: Base, stage: ScoreStage) -> LossFunction:
         if discriminator is not None:
             metrics["generator"] = discriminator.student_term(models[DISCRIMINATOR], features)
             value = value + discriminator.config.weight * metrics["generator"]
-        if begun is not None and others:
-            begun = begun._replace(teacher=others[0])
-        terms, more, calls = generator.teachers_terms(nets, stage, models, ema, frozen, rows, drawn, sample, begun)
+        if solver_step is not None and others:
+            solver_step = solver_step._replace(teacher=others[0])
+        terms, more, calls = generator.teacher_terms(
+            nets, stage, models, ema, frozen, batch, drawn, sample, solver_step
+        )
         for term in terms:
             value = value + term
         # The sample's steps, the last with gradient, and both scores.
@@ -137,13 +139,13 @@ def make_student_loss(base: Base, stage: ScoreStage) -> LossFunction:
     return loss
 
 
-def _real(base: Base, rows: Any, key: jax.Array, t: jax.Array) -> jax.Array:
-    """The images' latents noised to t (B,)."""
-    latents = rows["latents"]
-    noise = _normal(drawn_from(key, Draw.REAL), rows["places"], latents.shape[1:])
+def _real(base: Base, batch: Any, key: jax.Array, t: jax.Array) -> jax.Array:
+    """Add noise to the images' latents, to timesteps t (B,)."""
+    latents = batch["latents"]
+    noise = _normal(drawn_from(key, Draw.REAL), batch["indices"], latents.shape[1:])
     return add_noise(latents, noise, *alpha_sigma(base.schedule, t, latents))
 
 
-def _normal(key: jax.Array, places: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Noise (B, ...) by (key, place) alone."""
-    return jax.vmap(lambda place: jax.random.normal(jax.random.fold_in(key, place), shape))(places)
+def _normal(key: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Draw noise (B, ...) by (key, batch index) alone."""
+    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(indices)

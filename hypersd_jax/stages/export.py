@@ -1,4 +1,4 @@
-"""The student as a file: a LoRA that says in its header how to sample with it, or a whole model."""
+"""Export a student as a file: a LoRA that says in its header how to sample with it, or a model."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from hypersd_jax.weights.diffusers.component import host
 from hypersd_jax.weights.diffusers.model import save_model
 from hypersd_jax.weights.lora import write_lora
 
-# The grid of the TCD and LCM samplers, on which a unified LoRA without an anchor is drawn.
+# The grid of the TCD and LCM samplers, on which a unified LoRA without a consistency regulariser samples.
 UNIFIED_GRID = 50
 
 
 def student_path(output: Output, stage: StageConfig) -> Path:
-    """Where the stage's student is: a LoRA file, or a model folder."""
+    """Return the path of the stage's student: a LoRA file, or a model folder."""
     return output.models / stage.name if stage.exports_model else output.loras / f"{stage.name}.safetensors"
 
 
 def sampling_header(stage: StageConfig, scheduler_config: dict[str, Any]) -> dict[str, str]:
-    """How the stage's student samples: by its own sampler, on the grid it was trained on.
+    """Return the header that says how to sample with the stage's student: sampler, timesteps, guidance.
 
     Raises:
         UserError: the sampler has no such steps on this model's schedule.
@@ -51,7 +51,7 @@ def sampling_header(stage: StageConfig, scheduler_config: dict[str, Any]) -> dic
 
 
 def sampling_table(stage: StageConfig, sampling: Sampling, scheduler_config: dict[str, Any]) -> Mapping[str, Any]:
-    """The solver's table for one way of sampling the stage's student; raises UserError where it has none."""
+    """Return the solver's table for one way of sampling the stage's student; UserError where there is none."""
     return solver_table(
         sampling["sampler"],
         sampling["steps"],
@@ -62,9 +62,9 @@ def sampling_table(stage: StageConfig, sampling: Sampling, scheduler_config: dic
 
 
 def require_finite(weights: Any, stage: StageConfig) -> None:
-    """UserError unless all that a stage hands on is finite: it would be of no use, and nobody would see it in the file.
+    """Refuse a student that is not finite (UserError): nobody would see it in the file.
 
-    Every process calls this: what is spread over several is gathered from all, one tensor at a time.
+    Every process calls this: a leaf that is sharded over several is gathered from all, one tensor at a time.
     """
     for leaf in jax.tree.leaves(weights):
         if not np.isfinite(host(leaf)).all():
@@ -76,11 +76,11 @@ def require_finite(weights: Any, stage: StageConfig) -> None:
 
 
 def require_finite_images(images: np.ndarray, stage: StageConfig, name: str, *, last: bool) -> None:
-    """Say that pictures (N, H, W, 3) are not finite: a UserError of a stage's ``last`` ones, else a warning."""
+    """Report images (N, H, W, 3) that are not finite: a UserError for a stage's ``last`` ones, else a warning."""
     bad = int(np.sum(~np.isfinite(images).all(axis=(1, 2, 3))))
     if not bad:
         return
-    what = f"{bad} of {len(images)} pictures that its student draws are not finite"
+    what = f"{bad} of {len(images)} images sampled with its student are not finite"
     if last:
         raise UserError(
             f"stages.{stage.name}: {what}, so nothing of it is exported; lower stages.{stage.name}.learning_rate "
@@ -105,9 +105,9 @@ def export_student(
 
 
 def export_model(folder: Path, unet: Mapping[str, Any], components: Components) -> None:
-    """Write the model around a whole UNet, in diffusers' layout; it appears at once, in place of an earlier one.
+    """Write the model around a trained UNet, in diffusers' layout, atomically, in place of an earlier one.
 
-    Every process calls this: what is spread over several is gathered from all.
+    Every process calls this: a leaf that is sharded over several is gathered from all.
     """
     params = {name: {path: host(value) for path, value in part.items()} for name, part in components.params.items()}
     params["unet"] = {path: host(value) for path, value in unet.items()}
@@ -123,12 +123,12 @@ def export_model(folder: Path, unet: Mapping[str, Any], components: Components) 
 
 
 def with_unet(components: Components, unet: Mapping[str, Any]) -> Components:
-    """The model with these weights for its UNet's."""
+    """Return the model with these weights for its UNet's."""
     return dataclasses.replace(components, params={**components.params, "unet": dict(unet)})
 
 
 def _kohya_family(components: Components) -> str:
-    """Kohya's name of the base's family, which A1111 sorts LoRAs by; SD 2.x is told by OpenCLIP-H's width."""
+    """Return kohya's name of the base's family, which A1111 sorts LoRAs by; OpenCLIP-H's width means SD 2.x."""
     if components.is_xl:
         return "sdxl_base_v1-0"
     return "sd_v2" if components.unet_config.cross_attention_dims[0] == 1024 else "sd_v1"

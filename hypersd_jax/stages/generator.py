@@ -1,4 +1,4 @@
-"""What score distillation and regression share: a student's own samples, the regression's and the anchor's terms."""
+"""Shared by score distillation and regression: a student's own samples, regression and consistency regulariser."""
 
 from __future__ import annotations
 
@@ -26,36 +26,36 @@ from hypersd_jax.distill import (
     path_loss,
 )
 from hypersd_jax.errors import UserError
+from hypersd_jax.stages.batches import LoadedBatch
 from hypersd_jax.stages.consistency import segments_of
 from hypersd_jax.stages.context import Run
-from hypersd_jax.stages.feeding import Fed
 from hypersd_jax.stages.kinds import STUDENT, naming
 from hypersd_jax.stages.networks import Networks, in_one_call
-from hypersd_jax.stages.pairs import again_and_again, make_pairs
+from hypersd_jax.stages.ode_pairs import make_ode_pairs, repeat_batches
 from hypersd_jax.stages.regulariser import SolverStep, begin_step, regulariser_loss
 from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import Metrics
 
 
 class Tables(NamedTuple):
-    """Arrays that follow from a stage's settings."""
+    """Arrays derived from a stage's settings."""
 
     regression_times: Any = None  # (steps,) int32, of the many-step teacher
-    path_bounds: Any = None  # (2,) int32, of the second point's times
-    segments: Segments | None = None  # of the anchor
+    path_bounds: Any = None  # (2,) int32, range of the second point's timestep
+    segments: Segments | None = None  # of the consistency regulariser
 
 
 class Frozen(NamedTuple):
-    """What the step reads and never changes."""
+    """Arrays that the training step reads and never changes."""
 
     weights: Any
-    uncond: Any  # one row
+    uncond: Any  # of one sample
     scales: Any  # of the LoRAs' factors
     regression: Adapter  # the regression's teacher, empty where it is the base
-    anchor: Adapter  # the anchor's
+    regulariser: Adapter  # the consistency regulariser's teacher, likewise
     tables: Tables
     bounds: Any = None  # (2,) int32, the times that samples are noised to
-    fake_bounds: Any = None  # likewise, for the fake-score model
+    fake_bounds: Any = None  # likewise, for the fake score model
 
 
 def check(run: Run, stage: GeneratorStage, earlier: Sequence[str]) -> None:
@@ -78,7 +78,7 @@ def _check(run: Run, stage: GeneratorStage, earlier: Sequence[str]) -> None:
 
 
 def tables(run: Run, stage: GeneratorStage) -> Tables:
-    """The arrays of a stage."""
+    """Compute the arrays of a stage."""
     found = Tables()
     if stage.regression:
         config = dict(run.base.scheduler_config)
@@ -95,50 +95,50 @@ def tables(run: Run, stage: GeneratorStage) -> Tables:
 
 
 def times_between(run: Run, shares: tuple[float, float]) -> np.ndarray:
-    """A range of training times (2,) int32 from shares of the last one."""
+    """Compute a range of timesteps (2,) int32 from shares of the last one."""
     last = run.base.schedule.num_train_timesteps - 1
     return np.asarray([round(share * last) for share in shares], np.int32)
 
 
 def frozen(run: Run, stage: GeneratorStage) -> Frozen:
-    """What the step of either kind reads."""
+    """Collect what the training step of either kind reads."""
     return Frozen(
         weights=run.base.weights,
         uncond=run.uncond,
         scales=run.scales,
         regression=run.teacher(stage.regression.teacher) if stage.regression else {},
-        anchor=run.teacher(stage.anchor.teacher) if stage.anchor else {},
+        regulariser=run.teacher(stage.anchor.teacher) if stage.anchor else {},
         tables=tables(run, stage),
     )
 
 
 def first_student(run: Run, stage: GeneratorStage) -> Any:
-    """The student before the first update: factors of a LoRA, or whole weights with the LoRA merged into them."""
+    """Return the student before the first step: LoRA factors, or in full fine-tuning the UNet with them merged in."""
     return run.base.masters(run.teacher(PREVIOUS)) if stage.exports_model else run.student
 
 
-def batches(run: Run, index: int, stage: GeneratorStage, frozen: Frozen, done: int) -> Iterator[Fed]:
-    """{"cond", "places"}, "latents" where images are read, and "noise" and "end" where pairs are computed once."""
+def batches(run: Run, index: int, stage: GeneratorStage, frozen: Frozen, done: int) -> Iterator[LoadedBatch]:
+    """Load batches {"cond", "indices"}, "latents" where images are read, and "noise" and "endpoint" of ODE pairs."""
     if stage.regression is None or not stage.regression.paired:
         return _batches(run, index, stage, done)
     return _paired_batches(run, index, stage, frozen, done)
 
 
-def _paired_batches(run: Run, index: int, stage: GeneratorStage, frozen: Frozen, done: int) -> Iterator[Fed]:
-    """The stage's first batches with pairs, again and again."""
+def _paired_batches(run: Run, index: int, stage: GeneratorStage, frozen: Frozen, done: int) -> Iterator[LoadedBatch]:
+    """Compute the ODE pairs of the stage's first batches, and repeat these batches."""
     assert stage.regression is not None
     few = dataclasses.replace(stage, updates=stage.regression.pairs // stage.batch_size)
-    key, order = jax.random.split(stream(run.config.seed, Stream.PAIR, index))
+    key, order = jax.random.split(stream(run.config.seed, Stream.ODE_PAIR, index))
 
-    def lead(frozen: Frozen, noise: jax.Array, cond: Any) -> jax.Array:
-        return regression_end(Networks(base=run.base, weights=frozen.weights), stage, frozen, noise, cond)
+    def rollout(frozen: Frozen, noise: jax.Array, cond: Any) -> jax.Array:
+        return regression_endpoint(Networks(base=run.base, weights=frozen.weights), stage, frozen, noise, cond)
 
     settings: dict[str, Any] = {"batches": few.updates, "latent_shape": run.base.latent_shape, "mesh": run.mesh}
-    pairs = make_pairs(_batches(run, index, few, 0), lead, frozen, key=key, name=stage.name, **settings)
-    yield from again_and_again(pairs, updates=stage.updates, done=done, key=order)
+    pairs = make_ode_pairs(_batches(run, index, few, 0), rollout, frozen, key=key, name=stage.name, **settings)
+    yield from repeat_batches(pairs, updates=stage.updates, done=done, key=order)
 
 
-def _batches(run: Run, index: int, stage: GeneratorStage, done: int) -> Iterator[Fed]:
+def _batches(run: Run, index: int, stage: GeneratorStage, done: int) -> Iterator[LoadedBatch]:
     before = run.images_before(index)
     if not stage.reads_images:
         assert run.prompt_inputs is not None
@@ -149,14 +149,14 @@ def _batches(run: Run, index: int, stage: GeneratorStage, done: int) -> Iterator
 
 
 def predictor(nets: Networks, stage: GeneratorStage, weights: Any, frozen: Frozen) -> Model:
-    """The student: whole weights, or factors of its LoRA."""
+    """Return the student's prediction function, from LoRA factors or the weights of a fully fine-tuned UNet."""
     if stage.exports_model:
         return nets.predictor(weights=weights)
     return nets.predictor(join(weights, frozen.scales))
 
 
 def guided_base(nets: Networks, stage: GeneratorStage, frozen: Frozen) -> tuple[Model, float]:
-    """The base under the stage's guidance, and the calls that it takes."""
+    """Return the base under the stage's guidance, and count the calls that it takes."""
     if not stage.guided:
         return nets.predictor(), 1.0
 
@@ -168,56 +168,56 @@ def guided_base(nets: Networks, stage: GeneratorStage, frozen: Frozen) -> tuple[
 
 
 def fake_sample(
-    nets: Networks, stage: GeneratorStage, models: Any, frozen: Frozen, rows: Any, key: jax.Array
+    nets: Networks, stage: GeneratorStage, models: Any, frozen: Frozen, batch: Any, key: jax.Array
 ) -> tuple[Drawn, Sample]:
-    """Draws, and the student's sample without gradient, for what is trained beside it."""
-    drawn, student = draws(nets, stage, rows, key), _frozen_student(nets, stage, models, frozen)
-    return drawn, frozen_sample(student, rows["cond"], drawn, **_sampling(nets, stage, frozen.fake_bounds))
+    """Draw the randomness and the student's sample without gradient, for a fake-score step."""
+    drawn, student = draws(nets, stage, batch, key), _frozen_student(nets, stage, models, frozen)
+    return drawn, frozen_sample(student, batch["cond"], drawn, **_sampling(nets, stage, frozen.fake_bounds))
 
 
 def student_sample(
-    nets: Networks, stage: GeneratorStage, models: Any, frozen: Frozen, rows: Any, key: jax.Array
+    nets: Networks, stage: GeneratorStage, models: Any, frozen: Frozen, batch: Any, key: jax.Array
 ) -> tuple[Drawn, Sample, SolverStep | None]:
-    """Draws, the student's sample, and the consistency regulariser's solver step with the student's prediction.
+    """Draw the randomness, the student's sample, and the regulariser's solver step with the student's prediction.
 
-    The sample starts from the batch's noise where it brings some along. A solver step on images depends on no sample,
-    and the student's last call takes it along; one on the student's own samples is another call.
+    The sample starts from the batch's noise where it has some. A solver step on images depends on no sample, so the
+    student's last call computes it too; one on the student's own samples is another call.
     """
-    drawn = draws(nets, stage, rows, key)
-    if "noise" in rows:
-        drawn = drawn._replace(noise=rows["noise"])
+    drawn = draws(nets, stage, batch, key)
+    if "noise" in batch:
+        drawn = drawn._replace(noise=batch["noise"])
     student = predictor(nets, stage, models[STUDENT], frozen)
 
     def begin(latents: jax.Array) -> SolverStep | None:
         if frozen.tables.segments is None:
             return None
-        return begin_step(frozen.tables.segments, latents, stage.guidance, rows, key, nets.base.schedule)
+        return begin_step(frozen.tables.segments, latents, stage.guidance, batch, key, nets.base.schedule)
 
-    begun = begin(rows["latents"]) if stage.reads_images else None
+    solver_step = begin(batch["latents"]) if stage.reads_images else None
 
     def last_step(*inputs: Any) -> tuple[jax.Array, list[jax.Array]]:
-        output, *others = in_one_call(student, inputs, *([begun.inputs] if begun else []))
+        output, *others = in_one_call(student, inputs, *([solver_step.inputs] if solver_step else []))
         return output, others
 
     frozen_student, sampling = _frozen_student(nets, stage, models, frozen), _sampling(nets, stage, frozen.bounds)
-    sample, others = distill.student_sample(last_step, frozen_student, rows["cond"], drawn, **sampling)
-    if not stage.reads_images and (begun := begin(jax.lax.stop_gradient(sample.x0))):
-        others = [student(*begun.inputs)]
-    return drawn, sample, begun._replace(student=others[0]) if begun else None
+    sample, others = distill.student_sample(last_step, frozen_student, batch["cond"], drawn, **sampling)
+    if not stage.reads_images and (solver_step := begin(jax.lax.stop_gradient(sample.x0))):
+        others = [student(*solver_step.inputs)]
+    return drawn, sample, solver_step._replace(student=others[0]) if solver_step else None
 
 
 def _frozen_student(nets: Networks, stage: GeneratorStage, models: Any, frozen: Frozen) -> Model:
     return predictor(nets, stage, jax.lax.stop_gradient(models[STUDENT]), frozen)
 
 
-def draws(nets: Networks, stage: GeneratorStage, rows: Any, key: jax.Array) -> Drawn:
-    """What a student's samples are drawn from."""
-    latents = rows["latents"].shape[1:] if stage.reads_images else nets.base.latent_shape
-    return draw_trajectory(key, (rows["places"].shape[0], *latents), len(stage.times), rows["places"])
+def draws(nets: Networks, stage: GeneratorStage, batch: Any, key: jax.Array) -> Drawn:
+    """Draw the random numbers of the student's samples."""
+    latents = batch["latents"].shape[1:] if stage.reads_images else nets.base.latent_shape
+    return draw_trajectory(key, (batch["indices"].shape[0], *latents), len(stage.times), batch["indices"])
 
 
 def _sampling(nets: Networks, stage: GeneratorStage, bounds: Any) -> dict[str, Any]:
-    """How the student steps, and the times that its samples are noised to; without any, none are."""
+    """Return the sampling arguments of the student, and the range of timesteps that its samples are noised to."""
     return {
         "times": jnp.asarray(stage.times),
         "bounds": jnp.zeros(2, jnp.int32) if bounds is None else jnp.asarray(bounds),
@@ -226,8 +226,10 @@ def _sampling(nets: Networks, stage: GeneratorStage, bounds: Any) -> dict[str, A
     }
 
 
-def regression_end(nets: Networks, stage: GeneratorStage, frozen: Frozen, noise: jax.Array, cond: Any) -> jax.Array:
-    """Where the regression's teacher leads from noise: x_0 (B, h, w, C), no gradient."""
+def regression_endpoint(
+    nets: Networks, stage: GeneratorStage, frozen: Frozen, noise: jax.Array, cond: Any
+) -> jax.Array:
+    """Roll the regression's teacher out from noise to its endpoint x_0 (B, h, w, C), without gradient."""
     assert stage.regression is not None
     model = guided_base(nets, stage, frozen)[0] if stage.regression.from_base else nets.predictor(frozen.regression)
     times = jnp.asarray(frozen.tables.regression_times)
@@ -235,62 +237,62 @@ def regression_end(nets: Networks, stage: GeneratorStage, frozen: Frozen, noise:
 
 
 def regression_term(
-    nets: Networks, stage: GeneratorStage, student: Model, frozen: Frozen, rows: Any, drawn: Drawn, sampled: Sample
+    nets: Networks, stage: GeneratorStage, student: Model, frozen: Frozen, batch: Any, drawn: Drawn, sampled: Sample
 ) -> tuple[jax.Array, Metrics, float]:
-    """The distance to the many-step end, weighted, its metrics, and the calls that it takes."""
-    config, cond = stage.regression, rows["cond"]
+    """Compute the weighted distance to the teacher's endpoint, its metrics, and the calls that it takes."""
+    config, cond = stage.regression, batch["cond"]
     assert config is not None
     calls = 0.0
     if config.paired:
-        end = rows["end"]
+        target = batch["endpoint"]
     else:
-        end = regression_end(nets, stage, frozen, drawn.noise, cond)
+        target = regression_endpoint(nets, stage, frozen, drawn.noise, cond)
         calls = config.steps * (2.0 if config.from_base and stage.guided else 1.0)
-    metrics = {"regression": jnp.mean(mse(sampled.x0, end))}
+    metrics = {"regression": jnp.mean(mse(sampled.x0, target))}
     loss = config.weight * metrics["regression"]
     if config.follows_path:
         bounds, start = jnp.asarray(frozen.tables.path_bounds), jnp.asarray(stage.times)[0]
-        metrics["path"] = path_loss(student, sampled, drawn, end, cond, start, bounds, schedule=nets.base.schedule)
+        metrics["path"] = path_loss(student, sampled, drawn, target, cond, start, bounds, schedule=nets.base.schedule)
         loss = loss + config.path_weight * metrics["path"]
         calls += 1.0
     return loss, metrics, calls
 
 
 def regulariser_term(
-    nets: Networks, stage: GeneratorStage, ema: Any, frozen: Frozen, begun: SolverStep
+    nets: Networks, stage: GeneratorStage, ema: Any, frozen: Frozen, solver_step: SolverStep
 ) -> tuple[jax.Array, Metrics, jax.Array]:
-    """The consistency regulariser, weighted, its metrics, and the calls that it takes, the student's included."""
+    """Compute the weighted consistency regulariser, its metrics, and its calls, the student's included."""
     assert stage.anchor is not None
-    if frozen.anchor:
-        teacher_fn, teacher_calls = nets.predictor(frozen.anchor), 1.0
+    if frozen.regulariser:
+        teacher_fn, teacher_calls = nets.predictor(frozen.regulariser), 1.0
     else:
         teacher_fn, teacher_calls = guided_base(nets, stage, frozen)
-    if begun.teacher is None:
-        begun = begun._replace(teacher=teacher_fn(*begun.inputs))
-    loss, target_calls = regulariser_loss(begun, predictor(nets, stage, ema[STUDENT], frozen), nets.base.schedule)
+    if solver_step.teacher is None:
+        solver_step = solver_step._replace(teacher=teacher_fn(*solver_step.inputs))
+    loss, target_calls = regulariser_loss(solver_step, predictor(nets, stage, ema[STUDENT], frozen), nets.base.schedule)
     return stage.anchor.weight * loss, {"anchor": loss}, 1.0 + teacher_calls + target_calls
 
 
-def teachers_terms(
+def teacher_terms(
     nets: Networks,
     stage: GeneratorStage,
     models: Any,
     ema: Any,
     frozen: Frozen,
-    rows: Any,
+    batch: Any,
     drawn: Drawn,
     sampled: Sample,
-    begun: SolverStep | None,
+    solver_step: SolverStep | None,
 ) -> tuple[list[jax.Array], Metrics, jax.Array]:
-    """The regression's and the consistency regulariser's terms, as far as the stage has them, metrics and calls."""
+    """Compute the terms of regression and consistency regulariser, where the stage has them, metrics and calls."""
     terms: list[jax.Array] = []
     metrics = Metrics()
     calls = jnp.float32(0.0)
     if stage.regression is not None:
         student = predictor(nets, stage, models[STUDENT], frozen)
-        term, more, cost = regression_term(nets, stage, student, frozen, rows, drawn, sampled)
+        term, more, cost = regression_term(nets, stage, student, frozen, batch, drawn, sampled)
         terms, metrics, calls = [*terms, term], metrics | more, calls + cost
-    if begun is not None:
-        term, more, spent = regulariser_term(nets, stage, ema, frozen, begun)
+    if solver_step is not None:
+        term, more, spent = regulariser_term(nets, stage, ema, frozen, solver_step)
         terms, metrics, calls = [*terms, term], metrics | more, calls + spent
     return terms, metrics, calls

@@ -1,7 +1,7 @@
-"""What a kind of stage answers, and which module answers for which.
+"""The protocol of a kind of stage, and the registry of the modules that implement it.
 
-Its settings are a dataclass of `hypersd_jax.config`, which knows nothing of JAX, so that a slip in a recipe is told at
-once; all else is the module that is registered for them here. Nothing outside asks what kind a stage is.
+Its settings are a dataclass of `hypersd_jax.config`, which does not import JAX, so that a mistake in a recipe is
+reported at once; all else is the module that is registered for them here. Nothing outside asks what kind a stage is.
 """
 
 from __future__ import annotations
@@ -18,8 +18,8 @@ from hypersd_jax.stages.base import Base
 from hypersd_jax.training import Phase, Step, make_step, step_argument
 
 if TYPE_CHECKING:
+    from hypersd_jax.stages.batches import LoadedBatch
     from hypersd_jax.stages.context import Run
-    from hypersd_jax.stages.feeding import Fed
 
 STUDENT, FAKE, DISCRIMINATOR = "student", "fake", "discriminator"
 """The models that stages train. Every stage has a student; its moving average is the target."""
@@ -27,7 +27,7 @@ STUDENT, FAKE, DISCRIMINATOR = "student", "fake", "discriminator"
 
 @contextlib.contextmanager
 def naming(key: str) -> Iterator[None]:
-    """A `UserError` from within begins with the key."""
+    """Prefix the `UserError` of a block with a configuration key."""
     try:
         yield
     except UserError as error:
@@ -35,45 +35,45 @@ def naming(key: str) -> Iterator[None]:
 
 
 class Kind(Protocol):
-    """A module with these functions. ``stage`` is of its own kind throughout."""
+    """A module with these functions; ``stage`` is of its own kind throughout."""
 
     def check(self, run: Run, stage: Any, earlier: Sequence[str]) -> None:
         """Refuse what does not fit the model or the ``earlier`` stages: a UserError that names the key."""
 
     def trainable(self, run: Run, index: int, stage: Any) -> dict[str, Any]:
-        """Float32 weights by model, STUDENT among them: adapters' factors, heads, or whole networks."""
+        """Return float32 weights by model, STUDENT among them: LoRA factors, discriminator heads, or full networks."""
 
     def frozen(self, run: Run, stage: Any) -> Any:
-        """What the step reads and never changes."""
+        """Return what the training step reads and never changes."""
 
     def phases(self, base: Base, stage: Any) -> Sequence[Phase]:
-        """What one update consists of; called inside the step, where the stage's numbers are arrays."""
+        """List the phases of a training step; called inside the step, where the stage's numbers are arrays."""
 
-    def batches(self, run: Run, index: int, stage: Any, frozen: Any, done: int) -> Iterator[Fed]:
-        """The batches from update ``done + 1`` on, addressed by its number, so that resuming is exact."""
+    def batches(self, run: Run, index: int, stage: Any, frozen: Any, done: int) -> Iterator[LoadedBatch]:
+        """Load the batches from step ``done + 1`` on, addressed by its number, so that resuming is exact."""
 
     def preview(self, run: Run, stage: Any, student: Any, name: str) -> None:
-        """Show what a student that is being trained does: samples/NAME.png."""
+        """Sample with a student that is being trained: samples/NAME.png."""
 
     def finish(self, run: Run, stage: Any, student: Any, *, trained: bool) -> None:
-        """Show and export the student, and hand it on to the run; ``trained``: there were updates to do."""
+        """Sample with the student, export it and pass it on to the run; ``trained``: there were steps to do."""
 
 
 KINDS: dict[type[StageConfig], Kind] = {}
 
 
 def register(settings: type[StageConfig], kind: Any) -> None:
-    """Let a module (or an object) answer for the stages that a dataclass describes."""
+    """Register a module (or an object) for the stages that a dataclass describes."""
     step_argument(settings)
     KINDS[settings] = kind
 
 
 def kind_of(stage: StageConfig) -> Kind:
-    """What answers for a stage."""
+    """Return the module of a stage."""
     return KINDS[type(stage)]
 
 
 def training_step(base: Base, mesh: Mesh) -> Step:
-    """The training step of every stage on a base; stages of one kind and equal choices share one program."""
+    """Make the training step of every stage on a base; stages of one kind and equal choices share one program."""
     options = base.compiler_options
     return make_step(lambda stage: kind_of(stage).phases(base, stage), mesh=mesh, compiler_options=options)

@@ -1,4 +1,4 @@
-"""One run at a time in a folder: a lock file that says whose it is."""
+"""Lock a folder for one run at a time, by a file that names the process."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ UNREADABLE_SECONDS = 1.0
 
 
 class FolderLock:
-    """The folder, made if need be, is this process's alone while this lasts. A context manager.
+    """A context manager that locks a folder, made if need be, for this process.
 
-    A lock whose process has died on this machine is taken over. Of several processes of a run the first one locks.
+    A lock whose process has died on this machine is replaced. Of several processes of a run the first one locks.
     """
 
     def __init__(self, folder: str | os.PathLike[str], key: str) -> None:
@@ -35,7 +35,7 @@ class FolderLock:
         self._mine = False
 
     def __enter__(self) -> Self:
-        """Take it.
+        """Take the lock.
 
         Raises:
             UserError: naming the other process, or why the folder cannot be written.
@@ -62,7 +62,7 @@ class FolderLock:
         self.release()
 
     def release(self) -> None:
-        """Give it back, and with it the folders made for it that hold nothing."""
+        """Remove the lock, and the folders that were made for it and are empty."""
         if self._mine:
             self._mine = False
             self._path.unlink(missing_ok=True)
@@ -75,7 +75,7 @@ class FolderLock:
         while not self._create():
             holder = self._holder()
             if holder is None:
-                continue  # given back meanwhile
+                continue  # removed meanwhile
             if holder.get("host") != socket.gethostname() or _runs(holder):
                 raise UserError(f"{self._key}: {self._folder} is in use by {self._described(holder)}")
             self._move_away(holder)
@@ -93,7 +93,7 @@ class FolderLock:
             aside.rename(self._path)
 
     def _create(self) -> bool:
-        """Whether the lock could be made; it cannot where there is one."""
+        """Make the lock file; return False where there is one."""
         try:
             descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
         except FileExistsError:
@@ -106,7 +106,7 @@ class FolderLock:
         return True
 
     def _holder(self) -> dict[str, Any] | None:
-        """What the lock says; None where it is gone."""
+        """Read the lock file; None where it is gone."""
         deadline = time.monotonic() + UNREADABLE_SECONDS
         while True:
             try:
@@ -132,7 +132,7 @@ class FolderLock:
 
 
 def _runs(holder: dict[str, Any]) -> bool:
-    """Whether the process of a lock of this machine still runs, and is not another one under the same number."""
+    """Tell whether the process of a lock of this machine still runs, and is not another one under the same number."""
     if holder["pid"] <= 0:
         return False
     try:
@@ -145,7 +145,7 @@ def _runs(holder: dict[str, Any]) -> bool:
 
 
 def _started(pid: int) -> int | None:
-    """When a process was started, in the kernel's ticks: None where the system does not say, -1 where it has ended."""
+    """Read a process's start in the kernel's ticks: None where the system does not say, -1 where it has ended."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace").rpartition(")")[2].split()
         return -1 if status[0] in "ZX" else int(status[19])  # a zombie has ended, but nobody has asked for its status

@@ -1,4 +1,4 @@
-"""The updates of one stage, whatever it trains: resume, step, log, save."""
+"""The training loop of one stage, whatever it trains: resume, step, log, save."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ from hypersd_jax.training import (
 )
 
 SKIPPED_ROW = "skipped_in_a_row"
-"""The fact of a checkpoint that says with how many skipped updates its state ends."""
+"""Metadata key of a checkpoint: how many skipped steps its state ends with."""
 
 
 def require_even(stage: StageConfig, mesh: jax.sharding.Mesh) -> None:
-    """UserError unless every micro-batch of the stage can be dealt out evenly to the devices."""
+    """Refuse (UserError) a stage whose micro-batches cannot be split evenly over the devices."""
     if stage.batch_size % (stage.accumulate * mesh.size):
         raise UserError(
             f"stages.{stage.name}.batch_size={stage.batch_size} must be a multiple of accumulate ({stage.accumulate}) "
@@ -45,7 +45,7 @@ def run_updates(
     *,
     root: Path,
     folder: Path,
-    facts: Callable[[int], dict[str, Any]],
+    metadata: Callable[[int], dict[str, Any]],
     log: LogConfig,
     step: Step,
     frozen: Any,
@@ -55,37 +55,37 @@ def run_updates(
     mesh: jax.sharding.Mesh,
     stop: StopSignals,
 ) -> tuple[TrainState, int]:
-    """Resume from the newest checkpoint and take the stage's updates to the last one.
+    """Resume from the newest checkpoint and take the stage's training steps to the last one.
 
-    A signal that asks the run to stop ends it after the update in hand, with a checkpoint.
+    A signal that asks the run to stop ends it after the current step, with a checkpoint.
 
     Args:
         stage: its length is read here.
-        state: the state before the first update, donated.
+        state: the state before the first step, donated.
         root: the run's folder, for the metrics.
         folder: of the stage's checkpoints.
-        facts: what a checkpoint says of itself where the stage has so many updates; one that was saved when the stage
-            was shorter or longer may be resumed too.
+        metadata: (the stage's number of updates) -> metadata of its checkpoints; one that was saved when the stage was
+            shorter or longer may be resumed too.
         log: how often to log, save and sample.
-        step: the training step; compiled only if there is an update to do.
+        step: the training step; compiled only if there is a step to do.
         frozen: what the step reads and never changes.
-        batches: (finished updates) -> (update number from 1, batch, seconds waited for it) from the next update on.
+        batches: (finished steps) -> (step from 1, batch, seconds of data loading) from the next step on.
         key: of the stage's randomness.
-        preview: samples with a state after an update, on the way.
+        preview: samples with a state after a step that is not the last.
         mesh: of the state.
         stop: the signals that have come.
 
     Returns:
-        (the state after the last update, how many updates had been done before).
+        (the state after the last step, how many steps had been done before).
 
     Raises:
-        UserError: the checkpoint is another run's, too many updates in a row were not finite, or the disk is full.
+        UserError: the checkpoint is another run's, too many steps in a row were not finite, or the disk is full.
     """
     with Checkpointer(folder) as checkpoints:
         row = 0
         if checkpoints.latest() is not None:
             found = checkpoints.metadata()
-            check_metadata(found, facts(saved_updates(found, stage.updates)))
+            check_metadata(found, metadata(saved_updates(found, stage.updates)))
             row = int(found.get(SKIPPED_ROW, 0))
             like = abstract(mesh, state)
             # The caller still holds it: without this, two states would be in memory for the whole stage.
@@ -95,7 +95,7 @@ def run_updates(
         stop.where = _where(stage, done, done)
         if done >= stage.updates:
             return state, done
-        fed = batches(done)
+        loaded = batches(done)
         skips = SkipWatch(
             stage.name,
             updates=stage.updates,
@@ -112,14 +112,14 @@ def run_updates(
                 nonlocal saved
                 metrics_log.flush()
                 skips.settle()
-                checkpoints.save(made, state, {**facts(stage.updates), SKIPPED_ROW: skips.in_a_row})
+                checkpoints.save(made, state, {**metadata(stage.updates), SKIPPED_ROW: skips.in_a_row})
                 saved = made
                 clock.restart()
 
             if jax.process_count() > 1:
                 stop.hold()  # to the end: no process may leave before the others know
             try:
-                for number, batch, waited in fed:
+                for number, batch, data_loading_seconds in loaded:
                     if number > done + 1:  # the first one compiles, for minutes, and there is nothing new to save
                         stop.hold()
                     state, metrics = step(state, frozen, batch, key, stage)
@@ -128,7 +128,7 @@ def run_updates(
                     stop.where = _where(stage, made, done)
                     skips.add(number, metrics["skipped"])
                     if number % log.every == 0 or last:
-                        metrics_log.write(number, {**metrics, "input_wait": waited})
+                        metrics_log.write(number, {**metrics, "input_wait": data_loading_seconds})
                     signalled, due = agreement.largest(stop.signal or 0, clock.due())
                     if number % log.checkpoint_every == 0 or last or (due and number - saved > LAG):
                         save()
@@ -150,7 +150,7 @@ def run_updates(
 
 
 class _Clock:
-    """Says when a checkpoint is due by time; of several processes the first one's clock counts."""
+    """A clock for checkpoints that are due by time; of several processes the first one's counts."""
 
     def __init__(self, minutes: float) -> None:
         self._seconds = minutes * 60
@@ -169,20 +169,20 @@ def _where(stage: StageConfig, made: int, done: int) -> str:
 
 
 def saved_updates(found: Mapping[str, Any], updates: int) -> int:
-    """How many updates the stage had when a checkpoint of these facts was saved."""
+    """Return how many updates the stage had when a checkpoint with this metadata was saved."""
     settings = found.get("settings")
     saved = settings.get("updates") if isinstance(settings, Mapping) else None
     return saved if isinstance(saved, int) and saved > 0 else updates
 
 
-def chosen(stage: StageConfig, state: TrainState) -> Any:
-    """What the stage hands on of its student: the moving average of the weights, or the weights."""
+def exported_weights(stage: StageConfig, state: TrainState) -> Any:
+    """Return the student that the stage exports: the moving average of its weights, or the weights."""
     return (state.ema if stage.export == "ema" else state.trainable)[STUDENT]
 
 
-def process_rows(rows: int, micro: int) -> np.ndarray:
-    """The places (A, B') in a global batch (A, B) that this process loads: its own part of each micro-batch."""
-    places = np.arange(rows).reshape(micro, -1)
-    share = places.shape[1] // jax.process_count()
+def process_indices(batch_size: int, accumulate: int) -> np.ndarray:
+    """Return the batch indices (A, B') that this process loads: its part of each micro-batch of (A, B)."""
+    indices = np.arange(batch_size).reshape(accumulate, -1)
+    share = indices.shape[1] // jax.process_count()
     first = jax.process_index() * share
-    return places[:, first : first + share]
+    return indices[:, first : first + share]

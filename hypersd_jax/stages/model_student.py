@@ -1,6 +1,6 @@
-"""A model whose own weights are trained: handed on to the next stage, and written in diffusers' layout after the last.
+"""Pass on and export a model whose own weights are trained.
 
-What comes out is OUTPUT/model, which the next run or anything else reads.
+After the last stage OUTPUT/model holds it in diffusers' layout, which the next run or another program loads.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ def check_model(run: Run, stage: StageConfig) -> None:
 
 
 def with_weights(components: Components, trained: Mapping[str, Any]) -> Components:
-    """The components with these of their weights in place of their own."""
+    """Return the components with trained weights in place of their own."""
     params = {name: {**part, **trained.get(name, {})} for name, part in components.params.items()}
     return dataclasses.replace(components, params=params)
 
 
-def hand_on(
+def pass_on(
     run: Run, stage: StageConfig, trained: Mapping[str, Any], adjusted: Callable[[Components], Components]
 ) -> None:
-    """Go on with the trained weights, and with what changes around them; UserError where they are not finite."""
+    """Make the next stages start from the trained weights and ``adjusted`` components; UserError if not finite."""
     require_finite(trained, stage)
-    run.go_on_with(adjusted(with_weights(run.base.components, trained)))
+    run.start_from(adjusted(with_weights(run.base.components, trained)))
 
 
-def write_after(run: Run, stage: StageConfig) -> None:
-    """Write the model if the stage is the last one; it appears at once, in place of an earlier one."""
+def write_final_model(run: Run, stage: StageConfig) -> None:
+    """Write the model atomically, in place of an earlier one, if the stage is the last."""
     if stage.name != run.config.active_stages[-1].name:
         return
     components = run.base.components
@@ -63,9 +63,9 @@ def write_after(run: Run, stage: StageConfig) -> None:
 
 
 def write_images(
-    run: Run, stage: StageConfig, name: str, rows: Sequence[np.ndarray], prompts: Sequence[str], *, last: bool
+    run: Run, stage: StageConfig, name: str, images: Sequence[np.ndarray], prompts: Sequence[str], *, last: bool
 ) -> None:
-    """Write samples/NAME.png; UserError where the ``last`` images of a stage are not finite."""
-    require_finite_images(rows[-1], stage, name, last=last)
+    """Write rows of images to samples/NAME.png; UserError where a stage's ``last`` ones are not finite."""
+    require_finite_images(images[-1], stage, name, last=last)
     if jax.process_index() == 0:
-        write_strips(run.output.samples / f"{name}.png", rows, prompts)
+        write_strips(run.output.samples / f"{name}.png", images, prompts)

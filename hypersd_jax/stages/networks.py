@@ -1,4 +1,4 @@
-"""The one base under any adapter, inside a step: teacher, student, target, fake-score model, features."""
+"""Calls of the one base under any adapter, inside a step: teacher, student, target, fake score model, features."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ HALF = 0.5
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Networks:
-    """A base and its weights, as the step was given them."""
+    """A base and its weights, inside a training step."""
 
     base: Base
     weights: Any
 
     def predictor(self, adapter: Any = None, *, weights: Any = None) -> Model:
-        """(x (B, h, w, C), t (B,), cond) -> raw prediction, of the base under an adapter or of other whole weights."""
+        """Make (x (B, h, w, C), t (B,), cond) -> raw prediction, of the base under an adapter or of other weights."""
         own = self.weights if weights is None else weights
         return lambda x, t, cond: self.base.predict(own, x, t, cond, adapter=adapter)[0]
 
     def guided(
         self, x: jax.Array, t: jax.Array, cond: Any, uncond: Any, guidance: jax.Array, *, taps: Sequence[str] = ()
     ) -> tuple[jax.Array, Features]:
-        """The base with classifier-free guidance (B,), both halves in one call on a doubled batch.
+        """Predict with classifier-free guidance (B,), both halves in one call of the base on a doubled batch.
 
         The features are those of the prompted half.
         """
@@ -47,7 +47,7 @@ class Networks:
     def tapped(
         self, x: jax.Array, t: jax.Array, cond: Any, taps: Sequence[str], adapter: Any = None
     ) -> tuple[jax.Array, Features]:
-        """A prediction and the features of these blocks; what lies behind the last of those read is not computed."""
+        """Predict and return the features of these blocks; nothing beyond the last of them is computed."""
         return self.base.predict(self.weights, x, t, cond, adapter=adapter, taps=taps)
 
 

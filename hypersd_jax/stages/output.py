@@ -1,4 +1,4 @@
-"""The output folder of a run: its layout, and whether it may be gone on with."""
+"""The output folder of a run: its layout, and whether the run may resume in it."""
 
 from __future__ import annotations
 
@@ -27,31 +27,31 @@ class Output:
 
     @property
     def loras(self) -> Path:
-        """One LoRA file a stage."""
+        """Folder with one LoRA file a stage."""
         return self.root / "loras"
 
     @property
     def models(self) -> Path:
-        """One model folder for each stage that trains a whole UNet."""
+        """Folder with one model folder for each stage of full fine-tuning."""
         return self.root / "models"
 
     @property
     def samples(self) -> Path:
-        """Grids drawn while training."""
+        """Folder with images sampled while training."""
         return self.root / "samples"
 
     def checkpoints(self, stage: str) -> Path:
-        """A stage's checkpoints."""
+        """Return the folder of a stage's checkpoints."""
         return self.root / "checkpoints" / stage
 
     def made_by(self, stage: str) -> list[Path]:
-        """What there is of a stage: its checkpoints and its student."""
+        """List the existing files of a stage: its checkpoints and its student."""
         paths = (self.checkpoints(stage), self.loras / f"{stage}.safetensors", self.models / stage)
         return [path for path in paths if path.exists()]
 
 
 def open_output(config: Config) -> Output:
-    """The run's folder, which may hold the same run already, or one of other numbers of updates; nothing is written.
+    """Check the run's folder, which may hold the same run or one with other numbers of updates; write nothing.
 
     A stage may become longer, or shorter than it was to be but not than it is, while no stage after it has begun.
 
@@ -69,7 +69,7 @@ def open_output(config: Config) -> Output:
 
 
 def create_output(output: Output, config: Config) -> None:
-    """Make the folder and record the configuration: once all of it has been checked, since the record binds reruns.
+    """Make the folder and record the configuration, once all of it has been checked, since the record binds reruns.
 
     Raises:
         UserError: the folder cannot be written.
@@ -117,7 +117,7 @@ def _check_same(output: Output, saved: Path, config: Config) -> None:
 
 
 def _of_any_length(tree: dict[str, Any]) -> dict[str, Any]:
-    """A plain configuration without its stages' updates, which may change."""
+    """Remove the stages' updates, which may change, from a plain configuration."""
     stages = tree.get("stages")
     if not isinstance(stages, list):
         return tree
@@ -126,10 +126,10 @@ def _of_any_length(tree: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_lengths(output: Output, was: Mapping[str, int | None], config: Config) -> None:
-    """Whether the stages' updates may be what they are now, after ``was``.
+    """Check that the stages' updates may be what they are now, after ``was``.
 
     Raises:
-        UserError: a stage has more behind it, or stages after it stand on it as it was.
+        UserError: a stage has done more already, or later stages were trained on it as it was.
     """
     stages = config.active_stages
     for index, stage in enumerate(stages):

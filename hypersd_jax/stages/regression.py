@@ -1,4 +1,4 @@
-"""A student that is regressed to where a many-step teacher leads, or kept by its anchor, without any score."""
+"""Regression stages: regress the student to a teacher's ODE endpoints, with a consistency regulariser if asked."""
 
 from __future__ import annotations
 
@@ -21,23 +21,25 @@ preview, finish = adapter_student.preview, adapter_student.finish
 
 
 def trainable(run: Run, index: int, stage: RegressionStage) -> dict[str, Any]:
-    """The student alone."""
+    """Return the student, the only trained model."""
     return {STUDENT: generator.first_student(run, stage)}
 
 
 def phases(base: Base, stage: RegressionStage) -> list[Phase]:
-    """One update of the student."""
+    """Train the student once a step."""
     return [Phase(models={STUDENT: stage.learning_rate}, loss=make_loss(base, stage))]
 
 
 def make_loss(base: Base, stage: RegressionStage) -> LossFunction:
-    """The loss of the student."""
+    """Make the loss of the student."""
 
-    def loss(models: Any, ema: Any, frozen: Frozen, rows: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+    def loss(models: Any, ema: Any, frozen: Frozen, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         nets = Networks(base=base, weights=frozen.weights)
-        key = jax.random.fold_in(jax.random.fold_in(key, 0), 0)  # as the only phase of a student beside others draws
-        drawn, sample, begun = generator.student_sample(nets, stage, models, frozen, rows, key)
-        terms, metrics, calls = generator.teachers_terms(nets, stage, models, ema, frozen, rows, drawn, sample, begun)
+        key = jax.random.fold_in(jax.random.fold_in(key, 0), 0)  # the key of the first phase of several
+        drawn, sample, solver_step = generator.student_sample(nets, stage, models, frozen, batch, key)
+        terms, metrics, calls = generator.teacher_terms(
+            nets, stage, models, ema, frozen, batch, drawn, sample, solver_step
+        )
         value = jnp.float32(0.0)
         for term in terms:
             value = value + term

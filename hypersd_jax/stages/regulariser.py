@@ -1,7 +1,7 @@
-"""The consistency regulariser: TSCD's loss of one segment, beside score distillation and regression.
+"""The consistency regulariser of score distillation and regression: TSCD's loss with one segment.
 
-What student and teacher predict where the solver step begins is computed by the stage, which has other calls of the
-same models to make and joins them (`networks.in_one_call`).
+The stage computes the predictions of student and teacher where the solver step begins, since it joins them with
+other calls of the same models (`networks.in_one_call`).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from hypersd_jax.stages.streams import Draw, drawn_from
 
 
 class SolverStep(NamedTuple):
-    """Where the teacher's solver step begins, and what is predicted there, as far as it is known."""
+    """The start of the teacher's solver step, and the predictions there, as far as they are known."""
 
     draw: distill.Draw
     x_t: jax.Array  # (B, h, w, C) float32, the latents noised to draw.t_n
@@ -29,29 +29,29 @@ class SolverStep(NamedTuple):
 
     @property
     def inputs(self) -> tuple[jax.Array, jax.Array, Any]:
-        """What student and teacher are called on."""
+        """Arguments of the student's and the teacher's call."""
         return self.x_t, self.draw.t_n, self.cond
 
 
 def begin_step(
-    segments: Segments, latents: jax.Array, guidance: ArrayLike, rows: Any, key: jax.Array, schedule: Schedule
+    segments: Segments, latents: jax.Array, guidance: ArrayLike, batch: Any, key: jax.Array, schedule: Schedule
 ) -> SolverStep:
     """Draw a solver step for each sample, and noise its clean latents (B, h, w, C) to where it begins."""
-    both, key = (guidance, guidance), drawn_from(key, Draw.ANCHOR)
-    drawn = draw(key, latents.shape, segments, guidance=both, indices=rows["places"])
-    return SolverStep(drawn, solver_start(latents, drawn, schedule), rows["cond"])
+    both, key = (guidance, guidance), drawn_from(key, Draw.REGULARISER)
+    drawn = draw(key, latents.shape, segments, guidance=both, indices=batch["indices"])
+    return SolverStep(drawn, solver_start(latents, drawn, schedule), batch["cond"])
 
 
-def regulariser_loss(begun: SolverStep, target_fn: Model, schedule: Schedule) -> tuple[jax.Array, jax.Array]:
-    """Compute the loss, and the calls that the target takes.
+def regulariser_loss(solver_step: SolverStep, target_fn: Model, schedule: Schedule) -> tuple[jax.Array, jax.Array]:
+    """Compute the regulariser's loss, and count the calls that its target takes.
 
     Args:
-        begun: with both predictions.
+        solver_step: with both predictions.
         target_fn: the student with its EMA weights.
         schedule: the base model's.
     """
-    assert begun.student is not None
-    assert begun.teacher is not None
-    at = (begun.cond, begun.x_t, begun.draw)
-    pair = tscd_pair_from(begun.student, begun.teacher, target_fn, *at, schedule=schedule)
+    assert solver_step.student is not None
+    assert solver_step.teacher is not None
+    at = (solver_step.cond, solver_step.x_t, solver_step.draw)
+    pair = tscd_pair_from(solver_step.student, solver_step.teacher, target_fn, *at, schedule=schedule)
     return jnp.mean(mse(pair.prediction, pair.target)), pair.target_calls

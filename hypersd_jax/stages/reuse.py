@@ -1,4 +1,4 @@
-"""Stages that another run has trained already: the same history, so the same student."""
+"""Reuse stages that another run has trained: the same history gives the same student."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from hypersd_jax.weights.tensors import replacing
 
 
 def history(config: Config, count: int, base: str) -> str:
-    """A digest of all that makes the ``count``-th stage's student.
+    """Compute the digest of all that decides the student of the ``count``-th stage.
 
     Base (the fingerprint of its UNet), data, seed and adapter of the run, and the settings of every stage up to it.
     """
@@ -34,26 +34,26 @@ def history(config: Config, count: int, base: str) -> str:
 
 
 def of_length(config: Config, stage: StageConfig, updates: int) -> Config:
-    """The configuration with another number of updates for one stage."""
+    """Return the configuration with another number of updates for one stage."""
     changed = dataclasses.replace(stage, updates=updates)
     stages = tuple(changed if each.name == stage.name else each for each in config.stages)
     return dataclasses.replace(config, stages=stages)
 
 
-def take_over(config: Config, output: Output, base: str) -> list[str]:
-    """Put the first stages of ``config.reuse`` that have the same history into this run's folder.
+def reuse_stages(config: Config, output: Output, base: str) -> list[str]:
+    """Link the first stages of ``config.reuse`` that have the same history into this run's folder.
 
-    They are links to the same files, which nothing rewrites in place, so that they cost no space. What is in the
-    folder already stays, and ends it if it is unfinished. A stage taken over has no lines in metrics.jsonl and no
-    samples here. Every process calls this; the first one links.
+    They are links to the same files, which nothing rewrites in place, so that they cost no space. A stage that is in
+    the folder already stays; if it is unfinished, it and later ones are trained here. A reused stage has no lines in
+    metrics.jsonl and no samples here. Every process calls this; the first one links.
 
     Returns:
-        The names of the stages that were taken.
+        The names of the reused stages.
     """
     if config.reuse is None:
         return []
     other = Output(Path(config.reuse))
-    taken = []
+    reused = []
     for count, stage in enumerate(config.adapter_stages, start=1):
         digest = history(config, count, base)
         student, folder = student_path(other, stage), output.checkpoints(stage.name)
@@ -68,14 +68,14 @@ def take_over(config: Config, output: Output, base: str) -> list[str]:
                 _link_student(student, student_path(output, stage))
             except (OSError, shutil.Error) as error:
                 reason = getattr(error, "strerror", None) or short(error)
-                raise UserError(f"reuse: {stage.name} of {other.root} cannot be taken over ({reason})") from None
-        taken.append(stage.name)
+                raise UserError(f"reuse: {stage.name} of {other.root} cannot be reused ({reason})") from None
+        reused.append(stage.name)
     multihost_utils.sync_global_devices("reuse")
-    return taken
+    return reused
 
 
 def require_run(config: Config) -> None:
-    """UserError unless ``reuse`` names a run's folder, or nothing."""
+    """Refuse (UserError) a ``reuse`` that names no run's folder."""
     if config.reuse is not None and not (Path(config.reuse) / "config.yaml").is_file():
         raise UserError(f"reuse: {config.reuse} is not a run's folder (config.yaml is missing)")
 
@@ -100,7 +100,7 @@ def _link_student(theirs: Path, mine: Path) -> None:
 
 
 def _link(source: str | Path, target: str | Path) -> None:
-    """The same file under another name; a copy where the file system cannot."""
+    """Link a file under another name; copy it where the file system cannot."""
     try:
         os.link(source, target)
     except OSError:
@@ -108,7 +108,7 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 def link_tree(source: Path, target: Path) -> None:
-    """The same files under another name; the folder appears at once."""
+    """Link the files of a folder under another name; the folder appears at once."""
     temporary = target.with_name(f".tmp-{target.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     target.parent.mkdir(parents=True, exist_ok=True)

@@ -1,4 +1,4 @@
-"""A whole run: every stage in order, then the comparison."""
+"""A training run: every stage in order, then the comparison."""
 
 from __future__ import annotations
 
@@ -16,33 +16,32 @@ from hypersd_jax.data import open_prompts, open_source
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import parse_dtype
 from hypersd_jax.stages.base import StableDiffusion
+from hypersd_jax.stages.batches import reporting_cut_captions
 from hypersd_jax.stages.comparison import compare_run
 from hypersd_jax.stages.context import Run, fingerprints
 from hypersd_jax.stages.export import sampling_table, student_path
-from hypersd_jax.stages.feeding import telling_of_cut_captions
 from hypersd_jax.stages.inputs import unconditional
 from hypersd_jax.stages.kinds import STUDENT, kind_of, naming, training_step
 from hypersd_jax.stages.lock import FolderLock
-from hypersd_jax.stages.loop import chosen, require_even, run_updates
+from hypersd_jax.stages.loop import exported_weights, require_even, run_updates
 from hypersd_jax.stages.output import Output, create_output, open_output, set_aside
-from hypersd_jax.stages.prompt_feeding import PromptInputs
-from hypersd_jax.stages.reuse import history, of_length, require_run, take_over
+from hypersd_jax.stages.prompt_inputs import PromptInputs
+from hypersd_jax.stages.reuse import history, of_length, require_run, reuse_stages
 from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import StopSignals, init_state, make_mesh, newest_step
 from hypersd_jax.weights.components import load_components
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
-"""What no check beforehand can find out."""
+"""Errors that no check beforehand can find."""
 STATE = "by model"
-"""How the state in a checkpoint is laid out; of another layout it cannot be restored."""
+"""Layout of the state in a checkpoint; a state of another layout cannot be restored."""
 
 
 def train(config: Config, *, command: str | None = None, alone: bool = False) -> Path:
     """Train every stage of ``config``, compare the students with the teacher, and return the output folder.
 
-    A run that was stopped resumes where its last checkpoint stands, with the same results as if it had not been. A
-    first SIGINT or SIGTERM ends it after the update in hand, with a checkpoint. Another run in the same folder is
-    refused.
+    A stopped run resumes from its last checkpoint, with the same results as if it had not been stopped. A first SIGINT
+    or SIGTERM ends it after the current step, with a checkpoint. Another run in the same folder is refused.
 
     Args:
         config: from `load_config`.
@@ -71,10 +70,10 @@ def _train(config: Config, command: str | None, stop: StopSignals) -> Path:
     check_stages(run)
     require_run(config)
     create_output(output, config)
-    taken = take_over(config, output, run.base_fingerprint)
-    if taken and jax.process_index() == 0:
-        print(f"taken over from {config.reuse}: {', '.join(taken)}", file=sys.stderr)
-    with telling_of_cut_captions(run.base.prompts):
+    reused = reuse_stages(config, output, run.base_fingerprint)
+    if reused and jax.process_index() == 0:
+        print(f"reused from {config.reuse}: {', '.join(reused)}", file=sys.stderr)
+    with reporting_cut_captions(run.base.prompts):
         for index, stage in enumerate(config.active_stages):
             run_stage(run, index, stage)
     run.student, run.students = {}, {}
@@ -137,7 +136,7 @@ def open_run(config: Config, output: Output, stop: StopSignals | None = None) ->
 
 
 def check_stages(run: Run) -> None:
-    """Refuse, before anything is trained or written, what a later stage would stumble over.
+    """Refuse, before anything is trained or written, what a later stage could not do.
 
     Raises:
         UserError: naming the stage and key.
@@ -159,12 +158,12 @@ def check_stages(run: Run) -> None:
 
 
 def run_stage(run: Run, index: int, stage: StageConfig) -> None:
-    """Train one stage, or what is left of it, and let it export and hand on what it has made."""
+    """Train one stage, or the rest of it, then export its student and pass it on."""
     kind = kind_of(stage)
     frozen = kind.frozen(run, stage)
     folder = run.output.checkpoints(stage.name)
 
-    def facts(updates: int) -> dict[str, Any]:
+    def metadata(updates: int) -> dict[str, Any]:
         config = of_length(run.config, stage, updates)
         return {
             "stage": stage.name,
@@ -182,16 +181,18 @@ def run_stage(run: Run, index: int, stage: StageConfig) -> None:
         init_state(kind.trainable(run, index, stage), stage, averaged=(STUDENT,), mesh=run.mesh),
         root=run.output.root,
         folder=folder,
-        facts=facts,
+        metadata=metadata,
         log=run.config.log,
         step=run.step,
         frozen=frozen,
         batches=lambda done: kind.batches(run, index, stage, frozen, done),
         key=stream(run.config.seed, Stream.NOISE, index),
-        preview=lambda state, number: kind.preview(run, stage, chosen(stage, state), f"{stage.name}-{number:06d}"),
+        preview=lambda state, number: kind.preview(
+            run, stage, exported_weights(stage, state), f"{stage.name}-{number:06d}"
+        ),
         mesh=run.mesh,
         stop=run.stop,
     )
-    student = chosen(stage, state)
+    student = exported_weights(stage, state)
     del state  # the optimizer's part, before anything is sampled
     kind.finish(run, stage, student, trained=done < stage.updates)

@@ -190,7 +190,7 @@ def test_the_rows(compared: Compared) -> None:
 
 
 def test_a_students_row_by_hand(compared: Compared) -> None:
-    """The tolerance in distance is one grey level of one value in a picture, for roundings that fall elsewhere."""
+    """The tolerance in distance is one grey level of one value in an image, for roundings that fall elsewhere."""
     row = compared.row("other")
     reference, student = compared.images(MANY, GUIDANCE), compared.images(2, 0.0, "other")
     baselines = {
@@ -224,7 +224,7 @@ def test_a_students_row_by_hand(compared: Compared) -> None:
 def test_what_needs_no_teacher_by_hand(
     compared: Compared, model: str, steps: int, guidance: float, lora: str | None
 ) -> None:
-    """Text match, distances to training pictures, and diversity; a row of the reference as a student's."""
+    """Text match, distances to training images, and diversity; a row of the reference as a student's."""
     row, images = compared.row(model, steps, guidance), compared.images(steps, guidance, lora)
     real, mine = looked(training_images(SAMPLES, None, 16).first), looked(images)
     assert row["fid_train"] == pytest.approx(frechet_distance(mine, real), rel=1e-3)
@@ -324,7 +324,7 @@ def test_the_report_says_the_margin(compared: Compared) -> None:
 
 
 def test_the_report_of_a_run_that_has_trained_nothing_itself(compared: Compared, tmp_path: Path) -> None:
-    """All its stages are taken over from another run: there are no curves, and all the rest."""
+    """All its stages are reused from another run: there are no curves, and all the rest."""
     output = Output(tmp_path / "out")
     create_output(output, dataclasses.replace(compared.config, output_dir=str(output.root)))
     columns = {"one": np.zeros((1, 8, 8, 3), np.uint8)}
@@ -388,7 +388,7 @@ def test_a_protocol_is_that_of_what_decides_the_figures(compared: Compared) -> N
         {"real_name": None},
         {"size": (32, 16)},
         {"scorer": None},
-        {"reference_facts": {"steps": 3}},
+        {"reference_metadata": {"steps": 3}},
     ]
     found = {dataclasses.replace(measuring, **change).protocol for change in changed}
     assert len(found | {measuring.protocol}) == len(changed) + 1

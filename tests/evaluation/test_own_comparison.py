@@ -88,7 +88,7 @@ def own_folder(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, small: None) -> Trained:
     root = tmp_path_factory.mktemp("own")
-    model, data = tiny_model(root / "model"), own_folder(root / "my pictures")
+    model, data = tiny_model(root / "model"), own_folder(root / "my images")
     (root / "recipe.yaml").write_text(RECIPE.format(output=root / "out", model=model, data=data))
     arguments = ["train", "--config", str(root / "recipe.yaml"), "log.every=1"]
     printed = io.StringIO()
@@ -203,7 +203,7 @@ def test_again_and_taken_over(trained: Trained, tmp_path: Path) -> None:
     folder = train(load_config(trained.folder / "config.yaml", overrides))
     page = (folder / "report.html").read_text(encoding="utf-8")
     assert not (folder / "metrics.jsonl").exists()
-    assert f"taken over from {trained.folder}" in page
+    assert f"reused from {trained.folder}" in page
     assert [row["distance"] for row in json.loads((folder / "results.json").read_text())] == [
         row["distance"] for row in before
     ]
@@ -257,7 +257,7 @@ def test_what_the_teacher_is_compared_at() -> None:
 def load_config_of(stages: list[dict[str, Any]], **more: Any) -> Config:
     from hypersd_jax.config import build
 
-    return build(Config, {"output_dir": "out", "data": "pictures", "model": "somewhere", "stages": stages, **more})
+    return build(Config, {"output_dir": "out", "data": "images", "model": "somewhere", "stages": stages, **more})
 
 
 def test_defaults() -> None:

@@ -93,13 +93,13 @@ class Opened:
         return init_state(trainable, self.stage, averaged=(STUDENT,), mesh=self.run.mesh)
 
     @functools.cached_property
-    def rows(self) -> dict[str, Any]:
+    def batch(self) -> dict[str, Any]:
         """The first batch, without the axis of micro-batches."""
         _, batch, _ = next(self.kind.batches(self.run, 0, self.stage, self.frozen, 0))
         return jax.tree.map(lambda leaf: leaf[0], batch)
 
     def key(self, phase: int | None, repeat: int = 0) -> jax.Array:
-        """What this phase of the first step draws from; None is the only phase of a single model."""
+        """Key of a phase of the first step; None is the only phase of a single model."""
         key = jax.random.fold_in(stream(self.run.config.seed, Stream.NOISE, 0), 0)
         for number in () if phase is None else (phase, repeat):
             key = jax.random.fold_in(key, number)
@@ -109,7 +109,7 @@ class Opened:
         """The first step, with some of the stage's numbers changed: ``weight``, ``regression__weight``."""
         state = self.state()
         before = jax.device_get(state)
-        batch = jax.tree.map(lambda leaf: leaf[None], self.rows)
+        batch = jax.tree.map(lambda leaf: leaf[None], self.batch)
         key = stream(self.run.config.seed, Stream.NOISE, 0)
         after, metrics = self.run.step(state, self.frozen, batch, key, with_numbers(self.stage, **changed))
         found = {name: float(value) for name, value in metrics.items()}
@@ -150,8 +150,8 @@ class ByHand:
 
     def __init__(self, opened: Opened, taps: Sequence[str] = ()) -> None:
         self.opened, self.run, self.taps = opened, opened.run, tuple(taps)
-        self.rows = jax.tree.map(np.asarray, opened.rows)
-        self.cond: Conditioning = opened.rows["cond"]
+        self.batch = jax.tree.map(np.asarray, opened.batch)
+        self.cond: Conditioning = opened.batch["cond"]
         self.uncond = self.run.base.unconditional(self.run.uncond, self.cond)
         betas = np.linspace(tiny.SCHEDULER["beta_start"] ** 0.5, tiny.SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
         self.abar = np.cumprod(1 - betas)
@@ -205,17 +205,19 @@ class ByHand:
     def drawn(self, key: jax.Array, segments: Segments, guidance: tuple[float, float], method: str = "tscd") -> Draw:
         """The times, guidance and noise of a consistency loss."""
         end, _ = METHODS[method]
-        found = draw(key, self.shape, segments, guidance=guidance, indices=self.rows["places"], end=end)
+        found = draw(key, self.shape, segments, guidance=guidance, indices=self.batch["indices"], end=end)
         return jax.tree.map(np.asarray, found)
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the batch's latents."""
-        return (len(self.rows["places"]), *self.run.base.latent_shape)
+        """Shape of the batch's latents."""
+        return (len(self.batch["indices"]), *self.run.base.latent_shape)
 
     def normal(self, key: jax.Array) -> np.ndarray:
-        """Noise by (key, place)."""
-        one = [jax.random.normal(jax.random.fold_in(key, int(place)), self.shape[1:]) for place in self.rows["places"]]
+        """Draw noise by (key, batch index)."""
+        one = [
+            jax.random.normal(jax.random.fold_in(key, int(index)), self.shape[1:]) for index in self.batch["indices"]
+        ]
         return np.asarray(one, np.float64)
 
 
@@ -226,7 +228,7 @@ def below(uniform: Any, count: Any) -> np.ndarray:
 
 
 def logits(discriminator: Discriminator, heads: Any, features: Mapping[str, Any]) -> np.ndarray:
-    """A discriminator's logits with the places of each head as rows: (heads, B, places)."""
+    """Flatten a discriminator's logits: (heads, B, positions)."""
     found = discriminator.logits(heads, {tap: jnp.asarray(value) for tap, value in features.items()})
     return np.asarray([np.asarray(found[tap], np.float64).reshape(len(found[tap]), -1) for tap in discriminator.taps])
 
@@ -278,9 +280,9 @@ def counted(opened: Opened, phase: int, keys: Sequence[jax.Array]) -> list[Any]:
     found, state = [], opened.state()
     with jax.sharding.use_abstract_mesh(opened.run.mesh.abstract_mesh):
         for key in keys:
-            metrics = compiled(state.trainable, state.ema, opened.frozen, opened.rows, key)
+            metrics = compiled(state.trainable, state.ema, opened.frozen, opened.batch, key)
             calls = {name: float(value) for name, value in metrics.items() if name.endswith("calls")}
-            found.append((calls, *network.take(len(opened.rows["places"]))))
+            found.append((calls, *network.take(len(opened.batch["indices"]))))
     return found
 
 

@@ -32,7 +32,7 @@ ADAPTER = """
 TWO = f"""{ADAPTER}
   - {{name: one, k: 1, solver_steps: 8, updates: 4, batch_size: 4, learning_rate: 1.0e-2, guidance: [2, 4], ema: 0.5}}
 """
-WHOLE = """
+AUTOENCODER = """
   - {name: s, kind: autoencoder, updates: 6, batch_size: 8, learning_rate: 2.0e-3, ema: 0.5}
 """
 
@@ -66,7 +66,7 @@ def records(output: Path) -> list[dict[str, Any]]:
 
 
 def half_written(output: Path) -> list[Path]:
-    """What should not be left behind."""
+    """Unfinished files, which should not be left behind."""
     return [path for path in output.rglob("*") if "tmp" in path.name or path.name == ".lock"]
 
 
@@ -87,11 +87,11 @@ def share_steps(patch: pytest.MonkeyPatch) -> None:
         patch.setattr(module, "training_step", shared)
 
 
-def draw_cheaply(patch: pytest.MonkeyPatch) -> None:
+def sample_cheaply(patch: pytest.MonkeyPatch) -> None:
     """Previews are grey, as grey as the student is large, where a test is not of them."""
 
-    def drawn(run: Any, stage: Any, student: Any) -> np.ndarray:
+    def sampled(run: Any, stage: Any, student: Any) -> np.ndarray:
         size = sum(float(np.abs(np.asarray(leaf)).sum()) for leaf in jax.tree.leaves(student))
         return np.full((2, 4, 4, 3), size % 1.0, np.float32)
 
-    patch.setattr(adapter_student, "_drawn", drawn)
+    patch.setattr(adapter_student, "_sampled", sampled)

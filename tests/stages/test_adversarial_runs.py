@@ -1,4 +1,4 @@
-"""Consistency stages with a discriminator, and students that keep their guidance: the first round by hand, and more."""
+"""Consistency stages with a discriminator, and students that keep their guidance: the first step by hand, and more."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ PAIR = """
      distance_weight: 0.5,
      adversarial: {features: pair, updates: 2, weight: 0.3, learning_rate: 1.0e-9, r1_weight: 0.1, r1_sigma: 0.1}}
 """
-# A stage that is left out changes nothing of the one behind it, whose first round is by hand as the first stage's.
+# A skipped stage changes nothing in the next one, whose first step is computed by hand as the first stage's.
 KEEPING = """
   - {name: skipped, k: 8, solver_steps: 40, updates: 3, batch_size: 2, skip: true}
   - {name: keeping, kind: pcm, k: 2, solver_steps: 4, updates: 2, batch_size: 4, learning_rate: 1.0e-2, ema: 0.5,
@@ -48,8 +48,8 @@ KEEPING = """
 ENCODER = ("down_blocks.0", "mid_block")
 
 
-class Judged(NamedTuple):
-    """What the discriminator of a consistency stage is shown."""
+class PairInputs(NamedTuple):
+    """Inputs of the discriminator of a consistency stage."""
 
     draw: Draw
     prediction: np.ndarray
@@ -60,27 +60,27 @@ class Judged(NamedTuple):
 
 
 class ConsistencyByHand(ByHand):
-    """A stage's pair and what is done with it, from the same draws."""
+    """The consistency pair of a stage and its adversarial inputs, from the same random draws."""
 
-    def pair(self, key: jax.Array, student: Any, *, guided: bool) -> Judged:
+    def pair(self, key: jax.Array, student: Any, *, guided: bool) -> PairInputs:
         stage = self.opened.stage
         d = self.drawn(key, self.opened.frozen.segments, stage.guidance, stage.kind)
-        x = self.noise(self.rows["latents"], d.eps, d.t_n)
+        x = self.noise(self.batch["latents"], d.eps, d.t_n)
         teacher = self.guided(x, d.t_n, d.guidance) if guided else self.unet(x, d.t_n)[0]
         before = self.ddim(x, teacher, d.t_n, d.t_prev)
         target = self.ddim(before, self.unet(before, d.t_prev, student)[0], d.t_prev, d.t_end)
         prediction = self.ddim(x, self.unet(x, d.t_n, student)[0], d.t_n, d.t_end)
         uniform, noises = [], []
-        for place in self.rows["places"]:
-            keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 2**32 - 1), int(place)))
+        for index in self.batch["indices"]:
+            keys = jax.random.split(jax.random.fold_in(jax.random.fold_in(key, 2**32 - 1), int(index)))
             uniform.append(jax.random.uniform(keys[0]))
             noises.append(jax.random.normal(keys[1], (3, *self.shape[1:])))
         t = d.t_end + below(uniform, d.t_top - d.t_end + 1)
-        return Judged(d, prediction, target, x, t, np.moveaxis(np.asarray(noises, np.float64), 1, 0))
+        return PairInputs(d, prediction, target, x, t, np.moveaxis(np.asarray(noises, np.float64), 1, 0))
 
-    def renoised(self, x: np.ndarray, judged: Judged, number: int) -> np.ndarray:
-        ratio = (self.abar[judged.t] / self.abar[judged.draw.t_end]).reshape(-1, 1, 1, 1)
-        return np.sqrt(ratio) * x + np.sqrt(1 - ratio) * judged.noises[number]
+    def renoised(self, x: np.ndarray, inputs: PairInputs, number: int) -> np.ndarray:
+        ratio = (self.abar[inputs.t] / self.abar[inputs.draw.t_end]).reshape(-1, 1, 1, 1)
+        return np.sqrt(ratio) * x + np.sqrt(1 - ratio) * inputs.noises[number]
 
 
 @pytest.fixture(scope="module")
@@ -103,29 +103,29 @@ def by_hand(pair: Opened) -> ConsistencyByHand:
     return ConsistencyByHand(pair, [MIDDLE])
 
 
-def test_the_first_round_by_hand(pair: Opened, first: Step, by_hand: ConsistencyByHand) -> None:
-    """Both sides, noised on, beside what the step started from; the turn before has let the heads stand."""
+def test_the_first_step_by_hand(pair: Opened, first: Step, by_hand: ConsistencyByHand) -> None:
+    """Both sides, noised further, with the features of the step's start; the phase before has not moved the heads."""
     found, discriminator, heads = first.metrics, pair.discriminator, first.before.trainable[DISCRIMINATOR]
-    judged = by_hand.pair(pair.key(1), by_hand.adapter(pair.start), guided=True)
-    assert np.all(judged.draw.t_end <= judged.draw.t_prev)
-    assert np.all(judged.t <= judged.draw.t_top)
-    mse = np.mean((judged.prediction - judged.target) ** 2)
+    inputs = by_hand.pair(pair.key(1), by_hand.adapter(pair.start), guided=True)
+    assert np.all(inputs.draw.t_end <= inputs.draw.t_prev)
+    assert np.all(inputs.t <= inputs.draw.t_top)
+    mse = np.mean((inputs.prediction - inputs.target) ** 2)
     assert mse == pytest.approx(found["mse"], rel=TOLERANCE)
-    start = by_hand.unet(judged.x_t, judged.draw.t_n)[1]
+    start = by_hand.unet(inputs.x_t, inputs.draw.t_n)[1]
 
     def seen(x: np.ndarray) -> np.ndarray:
-        features = by_hand.unet(x, judged.t)[1]
+        features = by_hand.unet(x, inputs.t)[1]
         return logits(discriminator, heads, {MIDDLE: np.concatenate([features[MIDDLE], start[MIDDLE]], axis=-1)})
 
-    fake, real = by_hand.renoised(judged.prediction, judged, 0), by_hand.renoised(judged.target, judged, 1)
-    of_fake, of_real, of_bumped = seen(fake), seen(real), seen(real + 0.1 * judged.noises[2])
-    hinge = np.maximum(1 - of_real, 0).mean() + np.maximum(1 + of_fake, 0).mean()
-    slope = np.mean(((of_bumped - of_real).mean((0, 2)) / 0.1) ** 2)
-    generator = np.maximum(1 - of_fake, 0).mean()
+    fake, real = by_hand.renoised(inputs.prediction, inputs, 0), by_hand.renoised(inputs.target, inputs, 1)
+    fake_logits, real_logits, perturbed_logits = seen(fake), seen(real), seen(real + 0.1 * inputs.noises[2])
+    hinge = np.maximum(1 - real_logits, 0).mean() + np.maximum(1 + fake_logits, 0).mean()
+    slope = np.mean(((perturbed_logits - real_logits).mean((0, 2)) / 0.1) ** 2)
+    generator = np.maximum(1 - fake_logits, 0).mean()
     assert hinge == pytest.approx(found["discriminator"], rel=TOLERANCE)
     assert slope == pytest.approx(found["r1"], rel=10 * TOLERANCE)
     assert generator == pytest.approx(found["generator"], rel=TOLERANCE)
-    assert np.mean([of_real.mean((0, 2)) > 0, of_fake.mean((0, 2)) < 0]) == found["accuracy"]
+    assert np.mean([real_logits.mean((0, 2)) > 0, fake_logits.mean((0, 2)) < 0]) == found["accuracy"]
     loss = 0.5 * mse + 0.3 * generator + hinge + 0.1 * slope
     assert loss == pytest.approx(found["loss"], rel=TOLERANCE)
     assert found["grad_norm"] > 0
@@ -138,16 +138,16 @@ def test_without_a_distance_the_student_learns_through_the_frozen_features(
     pair: Opened, first: Step, by_hand: ConsistencyByHand
 ) -> None:
     alone, run = pair.step(distance_weight=0.0, adversarial__weight=1.0), pair.run
-    judged, discriminator, heads = (
+    inputs, discriminator, heads = (
         by_hand.pair(pair.key(1), None, guided=True),
         pair.discriminator,
         first.before.trainable[DISCRIMINATOR],
     )
-    params, d = dict(run.pipe.components.params["unet"]), judged.draw
+    params, d = dict(run.pipe.components.params["unet"]), inputs.draw
     (a, s), (a_end, s_end) = by_hand.at(d.t_n), by_hand.at(d.t_end)
-    ratio = (by_hand.abar[judged.t] / by_hand.abar[d.t_end]).reshape(-1, 1, 1, 1)
-    start = by_hand.unet(judged.x_t, d.t_n)[1][MIDDLE]
-    constants = (a, s, a_end, s_end, np.sqrt(ratio), np.sqrt(1 - ratio) * judged.noises[0], judged.x_t)
+    ratio = (by_hand.abar[inputs.t] / by_hand.abar[d.t_end]).reshape(-1, 1, 1, 1)
+    start = by_hand.unet(inputs.x_t, d.t_n)[1][MIDDLE]
+    constants = (a, s, a_end, s_end, np.sqrt(ratio), np.sqrt(1 - ratio) * inputs.noises[0], inputs.x_t)
     given = [jnp.asarray(each, jnp.float32) for each in constants]
 
     def term(factors: Any, a: Any, s: Any, a_end: Any, s_end: Any, kept: Any, added: Any, x: Any) -> jax.Array:
@@ -156,7 +156,7 @@ def test_without_a_distance_the_student_learns_through_the_frozen_features(
 
         eps = unet(x, d.t_n, adapter=by_hand.adapter(factors))
         fake = kept * (a_end * (x - s * eps) / a + s_end * eps) + added
-        seen = jnp.concatenate([unet(fake, judged.t, taps=(MIDDLE,))[1][MIDDLE], start], axis=-1)
+        seen = jnp.concatenate([unet(fake, inputs.t, taps=(MIDDLE,))[1][MIDDLE], start], axis=-1)
         return jnp.mean(jax.nn.relu(1 - discriminator.logits(heads, {MIDDLE: seen})[MIDDLE]))
 
     wanted = jax.jit(jax.grad(term))(pair.start, *given)
@@ -205,20 +205,20 @@ def test_the_first_round_with_dropped_prompts_by_hand(keeping: Opened) -> None:
     hand, discriminator, key = ConsistencyByHand(keeping, ENCODER), keeping.discriminator, keeping.key(0)
     assert discriminator.taps == ENCODER
     heads = keeping.state().trainable[DISCRIMINATOR]
-    mine = [jax.random.fold_in(jax.random.fold_in(key, 2**32 - 2), int(place)) for place in hand.rows["places"]]
+    mine = [jax.random.fold_in(jax.random.fold_in(key, 2**32 - 2), int(index)) for index in hand.batch["indices"]]
     dropped = np.asarray([jax.random.uniform(each) for each in mine]) < 0.5
     assert set(dropped) == {True, False}
 
     def losses() -> tuple[float, float, float]:
-        judged = hand.pair(key, None, guided=False)
-        assert set(judged.draw.guidance) == {1.0}
-        of_fake, of_real = (
-            logits(discriminator, heads, hand.unet(hand.renoised(x, judged, number), judged.t)[1])
-            for number, x in enumerate((judged.prediction, judged.target))
+        inputs = hand.pair(key, None, guided=False)
+        assert set(inputs.draw.guidance) == {1.0}
+        fake_logits, real_logits = (
+            logits(discriminator, heads, hand.unet(hand.renoised(x, inputs, number), inputs.t)[1])
+            for number, x in enumerate((inputs.prediction, inputs.target))
         )
-        generator = np.logaddexp(0, -of_fake).mean()
-        own = np.logaddexp(0, -of_real).mean() + np.logaddexp(0, of_fake).mean()
-        return float(np.mean((judged.prediction - judged.target) ** 2)), float(generator), float(own)
+        generator = np.logaddexp(0, -fake_logits).mean()
+        own = np.logaddexp(0, -real_logits).mean() + np.logaddexp(0, fake_logits).mean()
+        return float(np.mean((inputs.prediction - inputs.target) ** 2)), float(generator), float(own)
 
     with_all = losses()
     context = np.where(dropped[:, None, None], hand.uncond.context, hand.cond.context)

@@ -72,10 +72,10 @@ def test_a_student_says_how_its_method_samples(finished: Path, model: Path) -> N
             assert file.metadata["original_inference_steps"] == "8"
             assert file.metadata["ss_training_comment"].startswith(f"hypersd_jax {kind} ")
         pipe.load_lora(path)
-        drawn = pipe("red apple", output="latent")
-        told = pipe("red apple", output="latent", steps=STEPS[kind], sampler=sampler, eta=0.0, guidance=0.0)
-        np.testing.assert_array_equal(drawn, told)
-        assert np.all(np.isfinite(drawn))
+        sampled = pipe("red apple", output="latent")
+        explicit = pipe("red apple", output="latent", steps=STEPS[kind], sampler=sampler, eta=0.0, guidance=0.0)
+        np.testing.assert_array_equal(sampled, explicit)
+        assert np.all(np.isfinite(sampled))
         pipe.unload_lora()
 
 
@@ -95,7 +95,7 @@ def test_tcd_is_tscd_with_one_segment(tmp_path: Path, model: Path) -> None:
     programs = []
     for kind in ("tcd", "tscd"):
         settings = dataclasses.replace(opened.stage, kind=kind, sampler="auto")
-        batch = jax.tree.map(lambda leaf: leaf[None], opened.rows)
+        batch = jax.tree.map(lambda leaf: leaf[None], opened.batch)
         lowered = opened.run.step.lower(opened.state(), opened.frozen, batch, jax.random.key(0), settings)
         programs.append(lowered.as_text())
     assert programs[0] == programs[1]

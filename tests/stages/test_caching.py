@@ -1,4 +1,4 @@
-"""Training from a cache of encoded rows is training on the pictures."""
+"""Training from a cache of encoded examples equals training on the images."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ from hypersd_jax.data.cache import Cache
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import train
+from hypersd_jax.stages.batches import Inputs
 from hypersd_jax.stages.caching import write_cache
-from hypersd_jax.stages.feeding import Inputs
 from hypersd_jax.training import make_mesh
 from hypersd_jax.weights.components import load_components
 from tests.helpers.image_sets import encoded, with_sidecars
@@ -62,8 +62,8 @@ def batches(config: Config, way: str) -> list[Any]:
     source = open_source(config.data, resolution=16, seed=config.seed)
     inputs = Inputs(config, source, components, pipe.prompts, make_mesh(1, 1), dtype)
     stage = config.stages[0]
-    fed = getattr(inputs, way)(stage, before=6, done=1, key=jax.random.key(5))
-    return [(number, jax.device_get(batch)) for number, batch, _ in itertools.islice(fed, 2)]
+    loaded = getattr(inputs, way)(stage, before=6, done=1, key=jax.random.key(5))
+    return [(number, jax.device_get(batch)) for number, batch, _ in itertools.islice(loaded, 2)]
 
 
 @pytest.mark.parametrize("way", ["conditioned", "captioned"])
@@ -78,7 +78,7 @@ def test_a_stage_gets_the_same_numbers_either_way(way, model, cache, tmp_path):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)
 
 
-def test_the_cache_holds_every_picture_on_every_ground(model, cache):
+def test_the_cache_holds_every_image_on_every_background(model, cache):
     found = Cache(cache, verify=True)
     config = recipe(cache.parent, model)
     assert found.metadata["data"]["resolution"] == 16

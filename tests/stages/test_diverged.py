@@ -1,4 +1,4 @@
-"""Updates that are not finite are said at once, too many end the run, and what is not finite is never exported."""
+"""Steps that are not finite: a warning at once, an end of the run after too many, and no export of such a student."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ import pytest
 from hypersd_jax.errors import UserError
 from hypersd_jax.stages import adapter_student, train
 from hypersd_jax.training import SkipWatch
-from tests.helpers.short_runs import ADAPTER, WHOLE, recipe, share_steps
+from tests.helpers.short_runs import ADAPTER, AUTOENCODER, recipe, share_steps
 from tests.helpers.tiny_model import smaller, tiny_model
 
 DIVERGED = ["stages.0.learning_rate=1e6", "stages.0.updates=40", "log.stop_after_skipped=5", "log.checkpoint_every=100"]
-PLAYERS = ADAPTER.replace("ema: 0.5", "ema: 0.5, adversarial: {features: mid}")
+ADVERSARIAL = ADAPTER.replace("ema: 0.5", "ema: 0.5, adversarial: {features: mid}")
 SKIPPED = "loss or gradient is not finite"
 SCORE = """
   - {name: two, kind: dmd, updates: 40, batch_size: 4, learning_rate: 1.0e-2, ema: 0.5, fake_updates: 1, weight: 1.0}
@@ -45,7 +45,7 @@ def nothing_exported(output: Path) -> None:
 
 @pytest.mark.parametrize(
     ("stages", "name", "every"),
-    [(ADAPTER, "two", 1), (ADAPTER, "two", 7), (PLAYERS, "two", 1), (SCORE, "two", 1), (WHOLE, "s", 1)],
+    [(ADAPTER, "two", 1), (ADAPTER, "two", 7), (ADVERSARIAL, "two", 1), (SCORE, "two", 1), (AUTOENCODER, "s", 1)],
     ids=("adapter", "every-7", "adversarial", "score", "whole"),
 )
 def test_a_diverged_run_is_warned_of_and_stopped(tmp_path, model, stages, name, every):
@@ -96,7 +96,7 @@ def test_half_of_a_short_stage_is_too_many():
         counted(watch(updates=4, limit=20), [1, 2, 3, 4])
 
 
-def test_the_run_says_it_again_when_it_is_started_again(tmp_path, model):
+def test_a_resumed_run_warns_again(tmp_path, model):
     config = recipe(tmp_path, model, *DIVERGED, "log.checkpoint_every=2")
     for _ in range(2):
         with pytest.warns(UserWarning, match=SKIPPED), pytest.raises(UserError, match="5 updates in a row"):
@@ -108,26 +108,24 @@ def test_weights_that_are_not_finite_are_not_exported(tmp_path, model):
     """A rate whose first update overflows: the loss before it was finite, so that nothing was skipped."""
     config = recipe(tmp_path, model, "stages.two.learning_rate=3e38", "stages.two.updates=1")
     for _ in range(2):
-        with pytest.raises(
-            UserError, match=r"stages\.two: (its weights|8 of 8 pictures).* not finite.*exported; lower"
-        ):
+        with pytest.raises(UserError, match=r"stages\.two: (its weights|8 of 8 images).* not finite.*exported; lower"):
             train(config)
     nothing_exported(tmp_path / "out")
 
 
-def test_pictures_that_are_not_finite_are_not_exported(tmp_path, model):
+def test_images_that_are_not_finite_are_not_exported(tmp_path, model):
     config = recipe(tmp_path, model, "stages.two.learning_rate=1e25", "stages.two.updates=1")
     for _ in range(2):
-        with pytest.raises(UserError, match=r"stages\.two: 8 of 8 pictures.*not finite, so nothing of it is exported"):
+        with pytest.raises(UserError, match=r"stages\.two: 8 of 8 images.*not finite, so nothing of it is exported"):
             train(config)
     nothing_exported(tmp_path / "out")
     assert not list((tmp_path / "out" / "samples").iterdir())
 
 
-def test_pictures_on_the_way_that_are_not_finite_are_said(tmp_path, model):
+def test_previews_that_are_not_finite_cause_a_warning(tmp_path, model):
     settings = ["stages.two.learning_rate=1e25", "stages.two.updates=4", "log.sample_every=1"]
     with (
-        pytest.warns(UserWarning, match=r"samples/two-000001\.png, stage two: 8 of 8 pictures"),
+        pytest.warns(UserWarning, match=r"samples/two-000001\.png, stage two: 8 of 8 images"),
         pytest.raises(UserError),
     ):
         train(recipe(tmp_path, model, *settings))
@@ -145,7 +143,7 @@ def test_a_student_that_has_hardly_moved_is_exported_with_a_warning(tmp_path, mo
         "stages.two.updates=2",
     ]
     config = recipe(tmp_path, model, *settings)
-    with pytest.warns(UserWarning, match=rf"samples/two\.png: the student of two draws exactly.*seen in {dtype}"):
+    with pytest.warns(UserWarning, match=rf"samples/two\.png: the student of two samples exactly.*seen in {dtype}"):
         train(config)
     assert (tmp_path / "out" / "loras" / "two.safetensors").is_file()
 
@@ -153,9 +151,11 @@ def test_a_student_that_has_hardly_moved_is_exported_with_a_warning(tmp_path, mo
 @pytest.mark.parametrize("rate", [1e-6, 1e-2])
 def test_an_adapter_that_is_not_on_is_a_defect(tmp_path, model, monkeypatch, rate):
     config = recipe(tmp_path, model, f"stages.two.learning_rate={rate}", "stages.two.updates=2")
-    drawn = adapter_student._drawn
+    sampled = adapter_student._sampled
     monkeypatch.setattr(
-        adapter_student, "_drawn", lambda run, stage, student: drawn(run, stage, jax.tree.map(jnp.zeros_like, student))
+        adapter_student,
+        "_sampled",
+        lambda run, stage, student: sampled(run, stage, jax.tree.map(jnp.zeros_like, student)),
     )
     for _ in range(2):
         with pytest.raises(RuntimeError, match="its adapter is not on"):
@@ -163,7 +163,7 @@ def test_an_adapter_that_is_not_on_is_a_defect(tmp_path, model, monkeypatch, rat
     nothing_exported(tmp_path / "out")
 
 
-def test_a_whole_unet_that_has_hardly_moved(tmp_path, model):
+def test_a_fully_fine_tuned_unet_that_has_hardly_moved(tmp_path, model):
     stage = SCORE.replace("kind: dmd", "kind: dmd, student: unet, times: [800]").replace("updates: 40", "updates: 1")
     config = recipe(tmp_path, model, "model.dtype=bfloat16", stages=stage)
     (found,) = config.stages

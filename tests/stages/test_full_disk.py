@@ -13,7 +13,7 @@ from hypersd_jax import training
 from hypersd_jax.cli import main
 from hypersd_jax.data import cache as caches
 from hypersd_jax.stages import adapter_student, output, train
-from tests.helpers.short_runs import draw_cheaply, half_written, recipe, records, same_tensors, share_steps
+from tests.helpers.short_runs import half_written, recipe, records, same_tensors, sample_cheaply, share_steps
 from tests.helpers.tiny_model import smaller, tiny_model
 
 
@@ -21,7 +21,7 @@ from tests.helpers.tiny_model import smaller, tiny_model
 def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         share_steps(patch)
-        draw_cheaply(patch)
+        sample_cheaply(patch)
         yield
 
 

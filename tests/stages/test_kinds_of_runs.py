@@ -1,4 +1,4 @@
-"""Whole runs of the kinds that the default recipe is not: SDXL's conditioning, v-prediction, pseudo-Huber.
+"""Full runs of the kinds that the default recipe is not: SDXL's conditioning, v-prediction, pseudo-Huber.
 
 The first update's loss is also computed by hand. There the student's LoRA is still zero, so student, target and teacher
 are one UNet, which is called here without any code of `hypersd_jax.distill` but the draws.
@@ -101,8 +101,8 @@ class FirstUpdate:
         captions = source.batch(np.arange(stage.batch_size)).captions
         self.ids, self.empty_ids = run.pipe.prompts.tokenize(captions), run.pipe.prompts.tokenize([""])
         key = jax.random.fold_in(stream(found.config.seed, Stream.NOISE, 0), 0)
-        shape, places = self.batch["latents"].shape, self.batch["places"]
-        drawn = draw(key, shape, frozen.segments, guidance=stage.guidance, indices=places)
+        shape, indices = self.batch["latents"].shape, self.batch["indices"]
+        drawn = draw(key, shape, frozen.segments, guidance=stage.guidance, indices=indices)
         self.drawn = jax.tree.map(np.asarray, drawn)
         betas = np.linspace(tiny.SCHEDULER["beta_start"] ** 0.5, tiny.SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
         self.abar = np.cumprod(1 - betas)
@@ -117,7 +117,7 @@ class FirstUpdate:
         ]
         if not self.kind.xl:
             return Conditioning(outputs[0].last)
-        # The pictures are drawn at 64 px and scaled to 16.
+        # The embedded images are of 64 px, scaled to 16.
         sizes = np.tile(np.asarray([64, 64, 0, 0, 16, 16], np.float32), (len(outputs[0].last), 1))
         return Conditioning(jnp.concatenate([o.penultimate for o in outputs], -1), outputs[1].pooled, sizes)
 
@@ -166,17 +166,17 @@ def test_the_loss_is_logged_and_finite(finished: Finished) -> None:
             assert line[key] > 0, key
 
 
-def test_every_student_draws_other_pictures_than_the_base(finished: Finished) -> None:
+def test_every_students_images_differ_from_the_bases(finished: Finished) -> None:
     pipe = Pipeline.from_pretrained(finished.model)
     assert pipe.schedule.prediction_type == finished.kind.prediction
     call: dict[str, Any] = {"steps": 2, "sampler": "ddim", "guidance": 0.0, "output": "np", "stepwise": True}
-    base, pictures = pipe("red apple", **call), {}
+    base, images = pipe("red apple", **call), {}
     for name in ("two", "one"):
         pipe.unload_lora()
         report = pipe.load_lora(finished.out / "loras" / f"{name}.safetensors")
         assert report.modules.keys() == {"unet"}
-        pictures[name] = pipe("red apple", **call)
-    for found in (pictures["two"] - base, pictures["one"] - base, pictures["one"] - pictures["two"]):
+        images[name] = pipe("red apple", **call)
+    for found in (images["two"] - base, images["one"] - base, images["one"] - images["two"]):
         assert np.sqrt(np.mean(found**2)) > 1e-3
 
 
@@ -216,7 +216,7 @@ def _repeated(row: Conditioning, cond: Conditioning) -> Conditioning:
 
 
 def _unconditional(first: FirstUpdate, cond: Conditioning, empty: Conditioning | None) -> Conditioning:
-    """SDXL: zeros beside the conditional's own time ids; else the encoded empty prompt."""
+    """SDXL: zeros with the conditional's own time ids; else the encoded empty prompt."""
     if first.kind.xl:
         return Conditioning(jnp.zeros_like(cond.context), jnp.zeros_like(cond.pooled), cond.time_ids)
     assert empty is not None

@@ -12,7 +12,16 @@ from hypersd_jax.config import Config, load_config
 from hypersd_jax.errors import UserError
 from hypersd_jax.stages import train
 from hypersd_jax.training import newest_step
-from tests.helpers.short_runs import ADAPTER, TWO, WHOLE, draw_cheaply, recipe, records, same_tensors, share_steps
+from tests.helpers.short_runs import (
+    ADAPTER,
+    AUTOENCODER,
+    TWO,
+    recipe,
+    records,
+    same_tensors,
+    sample_cheaply,
+    share_steps,
+)
 from tests.helpers.tiny_model import smaller, tiny_model
 
 SCORE = """
@@ -26,7 +35,7 @@ MODEL = "model/vae/diffusion_pytorch_model.safetensors"
 def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         share_steps(patch)
-        draw_cheaply(patch)
+        sample_cheaply(patch)
         yield
 
 
@@ -41,7 +50,7 @@ def again(folder: Path, *overrides: str) -> Config:
 
 @pytest.mark.parametrize(
     ("stages", "name", "student"),
-    [(ADAPTER, "two", "loras/two.safetensors"), (SCORE, "two", "loras/two.safetensors"), (WHOLE, "s", MODEL)],
+    [(ADAPTER, "two", "loras/two.safetensors"), (SCORE, "two", "loras/two.safetensors"), (AUTOENCODER, "s", MODEL)],
     ids=("adapter", "score", "whole"),
 )
 def test_a_lengthened_stage_is_one_that_was_as_long_from_the_start(tmp_path, model, stages, name, student):

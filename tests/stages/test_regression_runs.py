@@ -1,4 +1,4 @@
-"""The regression of score distillation, without a fake-score model and from pairs: first rounds by hand."""
+"""The regression of score distillation, without a fake score model and from ODE pairs: first steps by hand."""
 
 from __future__ import annotations
 
@@ -52,14 +52,14 @@ def hand(opened: Opened) -> ByHand:
 
 
 def _draws(opened: Opened, hand: ByHand) -> tuple[Any, np.ndarray, np.ndarray]:
-    """What the round draws; where the teacher leads; the times of the second point."""
-    drawn = draw_trajectory(opened.key(0), hand.shape, 1, hand.rows["places"])
-    end = _lead(hand, drawn.noise, lambda x, time: hand.unet(x, time, hand.adapter(opened.students["early"]))[0])
+    """Draw the first step's randomness; return it, the teacher's endpoints, and the second point's timesteps."""
+    drawn = draw_trajectory(opened.key(0), hand.shape, 1, hand.batch["indices"])
+    end = _rollout(hand, drawn.noise, lambda x, time: hand.unet(x, time, hand.adapter(opened.students["early"]))[0])
     return drawn, end, 200 + below(drawn.uniform, 600)
 
 
-def _lead(hand: ByHand, noise: Any, predict: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
-    """Where two DDIM steps lead."""
+def _rollout(hand: ByHand, noise: Any, predict: Callable[[np.ndarray, int], np.ndarray]) -> np.ndarray:
+    """Take two DDIM steps to the endpoint."""
     noise = np.asarray(noise, np.float64)
     x = hand.ddim(noise, predict(noise, 999), 999, 499)
     return hand.clean(x, predict(x, 499), 499)
@@ -71,7 +71,7 @@ def test_its_losses_by_hand(opened: Opened, first: Step, hand: ByHand) -> None:
     x0 = hand.clean(noise, hand.unet(noise, 999, hand.adapter(opened.start))[0], 999)
     regression = np.mean((x0 - end) ** 2)
     assert regression == pytest.approx(first.metrics["regression"], rel=TOLERANCE)
-    # Again, from where a DDIM move along that estimate leads.
+    # Again, from where a DDIM step along that estimate leads.
     student = hand.adapter(opened.start)
     x_t = hand.ddim(noise, hand.unet(noise, 999, student)[0], 999, times)
     path = np.mean((hand.clean(x_t, hand.unet(x_t, times, student)[0], times) - end) ** 2)
@@ -112,7 +112,7 @@ def test_it_runs(opened: Opened) -> None:
     assert (opened.run.output.loras / "one.safetensors").is_file()
 
 
-# MARK: pairs that are computed once
+# MARK: ODE pairs that are computed once
 
 PAIRS = """
   - {name: one, kind: regression, updates: 6, batch_size: 4, accumulate: 2, learning_rate: 1.0e-2,
@@ -120,45 +120,45 @@ PAIRS = """
 """
 
 
-def test_pairs_are_gone_over_again(tmp_path: Path, opened: Opened) -> None:
-    """Two batches serve six updates, in orders of their own; a run that goes on sees the same ones."""
+def test_pairs_are_used_repeatedly(tmp_path: Path, opened: Opened) -> None:
+    """Two batches serve six updates, in orders of their own; a resumed run sees the same ones."""
     model = opened.run.config.model.source
     pair = open_stage(recipe(tmp_path, Path(model), PAIRS))
 
-    def feed(done: int) -> Any:
+    def load(done: int) -> Any:
         return pair.kind.batches(pair.run, 0, pair.stage, pair.frozen, done)
 
-    fed = list(feed(0))
-    assert [each.number for each in fed] == [1, 2, 3, 4, 5, 6]
+    loaded = list(load(0))
+    assert [each.number for each in loaded] == [1, 2, 3, 4, 5, 6]
     for first in (0, 2, 4):
-        assert fed[first].batch is not fed[first + 1].batch
-        assert {id(fed[first + i].batch) for i in (0, 1)} == {id(fed[i].batch) for i in (0, 1)}
-    again = list(feed(3))
+        assert loaded[first].batch is not loaded[first + 1].batch
+        assert {id(loaded[first + i].batch) for i in (0, 1)} == {id(loaded[i].batch) for i in (0, 1)}
+    again = list(load(3))
     assert [each.number for each in again] == [4, 5, 6]
-    for one, other in zip(again, fed[3:], strict=True):
+    for one, other in zip(again, loaded[3:], strict=True):
         same_bits(one.batch, other.batch)
 
     plain = [batch for _, batch, _ in _batches(pair.run, 0, pair.stage, 0)]
-    kept = sorted((each.batch for each in fed[:2]), key=lambda batch: not np.array_equal(*_latents(batch, plain[0])))
+    kept = sorted((each.batch for each in loaded[:2]), key=lambda batch: not np.array_equal(*_latents(batch, plain[0])))
     noises = np.stack([np.asarray(batch["noise"]) for batch in kept]).reshape(8, -1)
     assert len(np.unique(noises, axis=0)) == 8
     for batch, expected in zip(kept, plain, strict=False):
         same_bits({name: batch[name] for name in expected}, expected)
         for micro in range(2):
-            rows = jax.tree.map(lambda leaf, micro=micro: np.asarray(leaf)[micro], batch)
-            pair.__dict__["rows"] = rows
+            micro_batch = jax.tree.map(lambda leaf, micro=micro: np.asarray(leaf)[micro], batch)
+            pair.__dict__["batch"] = micro_batch
             hand = ByHand(pair)
-            end = _lead(hand, rows["noise"], lambda x, time, hand=hand: hand.guided(x, time, 30.0))
-            assert relative_error(rows["end"], end) < TOLERANCE
+            end = _rollout(hand, micro_batch["noise"], lambda x, time, hand=hand: hand.guided(x, time, 30.0))
+            assert relative_error(micro_batch["endpoint"], end) < TOLERANCE
 
     state = pair.state()
     before = jax.device_get(state)
-    _, metrics = pair.run.step(state, pair.frozen, fed[0].batch, pair.key(0), pair.stage)
+    _, metrics = pair.run.step(state, pair.frozen, loaded[0].batch, pair.key(0), pair.stage)
     alpha, sigma = (float(each[0, 0, 0, 0]) for each in hand.at(999))
     expected = []
     for micro in range(2):
-        hand.cond = jax.tree.map(lambda leaf, micro=micro: leaf[micro], fed[0].batch["cond"])
-        noise, end = (np.asarray(fed[0].batch[name])[micro] for name in ("noise", "end"))
+        hand.cond = jax.tree.map(lambda leaf, micro=micro: leaf[micro], loaded[0].batch["cond"])
+        noise, end = (np.asarray(loaded[0].batch[name])[micro] for name in ("noise", "endpoint"))
         eps = hand.unet(noise, 999, hand.adapter(before.trainable[STUDENT]))[0]
         expected.append(np.mean(((noise - sigma * eps) / alpha - end) ** 2))
     assert float(metrics["regression"]) == pytest.approx(np.mean(expected), rel=TOLERANCE)

@@ -1,4 +1,4 @@
-"""Stages taken over from another run: as far as their histories agree, and no further."""
+"""Stages reused from another run: as far as their histories agree, and no further."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from hypersd_jax import training
 from hypersd_jax.config import Config, load_config
 from hypersd_jax.errors import UserError
 from hypersd_jax.stages.output import create_output, open_output
-from hypersd_jax.stages.reuse import history, require_run, take_over
+from hypersd_jax.stages.reuse import history, require_run, reuse_stages
 from hypersd_jax.weights.tensors import save_tensors
 from tests.helpers import toy_training as toy
 
@@ -59,7 +59,7 @@ def take(folder: Path, finished: Path, *overrides: str) -> tuple[list[str], Path
     config = recipe(folder, "new", f"reuse={finished}", *overrides)
     output = open_output(config)
     create_output(output, config)
-    return take_over(config, output, "base"), output.root
+    return reuse_stages(config, output, "base"), output.root
 
 
 @pytest.mark.parametrize(
@@ -123,7 +123,7 @@ def test_what_the_other_run_is_saving_stays(tmp_path: Path) -> None:
 def test_another_base_takes_nothing(tmp_path: Path, finished: Path) -> None:
     config = recipe(tmp_path, "new", f"reuse={finished}")
     create_output(open_output(config), config)
-    assert take_over(config, open_output(config), "another") == []
+    assert reuse_stages(config, open_output(config), "another") == []
 
 
 def test_an_own_unfinished_stage_goes_on(tmp_path: Path, finished: Path) -> None:

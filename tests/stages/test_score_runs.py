@@ -41,7 +41,7 @@ from tests.helpers.score_runs import (
 from tests.helpers.tiny_model import smaller, tiny_model
 from tests.helpers.tiny_xl import tiny_xl
 
-# Every term at once: both teachers of the two terms beside the score, and a discriminator with R1.
+# Every term at once: both teachers of the two terms besides the score, and a discriminator with R1.
 DMD = """
   - {name: dmd, kind: dmd, updates: 4, batch_size: 4, learning_rate: 1.0e-2, ema: 0.5, guidance: 30.0, weight: 0.7,
      fake_learning_rate: 1.0e-2, fake_updates: 1, regression: {steps: 3, weight: 0.2, teacher: early},
@@ -66,7 +66,7 @@ class ScoreByHand(ByHand):
     """Both phases of a score stage, from the same draws."""
 
     def sample(self, drawn: Any, student: Any) -> tuple[np.ndarray, np.ndarray, int, int]:
-        """(x_0, the point that is judged, the range of the times before it is clipped to the stage's)."""
+        """(x_0, the point that is scored, the range of the times before it is clipped to the stage's)."""
         times, step = self.opened.stage.times, int(drawn.step)
         deterministic, x = self.opened.stage.kind == "tdm", np.asarray(drawn.noise, np.float64)
         for index in range(step + 1):
@@ -82,7 +82,7 @@ class ScoreByHand(ByHand):
 
     def noised(self, key: jax.Array, student: Any, low: int, high: int) -> tuple[Any, Any, Any, Any, Any]:
         """(draws, x_0, x_t, t, b) of samples noised to times of low..high."""
-        drawn = draw_trajectory(key, self.shape, len(self.opened.stage.times), self.rows["places"])
+        drawn = draw_trajectory(key, self.shape, len(self.opened.stage.times), self.batch["indices"])
         x0, x, first, last = self.sample(drawn, student)
         first, last = max(low, first), min(high, last)
         t = first + below(drawn.uniform, last - first + 1)
@@ -92,7 +92,7 @@ class ScoreByHand(ByHand):
         b = np.sqrt(sigma**2 - (alpha / a * s) ** 2)
         return drawn, x0, alpha / a * x + b * np.asarray(drawn.eps), t, b
 
-    def beside(self, key: jax.Array, student: Any, fake: Any) -> tuple[float, Any, Any]:
+    def fake_loss(self, key: jax.Array, student: Any, fake: Any) -> tuple[float, Any, Any]:
         """(the fake model's loss, x_t, t)."""
         low, high = (20, 979) if self.opened.stage.kind == "tdm" else (0, 999)
         drawn, _, x_t, t, b = self.noised(key, student, low, high)
@@ -106,7 +106,7 @@ class ScoreByHand(ByHand):
         false = self.clean(x_t, self.unet(x_t, t, fake)[0], t)
         return (false - real) / np.abs(x0 - real).mean((1, 2, 3), keepdims=True), drawn, x0, x_t, t
 
-    def anchor(self, key: jax.Array, student: Any, average: Any, latents: Any) -> float:
+    def regulariser(self, key: jax.Array, student: Any, average: Any, latents: Any) -> float:
         """TSCD's loss of one segment under the guided base."""
         guidance, segments = self.opened.stage.guidance, self.opened.frozen.tables.segments
         d = self.drawn(jax.random.fold_in(key, 2**32 - 3), segments, (guidance, guidance))
@@ -137,36 +137,36 @@ def by_hand(dmd: Opened) -> ScoreByHand:
     return ScoreByHand(dmd, [MIDDLE])
 
 
-def test_the_first_losses_of_the_models_beside_by_hand(dmd: Opened, first: Step, by_hand: ScoreByHand) -> None:
+def test_the_first_losses_of_the_fake_score_step_by_hand(dmd: Opened, first: Step, by_hand: ScoreByHand) -> None:
     key, discriminator = dmd.key(0), dmd.discriminator
     fake = by_hand.adapter(first.before.trainable[FAKE])
-    loss, x_t, t = by_hand.beside(key, by_hand.adapter(dmd.start), fake)
+    loss, x_t, t = by_hand.fake_loss(key, by_hand.adapter(dmd.start), fake)
     assert loss == pytest.approx(first.metrics["fake_mse"], rel=TOLERANCE)
-    assert by_hand.beside(dmd.key(1), by_hand.adapter(dmd.start), fake)[0] != pytest.approx(loss, rel=1e-2)
+    assert by_hand.fake_loss(dmd.key(1), by_hand.adapter(dmd.start), fake)[0] != pytest.approx(loss, rel=1e-2)
 
-    real = by_hand.noise(by_hand.rows["latents"], by_hand.normal(jax.random.fold_in(key, 2**32 - 4)), t)
-    bumped = real + dmd.stage.adversarial.r1_sigma * by_hand.normal(jax.random.fold_in(key, 2**32 - 5))
+    real = by_hand.noise(by_hand.batch["latents"], by_hand.normal(jax.random.fold_in(key, 2**32 - 4)), t)
+    perturbed = real + dmd.stage.adversarial.r1_sigma * by_hand.normal(jax.random.fold_in(key, 2**32 - 5))
     heads = first.before.trainable[DISCRIMINATOR]
-    of_real, of_fake, of_bumped = (
-        logits(discriminator, heads, by_hand.unet(x, t, fake)[1]) for x in (real, x_t, bumped)
+    real_logits, fake_logits, perturbed_logits = (
+        logits(discriminator, heads, by_hand.unet(x, t, fake)[1]) for x in (real, x_t, perturbed)
     )
-    hinge = np.maximum(1 - of_real, 0).mean() + np.maximum(1 + of_fake, 0).mean()
+    hinge = np.maximum(1 - real_logits, 0).mean() + np.maximum(1 + fake_logits, 0).mean()
     assert hinge == pytest.approx(first.metrics["discriminator"], rel=TOLERANCE)
-    right = [of_real.mean((0, 2)) > 0, of_fake.mean((0, 2)) < 0]
+    right = [real_logits.mean((0, 2)) > 0, fake_logits.mean((0, 2)) < 0]
     assert np.mean(right) == first.metrics["accuracy"]
-    slope = ((of_bumped - of_real).mean((0, 2)) / dmd.stage.adversarial.r1_sigma) ** 2
+    slope = ((perturbed_logits - real_logits).mean((0, 2)) / dmd.stage.adversarial.r1_sigma) ** 2
     assert slope.mean() == pytest.approx(first.metrics["r1"], rel=10 * TOLERANCE)
 
 
 def test_the_students_first_losses_by_hand(dmd: Opened, first: Step, by_hand: ScoreByHand) -> None:
-    """The fake model and the heads are those that their own phase has left; the student still stands at its start."""
+    """Fake score model and discriminator are as their own phase left them; the student is as it started."""
     key = dmd.key(1)
     student, fake = by_hand.adapter(dmd.start), by_hand.adapter(first.after.trainable[FAKE])
     gradient, drawn, x0, x_t, t = by_hand.gap(key, student, fake)
     assert np.abs(gradient).mean() == pytest.approx(first.metrics["score_gap"], rel=TOLERANCE)
     discriminator = dmd.discriminator
-    of_fake = logits(discriminator, first.after.trainable[DISCRIMINATOR], by_hand.unet(x_t, t, fake)[1])
-    generator = np.maximum(1 - of_fake, 0).mean()
+    fake_logits = logits(discriminator, first.after.trainable[DISCRIMINATOR], by_hand.unet(x_t, t, fake)[1])
+    generator = np.maximum(1 - fake_logits, 0).mean()
     assert generator == pytest.approx(first.metrics["generator"], rel=TOLERANCE)
 
     early = by_hand.adapter(dmd.students["early"])
@@ -177,20 +177,20 @@ def test_the_students_first_losses_by_hand(dmd: Opened, first: Step, by_hand: Sc
         x = by_hand.noise(end, eps, times[min(index + 1, 2)])
     regression = np.mean((x0 - end) ** 2)
     assert regression == pytest.approx(first.metrics["regression"], rel=TOLERANCE)
-    anchor = by_hand.anchor(key, student, student, by_hand.rows["latents"])
-    assert anchor == pytest.approx(first.metrics["anchor"], rel=TOLERANCE)
-    loss = 0.7 * 0.5 * np.mean(gradient**2) + 0.3 * generator + 0.2 * regression + 0.6 * anchor
+    regulariser = by_hand.regulariser(key, student, student, by_hand.batch["latents"])
+    assert regulariser == pytest.approx(first.metrics["anchor"], rel=TOLERANCE)
+    loss = 0.7 * 0.5 * np.mean(gradient**2) + 0.3 * generator + 0.2 * regression + 0.6 * regulariser
     assert loss == pytest.approx(first.metrics["loss"], rel=TOLERANCE)
 
 
 def test_the_adversarial_gradient_runs_through_the_frozen_features(
     dmd: Opened, first: Step, by_hand: ScoreByHand
 ) -> None:
-    """Of the student's whole loss only the adversarial term is left; its gradient by differentiating that directly."""
+    """Of the student's loss only the adversarial term is left; its gradient by differentiating that directly."""
     alone = dmd.step(weight=0.0, regression__weight=0.0, anchor__weight=0.0, adversarial__weight=1.0)
     run, stage, key = dmd.run, dmd.stage, dmd.key(1)
     discriminator = dmd.discriminator
-    drawn = draw_trajectory(key, by_hand.shape, 1, by_hand.rows["places"])
+    drawn = draw_trajectory(key, by_hand.shape, 1, by_hand.batch["indices"])
     t = 20 + below(drawn.uniform, 960)
     a, s, last, deviation = (jnp.asarray(v, jnp.float32) for v in (*by_hand.at(t), *by_hand.at(999)))
     params, fake = dict(run.pipe.components.params["unet"]), by_hand.adapter(alone.after.trainable[FAKE])
@@ -225,7 +225,7 @@ def test_the_logged_calls_are_those_that_are_made(dmd: Opened) -> None:
     for phase, name in enumerate(("fake_calls", "calls")):
         ((calls, whole, half),) = counted(dmd, phase, [dmd.key(phase)])
         assert calls == {name: (whole + half / 2) * (dmd.stage.fake_updates if phase == 0 else 1)}
-        # Student, fake model, and the features of the real side twice; then guidance, regression and anchor.
+        # Student, fake model, and the features of the real side twice; then guidance, regression and regulariser.
         assert (whole, half) == ((2, 2) if phase == 0 else (1 + 2 + 1 + 3 + 4, 0))
 
 
@@ -271,19 +271,19 @@ def test_stopped_after_two_rounds_and_gone_on(dmd: Opened, tmp_path: Path) -> No
 
 
 def test_prompts_alone(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A run that reads no picture, and its first round by hand; its student judges itself along its trajectory."""
+    """A run that reads no images, and its first step by hand; its student is scored along its own trajectory."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("red apple\na cat face\nblue car\n")
-    monkeypatch.setattr(stage_run, "open_source", lambda *_args, **_kwargs: pytest.fail("pictures are opened"))
+    monkeypatch.setattr(stage_run, "open_source", lambda *_args, **_kwargs: pytest.fail("images are opened"))
     opened = open_stage(recipe(tmp_path, model, TDM, source=str(prompts)))
     first, hand = opened.step(), ScoreByHand(opened)
-    assert "latents" not in opened.rows
+    assert "latents" not in opened.batch
     student, fake = hand.adapter(opened.start), hand.adapter(first.before.trainable[FAKE])
-    assert hand.beside(opened.key(0, 1), student, fake)[0] == pytest.approx(first.metrics["fake_mse"], rel=TOLERANCE)
+    assert hand.fake_loss(opened.key(0, 1), student, fake)[0] == pytest.approx(first.metrics["fake_mse"], rel=TOLERANCE)
     gradient, _, x0, _, _ = hand.gap(opened.key(1), student, fake)
     assert np.abs(gradient).mean() == pytest.approx(first.metrics["score_gap"], rel=TOLERANCE)
-    anchor = hand.anchor(opened.key(1), student, student, x0)
-    assert anchor == pytest.approx(first.metrics["anchor"], rel=TOLERANCE)
+    regulariser = hand.regulariser(opened.key(1), student, student, x0)
+    assert regulariser == pytest.approx(first.metrics["anchor"], rel=TOLERANCE)
     stage_run.check_stages(opened.run)
     stage_run.run_stage(opened.run, 0, opened.stage)
     line = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
@@ -293,7 +293,7 @@ def test_prompts_alone(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPa
 
 
 def _calls_of_each_step(opened: Opened) -> None:
-    """As many calls as the drawn step takes, under either of both."""
+    """As many calls as the drawn step takes, in either phase."""
     keys = [jax.random.key(seed) for seed in range(6)]
     steps = [int(draw_trajectory(key, (4, 8, 8, 4), 2).step) for key in keys]
     assert set(steps) == {0, 1}
@@ -318,7 +318,7 @@ def test_what_prompts_alone_cannot_do(tmp_path: Path, model: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-# MARK: SDXL's shape, and a student of whole weights
+# MARK: SDXL's shape, and full fine-tuning
 
 
 def test_a_round_of_sdxls_shape_by_hand(tmp_path: Path) -> None:
@@ -329,11 +329,11 @@ def test_a_round_of_sdxls_shape_by_hand(tmp_path: Path) -> None:
     assert first.metrics["grad_norm"] > 0
     student = hand.adapter(opened.start)
     fake = hand.adapter(first.before.trainable[FAKE])
-    assert hand.beside(opened.key(0), student, fake)[0] == pytest.approx(first.metrics["fake_mse"], rel=TOLERANCE)
+    assert hand.fake_loss(opened.key(0), student, fake)[0] == pytest.approx(first.metrics["fake_mse"], rel=TOLERANCE)
     fake = hand.adapter(first.after.trainable[FAKE])
     gap = np.abs(hand.gap(opened.key(1), student, fake)[0]).mean()
     assert gap == pytest.approx(first.metrics["score_gap"], rel=TOLERANCE)
-    # Zeros are the unconditional, beside the pictures' own time ids; text gives another number, as other ids do.
+    # Zeros are the unconditional, with the images' own time ids; text gives another number, as other ids do.
     assert not np.any(hand.uncond.context)
     assert not np.any(hand.uncond.pooled)
     np.testing.assert_array_equal(hand.uncond.time_ids, hand.cond.time_ids)
@@ -347,7 +347,7 @@ def test_a_round_of_sdxls_shape_by_hand(tmp_path: Path) -> None:
         assert abs(np.abs(hand.gap(opened.key(1), student, fake)[0]).mean() / gap - 1) > 10 * TOLERANCE
 
 
-def test_a_student_of_whole_weights(tmp_path: Path, model: Path) -> None:
+def test_a_fully_fine_tuned_student(tmp_path: Path, model: Path) -> None:
     opened = open_stage(recipe(tmp_path, model, UNET), "before")
     components = opened.run.pipe.components
     masters = opened.state().trainable[STUDENT]

@@ -22,12 +22,12 @@ from hypersd_jax.stages import adapter_student, train
 from hypersd_jax.stages.caching import write_cache
 from tests.helpers.short_runs import (
     ADAPTER,
-    WHOLE,
-    draw_cheaply,
+    AUTOENCODER,
     half_written,
     recipe,
     records,
     same_tensors,
+    sample_cheaply,
     share_steps,
 )
 from tests.helpers.tiny_model import smaller, tiny_model
@@ -43,7 +43,7 @@ pytestmark = pytest.mark.skipif(
 def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         share_steps(patch)
-        draw_cheaply(patch)
+        sample_cheaply(patch)
         yield
 
 
@@ -56,7 +56,8 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("undisturbed")
     return {
-        name: train(recipe(folder / name, model, stages=stages)) for name, stages in (("two", ADAPTER), ("s", WHOLE))
+        name: train(recipe(folder / name, model, stages=stages))
+        for name, stages in (("two", ADAPTER), ("s", AUTOENCODER))
     }
 
 
@@ -85,7 +86,7 @@ def call_then_signal(number: int, function: Callable[..., Any], when: Callable[.
 def test_a_signal_saves_the_update_in_hand(
     tmp_path, model, undisturbed, monkeypatch, capsys, number, error, name, overrides
 ):
-    config = recipe(tmp_path, model, *overrides, stages=ADAPTER if name == "two" else WHOLE)
+    config = recipe(tmp_path, model, *overrides, stages=ADAPTER if name == "two" else AUTOENCODER)
     before = [signal.getsignal(each) for each in (signal.SIGINT, signal.SIGTERM)]
     with monkeypatch.context() as patch:
         add = call_then_signal(number, training.SkipWatch.add, lambda _self, update, _skipped: update == 3)
@@ -108,7 +109,7 @@ def test_while_a_preview_is_drawn_nothing_is_lost(tmp_path, model, undisturbed, 
     config = recipe(tmp_path, model, "log.sample_every=3", "log.checkpoint_every=100")
     with monkeypatch.context() as patch:
         patch.setattr(
-            adapter_student, "_drawn", call_then_signal(signal.SIGINT, adapter_student._drawn, lambda *_: True)
+            adapter_student, "_sampled", call_then_signal(signal.SIGINT, adapter_student._sampled, lambda *_: True)
         )
         with pytest.raises(KeyboardInterrupt, match="at 3 of 6 of two"):
             train(config)

@@ -1,4 +1,4 @@
-"""Whole runs of a tiny model: every stage, exports that sample themselves, resuming, and being killed."""
+"""Full runs of a tiny model: every stage, exports that sample themselves, resuming, and being killed."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_what_a_later_stage_would_stumble_over_is_refused_before_anything_is_wri
 
 
 def test_accumulated_micro_batches_are_the_big_batch(tmp_path: Path, model: Path, finished: Path) -> None:
-    """The same pictures, times, noise and guidance, so the same losses but for rounding."""
+    """The same images, timesteps, noise and guidance, so the same losses but for rounding."""
     out = train(recipe(tmp_path, model, "stages.two.accumulate=2", "stages.two.updates=2", "stages.one.updates=1"))
     read = [[json.loads(line) for line in (f / "metrics.jsonl").read_text().splitlines()][:2] for f in (finished, out)]
     for whole, pieces in zip(*read, strict=True):
@@ -177,7 +177,7 @@ def run_and_kill(folder: Path, lines: int, *overrides: str) -> None:
 
 
 def test_killed_and_gone_on(tmp_path: Path, model: Path, finished: Path) -> None:
-    """SIGKILL in the middle; the same command goes on to bit-identical adapters."""
+    """SIGKILL in the middle; the same command resumes to bit-identical adapters."""
     config = recipe(tmp_path, model)
     run_and_kill(tmp_path, 3)
     train(config)
@@ -185,8 +185,8 @@ def test_killed_and_gone_on(tmp_path: Path, model: Path, finished: Path) -> None
 
 
 def test_killed_in_the_second_stage(tmp_path: Path, model: Path) -> None:
-    """What goes on is the second stage, from its own place, with the first stage's student as its teacher."""
-    # Saving takes longer than all else here, so it is rarer than in the recipe; step 8 is whole when 18 are logged.
+    """The second stage resumes, from its own step, with the first stage's student as its teacher."""
+    # Saving takes longer than all else here, so it is rarer than in the recipe; step 8 is saved when 18 are logged.
     often = "log.checkpoint_every=8"
     overrides = (often, "stages.two.updates=2", "stages.one.updates=60", "stages.one.teacher=previous")
     for name in ("killed", "whole"):

@@ -52,8 +52,8 @@ class Guidance:
         return Frozen(run.base.weights, run.uncond, run.scales, {}, consistency.segments_of(run, 1, 1))
 
     def phases(self, base: Any, stage: GuidanceStage) -> list[Phase]:
-        def loss(models: Any, ema: Any, frozen: Frozen, rows: Any, key: jax.Array) -> Any:
-            nets, latents, cond = Networks(base=base, weights=frozen.weights), rows["latents"], rows["cond"]
+        def loss(models: Any, ema: Any, frozen: Frozen, batch: Any, key: jax.Array) -> Any:
+            nets, latents, cond = Networks(base=base, weights=frozen.weights), batch["latents"], batch["cond"]
             times, noises = jax.random.split(key)
             t = jax.random.randint(times, latents.shape[:1], 0, base.schedule.num_train_timesteps)
             x = add_noise(latents, jax.random.normal(noises, latents.shape), *alpha_sigma(base.schedule, t, latents))

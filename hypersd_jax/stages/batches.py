@@ -1,4 +1,4 @@
-"""From places in a stream of pairs to batches on the devices; loading goes on in the background while they compute."""
+"""Load the batches of a stage onto the devices, in the background while they compute."""
 
 from __future__ import annotations
 
@@ -18,31 +18,36 @@ from hypersd_jax.config import Config, StageConfig
 from hypersd_jax.data import Source, prefetch
 from hypersd_jax.data.cache import Cache
 from hypersd_jax.errors import UserError
-from hypersd_jax.stages.cache_facts import cache_facts
+from hypersd_jax.stages.cache_metadata import cache_metadata
 from hypersd_jax.stages.inputs import make_encoder, make_latents, make_sampler
-from hypersd_jax.stages.loop import process_rows
+from hypersd_jax.stages.loop import process_indices
 from hypersd_jax.training import batch_sharding, put_batch
 from hypersd_jax.weights.components import Components
 
 Load = Callable[[np.ndarray], Any]
-"""From positions (A, B) to a tree of arrays (A, B, ...) on the host; runs in the background."""
+"""(positions (A, B) in the data's stream) -> tree of arrays (A, B, ...) on the host; runs in the background."""
 Finish = Callable[[int, Any], dict[str, Any]]
-"""From an update's number, counted from 0, and what was loaded, on the devices, to the step's batch."""
+"""(step, counted from 0; what was loaded, on the devices) -> the step's batch."""
 
 
-class Fed(NamedTuple):
-    """The batch of one update, counted from 1, and how many seconds the run stood still until it had been loaded."""
+class LoadedBatch(NamedTuple):
+    """The batch of one training step, counted from 1, and the seconds for which the run waited for its data."""
 
     number: int
     batch: dict[str, Any]
-    waited: float
+    data_loading_seconds: float
 
 
-def feed(stage: StageConfig, *, before: int, done: int, mesh: Mesh, load: Load, finish: Finish) -> Iterator[Fed]:
-    """The batches from update ``done + 1`` of a stage on, whose data begins at place ``before``."""
-    mine = process_rows(stage.batch_size, stage.accumulate)
-    place = batch_sharding(mesh, axis=1)
-    places = put_batch(mine.astype(np.int32), place)
+def load_batches(
+    stage: StageConfig, *, before: int, done: int, mesh: Mesh, load: Load, finish: Finish
+) -> Iterator[LoadedBatch]:
+    """Load the batches of a stage from step ``done + 1`` on; its data begin at position ``before`` of the stream.
+
+    Each batch has "indices" (A, B) int32: the batch indices of its samples.
+    """
+    mine = process_indices(stage.batch_size, stage.accumulate)
+    sharding = batch_sharding(mesh, axis=1)
+    indices = put_batch(mine.astype(np.int32), sharding)
 
     def host_batches() -> Iterator[tuple[int, Any]]:
         for number in range(done, stage.updates):
@@ -50,13 +55,13 @@ def feed(stage: StageConfig, *, before: int, done: int, mesh: Mesh, load: Load, 
 
     begin = time.perf_counter()
     for number, loaded in prefetch(host_batches()):
-        waited = time.perf_counter() - begin
-        yield Fed(number + 1, {**finish(number, put_batch(loaded, place)), "places": places}, waited)
+        seconds = time.perf_counter() - begin
+        yield LoadedBatch(number + 1, {**finish(number, put_batch(loaded, sharding)), "indices": indices}, seconds)
         begin = time.perf_counter()
 
 
-def pictures(source: Source) -> Load:
-    """Pictures alone: {"images" (A, B, H, W, 3)}."""
+def images_only(source: Source) -> Load:
+    """Load images without captions: {"images" (A, B, H, W, 3)}."""
 
     def load(positions: np.ndarray) -> Any:
         return {"images": _split(source.batch(positions.reshape(-1)).images, positions)}
@@ -64,8 +69,8 @@ def pictures(source: Source) -> Load:
     return load
 
 
-def pairs(source: Source, prompts: PromptEncoder, *, xl: bool) -> Load:
-    """Pictures, captions' token ids, and SDXL's size ids: {"images", "ids": a tuple of (A, B, S), "sizes" or None}."""
+def examples(source: Source, prompts: PromptEncoder, *, xl: bool) -> Load:
+    """Load images, token ids and SDXL's size ids: {"images", "ids": a tuple of (A, B, S), "sizes" or None}."""
 
     def load(positions: np.ndarray) -> Any:
         batch = source.batch(positions.reshape(-1))
@@ -77,24 +82,24 @@ def pairs(source: Source, prompts: PromptEncoder, *, xl: bool) -> Load:
 
 
 def cached(source: Source, cache: Cache, *, xl: bool, encoders: int) -> Load:
-    """What `pairs` would lead to, read from a cache: {"mean", "logvar", "ids", "context", "pooled", "sizes"}."""
+    """Load encoded examples from a cache: {"mean", "logvar", "ids", "context", "pooled", "sizes"}."""
 
     def load(positions: np.ndarray) -> Any:
-        rows = {k: _split(v, positions) for k, v in cache.rows(source.keys(positions.reshape(-1))).items()}
+        found = {k: _split(v, positions) for k, v in cache.rows(source.keys(positions.reshape(-1))).items()}
         return {
-            "mean": rows["mean"],
-            "logvar": rows["logvar"],
-            "ids": tuple(rows[f"ids_{i}"] for i in range(encoders)),
-            "context": rows["context"],
-            "pooled": rows.get("pooled"),
-            "sizes": rows["sizes"] if xl else None,
+            "mean": found["mean"],
+            "logvar": found["logvar"],
+            "ids": tuple(found[f"ids_{i}"] for i in range(encoders)),
+            "context": found["context"],
+            "pooled": found.get("pooled"),
+            "sizes": found["sizes"] if xl else None,
         }
 
     return load
 
 
 class Inputs:
-    """How a run's stages get latents and conditioning: encoded as they come, or read from ``data.cache``."""
+    """Latents and conditioning for a run's stages: encoded batch by batch, or read from ``data.cache``."""
 
     def __init__(
         self,
@@ -107,22 +112,22 @@ class Inputs:
         *,
         trained: Collection[str] = (),
     ) -> None:
-        """Compile nothing yet; ``trained`` names components whose outputs are not read.
+        """Prepare without compiling; ``trained`` names components whose outputs are not read.
 
         Raises:
             UserError: the cache is missing, unfinished, or of another model.
         """
         self._components, self._mesh = components, mesh
-        place = batch_sharding(mesh, axis=1)
+        sharding = batch_sharding(mesh, axis=1)
         xl = components.is_xl
         if config.data.cache is None:
-            self._load = pairs(source, prompts, xl=xl)
-            self._encode = make_encoder(components, prompts, dtype, place)
-            self._encode_pictures = make_latents(components, dtype, place)
+            self._load = examples(source, prompts, xl=xl)
+            self._encode = make_encoder(components, prompts, dtype, sharding)
+            self._encode_images = make_latents(components, dtype, sharding)
         else:
             try:
                 cache = Cache(Path(config.data.cache))
-                cache.require(cache_facts(config.data, source, components, dtype, trained=trained))
+                cache.require(cache_metadata(config.data, source, components, dtype, trained=trained))
                 if source.uncacheable:
                     raise UserError(f"a cache cannot be used: {source.uncacheable}")
                 cache.require_rows(source.variants())
@@ -130,10 +135,10 @@ class Inputs:
                 raise UserError(f"data.cache: {error}") from None
             self._load = cached(source, cache, xl=xl, encoders=len(components.text_encoders))
         self._from_cache = config.data.cache is not None
-        self._sample = make_sampler(components, place)
+        self._sample = make_sampler(components, sharding)
 
-    def conditioned(self, stage: StageConfig, *, before: int, done: int, key: jax.Array) -> Iterator[Fed]:
-        """Batches {"latents", "cond", "places"} of a stage that trains adapters; see `feed`."""
+    def conditioned(self, stage: StageConfig, *, before: int, done: int, key: jax.Array) -> Iterator[LoadedBatch]:
+        """Load batches {"latents", "cond", "indices"} of a stage that trains adapters, as `load_batches`."""
         params = self._components.params
         texts = {name: params[name] for name in self._components.text_encoders}
 
@@ -146,42 +151,42 @@ class Inputs:
             encoded: dict[str, Any] = self._encode(texts, dict(params["vae"]), images, ids, sizes, drawn)
             return encoded
 
-        return feed(stage, before=before, done=done, mesh=self._mesh, load=self._load, finish=finish)
+        return load_batches(stage, before=before, done=done, mesh=self._mesh, load=self._load, finish=finish)
 
-    def captioned(self, stage: StageConfig, *, before: int, done: int, key: jax.Array) -> Iterator[Fed]:
-        """Batches {"latents", "ids", "time_ids", "places"} of a stage that trains the text encoders too."""
+    def captioned(self, stage: StageConfig, *, before: int, done: int, key: jax.Array) -> Iterator[LoadedBatch]:
+        """Load batches {"latents", "ids", "time_ids", "indices"} of a stage that trains the text encoders too."""
 
         def finish(number: int, loaded: Any) -> dict[str, Any]:
             drawn = jax.random.fold_in(key, number)
             if self._from_cache:
                 latents = self._sample(loaded["mean"], loaded["logvar"], drawn)
             else:
-                latents = self._encode_pictures(dict(self._components.params["vae"]), loaded["images"], drawn)
+                latents = self._encode_images(dict(self._components.params["vae"]), loaded["images"], drawn)
             return {"latents": latents, "ids": loaded["ids"], "time_ids": loaded["sizes"]}
 
-        return feed(stage, before=before, done=done, mesh=self._mesh, load=self._load, finish=finish)
+        return load_batches(stage, before=before, done=done, mesh=self._mesh, load=self._load, finish=finish)
 
 
 @contextmanager
-def telling_of_cut_captions(prompts: PromptEncoder) -> Iterator[None]:
-    """Around a run's stages: warn at their end, in one line, of captions that are longer than the encoder reads.
+def reporting_cut_captions(prompts: PromptEncoder) -> Iterator[None]:
+    """Warn, when a run's stages end, in one line, about captions that are longer than the encoder reads.
 
-    Previews are made with captions, so they say nothing of it.
+    Previews use captions, so they give no such warning of their own.
     """
     try:
         with already_warned():
             yield
     finally:
-        warn_of_cut_captions(prompts)
+        warn_about_cut_captions(prompts)
 
 
-def warn_of_cut_captions(prompts: PromptEncoder) -> None:
-    """Warn, in one line, of the captions of which the encoder has not read all, if there were any."""
+def warn_about_cut_captions(prompts: PromptEncoder) -> None:
+    """Warn, in one line, about captions of which the encoder has not read all, if there were any."""
     line = prompts.caption_cuts.report()
     if line is not None and jax.process_index() == 0:
         warnings.warn(line, LongPromptWarning, stacklevel=2)
 
 
-def _split(rows: np.ndarray, positions: np.ndarray) -> np.ndarray:
-    """Rows of a flat batch as (A, B, ...)."""
-    return rows.reshape(*positions.shape, *rows.shape[1:])
+def _split(samples: np.ndarray, positions: np.ndarray) -> np.ndarray:
+    """Split the samples of a flat batch into micro-batches (A, B, ...)."""
+    return samples.reshape(*positions.shape, *samples.shape[1:])

@@ -1,4 +1,4 @@
-"""From prompts alone to batches on the devices, for stages that need no pictures."""
+"""Load batches of prompts alone, for stages that need no images."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from jax.sharding import Mesh
 from hypersd_jax.conditioning import PromptEncoder, size_ids
 from hypersd_jax.config import StageConfig
 from hypersd_jax.data import Prompts
-from hypersd_jax.stages.feeding import Fed, feed
+from hypersd_jax.stages.batches import LoadedBatch, load_batches
 from hypersd_jax.training import batch_sharding
 from hypersd_jax.weights.components import Components
 
 
 class PromptInputs:
-    """How a run's data-free stages get conditioning; SDXL is told of uncropped pictures of the run's resolution."""
+    """Conditioning for a run's data-free stages; SDXL's time ids are of uncropped images of the run's resolution."""
 
     def __init__(
         self,
@@ -30,7 +30,7 @@ class PromptInputs:
         *,
         resolution: int,
     ) -> None:
-        """Compile nothing yet."""
+        """Prepare without compiling."""
         self._source, self._prompts, self._mesh = source, prompts, mesh
         self._resolution = resolution if components.is_xl else None
         self._texts = {name: components.params[name] for name in components.text_encoders}
@@ -41,18 +41,18 @@ class PromptInputs:
 
         self._encode = jax.jit(encode, out_shardings=batch_sharding(mesh, axis=1))
 
-    def prompted(self, stage: StageConfig, *, before: int, done: int) -> Iterator[Fed]:
-        """Batches {"cond", "places"} of a stage; see `feed`."""
+    def prompted(self, stage: StageConfig, *, before: int, done: int) -> Iterator[LoadedBatch]:
+        """Load batches {"cond", "indices"} of a stage, as `load_batches`."""
 
         def load(positions: np.ndarray) -> Any:
             tokens = self._prompts.tokenize_captions(self._source.prompts(positions.reshape(-1)))
             sizes = None
             if self._resolution:
                 sizes = size_ids(self._resolution, self._resolution, positions.size).reshape(*positions.shape, -1)
-            return tuple(rows.reshape(*positions.shape, *rows.shape[1:]) for rows in tokens), sizes
+            return tuple(ids.reshape(*positions.shape, *ids.shape[1:]) for ids in tokens), sizes
 
         def finish(_number: int, loaded: Any) -> dict[str, Any]:
             ids, sizes = loaded
             return {"cond": self._encode(self._texts, ids, sizes)}
 
-        return feed(stage, before=before, done=done, mesh=self._mesh, load=load, finish=finish)
+        return load_batches(stage, before=before, done=done, mesh=self._mesh, load=load, finish=finish)

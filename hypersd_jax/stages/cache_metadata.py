@@ -1,4 +1,4 @@
-"""What decides the contents of a cache of encoded rows."""
+"""The metadata of a cache of encoded examples: what decides its contents."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from hypersd_jax.data.opening import EMOJI
 from hypersd_jax.weights.components import Components
 from hypersd_jax.weights.diffusers.component import fingerprint
 
-# Which rows are drawn, how often and in which order, changes no row.
+# Which examples are drawn, how often and in which order, changes none of them.
 FREE_KEYS = ("cache", "white_fraction", "groups")
 
 
-def cache_facts(
+def cache_metadata(
     data: DataConfig, source: Source, components: Components, dtype: Any, *, trained: Collection[str] = ()
 ) -> dict[str, Any]:
-    """Fingerprints of the autoencoder and the text encoders, the data's settings, captions and files, and the dtype.
+    """Collect fingerprints of autoencoder and text encoders, the data's settings, captions and files, and the dtype.
 
     Components that are ``trained`` are left out: what the cache holds of them is not read.
     """
-    # The key of an embedded picture is its place among all of them; that of another, its place in its split.
+    # The key of an embedded image is its index among all of them; that of another, its index in its split.
     free = (*FREE_KEYS, "split") if data.source == EMOJI else FREE_KEYS
     parts = [name for name in ("vae", *components.text_encoders) if name not in trained]
     return {

@@ -1,4 +1,4 @@
-"""Runs that train whole networks: an autoencoder and a teacher from nothing, resumed, and read by diffusers."""
+"""Full fine-tuning: an autoencoder and a teacher from nothing, resumed, and read by diffusers."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ def test_the_decoder_alone(model, tmp_path):
     still = {key.split(".")[0] for key in before.keys() - moved}
     assert still >= {"encoder", "quant_conv"}
     scales = [
-        json.loads((place / "vae" / "config.json").read_text())["scaling_factor"] for place in (model, folder / "model")
+        json.loads((path / "vae" / "config.json").read_text())["scaling_factor"] for path in (model, folder / "model")
     ]
     assert scales[0] == scales[1]
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -132,17 +132,17 @@ def test_a_stage_changes_what_the_unet_predicts_and_the_model_says_so(model, tmp
     file.write_text(json.dumps({**given, "prediction_type": "v_prediction"}))
     folders = []
     for source, overrides in ((model, ["stages.s.prediction_type=v_prediction"]), (said, [])):
-        place = tmp_path / f"from-{source.name}"
-        place.mkdir()
-        folders.append(train(load_config(save(recipe(place, source, "teacher", updates=2), place), overrides)))
+        target = tmp_path / f"from-{source.name}"
+        target.mkdir()
+        folders.append(train(load_config(save(recipe(target, source, "teacher", updates=2), target), overrides)))
     for folder in folders:
         written = json.loads((folder / "model" / "scheduler" / "scheduler_config.json").read_text())
         assert written == {**given, "prediction_type": "v_prediction"}
         assert Pipeline.from_pretrained(folder / "model").schedule.prediction_type == "v_prediction"
     for part in ("unet", "text_encoder"):
         assert not changed(folders[0] / "model", folders[1] / "model", part)
-    drawn = [(folder / "samples" / "s.png").read_bytes() for folder in folders]
-    assert drawn[0] == drawn[1]
+    sampled = [(folder / "samples" / "s.png").read_bytes() for folder in folders]
+    assert sampled[0] == sampled[1]
 
 
 def test_what_is_refused(model, tmp_path):
