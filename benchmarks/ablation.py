@@ -4,7 +4,7 @@ Trains every recipe of the matrix with every seed (a stage whose whole history t
 samples each student on the fixed list of held-out concepts, and writes benchmarks/results/ablation/NAME: one table
 (mean and spread over seeds, and which margins are over two pooled standard deviations), one grid of images, and for a
 sweep a plot. They are rewritten after each run, so that a look on the way shows what is there. It may be killed at any
-moment and goes on with ``--resume``.
+moment and resumes with ``--resume``.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ from hypersd_jax.errors import UserError
 def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("matrix", type=Path, help="a YAML file of recipes and seeds")
-    parser.add_argument("--resume", action="store_true", help="go on with the stages that --output holds")
+    parser.add_argument("--resume", action="store_true", help="resume the stages that --output holds")
     parser.add_argument("--seeds", type=int, nargs="+", metavar="N", help="in place of the matrix's")
     parser.add_argument("--recipes", nargs="+", metavar="NAME", help="only these; the others' rows are left out")
     parser.add_argument("--output", type=Path, default=ROOT / "outputs" / "ablation", help="stages and scores")
@@ -54,7 +54,7 @@ def run(options: argparse.Namespace) -> None:
     recipes = _chosen(matrix, options.recipes)
     root = options.output.absolute()
     if (root / "runs").exists() and not options.resume:
-        raise UserError(f"--output {options.output} holds earlier runs: --resume goes on with them")
+        raise UserError(f"--output {options.output} holds earlier runs: --resume continues them")
     use_compilation_cache()
     first = recipe_config(matrix, recipes[0], seeds[0], root)
     scorer = Scorer(first, matrix.samples, root)

@@ -136,12 +136,12 @@ def other_run(folder: Path) -> list[str]:
 
 
 def empty_folder(folder: Path) -> list[str]:
-    (folder / "pictures").mkdir()
-    return ["train.py", f"output_dir={folder / 'out'}", f"data={folder / 'pictures'}"]
+    (folder / "images").mkdir()
+    return ["train.py", f"output_dir={folder / 'out'}", f"data={folder / 'images'}"]
 
 
 def dataset(files: dict[str, bytes], *more: str, source: str = "") -> Callable[[Path], list[str]]:
-    """A dataset of these files, each with an image beside it, as ``data``; ``source`` names one of them."""
+    """A dataset of these files, each with its image, as ``data``; ``source`` names one of them."""
 
     def make(folder: Path) -> list[str]:
         for name, content in files.items():

@@ -80,7 +80,7 @@ def document(result: dict[str, Any]) -> str:
         f"`{about['command']}`, {about['date']}; {versions}; Python {about['python']}, {about['cores']} cores.",
         "",
         "Random weights written by diffusers, PyTorch's own initialisation. Error: |here - PyTorch|max / |PyTorch|max."
-        f" Limits: {LIMITS['value']:g} for values, {LIMITS['gradient']:g} for gradients. Pictures in -1..1."
+        f" Limits: {LIMITS['value']:g} for values, {LIMITS['gradient']:g} for gradients. Images in -1..1."
         f" The LoRA changes the UNet's output by {result['adapter effect']:.2g} in this measure.",
         "",
         f"Largest error: values {result['worst']['value']:.1e}, gradients {result['worst']['gradient']:.1e}."

@@ -46,17 +46,17 @@ class Contender:
     steps: int
 
 
-def named_grounds(n: int) -> list[EvalItem]:
-    """The first ``n`` held-out items whose ground is not white, and so is named in the prompt."""
+def named_backgrounds(n: int) -> list[EvalItem]:
+    """The first ``n`` held-out items whose background is not white, and so is named in the prompt."""
     return [item for item in evaluation_list(4 * n, groups=GROUPS) if item.background != "white"][:n]
 
 
-def ground_share(images: np.ndarray, items: list[EvalItem]) -> float:
-    """The share of images (N, H, W, 3) uint8 whose four corners' mean is nearest to the ground that was asked for."""
+def background_share(images: np.ndarray, items: list[EvalItem]) -> float:
+    """The share of images (N, H, W, 3) uint8 whose four corners' mean is nearest to the background asked for."""
     corners = np.stack([images[:, y, x] for y in (0, -1) for x in (0, -1)]).astype(np.float64).mean(axis=0)
     table = np.asarray(list(COLOURS.values()), np.float64)
     nearest = np.argmin(np.square(corners[:, None] - table).sum(axis=-1), axis=1)
-    return float(np.mean([list(COLOURS)[place] == item.background for place, item in zip(nearest, items, strict=True)]))
+    return float(np.mean([list(COLOURS)[index] == item.background for index, item in zip(nearest, items, strict=True)]))
 
 
 def measure(
@@ -74,7 +74,7 @@ def measure(
             numbers = {
                 "clip_gain": match.gain.mean,
                 "clip_gain_se": match.gain.standard_error,
-                "ground": ground_share(images, items),
+                "ground": background_share(images, items),
                 "clipped": float(np.mean((images == 0) | (images == 255))),
             }
             rows.append({"model": contender.name, "guidance": scale, "negative": negative, **numbers, "images": images})
@@ -96,11 +96,11 @@ def page(rows: list[dict[str, Any]], n: int) -> str:
     lines = [
         "# Guidance and negative prompts on few-step LoRAs",
         "",
-        f"`python benchmarks/guidance.py --n {n} --lora FILE`; held-out prompts that name a coloured ground; "
+        f"`python benchmarks/guidance.py --n {n} --lora FILE`; held-out prompts that name a coloured background; "
         f"jax {jax.__version__}, "
-        f'{jax.devices()[0].device_kind}. Negative: the named ground, as in "blue background".',
+        f'{jax.devices()[0].device_kind}. Negative: the named background, as in "blue background".',
         "",
-        "| model | guidance | text-match gain | ground as asked | the same, ground as the negative prompt | clipped |",
+        "| model | guidance | text-match gain | background as asked | the same, as the negative prompt | clipped |",
         "|---|---|---|---|---|---|",
     ]
     against = {(row["model"], row["guidance"]): row["ground"] for row in rows if row["negative"]}
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> None:
     if not options.lora.is_file():  # before the teacher is sampled, which takes minutes
         parser.error(f"--lora {options.lora}: no such file")
     use_compilation_cache()
-    items = named_grounds(options.n)
+    items = named_backgrounds(options.n)
     contenders = [
         Contender(name="teacher, 25 steps", lora=None, steps=25),
         Contender(name=f"unguided teacher's student, {options.steps} steps", lora=options.lora, steps=options.steps),

@@ -2,7 +2,7 @@
 
 Four stages of a tiny model are trained twice. One run is left alone. The other gets SIGKILL at 30 moments, drawn from a
 seed: after some update; while a checkpoint is being saved; around the end of a stage, where its LoRA is written; while
-the process starts. After each the same command starts again. Right is that it always goes on from a checkpoint, that
+the process starts. After each the same command starts again. Right is that it always resumes from a checkpoint, that
 the final LoRAs are bit for bit those of the run left alone, that metrics.jsonl has every update once with the same
 numbers, and that nothing half-written stays behind.
 """
@@ -74,15 +74,15 @@ class Moment:
 def moments(count: int, updates: int, start_seconds: float, draw: random.Random) -> list[Moment]:
     """``count`` moments over a run of four stages, in the order in which they come."""
     ends = [Moment(kind="export", update=updates * n, delay=draw.uniform(0.0, 1.5)) for n in range(1, len(STAGES))]
-    places = draw.sample(range(2, len(STAGES) * updates - 2 * CHECKPOINT_EVERY), count - len(ends))
+    chosen = draw.sample(range(2, len(STAGES) * updates - 2 * CHECKPOINT_EVERY), count - len(ends))
     found = list(ends)
-    for number, place in enumerate(places):
+    for number, update in enumerate(chosen):
         if number < count // 3:
-            found.append(Moment(kind="save", update=place, delay=draw.uniform(0.0, 0.05)))
+            found.append(Moment(kind="save", update=update, delay=draw.uniform(0.0, 0.05)))
         elif number < count // 3 + count // 8:
-            found.append(Moment(kind="start", update=place, delay=draw.uniform(0.0, start_seconds)))
+            found.append(Moment(kind="start", update=update, delay=draw.uniform(0.0, start_seconds)))
         else:
-            found.append(Moment(kind="update", update=place, delay=draw.uniform(0.0, 0.1)))
+            found.append(Moment(kind="update", update=update, delay=draw.uniform(0.0, 0.1)))
     return sorted(found, key=lambda moment: moment.update)
 
 

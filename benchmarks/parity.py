@@ -136,9 +136,9 @@ def main() -> None:
     )
     note = (
         "Relative errors are L2 norms of the difference over that of the original's value, for the solvers largest"
-        " difference over largest value; 0 where arrays are equal. Differences: checks that a LoRA, a mask or a picture"
+        " difference over largest value; 0 where arrays are equal. Differences: checks that a LoRA, a mask or an image"
         " changes something, by more than any tolerance."
-        " Which comparison of which test is in the JSON file beside this one. `python benchmarks/parity.py` makes both."
+        " Which comparison of which test is in the JSON file of this name. `python benchmarks/parity.py` makes both."
     )
     options.output.with_suffix(".md").write_text(f"{head}\n\n{note}\n\n{text}\n", encoding="utf-8")
     sys.exit(int(status))

@@ -1,7 +1,7 @@
 """A full-size Stable Diffusion model with random weights: ``python benchmarks/random_model.py sd15 OUT``.
 
 Written by diffusers, so that both sides of a benchmark load it under its real names. Kernels are PyTorch's own
-initialisation, which keeps activations finite in bfloat16; pictures are noise, and take as long to draw as any other.
+initialisation, which keeps activations finite in bfloat16; images are noise, and take as long to sample as any other.
 """
 
 from __future__ import annotations

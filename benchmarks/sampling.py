@@ -1,9 +1,9 @@
 """Sampling here against diffusers on PyTorch, interleaved in one run: ``python benchmarks/sampling.py --family sd15``.
 
 Both load the same folder of random weights under its real names, each in a process of its own (``--ours-python`` names
-another interpreter for this package's side), and take turns: text encoding, text and one UNet call, decoding, a whole
-one-step picture. Printed are medians and ratios, time here over PyTorch's; so are loading, the first picture with
-an empty compile cache, the first picture of a second process, and peak memory after whole pictures.
+another interpreter for this package's side), and alternate: text encoding, text and one UNet call, decoding, a whole
+one-step image. Printed are medians and ratios, time here over PyTorch's; so are loading, the first image with
+an empty compile cache, the first image of a second process, and peak memory after full images.
 """
 
 from __future__ import annotations
@@ -114,7 +114,7 @@ def table(result: dict[str, Any]) -> str:
     second, warm = result["second process"], result["seconds"]["picture"]["ours"]
     lines.append("")
     lines.append(
-        f"Second process: loading {second['load']:.1f} s, then the first picture in {second['first picture']:.1f} s,"
+        f"Second process: loading {second['load']:.1f} s, then the first image in {second['first picture']:.1f} s,"
         f" {second['first picture'] / warm:.2f} times a warm one."
     )
     return "\n".join(lines)
@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--models", type=Path, default=Path("outputs/benchmark-models"), help="where they are kept")
     parser.add_argument("--ours-python", default=sys.executable)
     parser.add_argument("--alone", action="store_true", help="one side at a time, where both do not fit in memory")
-    parser.add_argument("--output", type=Path, help="a JSON file; a Markdown table is written beside it")
+    parser.add_argument("--output", type=Path, help="a JSON file; a Markdown table is written with it")
     options = parser.parse_args()
 
     model = (options.models / f"{options.family}-{options.dtype}").resolve()

@@ -1,8 +1,8 @@
-"""What a model for the embedded pictures can do, on every ground: ``python benchmarks/teacher_card.py MODEL NAME``.
+"""What a model for the embedded images can do, on every background: ``python benchmarks/teacher_card.py MODEL NAME``.
 
-Writes benchmarks/results/teachers/NAME: README.md (the autoencoder's fidelity to held-out concepts, ground by ground),
-grid.png (one drawing a concept and ground, 25 steps), reconstructions.png, and curve.svg where the run that trained the
-model is named by ``--run``. Text match, FID and KID beside their floors: ``hypersd evaluate --model MODEL``.
+Writes benchmarks/results/teachers/NAME: README.md (the autoencoder's fidelity to held-out concepts on each background),
+grid.png (an image a concept and background, 25 steps), reconstructions.png, and curve.svg where ``--run`` names the run
+that trained the model. Text match, FID and KID next to their floors: ``hypersd evaluate --model MODEL``.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def main() -> None:
     pipe = Pipeline.from_pretrained(arguments.model)
     folder = RESULTS / arguments.name
     folder.mkdir(parents=True, exist_ok=True)
-    rows = [fidelity(pipe, ground, folder) for ground in COLOURS]
+    rows = [fidelity(pipe, background, folder) for background in COLOURS]
     draw_grid(pipe).save(folder / "grid.png")
     if arguments.run is not None:
         figure = curve(read_metrics(arguments.run / "metrics.jsonl"), "loss")
@@ -56,22 +56,22 @@ def main() -> None:
     print(folder)
 
 
-def fidelity(pipe: Pipeline, ground: str, folder: Path) -> dict[str, Any]:
-    """PSNR of held-out pictures on one ground, and how far the ground's own colour is off, in 1/255."""
+def fidelity(pipe: Pipeline, background: str, folder: Path) -> dict[str, Any]:
+    """PSNR of held-out images on one background, and how far the background's own colour is off, in 1/255."""
     emoji = load_emoji()
     chosen = emoji.indices("test")[::2]
-    pictures = np.stack([on_background(emoji.images[i], ground, pipe.native_size[0]) for i in chosen])
-    images = pictures.astype(np.float32) / 127.5 - 1.0
+    embedded = np.stack([on_background(emoji.images[i], background, pipe.native_size[0]) for i in chosen])
+    images = embedded.astype(np.float32) / 127.5 - 1.0
     pairs = [reconstructed(pipe, images[start : start + 32]) for start in range(0, len(images) // 32 * 32, 32)]
     before, after = (np.concatenate(side) for side in zip(*pairs, strict=True))
     corners = np.abs(after[:, :2, :2] - before[:, :2, :2]).mean() * 255.0
-    if ground in ("white", "blue", "black"):
+    if background in ("white", "blue", "black"):
         strip = [np.concatenate(list(np.round(side[:16] * 255.0).astype(np.uint8)), axis=1) for side in (before, after)]
-        Image.fromarray(np.concatenate(strip)).save(folder / f"reconstructions-{ground}.png")
+        Image.fromarray(np.concatenate(strip)).save(folder / f"reconstructions-{background}.png")
     quality = np.asarray(psnr(after * 2.0 - 1.0, before * 2.0 - 1.0))
     error = quality.std(ddof=1) / np.sqrt(len(quality))
     return {
-        "ground": ground,
+        "ground": background,
         "n": len(quality),
         "psnr": float(quality.mean()),
         "psnr_se": float(error),
@@ -80,17 +80,17 @@ def fidelity(pipe: Pipeline, ground: str, folder: Path) -> dict[str, Any]:
 
 
 def draw_grid(pipe: Pipeline) -> Image.Image:
-    """A row a concept, in one of the styles each, and a column a ground, all from the same latents."""
+    """A row a concept, in one of the styles each, and a column a background, all from the same latents."""
     records = {}
     for record in load_emoji().records:
         records.setdefault(record.label, []).append(record)
     shown = [records[label][i % len(records[label])] for i, label in enumerate(CONCEPTS) if label in records]
-    prompts = [caption(record, ground) for ground in COLOURS for record in shown]
+    prompts = [caption(record, background) for background in COLOURS for record in shown]
     images = pipe(
         prompts, steps=STEPS, sampler="ddim", guidance=GUIDANCE, seed=0, output="np", batch_size=16, stepwise=True
     )
-    pictures = np.round(images * 255.0).astype(np.uint8).reshape(len(COLOURS), len(shown), *images.shape[1:])
-    columns = {ground: pictures[i] for i, ground in enumerate(COLOURS)}
+    sampled = np.round(images * 255.0).astype(np.uint8).reshape(len(COLOURS), len(shown), *images.shape[1:])
+    columns = {background: sampled[i] for i, background in enumerate(COLOURS)}
     return image_grid(columns, [f"{record.label}, {record.style}" for record in shown])
 
 
@@ -109,10 +109,10 @@ def text(name: str, pipe: Pipeline, rows: list[dict[str, Any]], trained: bool) -
 {parts}; latents {side} x {side} x {config.latent_channels}; the UNet predicts {pipe.schedule.prediction_type}.
 jax {jax.__version__}.
 
-The autoencoder on held-out concepts, by its posterior's mean ({rows[0]["n"]} pictures a ground): PSNR in dB, and by how
-much the ground's colour in the corner is off, in 1/255.
+The autoencoder on held-out concepts, by its posterior's mean ({rows[0]["n"]} images a background): PSNR in dB, and by
+how much the background's colour in the corner is off, in 1/255.
 
-| ground | PSNR | corner |
+| background | PSNR | corner |
 |---|---|---|
 {table}
 

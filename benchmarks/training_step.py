@@ -2,17 +2,17 @@
 
 A UNet of the shape's full architecture with random weights, batch 1: float32 on a CPU, bfloat16 on an accelerator. Each
 stage runs in a process of its own. TSCD's step is also written with diffusers and PEFT on PyTorch
-(`sides/training_theirs.py`), which takes turns with it on the same weights, draws and LoRA: their losses and gradient
+(`sides/training_theirs.py`), which alternates with it on the same weights, draws and LoRA: their losses and gradient
 norms are compared, and their seconds and memory.
 
 Seconds are of one update, the compilation left out. Peak memory is what the process held at most during the updates,
 swap included, above what it held before the model; XLA's plan is of the compiled step. UNet calls are those that the
-step counts itself, a sample and an update, beside the fewest that the method needs at the steps that were drawn
+step counts itself, a sample and an update, next to the fewest that the method needs at the steps that were drawn
 (`sides/training.py` derives them); fewer are possible where t_end = t_prev, which spares the target. Of a stage that
 would not fit in memory and swap there is only what was compiled from shapes.
 
 ``--compile`` compiles every stage's step, whatever the cache of compiled programs holds, and runs none: CPU seconds of
-all threads, and how many kernels XLA generates code for, each beside TSCD's.
+all threads, and how many kernels XLA generates code for, each next to TSCD's.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def write_model(shape: str, models: Path) -> Path:
 
 
 def run_case(name: str, model: Path, options: argparse.Namespace, folder: str) -> dict[str, Any]:
-    """One stage, and beside TSCD the same on PyTorch."""
+    """Measure one stage, and for TSCD the same on PyTorch."""
     latent = str(options.latent or SHAPES[options.shape].latent)
     remat, updates = "remat" if options.remat else "-", options.repeats + 1
     count = COMPILE_ONLY if options.compile else str(updates)
@@ -238,7 +238,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--alone", action="store_true", help="one side at a time, where both do not fit in memory")
     parser.add_argument("--compile", action="store_true", help="compile alone")
     parser.add_argument("--models", type=Path, default=ROOT / "outputs/benchmark-models", help="where they are kept")
-    parser.add_argument("--output", type=Path, help="a JSON file; a Markdown table is written beside it")
+    parser.add_argument("--output", type=Path, help="a JSON file; a Markdown table is written with it")
     options = parser.parse_args(arguments)
     if options.repeats < 1 or options.fake_updates < 1:
         parser.error("--repeats and --fake-updates must be at least 1")

@@ -1,8 +1,8 @@
-"""Pack the rendered emoji pictures into the WebP sheets that ship in hypersd_jax/assets/emoji.
+"""Pack the rendered emoji images into the WebP sheets that ship in hypersd_jax/assets/emoji.
 
-    python scripts/build_emoji_sheets.py PICTURES.npz [OUTPUT_FOLDER]
+    python scripts/build_emoji_sheets.py IMAGES.npz [OUTPUT_FOLDER]
 
-PICTURES.npz holds `images` uint8 (N, 64, 64, 4), straight alpha, and one string each in `label`, `style`, `group`,
+IMAGES.npz holds `images` uint8 (N, 64, 64, 4), straight alpha, and one string each in `label`, `style`, `group`,
 `subgroup`, `tags`, `license` and `hexcode`. THIRD_PARTY_NOTICES.md says which packages they were rendered from.
 
 Colours are rounded to even values (an error of at most 1 in 255) and the sheets are lossless from there on: a lossy
@@ -29,14 +29,14 @@ STYLE_WORDS = {"google noto": "noto"}
 def main() -> None:
     """Read the archive, write sheet-NN.webp and index.json.gz."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("pictures", type=Path)
+    parser.add_argument("images", type=Path)
     parser.add_argument("output", type=Path, nargs="?", default=Path("hypersd_jax/assets/emoji"))
     arguments = parser.parse_args()
-    with np.load(arguments.pictures) as archive:
+    with np.load(arguments.images) as archive:
         images = archive["images"]
         table = {field: archive[field].astype(str) for field in FIELDS}
     kept = np.flatnonzero(table["style"] != LEFT_OUT)
-    # Pictures of one style side by side compress best.
+    # Images of one style side by side compress best.
     kept = kept[np.lexsort((table["hexcode"][kept], table["style"][kept]))]
     images = reduced(images[kept])
     records = [{field: str(table[field][i]) for field in FIELDS} for i in kept]
@@ -50,14 +50,14 @@ def main() -> None:
 
 
 def reduced(images: np.ndarray) -> np.ndarray:
-    """Even colour values, and none where the picture is fully transparent; alpha as it is."""
+    """Even colour values, and none where the image is fully transparent; alpha as it is."""
     colours = np.minimum((images[..., :3].astype(np.int32) + 1) // 2 * 2, 255)
     colours = np.where(images[..., 3:] > 0, colours, 0)
     return np.concatenate([colours.astype(np.uint8), images[..., 3:]], axis=-1)
 
 
 def same_picture_concepts(images: np.ndarray, hexcodes: list[str]) -> dict[str, str]:
-    """Hexcode -> concept. Code points that share a picture are one concept, so that a split cannot part them."""
+    """Hexcode -> concept. Code points that share an image are one concept, so that a split cannot part them."""
     concept = {hexcode: hexcode for hexcode in hexcodes}
     first: dict[str, str] = {}
     for image, hexcode in zip(images, hexcodes, strict=True):
@@ -69,7 +69,7 @@ def same_picture_concepts(images: np.ndarray, hexcodes: list[str]) -> dict[str, 
 
 
 def write_sheets(images: np.ndarray, folder: Path) -> None:
-    """Sheets of 32 x 32 pictures in reading order; the last is as tall as it needs to be."""
+    """Sheets of 32 x 32 images in reading order; the last is as tall as it needs to be."""
     for number, start in enumerate(range(0, len(images), COLUMNS * ROWS)):
         part = images[start : start + COLUMNS * ROWS]
         rows = -(-len(part) // COLUMNS)
@@ -82,7 +82,7 @@ def write_sheets(images: np.ndarray, folder: Path) -> None:
 
 
 def write_index(records: list[dict[str, str]], path: Path) -> None:
-    """Records in picture order, by column, without a time stamp."""
+    """Records in image order, by column, without a time stamp."""
     columns = {field: [record[field] for record in records] for field in (*FIELDS, "concept")}
     text = json.dumps({"size": SIZE, "columns": COLUMNS, "records": columns}, ensure_ascii=False, separators=(",", ":"))
     path.write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))

@@ -4,8 +4,8 @@
     pip install --target SOMEWHERE resvg-py==0.5.0
     PYTHONPATH=SOMEWHERE python scripts/build_scorers.py --work FOLDER TWEMOJI_FOLDER EMOJIONE_FOLDER
 
-The two packages are drawing styles that no training picture has: they validate and do not ship. What the frozen network
-sees in all pictures is kept in FOLDER/seen.npz (some minutes on two cores); training takes a minute or two.
+The two packages are drawing styles that no training image has: they validate and do not ship. What the frozen network
+sees in all images is kept in FOLDER/seen.npz (some minutes on two cores); training takes a minute or two.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ TRAINING: dict[ScorerName, ScorerTraining] = {
     "report": ScorerTraining(seed=0, epochs=80, grouped=4),
     "reward": ScorerTraining(seed=1, epochs=120),
 }
-GROUND, FLIP, SCALE, LEFT, TOP, BLUR, CLEAN = range(7)
+BACKGROUND, FLIP, SCALE, LEFT, TOP, BLUR, CLEAN = range(7)
 
 
 def main() -> None:
@@ -89,73 +89,73 @@ def main() -> None:
 
 
 def data(found: dict[str, np.ndarray], name: str, *, every: bool) -> ScorerData:
-    """The training pictures, of every concept or of the training split alone."""
+    """The training images, of every concept or of the training split alone."""
     records = [load_emoji().records[i] for i in found["train_record"][::VARIANTS]]
     kept = np.array([every or split_of(record) == "train" for record in records])
-    seen_here = found[f"train_{SPECS[name].eye}"].reshape(len(records), VARIANTS, -1)[kept]
-    grounds = np.array(list(COLOURS))[found["train_colour"]].reshape(-1, VARIANTS)[kept]
+    seen_here = found[f"train_{SPECS[name].image_tower}"].reshape(len(records), VARIANTS, -1)[kept]
+    backgrounds = np.array(list(COLOURS))[found["train_colour"]].reshape(-1, VARIANTS)[kept]
     chosen = [record for record, here in zip(records, kept, strict=True) if here]
     return ScorerData(
         seen=seen_here,
         names=[record.label for record in chosen],
         styles=[record.style for record in chosen],
-        grounds=grounds,
+        backgrounds=backgrounds,
     )
 
 
 def unseen_styles(scorer: Scorer, found: dict[str, np.ndarray], names: list[str]) -> dict[str, float]:
-    """Names among all names, match against mismatch, and the right ground against another, without a style word."""
+    """Names among all names, match against mismatch, and the right background against another, without a style word."""
     rng = np.random.default_rng(0)
     known = np.isin(found["held_label"], names)
-    labels, grounds = found["held_label"][known], np.array(list(COLOURS))[found["held_colour"][known]]
-    pictures = scorer.images(found[f"held_{scorer.spec.eye}"][known])
+    labels, backgrounds = found["held_label"][known], np.array(list(COLOURS))[found["held_colour"][known]]
+    images = scorer.images(found[f"held_{scorer.spec.image_tower}"][known])
     truth = np.array([names.index(label) for label in labels])
-    texts = {ground: scorer.text([caption_text(name, "", ground) for name in names]) for ground in COLOURS}
+    texts = {background: scorer.text([caption_text(name, "", background) for name in names]) for background in COLOURS}
     ranks = np.zeros(2)
-    for ground, table in texts.items():
-        here = grounds == ground
-        ranks += here.sum() * np.array(retrieval(pictures[here], table, truth[here]))
+    for background, table in texts.items():
+        here = backgrounds == background
+        ranks += here.sum() * np.array(retrieval(images[here], table, truth[here]))
 
     def scores(chosen: np.ndarray, said: np.ndarray) -> np.ndarray:
-        return np.array([mine @ texts[g][i] for mine, g, i in zip(pictures, said, chosen, strict=True)])
+        return np.array([mine @ texts[g][i] for mine, g, i in zip(images, said, chosen, strict=True)])
 
-    own = scores(truth, grounds)
-    moved_grounds = np.array([other(rng, list(COLOURS), ground) for ground in grounds])
-    swapped = scores(truth, moved_grounds)
+    own = scores(truth, backgrounds)
+    moved_backgrounds = np.array([other(rng, list(COLOURS), background) for background in backgrounds])
+    swapped = scores(truth, moved_backgrounds)
     return rounded(
         pictures=len(labels),
         names=len(names),
         r1=ranks[0] / len(labels),
         r5=ranks[1] / len(labels),
-        auc=auc(own, scores((truth + rng.integers(1, len(names), len(truth))) % len(names), grounds)),
+        auc=auc(own, scores((truth + rng.integers(1, len(names), len(truth))) % len(names), backgrounds)),
         colour_swap=chosen_rate(own, swapped),
         colour_swap_auc=auc(own, swapped),
     )
 
 
 def unseen_concepts(scorer: Scorer, found: dict[str, np.ndarray]) -> dict[str, float]:
-    """Pictures of the test split: match against mismatch, and the right style and ground against another."""
+    """Images of the test split: match against mismatch, and the right style and background against another."""
     rng = np.random.default_rng(1)
     records = [load_emoji().records[i] for i in found["test_record"]]
-    grounds = np.array(list(COLOURS))[found["test_colour"]]
+    backgrounds = np.array(list(COLOURS))[found["test_colour"]]
     styles = sorted({record.style for record in records})
-    pictures = scorer.images(found[f"test_{scorer.spec.eye}"])
+    images = scorer.images(found[f"test_{scorer.spec.image_tower}"])
 
     def scores(parts: list[tuple[str, str, str]]) -> np.ndarray:
-        return np.sum(pictures * scorer.text([caption_text(*part) for part in parts]), axis=1)
+        return np.sum(images * scorer.text([caption_text(*part) for part in parts]), axis=1)
 
-    parts = [(record.label, record.style, str(g)) for record, g in zip(records, grounds, strict=True)]
+    parts = [(record.label, record.style, str(g)) for record, g in zip(records, backgrounds, strict=True)]
     own = scores(parts)
     turned = scores([(parts[(i + len(parts) // 2) % len(parts)][0], *parts[i][1:]) for i in range(len(parts))])
-    style = scores([(name, other(rng, styles, style), ground) for name, style, ground in parts])
-    ground = scores([(name, style, other(rng, list(COLOURS), ground)) for name, style, ground in parts])
+    style = scores([(name, other(rng, styles, style), background) for name, style, background in parts])
+    background = scores([(name, style, other(rng, list(COLOURS), background)) for name, style, background in parts])
     return rounded(
         pictures=len(parts),
         auc=auc(own, turned),
         style_swap=chosen_rate(own, style),
         style_swap_auc=auc(own, style),
-        colour_swap=chosen_rate(own, ground),
-        colour_swap_auc=auc(own, ground),
+        colour_swap=chosen_rate(own, background),
+        colour_swap_auc=auc(own, background),
     )
 
 
@@ -170,69 +170,71 @@ def rounded(**values: float) -> dict[str, float]:
 
 
 def seen(held_out: list[Path]) -> dict[str, np.ndarray]:
-    """What the frozen network sees, for training ("train_"), clean test pictures ("test_") and held-out styles."""
+    """What the frozen network sees, for training ("train_"), clean test images ("test_") and held-out styles."""
     emoji = load_emoji()
-    grounds = list(COLOURS)
+    backgrounds = list(COLOURS)
     drawn = [(label, image) for folder in held_out for label, image in render(folder)]
     found: dict[str, np.ndarray] = {}
     every = np.arange(len(emoji))
     rows = np.repeat(every, VARIANTS)
     variants = np.tile(np.arange(VARIANTS), len(every))
-    # White first, then three other grounds, another three for each picture.
-    others = (mix(1, GROUND, rows) % np.uint64(7)).astype(int) + 2 * variants
+    # White first, then three other backgrounds, another three for each image.
+    others = (mix(1, BACKGROUND, rows) % np.uint64(7)).astype(int) + 2 * variants
     colours = np.where(variants == 0, 0, 1 + others % 7)
-    pictures = (
-        moved(emoji.images[row], grounds[colour], mix(2, row, variant))
+    images = (
+        moved(emoji.images[row], backgrounds[colour], mix(2, row, variant))
         for row, colour, variant in zip(rows, colours, variants, strict=True)
     )
-    found |= {"train_record": rows, "train_colour": colours, **looked("train", pictures, len(rows))}
+    found |= {"train_record": rows, "train_colour": colours, **looked("train", images, len(rows))}
 
     test = np.array([i for i in every if split_of(emoji.records[i]) == "test"])
     colours = (mix(3, CLEAN, test) % np.uint64(8)).astype(int)
-    pictures = (composite(emoji.images[i], COLOURS[grounds[c]]) for i, c in zip(test, colours, strict=True))
-    found |= {"test_record": test, "test_colour": colours, **looked("test", pictures, len(test))}
+    images = (composite(emoji.images[i], COLOURS[backgrounds[c]]) for i, c in zip(test, colours, strict=True))
+    found |= {"test_record": test, "test_colour": colours, **looked("test", images, len(test))}
 
     colours = (mix(4, CLEAN, np.arange(len(drawn))) % np.uint64(8)).astype(int)
-    pictures = (composite(image, COLOURS[grounds[c]]) for (_, image), c in zip(drawn, colours, strict=True))
+    images = (composite(image, COLOURS[backgrounds[c]]) for (_, image), c in zip(drawn, colours, strict=True))
     labels = np.array([label for label, _ in drawn])
-    return found | {"held_label": labels, "held_colour": colours, **looked("held", pictures, len(drawn))}
+    return found | {"held_label": labels, "held_colour": colours, **looked("held", images, len(drawn))}
 
 
-def looked(name: str, pictures, count: int) -> dict[str, np.ndarray]:
-    """What both eyes see in pictures (64, 64, 3) uint8."""
+def looked(name: str, images, count: int) -> dict[str, np.ndarray]:
+    """What both image towers read of images (64, 64, 3) uint8."""
     trunk = jax.device_put(load_lite0())
-    run = jax.jit(lambda trunk, images: {spec.eye: tower_input(spec, trunk, images) for spec in SPECS.values()})
-    pictures = iter(pictures)
+    run = jax.jit(lambda trunk, images: {spec.image_tower: tower_input(spec, trunk, images) for spec in SPECS.values()})
+    images = iter(images)
     parts = []
     for start in tqdm(range(0, count, BATCH), desc=name):
-        batch = np.stack([next(pictures) for _ in range(min(BATCH, count - start))])
+        batch = np.stack([next(images) for _ in range(min(BATCH, count - start))])
         filled = np.zeros((BATCH, *batch.shape[1:]), np.float32)
         filled[: len(batch)] = batch
-        parts.append({eye: np.asarray(value, np.float16)[: len(batch)] for eye, value in run(trunk, filled).items()})
-    return {f"{name}_{eye}": np.concatenate([part[eye] for part in parts]) for eye in parts[0]}
+        parts.append(
+            {tower: np.asarray(value, np.float16)[: len(batch)] for tower, value in run(trunk, filled).items()}
+        )
+    return {f"{name}_{tower}": np.concatenate([part[tower] for part in parts]) for tower in parts[0]}
 
 
 def moved(rgba: np.ndarray, colour: str, hashed: np.ndarray) -> np.ndarray:
-    """A picture on its ground, mirrored, scaled, shifted and blurred a little by what ``hashed`` (1,) says."""
+    """An image on its background, mirrored, scaled, shifted and blurred a little by what ``hashed`` (1,) says."""
 
     def chance(purpose: int) -> float:
         return float(fraction(mix(hashed, purpose))[0])
 
-    ground = COLOURS[colour]
-    picture = Image.fromarray(composite(rgba, ground))
+    background = COLOURS[colour]
+    image = Image.fromarray(composite(rgba, background))
     if chance(FLIP) < 0.5:
-        picture = picture.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
+        image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
     scale = 0.95 + 0.25 * chance(SCALE)
     middle = SIZE / 2 * (1 - scale)
     left, top = (middle + 8 * (chance(purpose) - 0.5) for purpose in (LEFT, TOP))
     matrix = (scale, 0, left, 0, scale, top)
     affine = Image.Transform.AFFINE, matrix, Image.Resampling.BICUBIC
-    picture = picture.transform((SIZE, SIZE), *affine, fillcolor=ground)
-    return np.asarray(picture.filter(ImageFilter.GaussianBlur(max(0.0, 2.0 * chance(BLUR) - 1.0))))
+    image = image.transform((SIZE, SIZE), *affine, fillcolor=background)
+    return np.asarray(image.filter(ImageFilter.GaussianBlur(max(0.0, 2.0 * chance(BLUR) - 1.0))))
 
 
 def render(folder: Path) -> list[tuple[str, np.ndarray]]:
-    """(label, RGBA (64, 64, 4)) of an icon set's pictures of the embedded concepts, found by the slug of the label."""
+    """(label, RGBA (64, 64, 4)) of an icon set's images of the embedded concepts, found by the slug of the label."""
     import resvg_py
 
     icons = json.loads((folder / "icons.json").read_text(encoding="utf-8"))
@@ -253,8 +255,8 @@ def render(folder: Path) -> list[tuple[str, np.ndarray]]:
             if isinstance(error, KeyboardInterrupt):
                 raise
             continue
-        picture = Image.open(io.BytesIO(bytes(png))).convert("RGBA").convert("RGBa").reduce(2).convert("RGBA")
-        found.append((label, np.asarray(picture)))
+        image = Image.open(io.BytesIO(bytes(png))).convert("RGBA").convert("RGBa").reduce(2).convert("RGBA")
+        found.append((label, np.asarray(image)))
     return found
 
 

@@ -54,7 +54,7 @@ class Key(NamedTuple):
 
 
 class Section(NamedTuple):
-    """The keys of one class at one place of a recipe; `rules` are those that belong to no single key."""
+    """The keys of one class at one path of a recipe; `rules` are those that belong to no single key."""
 
     title: str
     text: str
@@ -257,13 +257,13 @@ def keys_of(cls: type) -> list[Key]:
 
 
 def sections() -> list[Section]:
-    """All sections, from the top of a recipe down; a class that stands at several places is shown once."""
-    places: dict[type, list[str]] = {}
+    """All sections, from the top of a recipe down; a class that stands at several paths is shown once."""
+    paths_by_class: dict[type, list[str]] = {}
 
     def walk(cls: type, path: str) -> None:
         for base in [base for base in reversed(cls.__mro__) if dataclasses.is_dataclass(base)]:
-            if path not in places.setdefault(base, []):
-                places[base].append(path)
+            if path not in paths_by_class.setdefault(base, []):
+                paths_by_class[base].append(path)
         hints = typing.get_type_hints(cls, include_extras=True)
         for field in dataclasses.fields(cls):
             several = typing.get_origin(hints[field.name]) is tuple
@@ -272,8 +272,8 @@ def sections() -> list[Section]:
 
     walk(Config, "")
     # Parts that have parts of their own come before those, not each among its parent's.
-    ordered = sorted(places, key=lambda cls: min(path.count(".") for path in places[cls]))
-    return [_section(cls, places[cls]) for cls in ordered]
+    ordered = sorted(paths_by_class, key=lambda cls: min(path.count(".") for path in paths_by_class[cls]))
+    return [_section(cls, paths_by_class[cls]) for cls in ordered]
 
 
 def _section(cls: type, paths: list[str]) -> Section:

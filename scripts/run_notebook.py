@@ -1,7 +1,7 @@
 """Run a notebook from top to bottom and keep what it shows: ``python scripts/run_notebook.py examples/sampling.ipynb``.
 
 Needs the extra ``examples``. Left out of the file: progress bars and warnings (standard error), times, and the JPEG
-that Pillow shows beside each PNG.
+that Pillow shows with each PNG.
 """
 
 from __future__ import annotations

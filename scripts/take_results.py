@@ -29,7 +29,7 @@ with its standard error."""
 
 
 def main(folder: Path, name: str) -> None:
-    """Copy results.json and grid.png of a run to benchmarks/results/NAME, and write README.md beside them."""
+    """Copy results.json and grid.png of a run to benchmarks/results/NAME, and write README.md with them."""
     target = Path("benchmarks/results") / name
     target.mkdir(parents=True, exist_ok=True)
     for file in ("results.json", "grid.png"):

@@ -81,11 +81,11 @@ def test_no_call_is_wasted(case: dict[str, Any]) -> None:
 def test_the_fewest_calls() -> None:
     assert CASES[COMPARED].derivation() == "student 1 + guided teacher 2 + target 1 = 4"
     few = CASES["dmd2"]
-    assert few.beside is not None
+    assert few.fake is not None
     assert few.student.least(0) == 4
     assert few.student.least(3) == 7
-    assert few.beside.least(2) == few.beside.times * 4.5
-    assert few.derivation().endswith(f"= {5.5 + few.beside.times * 4:g}")
+    assert few.fake.least(2) == few.fake.times * 4.5
+    assert few.derivation().endswith(f"= {5.5 + few.fake.times * 4:g}")
     once = find_case("dmd2", 1)
     assert once.stage["fake_updates"] == 1
     assert once.derivation().endswith("= 9.5")
@@ -95,7 +95,7 @@ def test_the_fewest_calls() -> None:
 
 @pytest.mark.slow
 def test_compiling_alone(tmp_path: Path) -> None:
-    """A stage of score distillation stands beside TSCD, and another number of fake updates is the same work."""
+    """A stage of score distillation is compared with TSCD, and another number of fake updates is the same work."""
     kernels = {}
     for updates in (1, 3):
         path = tmp_path / f"{updates}.json"

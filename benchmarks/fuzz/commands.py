@@ -34,7 +34,7 @@ def run_commands(every: list[Sample], seed: int, count: int) -> Iterator[tuple[s
                     model = str(models[mutated.sample.base])
                     words = ["convert", "lora", source, str(target), "--to", "peft", "--base", model]
                 else:
-                    target = out / "picture.png"
+                    target = out / "image.png"
                     words = ["sample", "--model", source, "--prompt", "red apple", *SMALL, "--output", str(target)]
                 outcome, printed = _run(words, target)
                 printed = printed.replace(temporary, "TMP").replace(str(ROOT), "ROOT")

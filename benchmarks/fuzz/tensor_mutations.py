@@ -109,11 +109,11 @@ def _poison(tensors: list[Tensor], metadata: Any, random: Random) -> Any:
     key, dtype, shape, data = tensors[at]
     size = SIZES.get(dtype, 1)
     if data:
-        place = random.randrange(len(data) // size) * size
+        start = random.randrange(len(data) // size) * size
         bad = random.choice(
             (b"\xff" * size, b"\0" * (size - 2) + b"\x80\x7f" if size > 1 else b"\x7f", b"\xff\xff\xff\x7f"[-size:])
         )
-        data = data[:place] + bad[:size].ljust(size, b"\xff") + data[place + size :]
+        data = data[:start] + bad[:size].ljust(size, b"\xff") + data[start + size :]
     tensors[at] = (key, dtype, shape, data)
     return metadata
 
@@ -177,7 +177,7 @@ def _retype(tensors: list[Tensor], metadata: Any, random: Random) -> Any:
 
 
 def _swap(tensors: list[Tensor], metadata: Any, random: Random) -> Any:
-    """Two tensors change places."""
+    """Swap two tensors."""
     first, second = random.randrange(len(tensors)), random.randrange(len(tensors))
     one, two = tensors[first], tensors[second]
     tensors[first], tensors[second] = (two[0], *one[1:]), (one[0], *two[1:])

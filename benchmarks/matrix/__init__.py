@@ -1,1 +1,1 @@
-"""Recipes times seeds: what `benchmarks/ablation.py` trains, draws and tabulates."""
+"""Recipes times seeds: what `benchmarks/ablation.py` trains, samples and tabulates."""

@@ -64,14 +64,14 @@ def plot(panels: Sequence[Panel], rows: Sequence[Row]) -> Figure:
         axes = figure.add_subplot(down, across, number + 1)
         for colour, steps in enumerate(every):
             found = [
-                (place, row)
-                for place, point in enumerate(panel.points)
+                (index, row)
+                for index, point in enumerate(panel.points)
                 for row in rows
                 if row["recipe"] == point.recipe and row["steps"] == steps
             ]
             if found:
                 axes.errorbar(
-                    [place for place, _ in found],
+                    [index for index, _ in found],
                     [row["distance"] for _, row in found],
                     yerr=[row["distance_sd"] or 0.0 for _, row in found],
                     color=f"C{colour}",

@@ -55,7 +55,7 @@ class Recipe:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Point:
-    """A recipe's place on an axis of the plot."""
+    """A recipe's position on an axis of the plot."""
 
     recipe: str
     at: str
@@ -71,8 +71,8 @@ class Panel:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Matrix:
-    """``against`` names the method whose margins over the others are told; ``panels`` make a plot; ``grid_steps`` are
-    the numbers of steps that the grid of images shows, all where it is empty."""
+    """``against`` names the method whose margins over the others are reported; ``panels`` make a plot; ``grid_steps``
+    are the numbers of steps that the grid of images shows, all where it is empty."""
 
     base: str
     against: str

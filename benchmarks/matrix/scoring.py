@@ -25,7 +25,7 @@ SHOWN = 8
 """Prompts in the grid of images."""
 
 METRICS = ("distance", "kid", "fid_teacher", "kid_train", "clip_gain")
-"""What is told of every row: the evaluator's columns."""
+"""Columns of every row: the evaluator's."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """What both sides of `benchmarks/full_parity.py` share: the inputs, and how each side writes what it found.
 
-Arrays are float32 in this package's layouts: pictures and latents (B, H, W, C), `down` (.., in, r), `up` (r, out).
+Arrays are float32 in this package's layouts: images and latents (B, H, W, C), `down` (.., in, r), `up` (r, out).
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ TIME_IDS = [[768.0, 1024.0, 16.0, 32.0, 1024.0, 896.0]]
 
 
 def inputs(family: str) -> dict[str, np.ndarray]:
-    """The same draws in both processes; ``weights`` and ``picture_weights`` are those of the differentiated sums."""
+    """The same draws in both processes; ``weights`` and ``image_weights`` are those of the differentiated sums."""
     random = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
@@ -43,8 +43,8 @@ def inputs(family: str) -> dict[str, np.ndarray]:
     found = {
         "latents": normal(1, LATENT, LATENT, 4),
         "weights": normal(1, LATENT, LATENT, 4),
-        "picture": random.uniform(-1, 1, (1, PIXELS, PIXELS, 3)).astype(np.float32),
-        "picture_weights": normal(1, PIXELS, PIXELS, 3),
+        "image": random.uniform(-1, 1, (1, PIXELS, PIXELS, 3)).astype(np.float32),
+        "image_weights": normal(1, PIXELS, PIXELS, 3),
         "context": normal(1, TOKENS, WIDTHS[family]["context"]),
         "ids": random.integers(0, VOCABULARY, (1, TOKENS)).astype(np.int32),
     }

@@ -1,6 +1,6 @@
 """This package's side: ``python -m benchmarks.sides.parity_ours FAMILY MODEL FOLDER``.
 
-One component is in memory at a time, but for the pictures, which the pipeline draws.
+One component is in memory at a time, but for the images, which the pipeline samples.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ def text(model: Model, given: Arrays, record: parity.Record) -> None:
 
 def autoencoder(model: Model, given: Arrays, record: parity.Record) -> None:
     network, params = model.networks["vae"], model.params("vae")
-    mean, logvar = jax.jit(partial(network, method="encode"))(params, given["picture"])
+    mean, logvar = jax.jit(partial(network, method="encode"))(params, given["image"])
     record.keep("vae.mean", mean)
     record.keep("vae.logvar", logvar)
 
@@ -73,7 +73,7 @@ def autoencoder(model: Model, given: Arrays, record: parity.Record) -> None:
         decoded = network(params, latents, method="decode")
         return jnp.sum(decoded * weights), decoded
 
-    gradient, decoded = jax.jit(jax.grad(total, has_aux=True))(given["latents"], params, given["picture_weights"])
+    gradient, decoded = jax.jit(jax.grad(total, has_aux=True))(given["latents"], params, given["image_weights"])
     record.keep("vae.decoded", decoded)
     record.keep("vae.decoded: d latents", gradient)
 
@@ -108,11 +108,11 @@ def denoiser(model: Model, given: Arrays, adapter_file: Path, record: parity.Rec
             record.keep(f"unet+lora: d {module}.{name}", gradient)
 
 
-def pictures(folder: Path, given: Arrays, adapter_file: Path, record: parity.Record) -> None:
+def pipeline_images(folder: Path, given: Arrays, adapter_file: Path, record: parity.Record) -> None:
     pipe = Pipeline.from_pretrained(folder, dtype="float32")
     pipe.load_lora(adapter_file)
     for steps in parity.STEPS:
-        draw = partial(
+        sample = partial(
             pipe,
             parity.PROMPTS[0],
             steps=steps,
@@ -122,8 +122,8 @@ def pictures(folder: Path, given: Arrays, adapter_file: Path, record: parity.Rec
             height=parity.PIXELS,
             width=parity.PIXELS,
         )
-        record.keep(f"{steps}-step pipeline: latents", draw(output="latent"))
-        record.keep(f"{steps}-step pipeline: picture", 2 * draw(output="np") - 1)
+        record.keep(f"{steps}-step pipeline: latents", sample(output="latent"))
+        record.keep(f"{steps}-step pipeline: picture", 2 * sample(output="np") - 1)
 
 
 def main() -> None:
@@ -142,7 +142,7 @@ def main() -> None:
     jax.clear_caches()
     gc.collect()
     with record.part("pictures"):
-        pictures(path, given, adapter_file, record)
+        pipeline_images(path, given, adapter_file, record)
     record.write()
 
 

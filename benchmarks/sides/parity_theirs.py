@@ -73,12 +73,12 @@ def text(family: str, model: Path, given: dict[str, Any], record: parity.Record)
 def autoencoder(model: Path, given: dict[str, Any], record: parity.Record) -> None:
     vae = AutoencoderKL.from_pretrained(model, subfolder="vae").requires_grad_(False)
     with torch.no_grad():
-        posterior = vae.encode(nchw(given["picture"])).latent_dist
+        posterior = vae.encode(nchw(given["image"])).latent_dist
     record.keep("vae.mean", nhwc(posterior.mean))
     record.keep("vae.logvar", nhwc(posterior.logvar))
     latents = nchw(given["latents"]).requires_grad_()
     decoded = vae.decode(latents).sample
-    (decoded * nchw(given["picture_weights"])).sum().backward()
+    (decoded * nchw(given["image_weights"])).sum().backward()
     record.keep("vae.decoded", nhwc(decoded))
     record.keep("vae.decoded: d latents", nhwc(latents.grad))
 
@@ -131,7 +131,7 @@ def denoiser(unet: UNet2DConditionModel, given: dict[str, Any], folder: Path, re
 
 
 @torch.no_grad()
-def pictures(
+def pipeline_images(
     family: str, model: Path, unet: Any, cond: dict[str, torch.Tensor], given: dict[str, Any], record: parity.Record
 ) -> None:
     """Whole pipelines from the text embeddings on, with the adapter: the text encoders have left the memory."""
@@ -176,7 +176,7 @@ def main() -> None:
         unet.requires_grad_(False)
         denoiser(unet, given, folder, record)
     with record.part("pictures"):
-        pictures(family, model, unet, cond, given, record)
+        pipeline_images(family, model, unet, cond, given, record)
     record.write()
 
 

@@ -60,8 +60,8 @@ EARLIER = "earlier steps"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Turn:
-    """The fewest UNet calls of one turn, a sample, by what they are for; it is taken ``times`` times an update.
+class PhaseCalls:
+    """The fewest UNet calls of one phase, a sample, by what they are for; it is taken ``times`` times an update.
 
     A forward pass is 1, whatever is differentiated in it; one that stops at the middle block is 1/2.
     """
@@ -76,83 +76,83 @@ class Turn:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """A stage's settings, the turn that trains the student, and the one before it that trains what stands beside."""
+    """A stage's settings, the phase that trains the student, and the one before it that trains the fake score model."""
 
     stage: Mapping[str, Any]
-    student: Turn
-    beside: Turn | None = None
+    student: PhaseCalls
+    fake: PhaseCalls | None = None
 
     @property
-    def turns(self) -> tuple[Turn, ...]:
+    def phases(self) -> tuple[PhaseCalls, ...]:
         """Both, or the one that there is."""
-        return (self.student,) if self.beside is None else (self.student, self.beside)
+        return (self.student,) if self.fake is None else (self.student, self.fake)
 
     def derivation(self) -> str:
         """The fewest calls written out, earlier steps at their mean."""
         parts = []
-        for turn in self.turns:
-            text = " + ".join(f"{name} {calls:g}" for name, calls in turn.calls.items())
-            parts.append(text if turn.times == 1 else f"{turn.times} x ({text})")
-        total = sum(turn.times * sum(turn.calls.values()) for turn in self.turns)
+        for phase in self.phases:
+            text = " + ".join(f"{name} {calls:g}" for name, calls in phase.calls.items())
+            parts.append(text if phase.times == 1 else f"{phase.times} x ({text})")
+        total = sum(phase.times * sum(phase.calls.values()) for phase in self.phases)
         return f"{' + '.join(parts)} = {total:g}"
 
 
 _CONSISTENCY = {"student": 1, "guided teacher": 2, "target": 1}
-# Both sides of the pair are judged on what the blocks down and the middle one give; the features at the step's start
-# that `pair` reads too are those of the teacher's own call.
-_JUDGED = {**_CONSISTENCY, "discriminator of both sides": 1}
+# The discriminator reads the features of the blocks down and the middle one, of both sides; the features at the step's
+# start that `pair` reads too are those of the teacher's own call.
+_ADVERSARIAL = {**_CONSISTENCY, "discriminator of both sides": 1}
 _SCORE = {"student": 1, "guided real score": 2, "fake score": 1}
 _FAKE = {"student": 1, "fake score": 1}
 # One of K steps is drawn, so that (K - 1) / 2 come before it on average.
 _STEPS = {EARLIER: (len(FOUR) - 1) / 2}
 
 CASES = {
-    COMPARED: Case(stage=TSCD, student=Turn(calls=_CONSISTENCY)),
+    COMPARED: Case(stage=TSCD, student=PhaseCalls(calls=_CONSISTENCY)),
     "tscd-encoder": Case(
-        stage={**TSCD, "adversarial": {"weight": 0.05, "features": "encoder"}}, student=Turn(calls=_JUDGED)
+        stage={**TSCD, "adversarial": {"weight": 0.05, "features": "encoder"}}, student=PhaseCalls(calls=_ADVERSARIAL)
     ),
     "tscd-pair": Case(
         stage={**TSCD, "adversarial": {"weight": 0.05, "features": "pair", "loss": "non_saturating"}},
-        student=Turn(calls=_JUDGED),
+        student=PhaseCalls(calls=_ADVERSARIAL),
     ),
     "dmd": Case(
         stage={**DMD, "regression": REGRESSION, "anchor": {"weight": 1.0, "solver_steps": 50}},
-        student=Turn(
+        student=PhaseCalls(
             calls={**_SCORE, "regression": REGRESSION["steps"], "anchor": sum(_CONSISTENCY.values())},
         ),
-        beside=Turn(calls=_FAKE, times=FAKE_UPDATES),
+        fake=PhaseCalls(calls=_FAKE, times=FAKE_UPDATES),
     ),
     "dmd-data-free": Case(
         stage={**DMD, "data_free": True},
-        student=Turn(calls=_SCORE),
-        beside=Turn(calls=_FAKE, times=FAKE_UPDATES),
+        student=PhaseCalls(calls=_SCORE),
+        fake=PhaseCalls(calls=_FAKE, times=FAKE_UPDATES),
     ),
     "dmd2": Case(
         stage={**DMD, "times": FOUR, "adversarial": {"weight": 1e-3, "features": "mid", "loss": "non_saturating"}},
         # The fake side's features are the fake score's own call's.
-        student=Turn(calls={**_STEPS, **_SCORE}),
-        beside=Turn(calls={**_STEPS, **_FAKE, "features of pictures": 0.5}, times=FAKE_UPDATES),
+        student=PhaseCalls(calls={**_STEPS, **_SCORE}),
+        fake=PhaseCalls(calls={**_STEPS, **_FAKE, "features of images": 0.5}, times=FAKE_UPDATES),
     ),
     "tdm": Case(
         stage={**DMD, "kind": "tdm", "times": FOUR},
-        student=Turn(calls={**_STEPS, **_SCORE}),
-        beside=Turn(calls={**_STEPS, **_FAKE}, times=FAKE_UPDATES),
+        student=PhaseCalls(calls={**_STEPS, **_SCORE}),
+        fake=PhaseCalls(calls={**_STEPS, **_FAKE}, times=FAKE_UPDATES),
     ),
     "one-step-unet": Case(
         stage={**DMD, "student": "unet", "times": [800], "regression": REGRESSION},
-        student=Turn(calls={**_SCORE, "regression": REGRESSION["steps"]}),
-        beside=Turn(calls=_FAKE, times=FAKE_UPDATES),
+        student=PhaseCalls(calls={**_SCORE, "regression": REGRESSION["steps"]}),
+        fake=PhaseCalls(calls=_FAKE, times=FAKE_UPDATES),
     ),
 }
 
 
 def find_case(name: str, fake_updates: int) -> Case:
-    """A stage, with so many updates of what is trained beside the student, where there is such."""
+    """A stage, with so many fake-score steps, where it has a fake score model."""
     case = CASES[name]
-    if case.beside is None:
+    if case.fake is None:
         return case
     stage = {**case.stage, "fake_updates": fake_updates}
-    return replace(case, stage=stage, beside=replace(case.beside, times=fake_updates))
+    return replace(case, stage=stage, fake=replace(case.fake, times=fake_updates))
 
 
 def status_bytes(file: str, field: str) -> int:
@@ -177,7 +177,7 @@ def forget_peak() -> None:
 
 
 def cpu_seconds() -> float:
-    """What this process has computed so far, all threads together; beside other work it grows less than the clock."""
+    """What this process has computed so far, all threads together; with other work it grows less than the clock."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 

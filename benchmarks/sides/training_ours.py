@@ -127,7 +127,7 @@ def make_run(
     scales: Any,
     student: Factors,
 ) -> Run:
-    """What a stage is told of its run, without data or output; a stage stands before it, as a teacher may."""
+    """Make a stage's run, without data or output; a stage stands before it, as a teacher may."""
     components = model.components(params)
     stages = [{"name": "before", **training.TSCD}, {"name": "timed", **case.stage}]
     config = build(Config, {"output_dir": "nowhere", "lora": {"rank": shape.rank}, "stages": stages})
@@ -167,7 +167,7 @@ def make_batch(run: Run, values: dict[str, np.ndarray]) -> dict[str, Any]:
 
 
 def trees(run: Run) -> tuple[TrainState, Any]:
-    """The stage's state before the first update, and what its step reads beside."""
+    """The stage's state before the first update, and its frozen arrays."""
     stage = run.config.stages[INDEX]
     kind = kind_of(stage)
     return init_state(kind.trainable(run, INDEX, stage), stage, averaged=(STUDENT,)), kind.frozen(run, stage)
@@ -186,16 +186,16 @@ def leave_for_theirs(
 
 
 def least_calls(case: training.Case, key: jax.Array, step: int) -> float:
-    """The fewest calls of this update, given how many earlier steps of the student its turns have drawn.
+    """The fewest calls of this update, given how many earlier steps of the student its phases have drawn.
 
-    As the metrics do, the last repetition stands for all of a turn's.
+    As the metrics do, the last repetition stands for all of a phase's.
     """
     count = len(case.stage.get("times", [0]))
     found = 0.0
-    for index, turn in enumerate(reversed(case.turns)):
+    for index, phase in enumerate(reversed(case.phases)):
         here = jax.random.fold_in(jax.random.fold_in(key, step), index)
-        drawn = draw_trajectory(jax.random.fold_in(here, turn.times - 1), (1, 1, 1, 1), count)
-        found += turn.least(int(drawn.step))
+        drawn = draw_trajectory(jax.random.fold_in(here, phase.times - 1), (1, 1, 1, 1), count)
+        found += phase.least(int(drawn.step))
     return found
 
 

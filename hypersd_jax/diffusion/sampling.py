@@ -41,7 +41,7 @@ class Known(NamedTuple):
 def begin(table: Mapping[str, ArrayLike], latents: ArrayLike, clean: ArrayLike | None = None) -> State:
     """Make the state before a table's first step: noise alone, or clean latents (B, h, w, C) noised to its level.
 
-    `latents` are standard normal (B, h, w, C); a later part of a table goes on from the state that `advance` returned.
+    `latents` are standard normal (B, h, w, C); a later part of a table continues from the state of `advance`.
     """
     noise = jnp.asarray(latents, jnp.float32)
     if clean is None:

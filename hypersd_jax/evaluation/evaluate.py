@@ -155,9 +155,9 @@ def _model(
 
 
 def _content(file: Path) -> str:
-    """The hash of a LoRA's file, with the configuration beside it, where PEFT may keep alpha."""
-    beside = file.with_name("adapter_config.json")
-    return hashlib.sha256(file.read_bytes() + (beside.read_bytes() if beside.is_file() else b"")).hexdigest()
+    """The hash of a LoRA's file, with the configuration next to it, where PEFT may keep alpha."""
+    config = file.with_name("adapter_config.json")
+    return hashlib.sha256(file.read_bytes() + (config.read_bytes() if config.is_file() else b"")).hexdigest()
 
 
 def _real_images(

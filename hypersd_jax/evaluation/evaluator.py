@@ -87,7 +87,7 @@ class Evaluator:
         return digest(parts)[:12]
 
     def with_reference(self, samples: Samples, facts: Any) -> Evaluator:
-        """The same with a reference, that was sampled as ``facts`` say."""
+        """Return a copy with a reference that was sampled as ``facts`` say."""
         return dataclasses.replace(self, reference=samples, reference_facts=facts)
 
     def with_real(self, images: RealImages) -> Evaluator:

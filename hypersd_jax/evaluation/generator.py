@@ -94,12 +94,12 @@ def make_model(name: str, pipe: Pipeline, *, preset: str | None = None, identity
 def weights_identity(pipe: Pipeline) -> str:
     """A name for the base: the weights of all parts, the dtype that they compute in, and all that its files state."""
     parts = {name: fingerprint(params) for name, params in sorted(pipe.components.params.items())}
-    told = pipe.components.description
+    description = pipe.components.description
     tokenizers = {
         name: {file: hashlib.sha256(content).hexdigest() for file, content in tokenizer.files.items()}
-        for name, tokenizer in told.tokenizers.items()
+        for name, tokenizer in description.tokenizers.items()
     }
-    stated = [told.configs, told.scheduler_config, told.model_index, tokenizers]
+    stated = [description.configs, description.scheduler_config, description.model_index, tokenizers]
     text = json.dumps([parts, jnp.dtype(pipe.dtype).name, stated], sort_keys=True, default=dict)
     return hashlib.sha256(text.encode()).hexdigest()
 

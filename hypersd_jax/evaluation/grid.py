@@ -125,8 +125,8 @@ def _lines(text: str, size: int, width: int, most: int) -> list[str]:
 
 
 def _write(
-    draw: ImageDraw.ImageDraw, place: tuple[int, int], lines: Sequence[str], text: str, size: int, ink: Any
+    draw: ImageDraw.ImageDraw, position: tuple[int, int], lines: Sequence[str], text: str, size: int, ink: Any
 ) -> None:
     font, line = font_for(text, size), line_height(font_for("", size))
     for number, words in enumerate(lines):
-        draw.text((place[0], place[1] + number * line), words, ink, font)
+        draw.text((position[0], position[1] + number * line), words, ink, font)

@@ -122,8 +122,8 @@ def mean_estimate(values: np.ndarray, units: np.ndarray | None = None) -> Estima
     if units is None:
         error = values.std(ddof=1) / np.sqrt(len(values)) if len(values) > 1 else np.nan
         return Estimate(float(values.mean()), float(error))
-    _, places = np.unique(units, return_inverse=True)
-    sums = np.bincount(places, weights=values - values.mean())
+    _, indices = np.unique(units, return_inverse=True)
+    sums = np.bincount(indices, weights=values - values.mean())
     count = len(sums)
     error = np.sqrt(count / (count - 1) * np.sum(sums**2)) / len(values) if count > 1 else np.nan
     return Estimate(float(values.mean()), float(error))

@@ -55,11 +55,11 @@ def quality_section(series: Sequence[Series], floor: Floor | None = None) -> str
         found = None if floor is None else floor.row.get(key)
         level = float(found) if _known(found) else None
         inside = level is not None and level <= STRETCH * max(values)
-        told = "" if floor is None or level is None else f"; {'dashed: ' if inside else ''}{floor.name}, {level:.3g}"
+        shown = "" if floor is None or level is None else f"; {'dashed: ' if inside else ''}{floor.name}, {level:.3g}"
         for x, axis in AXES:
             label = f"{title} against {axis}"
             svg = _plot(series, level if inside else None, x, key, label=label, axis=axis)
-            text = html.escape(f"{label}; {column.better} is better{told}")
+            text = html.escape(f"{label}; {column.better} is better{shown}")
             charts.append(f"<figure>\n<figcaption>{text}</figcaption>\n{svg}\n</figure>\n")
     return f'{_legend(series)}<div class="charts">\n{"".join(charts)}</div>\n' if charts else ""
 

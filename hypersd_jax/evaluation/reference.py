@@ -1,7 +1,7 @@
 """What students are measured against: the teacher's many-step images of a list, and its rows at many and few steps.
 
 Of the images only the many-step ones are kept; of the others, their rows and distances. For the embedded teacher all
-this ships with the package; for any other it is computed once and kept beside the run.
+this ships with the package; for any other it is computed once and kept with the run.
 """
 
 from __future__ import annotations
@@ -71,7 +71,7 @@ class Reference:
     Attributes:
         samples: at many steps; without what the scorer sees in them.
         rows: first that of those samples; then, where each prompt has several seeds, that of the same model from other
-            latents, which a perfect student could not be told from; then those at few steps.
+            latents, which a perfect student could not be distinguished from; then those at few steps.
     """
 
     samples: Samples

@@ -1,8 +1,8 @@
 """Two small text-image scorers for the embedded images, each a dual encoder on frozen EfficientNet-Lite0 features.
 
 ``report`` reads pooled features and words in their order; ``reward`` reads middle layers and a bag of letter groups.
-They share no trained weight, seed, layer read or text reading, so that what is trained to please one is still judged by
-the other; the frozen network beneath is the same.
+They share no trained weight, seed, layer read or text reading, so that what is trained to please one is measured by the
+other; the frozen network beneath is the same.
 Their card.json says how well they match text they were not trained to match; neither is a CLIP score.
 """
 
@@ -41,26 +41,26 @@ MIDDLE_FEATURES = 2 * (40 + 112)
 class ScorerSpec:
     """The shape of a scorer: what it sees with, what it reads with, and the widths of both towers."""
 
-    eye: Literal["pooled", "middle"]
-    reader: Literal["words", "letters"]
+    image_tower: Literal["pooled", "middle"]
+    text_tower: Literal["words", "letters"]
     hidden: int
     width: int
 
     @property
-    def eye_width(self) -> int:
-        """Values that the frozen network hands over."""
-        return FEATURES + 3 * THUMBNAIL**2 if self.eye == "pooled" else MIDDLE_FEATURES
+    def image_width(self) -> int:
+        """Number of values that the frozen network gives the image tower."""
+        return FEATURES + 3 * THUMBNAIL**2 if self.image_tower == "pooled" else MIDDLE_FEATURES
 
 
 SPECS: dict[ScorerName, ScorerSpec] = {
-    "report": ScorerSpec(eye="pooled", reader="words", hidden=512, width=256),
-    "reward": ScorerSpec(eye="middle", reader="letters", hidden=384, width=128),
+    "report": ScorerSpec(image_tower="pooled", text_tower="words", hidden=512, width=256),
+    "reward": ScorerSpec(image_tower="middle", text_tower="letters", hidden=384, width=128),
 }
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """A trained scorer: its specification, parameters (float32) and, for the reader of words, the vocabulary."""
+    """A trained scorer: its specification, parameters (float32) and, for the text tower of words, the vocabulary."""
 
     spec: ScorerSpec
     params: Mapping[str, np.ndarray]
@@ -90,10 +90,10 @@ def score(spec: ScorerSpec, params: Params, trunk: Params, images: jax.Array, to
 
 
 def tower_input(spec: ScorerSpec, trunk: Params, images: jax.Array) -> jax.Array:
-    """What the frozen network sees in images (B, H, W, 3) in 0..255, at 128 px: (B, `ScorerSpec.eye_width`)."""
+    """What the frozen network sees in images (B, H, W, 3) in 0..255, at 128 px: (B, `ScorerSpec.image_width`)."""
     images = fitted(images, SMALL)
     pooled = []
-    if spec.eye == "pooled":
+    if spec.image_tower == "pooled":
         return jnp.concatenate([lite0(trunk, images), thumbnail(images)], axis=-1)
     for x in block_features(trunk, images, MIDDLE_BLOCKS):
         pooled += [jnp.mean(x, axis=(1, 2)), jnp.max(x, axis=(1, 2))]
@@ -101,11 +101,11 @@ def tower_input(spec: ScorerSpec, trunk: Params, images: jax.Array) -> jax.Array
 
 
 def seen_by(spec: ScorerSpec, images: np.ndarray, *, batch_size: int = 32) -> np.ndarray:
-    """What the frozen network sees in any number of uint8 images (N, H, W, 3): (N, `ScorerSpec.eye_width`), float32.
+    """What the frozen network sees in any number of uint8 images (N, H, W, 3): (N, `ScorerSpec.image_width`), float32.
 
     In batches of one size, the last filled up, so that one program serves any N.
     """
-    found = [np.zeros((0, spec.eye_width), np.float32)]
+    found = [np.zeros((0, spec.image_width), np.float32)]
     for start in range(0, len(images), batch_size):
         part = images[start : start + batch_size]
         batch = np.zeros((batch_size, *images.shape[1:]), np.float32)
@@ -143,7 +143,7 @@ def embed_images(params: Params, seen: jax.Array) -> jax.Array:
 
 def embed_text(spec: ScorerSpec, params: Params, tokens: Any) -> jax.Array:
     """Unit vectors (B, D) of tokens (B, L)."""
-    tower = text_towers.words if spec.reader == "words" else text_towers.letters
+    tower = text_towers.words if spec.text_tower == "words" else text_towers.letters
     return unit(tower(params, tokens))
 
 
@@ -153,23 +153,23 @@ def unit(x: jax.Array) -> jax.Array:
 
 
 def read(spec: ScorerSpec, prompts: Sequence[str], vocabulary: Sequence[str]) -> np.ndarray:
-    """Tokens int32 (B, L) of prompts, for the reader of this specification."""
-    if spec.reader == "words":
+    """Tokenise prompts to int32 (B, L), for the text tower of this specification."""
+    if spec.text_tower == "words":
         return text_towers.word_tokens(prompts, vocabulary)
     return text_towers.letter_tokens(prompts)
 
 
 def init_scorer(spec: ScorerSpec, key: jax.Array, vocabulary: int) -> dict[str, jax.Array]:
     """Fresh parameters, float32, for a vocabulary of this many words."""
-    eye, tower = jax.random.split(key)
-    first, second = jax.random.split(eye)
+    image_key, tower = jax.random.split(key)
+    first, second = jax.random.split(image_key)
     params = {
-        "eye.mean": jnp.zeros((spec.eye_width,)),
-        "eye.deviation": jnp.ones((spec.eye_width,)),
-        **text_towers.init_linear("eye.hidden", first, spec.eye_width, spec.hidden),
+        "eye.mean": jnp.zeros((spec.image_width,)),
+        "eye.deviation": jnp.ones((spec.image_width,)),
+        **text_towers.init_linear("eye.hidden", first, spec.image_width, spec.hidden),
         **text_towers.init_linear("eye.out", second, spec.hidden, spec.width),
     }
-    if spec.reader == "words":
+    if spec.text_tower == "words":
         return params | text_towers.init_words(tower, vocabulary, spec.width)
     return params | text_towers.init_letters(tower, spec.width)
 
@@ -181,14 +181,14 @@ def load_scorer(name: ScorerName, folder: Path | None = None) -> Scorer:
     Raises:
         UserError: a file is missing or damaged, or its tensors are not those of this scorer.
     """
-    spec, place = SPECS[name], (folder or assets() / "scorers") / name
-    with open_tensors(place / "model.safetensors") as file:
+    spec, source = SPECS[name], (folder or assets() / "scorers") / name
+    with open_tensors(source / "model.safetensors") as file:
         params = {key: file.read(key).astype(np.float32) for key in file.keys()}  # noqa: SIM118
         vocabulary = tuple(file.metadata.get("vocabulary", "").split())
     expected = jax.eval_shape(lambda: init_scorer(spec, jax.random.key(0), len(vocabulary)))
     shapes = {key: value.shape for key, value in expected.items()}
     if shapes != {key: value.shape for key, value in params.items()}:
-        raise UserError(f"{place / 'model.safetensors'}: its tensors are not those of the {name} scorer")
+        raise UserError(f"{source / 'model.safetensors'}: its tensors are not those of the {name} scorer")
     return Scorer(spec=spec, params=params, vocabulary=vocabulary)
 
 

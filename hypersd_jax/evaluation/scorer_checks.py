@@ -21,9 +21,9 @@ def auc(matched: np.ndarray, mismatched: np.ndarray) -> float:
     order = np.argsort(everything, kind="stable")
     ranks = np.empty(len(everything))
     ranks[order] = np.arange(1, len(everything) + 1)
-    values, place, counts = np.unique(everything, return_inverse=True, return_counts=True)
-    sums = np.bincount(place, ranks, len(values))
-    ranks = (sums / counts)[place]  # ties share their mean rank
+    values, index, counts = np.unique(everything, return_inverse=True, return_counts=True)
+    sums = np.bincount(index, ranks, len(values))
+    ranks = (sums / counts)[index]  # ties share their mean rank
     wins = ranks[: len(matched)].sum() - len(matched) * (len(matched) + 1) / 2
     return float(wins / (len(matched) * len(mismatched)))
 

@@ -1,4 +1,4 @@
-"""Training a scorer: a symmetric contrastive loss over features that the frozen network has handed over once.
+"""Training a scorer: a symmetric contrastive loss over features that the frozen network has computed once.
 
 As CLIP's (arXiv 2103.00020, figure 3), but a caption that fits several images of a batch shares its target among
 them: one concept comes in several styles, and a caption without a style fits them all.
@@ -24,21 +24,21 @@ LEAST_DEVIATION = 1e-3
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScorerData:
-    """``seen`` (N, V, E): each of N images in V variants, on different grounds, as the frozen network sees them.
+    """``seen`` (N, V, E): each of N images in V variants, on different backgrounds, as the frozen network sees them.
 
-    The parts of their captions: ``names`` and ``styles`` have N entries, ``grounds`` (N, V) the
+    The parts of their captions: ``names`` and ``styles`` have N entries, ``backgrounds`` (N, V) the
     colours' names.
     """
 
     seen: np.ndarray
     names: Sequence[str]
     styles: Sequence[str]
-    grounds: np.ndarray
+    backgrounds: np.ndarray
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ScorerTraining:
-    """``grouped``: every which epoch keeps a concept's images together, so that style and ground tell them apart.
+    """``grouped``: every which epoch keeps a concept's images together, so that style and background tell them apart.
 
     ``style_dropout`` and ``noise``: how often a caption goes without its style, and the share of values hidden."""
 
@@ -52,15 +52,15 @@ class ScorerTraining:
     seed: int = 0
 
 
-def caption_text(name: str, style: str, ground: str) -> str:
+def caption_text(name: str, style: str, background: str) -> str:
     """``"NAME, STYLE style, COLOUR background"``: no style where it is empty, no background where it is white."""
     text = f"{name}, {style} style" if style else name
-    return text if ground == "white" else f"{text}, {ground} background"
+    return text if background == "white" else f"{text}, {background} background"
 
 
 def train_scorer(spec: ScorerSpec, data: ScorerData, options: ScorerTraining) -> Scorer:
     """Train from nothing; the same data and options give the same scorer on one machine."""
-    count, variants = data.grounds.shape
+    count, variants = data.backgrounds.shape
     vocabulary = _vocabulary(data)
     tokens = _tokens(spec, data, vocabulary)
     params = init_scorer(spec, jax.random.key(options.seed), len(vocabulary))
@@ -74,7 +74,7 @@ def train_scorer(spec: ScorerSpec, data: ScorerData, options: ScorerTraining) ->
     optimizer = optax.adamw(rate, weight_decay=options.weight_decay)
     step = _make_step(spec, optimizer, options.noise)
     state, rng = optimizer.init(params), np.random.default_rng(options.seed)
-    names, grounds = _numbers(data.names), _numbers(data.grounds.ravel()).reshape(data.grounds.shape)
+    names, backgrounds = _numbers(data.names), _numbers(data.backgrounds.ravel()).reshape(data.backgrounds.shape)
     styles = _numbers(data.styles)
     number = 0
     for epoch in range(options.epochs):
@@ -82,17 +82,19 @@ def train_scorer(spec: ScorerSpec, data: ScorerData, options: ScorerTraining) ->
         order = np.argsort(rng.random(names.max() + 1)[names], kind="stable") if by_concept else rng.permutation(count)
         for start in range(0, count - size + 1, size):
             rows = order[start : start + size]
-            ground = rng.integers(0, variants, size)
+            background = rng.integers(0, variants, size)
             plain = rng.random(size) < options.style_dropout
             batch = {
-                "seen": data.seen[rows, ground].astype(np.float32),
-                "tokens": tokens[rows, ground, plain.astype(int)],
-                "fits": _fits(names[rows], np.where(plain, -1, styles[rows]), styles[rows], grounds[rows, ground]),
+                "seen": data.seen[rows, background].astype(np.float32),
+                "tokens": tokens[rows, background, plain.astype(int)],
+                "fits": _fits(
+                    names[rows], np.where(plain, -1, styles[rows]), styles[rows], backgrounds[rows, background]
+                ),
             }
             params, state, _ = step(params, state, batch, jax.random.key(options.seed * 1_000_003 + number))
             number += 1
     kept = {key: np.asarray(value) for key, value in params.items() if key != "temperature"}
-    return Scorer(spec=spec, params=kept, vocabulary=vocabulary if spec.reader == "words" else ())
+    return Scorer(spec=spec, params=kept, vocabulary=vocabulary if spec.text_tower == "words" else ())
 
 
 def contrastive_loss(mine: jax.Array, theirs: jax.Array, fits: jax.Array, temperature: jax.Array) -> jax.Array:
@@ -116,7 +118,7 @@ def _make_step(spec: ScorerSpec, optimizer: optax.GradientTransformation, noise:
         seen = jnp.where(kept, batch["seen"], params["eye.mean"][None])
         # Words are hidden too, so that no single one carries a caption and the unknown word means something.
         hidden = jax.random.bernoulli(word_key, noise / 4, batch["tokens"].shape) & (batch["tokens"] != PADDING)
-        tokens = jnp.where(hidden, UNKNOWN if spec.reader == "words" else PADDING, batch["tokens"])
+        tokens = jnp.where(hidden, UNKNOWN if spec.text_tower == "words" else PADDING, batch["tokens"])
         theirs = embed_text(spec, params, tokens)
         return contrastive_loss(embed_images(params, seen), theirs, batch["fits"], params["temperature"])
 
@@ -133,26 +135,26 @@ def _make_step(spec: ScorerSpec, optimizer: optax.GradientTransformation, noise:
     return step
 
 
-def _fits(names: np.ndarray, said: np.ndarray, styles: np.ndarray, grounds: np.ndarray) -> np.ndarray:
+def _fits(names: np.ndarray, said: np.ndarray, styles: np.ndarray, backgrounds: np.ndarray) -> np.ndarray:
     """(B, B) float32: caption j, whose style ``said`` is -1 where it names none, is true of image i."""
-    same = (names[:, None] == names[None]) & (grounds[:, None] == grounds[None])
+    same = (names[:, None] == names[None]) & (backgrounds[:, None] == backgrounds[None])
     return (same & ((said[None] == -1) | (said[None] == styles[:, None]))).astype(np.float32)
 
 
 def _tokens(spec: ScorerSpec, data: ScorerData, vocabulary: Sequence[str]) -> np.ndarray:
     """(N, V, 2, L): of each image's captions with and without its style."""
     texts = [
-        caption_text(name, said, ground)
-        for name, style, grounds in zip(data.names, data.styles, data.grounds, strict=True)
-        for ground in grounds
+        caption_text(name, said, background)
+        for name, style, backgrounds in zip(data.names, data.styles, data.backgrounds, strict=True)
+        for background in backgrounds
         for said in (style, NO_STYLE)
     ]
-    return read(spec, texts, vocabulary).reshape(*data.grounds.shape, 2, -1)
+    return read(spec, texts, vocabulary).reshape(*data.backgrounds.shape, 2, -1)
 
 
 def _vocabulary(data: ScorerData) -> tuple[str, ...]:
     """Every word of the captions, sorted."""
-    parts = [*data.names, *data.styles, *np.unique(data.grounds)]
+    parts = [*data.names, *data.styles, *np.unique(data.backgrounds)]
     texts = [", style background", *(str(part) for part in parts)]
     return tuple(sorted({word for text in texts for word in split_words(text)}))
 

@@ -1,4 +1,4 @@
-"""How well images fit their prompts, beside how well they fit others: without that zero a score says nothing."""
+"""How well images fit their prompts, next to how well they fit others: without that zero a score says nothing."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class TextMatch(NamedTuple):
 
 
 def derangement(prompts: Sequence[str]) -> np.ndarray | None:
-    """For each prompt the place of one with another text, int64 (N,), each place once; the same each time.
+    """For each prompt the index of one with another text, int64 (N,), each index once; the same each time.
 
     Equal texts are put side by side, in an order that says nothing, and the list is turned by half. None where that
     gives a prompt its own text, which no other order can avoid: one text is more than half of the list.
@@ -54,5 +54,5 @@ def text_match(scorer: Scorer, seen: np.ndarray, prompts: Sequence[str]) -> Text
 
 
 def knows(scorer: Scorer, prompts: Sequence[str]) -> bool:
-    """Whether a reader of words was taught every word of the prompts: what else it says is a guess."""
+    """Tell whether a text tower of words knows every word of the prompts: without that its score is a guess."""
     return {word for prompt in prompts for word in split_words(prompt)} <= set(scorer.vocabulary)

@@ -28,11 +28,11 @@ def split_words(prompt: str) -> list[str]:
 
 
 def word_tokens(prompts: Sequence[str], vocabulary: Sequence[str]) -> np.ndarray:
-    """int32 (B, 16): the place of each word in the vocabulary, plus 2; words beyond the 16th are not read."""
-    places = {word: number for number, word in enumerate(vocabulary, start=FIRST_WORD)}
+    """int32 (B, 16): the index of each word in the vocabulary, plus 2; words beyond the 16th are not read."""
+    indices = {word: number for number, word in enumerate(vocabulary, start=FIRST_WORD)}
     tokens = np.full((len(prompts), MOST_WORDS), PADDING, np.int32)
     for row, prompt in enumerate(prompts):
-        found = [places.get(word, UNKNOWN) for word in split_words(prompt)[:MOST_WORDS]]
+        found = [indices.get(word, UNKNOWN) for word in split_words(prompt)[:MOST_WORDS]]
         tokens[row, : len(found)] = found
     return tokens
 
@@ -77,10 +77,10 @@ def letters(params: Params, tokens: jax.Array) -> jax.Array:
 
 def init_words(key: jax.Array, vocabulary: int, width: int) -> dict[str, jax.Array]:
     """Fresh parameters of `words`, with outputs of ``width``."""
-    table, places, out, *layers = jax.random.split(key, 3 + LAYERS)
+    table, positions, out, *layers = jax.random.split(key, 3 + LAYERS)
     params = {
         "words.table": 0.05 * jax.random.normal(table, (FIRST_WORD + vocabulary, WORD_WIDTH)),
-        "words.places": 0.05 * jax.random.normal(places, (MOST_WORDS, WORD_WIDTH)),
+        "words.places": 0.05 * jax.random.normal(positions, (MOST_WORDS, WORD_WIDTH)),
         **init_linear("words.out", out, WORD_WIDTH, width),
         **_init_norm("words.norm"),
     }
@@ -138,6 +138,6 @@ def _attention(params: Params, name: str, x: jax.Array, kept: jax.Array) -> jax.
 
 
 def _mean(x: jax.Array, kept: jax.Array) -> jax.Array:
-    """Mean (B, D) over the places of x (B, L, D) that are kept; zeros where none is."""
+    """Mean (B, D) over the positions of x (B, L, D) that are kept; zeros where none is."""
     share = kept / jnp.maximum(jnp.sum(kept, axis=1, keepdims=True), 1)
     return jnp.sum(x * share[:, :, None], axis=1)

@@ -75,11 +75,11 @@ def test_another_ground_or_style_scores_less(name: str, pictures: np.ndarray) ->
         own = np.sum(mine * scorer.text([item.prompt for item in items]), axis=1)
         return float(np.mean(own > np.sum(mine * scorer.text(swapped), axis=1)))
 
-    def ground(prompt: str, colour: str) -> str:
+    def background(prompt: str, colour: str) -> str:
         before = prompt.split(" style")[0] + " style"
         return before if colour == "white" else f"{before}, {colour} background"
 
-    assert rate([ground(i.prompt, colours[(colours.index(i.background) + 3) % 8]) for i in items]) > 0.85
+    assert rate([background(i.prompt, colours[(colours.index(i.background) + 3) % 8]) for i in items]) > 0.85
     assert (
         rate([i.prompt.replace(i.style, next(s for s in styles if s != i.style)) for i in items]) > 0.7
     )  # by chance: 0.5
@@ -89,10 +89,10 @@ def test_another_ground_or_style_scores_less(name: str, pictures: np.ndarray) ->
 def test_what_is_seen_does_not_depend_on_the_batch(name: str, pictures: np.ndarray) -> None:
     spec = load_scorer(name).spec  # type: ignore[arg-type]
     whole, parts = seen_by(spec, pictures[:3], batch_size=3), seen_by(spec, pictures[:3], batch_size=2)
-    assert whole.shape == (3, spec.eye_width)
+    assert whole.shape == (3, spec.image_width)
     assert whole.dtype == np.float32
     np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-3)
-    assert seen_by(spec, pictures[:0]).shape == (0, spec.eye_width)
+    assert seen_by(spec, pictures[:0]).shape == (0, spec.image_width)
 
 
 def test_blocks_come_in_the_layers_shapes() -> None:
@@ -103,8 +103,8 @@ def test_blocks_come_in_the_layers_shapes() -> None:
 
 def test_the_two_share_no_features() -> None:
     report, reward = (load_scorer(name) for name in NAMES)  # type: ignore[arg-type]
-    assert report.spec.eye != reward.spec.eye
-    assert report.spec.reader != reward.spec.reader
+    assert report.spec.image_tower != reward.spec.image_tower
+    assert report.spec.text_tower != reward.spec.text_tower
     assert reward.vocabulary == ()
 
 

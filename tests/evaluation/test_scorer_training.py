@@ -22,8 +22,8 @@ NAMES, STYLES, GROUNDS = [f"thing{i}" for i in range(12)], ["noto", "blob"], ["w
 
 
 def made_up(seed: int) -> ScorerData:
-    """Features that are the sum of what a name, a style and a ground look like, with noise."""
-    width = SPECS["reward"].eye_width
+    """Features that are the sum of what a name, a style and a background look like, with noise."""
+    width = SPECS["reward"].image_width
     looks = np.random.default_rng(0).normal(size=(3, 12, width))
     rng = np.random.default_rng(seed)
     pairs = [(name, style) for name in range(12) for style in range(2)]
@@ -32,13 +32,13 @@ def made_up(seed: int) -> ScorerData:
         seen=np.asarray(seen) + 0.3 * rng.normal(size=(24, 2, width)),
         names=[NAMES[n] for n, _ in pairs],
         styles=[STYLES[s] for _, s in pairs],
-        grounds=np.array([GROUNDS] * 24),
+        backgrounds=np.array([GROUNDS] * 24),
     )
 
 
 @pytest.mark.parametrize("reader", ["words", "letters"])
 def test_training_learns_names_styles_and_grounds(reader: str) -> None:
-    spec = dataclasses.replace(SPECS["reward"], reader=reader, hidden=32, width=16)  # type: ignore[arg-type]
+    spec = dataclasses.replace(SPECS["reward"], text_tower=reader, hidden=32, width=16)  # type: ignore[arg-type]
     options = ScorerTraining(epochs=80, batch_size=24, learning_rate=1e-2, seed=3)
     data, unseen = made_up(1), made_up(2)
     texts = [caption_text(n, s, g) for n, s in zip(data.names, data.styles, strict=True) for g in GROUNDS]

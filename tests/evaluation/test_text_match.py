@@ -38,7 +38,7 @@ def test_pictures_that_say_nothing_gain_nothing() -> None:
     scorer = load_scorer("report")
     prompts = [item.prompt for item in evaluation_list(200)]
     seen = scorer.params["eye.mean"] + scorer.params["eye.deviation"] * np.random.default_rng(0).normal(
-        size=(200, scorer.spec.eye_width)
+        size=(200, scorer.spec.image_width)
     )
     match = text_match(scorer, seen, prompts)
     assert match is not None
