@@ -58,7 +58,7 @@ pytest.importorskip("nbclient", reason="the extra `examples`")
 pytest.importorskip("ipykernel", reason="the extra `examples`")
 
 
-def pictures(notebook: Any) -> dict[str, np.ndarray]:
+def output_images(notebook: Any) -> dict[str, np.ndarray]:
     """What cells show, by cell."""
     found = {}
     for cell in notebook.cells:
@@ -91,14 +91,14 @@ def test_what_is_kept() -> None:
 def test_it_runs_from_top_to_bottom(tmp_path: Path) -> None:
     fresh = load(ROOT / "scripts" / "run_notebook.py").executed(NOTEBOOK, tmp_path)
     kept = nbformat.read(NOTEBOOK, as_version=4)
-    shown, expected = pictures(fresh), pictures(kept)
+    shown, expected = output_images(fresh), output_images(kept)
     assert shown.keys() == expected.keys()
     assert len(shown) == 6
-    for name, picture in shown.items():
-        assert picture.shape == expected[name].shape, name
-        assert picture.std() > 30, name
-        # Another processor or compiler rounds otherwise, and a picture of few steps hardly amplifies it.
-        assert np.abs(picture - expected[name]).mean() < 1.0, name
+    for name, image in shown.items():
+        assert image.shape == expected[name].shape, name
+        assert image.std() > 30, name
+        # Another processor or compiler rounds otherwise, and an image of few steps hardly amplifies it.
+        assert np.abs(image - expected[name]).mean() < 1.0, name
     assert printed(fresh) == printed(kept)
     assert Image.open(tmp_path / "apple.png").size == (64, 64)
     assert (tmp_path / "run" / "loras" / "student.safetensors").is_file()

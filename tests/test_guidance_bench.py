@@ -24,7 +24,7 @@ def test_prompts_name_their_ground() -> None:
 def test_the_ground_is_the_nearest_to_the_corners() -> None:
     items = named_backgrounds(6)
     images = np.zeros((6, 8, 8, 3), np.uint8)
-    images[:] = np.asarray([COLOURS[item.ground] for item in items], np.uint8)[:, None, None]
+    images[:] = np.asarray([COLOURS[item.background] for item in items], np.uint8)[:, None, None]
     images[:, 2:6, 2:6] = 255  # what is in the middle does not count
     assert background_share(images, items) == 1.0
     images[:3] = np.asarray(COLOURS["white"], np.uint8)
@@ -45,7 +45,7 @@ def test_the_negative_prompt_is_the_background(tmp_path: Path, monkeypatch: pyte
     assert np.all(images == 128)
     prompts, negatives, settings = asked[0]
     assert prompts == [item.prompt for item in items]
-    assert negatives == [f"{item.ground} background" for item in items]
+    assert negatives == [f"{item.background} background" for item in items]
     assert (settings["steps"], settings["guidance"]) == (8, 5.0)
     sampled(pipe, 8, 5.0, items, False)
     assert asked[1][1] is None

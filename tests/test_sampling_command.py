@@ -189,8 +189,8 @@ def test_rare_characters_are_counted_in_tokens(tmp_path: Path, model: Path, caps
         "--guidance=2",
     ]
     main([*call, "--output", str(tmp_path / "cut.png")])
-    told = [line for line in capsys.readouterr().err.splitlines() if "longer than" in line]
-    assert told == [
+    found = [line for line in capsys.readouterr().err.splitlines() if "longer than" in line]
+    assert found == [
         f"hypersd: warning: the prompt is longer than 22 tokens; ignored: {han[7:]!r}",
         f"hypersd: warning: the negative prompt is longer than 22 tokens; ignored: {han[7:] + 'x'!r}",
     ]

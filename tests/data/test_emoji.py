@@ -66,8 +66,8 @@ def test_a_tenth_of_the_concepts_is_held_out_in_all_styles() -> None:
 
 def test_no_image_is_in_both_splits() -> None:
     emoji = load_emoji()
-    pictures = {split: {emoji.images[i].tobytes() for i in emoji.indices(split)} for split in ("train", "test")}
-    assert not pictures["train"] & pictures["test"]
+    images = {split: {emoji.images[i].tobytes() for i in emoji.indices(split)} for split in ("train", "test")}
+    assert not images["train"] & images["test"]
 
 
 def test_groups_choose_and_unknown_groups_are_named() -> None:
@@ -92,8 +92,8 @@ def test_composite_lays_colours_over_the_ground() -> None:
     assert out.dtype == np.uint8
     np.testing.assert_array_equal(out[0, 0], (200, 100, 50))
     np.testing.assert_array_equal(out[1], np.full((2, 3), COLOURS["black"]))
-    ground = np.asarray(COLOURS["black"], float)
-    np.testing.assert_array_equal(out[0, 1], np.round(ground + (np.array([200, 100, 50]) - ground) * 128 / 255))
+    background = np.asarray(COLOURS["black"], float)
+    np.testing.assert_array_equal(out[0, 1], np.round(background + (np.array([200, 100, 50]) - background) * 128 / 255))
 
 
 def test_composite_takes_batches() -> None:

@@ -75,7 +75,7 @@ def test_the_ground_is_the_captions_colour() -> None:
     assert not any("background" in text for text in EmojiSource(white_fraction=1.0).batch(np.arange(8)).captions)
 
 
-def test_grounds_are_drawn_evenly() -> None:
+def test_backgrounds_are_drawn_evenly() -> None:
     colours = sample_backgrounds(np.arange(20000), seed=0, white_fraction=0.5)
     shares = {name: colours.count(name) / len(colours) for name in COLOURS}
     assert shares.pop("white") == pytest.approx(0.5, abs=0.01)

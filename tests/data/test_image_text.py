@@ -57,7 +57,7 @@ def test_an_epoch_holds_every_pair_once_in_an_order_of_its_own(folder: Path) -> 
 
 @pytest.mark.parametrize("crop", ["center", "random"])
 def test_the_same_positions_hold_the_same_pairs(crop: str, folder: Path) -> None:
-    """So a run that goes on at a position sees what it would have seen, and processes share a batch without overlap."""
+    """So a run that resumes at a position sees what it would have seen, and processes share a batch without overlap."""
     whole = opened(folder, crop=crop, flip=crop == "random").batch(np.arange(5, 29))
     resumed = opened(folder, crop=crop, flip=crop == "random")
     same(resumed.batch(np.arange(17, 29)), part(whole, slice(12, None)))
@@ -149,8 +149,8 @@ def test_a_mended_image_is_read_again_and_a_damaged_file_of_sizes_is_made_anew(f
 )
 def test_a_set_of_which_nothing_is_left_is_an_error(keys: dict[str, int], why: str, folder: Path) -> None:
     if "min_size" not in keys or keys["min_size"] < 10:
-        for picture in folder.glob("*.png"):
-            picture.write_bytes(BROKEN)
+        for image in folder.glob("*.png"):
+            image.write_bytes(BROKEN)
     with pytest.raises(UserError, match=rf"^data\.source: {folder}: none of its 7 samples can be used: {why}"):
         opened(folder, **keys)
 
@@ -164,9 +164,9 @@ def test_a_set_without_any_caption_is_an_error(folder: Path) -> None:
 
 def test_sizes_and_random_crops(tmp_path: Path) -> None:
     """The red of an image is its column, so that the crop can be read off it."""
-    picture = np.zeros((8, 40, 3), np.uint8)
-    picture[..., 0] = 3 * np.arange(40)
-    Image.fromarray(picture).save(tmp_path / "0.png")
+    image = np.zeros((8, 40, 3), np.uint8)
+    image[..., 0] = 3 * np.arange(40)
+    Image.fromarray(image).save(tmp_path / "0.png")
     (tmp_path / "0.txt").write_text("ramp")
     centre = opened(tmp_path).batch(np.arange(3))
     np.testing.assert_array_equal(centre.sizes, np.tile(np.float32([8, 40, 0, 16, 8, 8]), (3, 1)))

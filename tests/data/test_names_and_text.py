@@ -31,7 +31,7 @@ def captions(source: Path) -> list[str]:
     return sorted(opened(source).preview_prompts)
 
 
-def told(source: str | Path, **keys: object) -> tuple[ImageTextSource, str]:
+def opened_with_warning(source: str | Path, **keys: object) -> tuple[ImageTextSource, str]:
     """The source, and the one line that is said of it."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -190,7 +190,7 @@ def test_a_caption_in_another_encoding_is_counted_and_named(tmp_path: Path) -> N
 def test_a_broken_json_in_a_tar_is_counted_and_named(tmp_path: Path) -> None:
     texts = [b'{"caption": "picture 0"}', b'{"caption": "pic', b'{"caption": "picture 2"}']
     tar(tmp_path / "a.tar", [{"png": encoded(n), "json": text} for n, text in enumerate(texts)])
-    source, line = told(tmp_path)
+    source, line = opened_with_warning(tmp_path)
     assert "1 whose caption is not valid JSON (a0001)" in line
     assert epoch(source) == [0, 2]
 
@@ -238,7 +238,7 @@ def test_images_that_cannot_be_read_are_counted_and_named(tmp_path: Path) -> Non
         (tmp_path / name).write_bytes(b"x")
         (tmp_path / name).with_suffix(".txt").write_text("a caption")
     (tmp_path / "._0.png").write_bytes(b"what another system leaves")
-    source, line = told(tmp_path)
+    source, line = opened_with_warning(tmp_path)
     assert "2 of a format that is not read (new.JXL, phone.heic)" in line
     assert "._0" not in line
     assert epoch(source) == [0, 1]
@@ -250,13 +250,13 @@ def test_files_that_the_table_does_not_name_are_counted(tmp_path: Path) -> None:
     for form in ("jsonl", "parquet"):
         (tmp_path / form / "more").mkdir()
         (tmp_path / form / "more" / "9.png").write_bytes(encoded(9))
-        source, line = told(tmp_path / form)
+        source, line = opened_with_warning(tmp_path / form)
         assert line.endswith("files that are not used: 1 that the table does not name (9.png)")
         assert epoch(source) == [0, 1]
     (tmp_path / "jsonl" / "more" / "9.png").unlink()
     with_sidecars(tmp_path / "sidecars", range(2))
     (tmp_path / "sidecars" / "5.txt").write_text("lost")
-    source, line = told(tmp_path / "sidecars")
+    source, line = opened_with_warning(tmp_path / "sidecars")
     assert line.endswith("files that are not used: 1 text files without an image (5.txt)")
 
 
@@ -288,7 +288,7 @@ def test_file_names_of_windows(tmp_path: Path) -> None:
 def test_a_name_that_is_not_utf8_is_counted(tmp_path: Path) -> None:
     with_sidecars(tmp_path, range(2))
     Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.png")).write_bytes(encoded(2))
-    source, line = told(tmp_path)
+    source, line = opened_with_warning(tmp_path)
     assert r"1 whose name is not UTF-8 ('caf\udce9.png')" in line
     assert epoch(source) == [0, 1]
 
@@ -318,7 +318,7 @@ def test_folders_of_other_splits_are_left_out_and_counted(tmp_path: Path) -> Non
     with_sidecars(tmp_path / "day", range(2))
     with_sidecars(tmp_path / "test", range(2, 4))
     with_sidecars(tmp_path / "more" / "Val", range(4, 5))
-    source, line = told(tmp_path)
+    source, line = opened_with_warning(tmp_path)
     assert line.endswith(
         "files that are not used: 1 in a folder called val (4.png), 2 in a folder called test (2.png, 3.png)"
     )
@@ -326,7 +326,7 @@ def test_folders_of_other_splits_are_left_out_and_counted(tmp_path: Path) -> Non
     assert epoch(opened(tmp_path, split="test")) == [2, 3]
     assert epoch(opened(tmp_path / "test")) == [2, 3]
     with_sidecars(tmp_path / "train", range(5, 7))
-    source, line = told(tmp_path)
+    source, line = opened_with_warning(tmp_path)
     assert line.endswith("files that are not used: 2 outside the folder train (0.png, 1.png)")
     assert epoch(source) == [5, 6]
 
@@ -354,7 +354,7 @@ def test_an_image_replaced_under_the_same_name_is_looked_at_again(form: str, tmp
         parquet(tmp_path / "a.parquet", {"image": [encoded(0), encoded(1, (30, 9))], "text": [caption(0), caption(1)]})
     else:
         (tmp_path / "1.png").write_bytes(encoded(1, (30, 9)))
-    source, line = told(tmp_path, min_size=10)
+    source, line = opened_with_warning(tmp_path, min_size=10)
     assert "1 below 10 pixels" in line
     assert epoch(source) == [0]
     assert source.contents != before.contents

@@ -40,8 +40,8 @@ def test_prompts_alone(form: str, tmp_path: Path) -> None:
 
 def test_captions_of_pairs_serve_too(tmp_path: Path) -> None:
     folder = with_metadata(tmp_path, range(4))
-    for picture in folder.glob("*.png"):
-        picture.unlink()
+    for image in folder.glob("*.png"):
+        image.unlink()
     source = open_prompts(DataConfig(source=str(folder)), seed=0)
     assert sorted(source.prompts(np.arange(4))) == [f"picture {number}" for number in range(4)]
 

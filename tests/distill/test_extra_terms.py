@@ -1,4 +1,4 @@
-"""A further term of the consistency loss, such as the adversarial one, beside the weighted distance."""
+"""A further term of the consistency loss, such as the adversarial one, added to the weighted distance."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def run(method="tscd", extra=None, scale=1.0, **options):
 
 def term(pair):
     """One whose value and slope are known: sums of the prediction."""
-    return 0.01 * jnp.sum(pair.prediction), {"judged": jnp.sum(pair.prediction), "top": pair.draw.t_top[0]}
+    return 0.01 * jnp.sum(pair.prediction), {"extra": jnp.sum(pair.prediction), "top": pair.draw.t_top[0]}
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -43,9 +43,9 @@ def test_the_distance_is_weighted_and_the_term_is_added_as_it_is(method, weight)
     plain, metrics = run(method)
     loss, more = run(method, term, distance_weight=weight)
     assert float(plain) > 1e-3
-    assert float(loss) == pytest.approx(weight * float(plain) + 0.01 * float(more["judged"]), rel=1e-5, abs=1e-6)
+    assert float(loss) == pytest.approx(weight * float(plain) + 0.01 * float(more["extra"]), rel=1e-5, abs=1e-6)
     assert loss.dtype == jnp.float32
-    assert set(more) == {*metrics, "judged", "top"}
+    assert set(more) == {*metrics, "extra", "top"}
     for name, value in metrics.items():  # as they were, without the weight
         np.testing.assert_allclose(more[name], value, rtol=1e-5)
 
@@ -61,7 +61,7 @@ def test_the_gradient_is_the_sum_of_both():
 
 
 def test_the_metrics_of_the_term_have_no_gradient():
-    gradient = jax.grad(lambda scale: run("tscd", term, scale, distance_weight=1.0)[1]["judged"])(1.3)
+    gradient = jax.grad(lambda scale: run("tscd", term, scale, distance_weight=1.0)[1]["extra"])(1.3)
     assert gradient == 0
 
 

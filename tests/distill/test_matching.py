@@ -1,4 +1,4 @@
-"""Distribution matching: the surrogate's gradient, the whole term by hand, and what the fake-score model learns."""
+"""Distribution matching: the surrogate's gradient, the whole term by hand, and what the fake score model learns."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def sample_at(x0, x, noisy):
 
 
 def term(sample, kind="epsilon", *, with_features=False, scales=(1.0, 1.0)):
-    """The term, its metrics, the features, what the real score gives beside, and what the two models were asked."""
+    """The term, its metrics, the features, what else the real score gives, and what the two models were asked."""
     asked = []
 
     def real(x, t, cond):
@@ -158,8 +158,8 @@ def by_hand(sample, kind="epsilon"):
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_score_term_is_the_one_by_hand(kind, noisy, with_features):
     sample = sample_at(X0, 0.8 * X0 + 0.1 * EPS if noisy else X0, noisy)
-    loss, metrics, features, beside, asked = term(sample, kind, with_features=with_features)
-    np.testing.assert_array_equal(beside, -asked[0][1])
+    loss, metrics, features, extra, asked = term(sample, kind, with_features=with_features)
+    np.testing.assert_array_equal(extra, -asked[0][1])
     x_t, t, _, gradient = by_hand(sample, kind)
     assert [who for who, *_ in asked] == ["real", "fake"]
     for _, x, times, cond in asked:
@@ -189,7 +189,7 @@ def test_the_score_term_pulls_the_estimate_of_x0_alone(with_features):
 
 
 @pytest.mark.parametrize("with_features", [False, True], ids=["alone", "with_features"])
-def test_features_carry_the_students_gradient_where_they_are_judged(with_features):
+def test_features_carry_the_students_gradient_where_a_discriminator_reads_them(with_features):
     def total(x):
         return jnp.sum(term(sample_at(X0, x, True), with_features=with_features)[2]["mid"])
 

@@ -53,7 +53,7 @@ def test_the_denoising_loss(kind, gamma):
     np.testing.assert_allclose(metrics["mse"], np.mean(errors), rtol=1e-6)
 
 
-def test_what_is_drawn_depends_on_the_place_alone():
+def test_what_is_drawn_depends_on_the_batch_index_alone():
     key = jax.random.key(3)
     options = {"times": 1000, "prompt_dropout": 0.25}
     whole = corruption(key, (64, 2, 2, 1), jnp.arange(64), **options)

@@ -60,10 +60,10 @@ def sample(drawn, times, deterministic, scales=(1.0, 1.0), bounds=BOUNDS):
     def still(x, t, cond):
         return scales[1] * network(x, t, cond)
 
-    made, beside = student_sample(
+    made, extra = student_sample(
         student, still, jnp.asarray(COND), drawn, times, bounds, schedule=SCHEDULE, deterministic=deterministic
     )
-    return made, *given, beside
+    return made, *given, extra
 
 
 def fresh_noise(drawn, step):
@@ -89,9 +89,9 @@ def close(ours, theirs, rtol=RTOL, atol=ATOL):
 @pytest.mark.parametrize("time", [999, 800])
 def test_one_step_is_pure_noise_in_and_x0_out(time, deterministic):
     drawn = drawn_at(0, 1)
-    made, (x, t), beside = sample(drawn, jnp.asarray([time]), deterministic)
+    made, (x, t), extra = sample(drawn, jnp.asarray([time]), deterministic)
     np.testing.assert_array_equal(x, drawn.noise)  # whatever the time
-    np.testing.assert_array_equal(beside, -drawn.noise)
+    np.testing.assert_array_equal(extra, -drawn.noise)
     np.testing.assert_array_equal(t, [time] * 3)
     x0, _ = estimates(np.asarray(drawn.noise, np.float64), time)
     close(made.x0, x0)

@@ -193,7 +193,7 @@ def test_the_rows(compared: Compared) -> None:
 
 
 def test_a_students_row_by_hand(compared: Compared) -> None:
-    """The tolerance in distance is one grey level of one value in a picture, for roundings that fall elsewhere."""
+    """The tolerance in distance is one grey level of one value in an image, for roundings that fall elsewhere."""
     row = compared.row("other")
     reference, student = compared.images(MANY, GUIDANCE), compared.images(2, 0.0, "other")
     baselines = {
@@ -227,7 +227,7 @@ def test_a_students_row_by_hand(compared: Compared) -> None:
 def test_what_needs_no_teacher_by_hand(
     compared: Compared, model: str, steps: int, guidance: float, lora: str | None
 ) -> None:
-    """Text match, distances to training pictures, and diversity; a row of the reference as a student's."""
+    """Text match, distances to training images, and diversity; a row of the reference as a student's."""
     row, images = compared.row(model, steps, guidance), compared.images(steps, guidance, lora)
     real, mine = looked(training_images(SAMPLES, None, 16).first), looked(images)
     assert row["fid_train"] == pytest.approx(frechet_distance(mine, real), rel=1e-3)

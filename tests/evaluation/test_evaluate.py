@@ -130,8 +130,8 @@ def test_the_rows_by_hand(model: Path, lora: Path, rows: dict[str, dict[str, Any
     assert rows["reference"]["distance"] == rows["reference"]["fid_teacher"] == 0.0
     assert rows["reference"]["calls"] == 2 * MANY
     assert rows["floor"]["fid_train"] == pytest.approx(frechet_distance(*real), rel=1e-5)
-    pictures = evaluation_images(evaluation_list(N), resolution=16)
-    assert rows["real"]["fid_train"] == pytest.approx(frechet_distance(looked(pictures), real[0]), rel=1e-5)
+    images = evaluation_images(evaluation_list(N), resolution=16)
+    assert rows["real"]["fid_train"] == pytest.approx(frechet_distance(looked(images), real[0]), rel=1e-5)
 
 
 def test_gains_are_above_the_shuffled_prompts(rows: dict[str, dict[str, Any]]) -> None:
@@ -186,7 +186,7 @@ def test_training_images_are_two_sets_with_none_in_common() -> None:
     assert len(few[0]) == len(few[1]) < 1000
 
 
-def test_nothing_is_drawn_twice(
+def test_nothing_is_sampled_twice(
     model: Path, lora: Path, output: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With the cache, the same numbers and no drawing; more prompts draw only what is new; another scale all."""
@@ -237,12 +237,12 @@ def test_own_prompts_against_an_earlier_run_and_a_folder(
     items = evaluation_list(N)
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("".join(f"{item.prompt}\n" for item in items))
-    pictures = tmp_path / "pictures"
-    pictures.mkdir()
-    for place, picture in enumerate(evaluation_images(evaluation_list(8), resolution=20)):
-        Image.fromarray(picture).save(pictures / f"{place}.png")
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for index, image in enumerate(evaluation_images(evaluation_list(8), resolution=20)):
+        Image.fromarray(image).save(folder / f"{index}.png")
     (tmp_path / "a_clip").mkdir()
-    call = ["--prompts-file", prompts, "--reference", output, "--reference", pictures, "--clip", tmp_path / "a_clip"]
+    call = ["--prompts-file", prompts, "--reference", output, "--reference", folder, "--clip", tmp_path / "a_clip"]
     rows = run(model, tmp_path / "out", *call, "--steps", 1, "--sampler", "tcd", "--eta", 0.5, "--guidance", 0)
     assert [row["model"] for row in rows] == ["real images against others", f"{output} (reference)", "model"]
     assert rows[2]["distance"] > 0
@@ -345,7 +345,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
 def test_images_that_are_not_finite_are_not_measured(
     model: Path, lora: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """Nor is every long prompt told of by a line of its own."""
+    """Nor is every long prompt reported in a line of its own."""
     prompts = tmp_path / "prompts.txt"
     han = "".join(chr(0x4E05 + 37 * i) for i in range(9))  # 27 tokens, of which 22 are read
     prompts.write_text("".join(f"{han} {number}\n" for number in range(5)), encoding="utf-8")
@@ -364,15 +364,15 @@ def test_images_that_are_not_finite_are_not_measured(
     assert not list(tmp_path.glob("out/cache/*"))
 
 
-def test_a_folder_with_too_few_pictures(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = tmp_path / "pictures"
+def test_a_folder_with_too_few_images(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = tmp_path / "images"
     folder.mkdir()
     Image.new("RGB", (16, 16), COLOURS["red"]).save(folder / "one.png")
     with pytest.raises(SystemExit):
         run(model, tmp_path / "out", "--reference", folder)
     assert f"--reference {folder}: holds 1 images, but distances need at least 6" in capsys.readouterr().err
-    for place in range(6):
-        (folder / f"{place}.png").write_bytes(b"no picture")
+    for index in range(6):
+        (folder / f"{index}.png").write_bytes(b"no image")
     with pytest.raises(SystemExit):
         run(model, tmp_path / "out", "--reference", folder)
     assert f"holds 7 images, but distances need at least 6; left out: 6 unreadable ({folder}" in capsys.readouterr().err
@@ -387,12 +387,12 @@ def test_a_folder_is_read_as_training_reads_it(tmp_path: Path) -> None:
     exif[0x0112] = 6
     turned = Image.new("RGB", (8, 16), (0, 0, 255))
     turned.paste((255, 0, 0), (0, 8, 8, 16))  # the right half, stored at the bottom
-    for place in range(3):
-        turned.save(tmp_path / "set" / f"{place}.JFIF", "PNG", exif=exif)
-        turned.save(tmp_path / "elsewhere" / f"{place}.png", exif=exif)
+    for index in range(3):
+        turned.save(tmp_path / "set" / f"{index}.JFIF", "PNG", exif=exif)
+        turned.save(tmp_path / "elsewhere" / f"{index}.png", exif=exif)
     (tmp_path / "set" / "._0.png").write_bytes(b"what another system leaves")
-    for place in range(3, 6):
-        (tmp_path / "set" / f"{place}.png").write_bytes(b"broken")
+    for index in range(3, 6):
+        (tmp_path / "set" / f"{index}.png").write_bytes(b"broken")
     with pytest.warns(UserWarning, match=r"left out of 9 images: 3 unreadable \(.*\.png: not in a known image format"):
         first, second, _ = folder_images(tmp_path / "set", 10, (8, 16))
     for images in (first, second):

@@ -11,7 +11,7 @@ from hypersd_jax.evaluation.grid import GAP, MOST_CELL, PAPER, TEXT_WIDTH
 from hypersd_jax.evaluation.lettering import BOX, MORE, drawable, fitted_lines, font_for
 
 
-def test_small_pictures_are_doubled_and_laid_out_in_rows() -> None:
+def test_small_images_are_doubled_and_laid_out_in_rows() -> None:
     columns = {"teacher": np.zeros((3, 64, 64, 3)), "student": np.full((3, 64, 64, 3), 255, np.uint8)}
     grid = image_grid(columns, ["one", "two", "three"])
     assert grid.width == TEXT_WIDTH + 2 * (128 + GAP) + 2 * GAP
@@ -24,7 +24,7 @@ def test_small_pictures_are_doubled_and_laid_out_in_rows() -> None:
     assert grid.getpixel((grid.width - 1, grid.height - 1)) == PAPER
 
 
-def test_large_pictures_keep_their_size() -> None:
+def test_large_images_keep_their_size() -> None:
     grid = image_grid({"a": np.zeros((1, 256, 192, 3))}, ["x"])
     assert grid.width == TEXT_WIDTH + 192 + GAP + 2 * GAP
 
@@ -45,7 +45,7 @@ def test_columns_must_match_the_prompts() -> None:
         image_grid({}, ["x"])
 
 
-def test_very_large_pictures_are_made_smaller() -> None:
+def test_very_large_images_are_made_smaller() -> None:
     grid = image_grid({"a": np.zeros((1, 1024, 768, 3))}, ["x"])
     assert grid.width == TEXT_WIDTH + MOST_CELL * 3 // 4 + GAP + 2 * GAP
 

@@ -10,7 +10,7 @@ from PIL import Image
 from hypersd_jax.evaluation import features
 from hypersd_jax.evaluation.lite0 import FEATURES, fitted, load_lite0
 
-# Two pictures and their features by the PyTorch implementation with its own float32 weights, resized by Pillow.
+# Two images and their features by the PyTorch implementation with its own float32 weights, resized by Pillow.
 GOLDEN = Path(__file__).parents[1] / "data_files" / "lite0_features.npz"
 
 

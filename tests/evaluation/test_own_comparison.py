@@ -88,7 +88,7 @@ def own_folder(folder: Path) -> Path:
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory, small: None) -> Trained:
     root = tmp_path_factory.mktemp("own")
-    model, data = tiny_model(root / "model"), own_folder(root / "my pictures")
+    model, data = tiny_model(root / "model"), own_folder(root / "my images")
     (root / "recipe.yaml").write_text(RECIPE.format(output=root / "out", model=model, data=data))
     arguments = ["train", "--config", str(root / "recipe.yaml"), "log.every=1"]
     printed = io.StringIO()
@@ -257,7 +257,7 @@ def test_what_the_teacher_is_compared_at() -> None:
 def load_config_of(stages: list[dict[str, Any]], **more: Any) -> Config:
     from hypersd_jax.config import build
 
-    return build(Config, {"output_dir": "out", "data": "pictures", "model": "somewhere", "stages": stages, **more})
+    return build(Config, {"output_dir": "out", "data": "images", "model": "somewhere", "stages": stages, **more})
 
 
 def test_defaults() -> None:

@@ -1,4 +1,4 @@
-"""The two scorers that ship: what they read and see, that they tell pictures apart, and gradients."""
+"""The two scorers that ship: what they read and see, that they distinguish images, and gradients."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ COUNT = 24
 
 
 @pytest.fixture(scope="module")
-def pictures() -> np.ndarray:
+def embedded() -> np.ndarray:
     return evaluation_images(evaluation_list(COUNT))
 
 
@@ -51,23 +51,23 @@ def test_letters_in_a_bag() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_own_prompts_score_above_others(name: str, pictures: np.ndarray, prompts: list[str]) -> None:
+def test_own_prompts_score_above_others(name: str, embedded: np.ndarray, prompts: list[str]) -> None:
     scorer = load_scorer(name)  # type: ignore[arg-type]
-    mine = scorer.images(seen_by(scorer.spec, pictures))
+    mine = scorer.images(seen_by(scorer.spec, embedded))
     texts = scorer.text(prompts)
     np.testing.assert_allclose(np.linalg.norm(mine, axis=1), 1.0, rtol=1e-5)
     table = SCALE * mine @ texts.T
     own = np.diag(table)
     others = table[~np.eye(COUNT, dtype=bool)]
     assert own.mean() > others.mean() + 15
-    one = np.asarray(scorer.score(jnp.asarray(pictures[:3], jnp.float32) / 255, prompts[:3]))
+    one = np.asarray(scorer.score(jnp.asarray(embedded[:3], jnp.float32) / 255, prompts[:3]))
     np.testing.assert_allclose(one, own[:3], rtol=1e-4, atol=1e-3)
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_another_ground_or_style_scores_less(name: str, pictures: np.ndarray) -> None:
+def test_another_background_or_style_scores_less(name: str, embedded: np.ndarray) -> None:
     scorer = load_scorer(name)  # type: ignore[arg-type]
-    mine = scorer.images(seen_by(scorer.spec, pictures))
+    mine = scorer.images(seen_by(scorer.spec, embedded))
     items = evaluation_list(COUNT)
     colours, styles = list(COLOURS), ("noto", "blob", "fluent flat")
 
@@ -86,13 +86,13 @@ def test_another_ground_or_style_scores_less(name: str, pictures: np.ndarray) ->
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_what_is_seen_does_not_depend_on_the_batch(name: str, pictures: np.ndarray) -> None:
+def test_what_is_seen_does_not_depend_on_the_batch(name: str, embedded: np.ndarray) -> None:
     spec = load_scorer(name).spec  # type: ignore[arg-type]
-    whole, parts = seen_by(spec, pictures[:3], batch_size=3), seen_by(spec, pictures[:3], batch_size=2)
+    whole, parts = seen_by(spec, embedded[:3], batch_size=3), seen_by(spec, embedded[:3], batch_size=2)
     assert whole.shape == (3, spec.image_width)
     assert whole.dtype == np.float32
     np.testing.assert_allclose(parts, whole, rtol=1e-4, atol=1e-3)
-    assert seen_by(spec, pictures[:0]).shape == (0, spec.image_width)
+    assert seen_by(spec, embedded[:0]).shape == (0, spec.image_width)
 
 
 def test_blocks_come_in_the_layers_shapes() -> None:
@@ -109,9 +109,9 @@ def test_the_two_share_no_features() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_gradient_reaches_the_picture(name: str, pictures: np.ndarray, prompts: list[str]) -> None:
+def test_the_gradient_reaches_the_image(name: str, embedded: np.ndarray, prompts: list[str]) -> None:
     scorer = load_scorer(name)  # type: ignore[arg-type]
-    images = jnp.asarray(pictures[:1, ::2, ::2], jnp.float32) / 255
+    images = jnp.asarray(embedded[:1, ::2, ::2], jnp.float32) / 255
     tokens = scorer.tokens(prompts[:1])
     value = jax.jit(lambda x: jnp.sum(score(scorer.spec, scorer.params, load_lite0(), x, tokens)))
     slope = jax.jit(jax.grad(value))(images)

@@ -18,7 +18,7 @@ from hypersd_jax.evaluation.scorer_training import (
     train_scorer,
 )
 
-NAMES, STYLES, GROUNDS = [f"thing{i}" for i in range(12)], ["noto", "blob"], ["white", "red"]
+NAMES, STYLES, BACKGROUNDS = [f"thing{i}" for i in range(12)], ["noto", "blob"], ["white", "red"]
 
 
 def made_up(seed: int) -> ScorerData:
@@ -32,16 +32,16 @@ def made_up(seed: int) -> ScorerData:
         seen=np.asarray(seen) + 0.3 * rng.normal(size=(24, 2, width)),
         names=[NAMES[n] for n, _ in pairs],
         styles=[STYLES[s] for _, s in pairs],
-        backgrounds=np.array([GROUNDS] * 24),
+        backgrounds=np.array([BACKGROUNDS] * 24),
     )
 
 
 @pytest.mark.parametrize("reader", ["words", "letters"])
-def test_training_learns_names_styles_and_grounds(reader: str) -> None:
+def test_training_learns_names_styles_and_backgrounds(reader: str) -> None:
     spec = dataclasses.replace(SPECS["reward"], text_tower=reader, hidden=32, width=16)  # type: ignore[arg-type]
     options = ScorerTraining(epochs=80, batch_size=24, learning_rate=1e-2, seed=3)
     data, unseen = made_up(1), made_up(2)
-    texts = [caption_text(n, s, g) for n, s in zip(data.names, data.styles, strict=True) for g in GROUNDS]
+    texts = [caption_text(n, s, g) for n, s in zip(data.names, data.styles, strict=True) for g in BACKGROUNDS]
 
     def found(epochs: int) -> float:
         scorer = train_scorer(spec, data, dataclasses.replace(options, epochs=epochs))
@@ -62,7 +62,7 @@ def test_the_same_seed_gives_the_same_scorer() -> None:
     assert np.abs(one.params["eye.out.kernel"] - other.params["eye.out.kernel"]).max() > 0.1
 
 
-def test_the_eye_is_standardised_and_stays_so() -> None:
+def test_the_image_tower_is_standardised_and_stays_so() -> None:
     data = made_up(1)
     scorer = train_scorer(dataclasses.replace(SPECS["reward"], hidden=8, width=8), data, ScorerTraining(epochs=1))
     flat = data.seen.reshape(48, -1)
@@ -71,7 +71,7 @@ def test_the_eye_is_standardised_and_stays_so() -> None:
 
 
 def test_the_loss_by_hand() -> None:
-    """Two pictures of one thing share one caption's column; the third stands alone."""
+    """Two images of one thing share one caption's column; the third stands alone."""
     mine = np.eye(3, 4, dtype=np.float32)
     theirs = np.array([[1, 0, 0, 0], [0.6, 0.8, 0, 0], [0, 0, 0.8, 0.6]], np.float32)
     fits = np.array([[1, 1, 0], [0, 1, 0], [0, 0, 1]], np.float32)
@@ -91,7 +91,7 @@ def test_captions() -> None:
 
 
 def test_the_checks_by_hand() -> None:
-    pictures, texts = np.eye(3), np.array([[1.0, 0, 0], [0.9, 0.5, 0], [0, 0.8, 0.1]])
-    assert retrieval(pictures, texts, np.array([0, 1, 2]), (1, 2)) == [pytest.approx(2 / 3), 1.0]
+    images, texts = np.eye(3), np.array([[1.0, 0, 0], [0.9, 0.5, 0], [0, 0.8, 0.1]])
+    assert retrieval(images, texts, np.array([0, 1, 2]), (1, 2)) == [pytest.approx(2 / 3), 1.0]
     assert auc(np.array([3.0, 2.0, 1.0]), np.array([2.0, 0.0])) == pytest.approx((2 + 1.5 + 1) / 6)
     assert chosen_rate(np.array([1.0, 1.0, 1.0]), np.array([0.0, 1.0, 2.0])) == pytest.approx(0.5)

@@ -33,7 +33,7 @@ def test_the_whole_list_has_one() -> None:
     assert all(prompts[i] != prompts[j] for i, j in enumerate(order))
 
 
-def test_pictures_that_say_nothing_gain_nothing() -> None:
+def test_images_that_say_nothing_gain_nothing() -> None:
     """Noise fits its own prompts no better than others: the gain's zero is zero."""
     scorer = load_scorer("report")
     prompts = [item.prompt for item in evaluation_list(200)]

@@ -11,17 +11,17 @@ from PIL import Image, ImageCms
 from hypersd_jax.files import image_size, read_image, read_mask
 
 
-def encoded(picture: Image.Image, form: str, **options: object) -> io.BytesIO:
+def encoded(image: Image.Image, form: str, **options: object) -> io.BytesIO:
     buffer = io.BytesIO()
-    picture.save(buffer, form, **options)
+    image.save(buffer, form, **options)
     buffer.seek(0)
     return buffer
 
 
 def pixel(file: io.BytesIO) -> tuple[int, ...]:
-    picture = read_image(file)
-    assert picture.mode == "RGB"
-    return picture.getpixel((0, 0))
+    image = read_image(file)
+    assert image.mode == "RGB"
+    return image.getpixel((0, 0))
 
 
 @pytest.mark.parametrize(
@@ -52,10 +52,10 @@ def test_cmyk_jpeg() -> None:
 
 
 def test_palette_with_a_transparent_entry() -> None:
-    picture = Image.new("P", (2, 1))
-    picture.putpalette([255, 0, 0, 0, 0, 255])
-    picture.putpixel((1, 0), 1)
-    read = read_image(encoded(picture, "PNG", transparency=0))
+    image = Image.new("P", (2, 1))
+    image.putpalette([255, 0, 0, 0, 0, 255])
+    image.putpixel((1, 0), 1)
+    read = read_image(encoded(image, "PNG", transparency=0))
     assert [read.getpixel((x, 0)) for x in range(2)] == [(255, 255, 255), (0, 0, 255)]
 
 

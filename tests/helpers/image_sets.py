@@ -1,4 +1,4 @@
-"""Small sets of pictures with captions, in every form that they are read from."""
+"""Small sets of images with captions, in every form that they are read from."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ BROKEN = b"\x89PNG\r\n\x1a\n and then nothing"
 
 
 def encoded(number: int, size: tuple[int, int] = SIZE, form: str = "PNG") -> bytes:
-    """A picture whose colour tells its number."""
+    """An image whose colour tells its number."""
     buffer = io.BytesIO()
     Image.fromarray(np.full((*size, 3), (20 * number, 0, 255), np.uint8)).save(buffer, form)
     return buffer.getvalue()
@@ -30,7 +30,7 @@ def caption(number: int) -> str:
 
 
 def numbers(batch: Batch) -> list[int]:
-    """Which pictures a batch holds, after a check that each has its own caption."""
+    """Which images a batch holds, after a check that each has its own caption."""
     colours = np.round((batch.images[:, 0, 0] + 1.0) * 127.5)
     found = [int(red) // 20 for red in colours[:, 0]]
     np.testing.assert_array_equal(colours, [(20 * number, 0, 255) for number in found])
@@ -39,7 +39,7 @@ def numbers(batch: Batch) -> list[int]:
 
 
 def with_metadata(folder: Path, count: Iterable[int], kind: str = "jsonl") -> Path:
-    """Pictures, and a metadata.jsonl, .csv or .parquet."""
+    """Images, and a metadata.jsonl, .csv or .parquet."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = [{"file_name": f"{number}.png", "text": caption(number)} for number in count]
     for number in count:
@@ -58,7 +58,7 @@ def with_metadata(folder: Path, count: Iterable[int], kind: str = "jsonl") -> Pa
 
 
 def with_sidecars(folder: Path, count: Iterable[int]) -> Path:
-    """Pictures, and a text file beside each."""
+    """Images, and a text file for each."""
     folder.mkdir(parents=True, exist_ok=True)
     for number in count:
         (folder / f"{number}.png").write_bytes(encoded(number))
@@ -79,9 +79,9 @@ def tar(path: Path, samples: Iterable[dict[str, bytes]]) -> Path:
     """A WebDataset shard: for each sample its parts by extension."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w") as file:
-        for place, sample in enumerate(samples):
+        for index, sample in enumerate(samples):
             for extension, data in sample.items():
-                info = tarfile.TarInfo(f"{path.stem}{place:04d}.{extension}")
+                info = tarfile.TarInfo(f"{path.stem}{index:04d}.{extension}")
                 info.size = len(data)
                 file.addfile(info, io.BytesIO(data))
     return path

@@ -62,14 +62,14 @@ def batch(step: int, rows: int = 16, accumulate: int = 1) -> dict[str, np.ndarra
     """The batch of one step: a function of the step alone, so that a restart sees the same data."""
     x = np.random.default_rng([2, step]).standard_normal((rows, FEATURES), np.float32)
     y = np.sin(x.sum(axis=1, keepdims=True))
-    place = np.arange(rows, dtype=np.int32)
-    leaves = {"x": x, "y": y, "place": place}
+    index = np.arange(rows, dtype=np.int32)
+    leaves = {"x": x, "y": y, "index": index}
     return {name: leaf.reshape(accumulate, rows // accumulate, *leaf.shape[1:]) for name, leaf in leaves.items()}
 
 
 def noisy(rows, key, jitter):
-    """The inputs (B, FEATURES), each row jittered by its place."""
-    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows["place"])
+    """The inputs (B, FEATURES), each row jittered by its index."""
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, rows["index"])
     return rows["x"] + jitter * jax.vmap(lambda row_key: jax.random.normal(row_key, rows["x"].shape[1:]))(keys)
 
 

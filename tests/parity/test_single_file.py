@@ -1,4 +1,4 @@
-"""Single files against diffusers: what is written here its converters take apart, to the same tensors and pictures."""
+"""Single files against diffusers: what is written here its converters take apart, to the same tensors and images."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*only this package reads these 
 PROMPTS = ["red apple, fluent flat style", "a cat face, noto style, blue background"]
 SCALE = 0.7
 TOLERANCE = 1e-5
-"""Relative L2 error of float32 weights with LoRAs in them, and of pictures drawn with them."""
+"""Relative L2 error of float32 weights with LoRAs in them, and of images sampled with them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,7 +150,7 @@ def test_a_folder_made_of_the_file_is_theirs_again(model: Model, tmp_path: Path)
 
 @pytest.fixture
 def drawn(model: Model) -> tuple[Any, np.ndarray]:
-    """What the pipeline is called with, and what it draws."""
+    """What the pipeline is called with, and what it samples."""
     latents = torch.randn((2, 4, 8, 8), generator=torch.Generator().manual_seed(0))
     call = {"prompt": PROMPTS, "latents": latents, "num_inference_steps": 3, "output_type": "np"}
     return call, model.pipe(**call).images

@@ -53,17 +53,17 @@ def models():
 
 
 def make_beside(settings):
-    def beside(models, ema, frozen, rows, key):
+    def discriminator_loss(models, ema, frozen, rows, key):
         """Critic and head follow the student."""
         x, critic, head = toy.noisy(rows, key, settings.jitter), models["critic"], models["head"]
         error = x @ critic["kernel"] - jax.lax.stop_gradient(toy.predict(models["student"], frozen, x))
-        judged = head["gain"] * error + head["bias"] - rows["y"]
+        logits = head["gain"] * error + head["bias"] - rows["y"]
         age = jax.lax.stop_gradient(critic["age"][0])
         low, high = settings.ages
-        value = jnp.mean(jnp.square(error)) + jnp.mean(jnp.square(judged)) + critic["age"][0]
+        value = jnp.mean(jnp.square(error)) + jnp.mean(jnp.square(logits)) + critic["age"][0]
         return jnp.where((low <= age) & (age <= high), value, value + jnp.inf), {"gap": jnp.mean(jnp.abs(error))}
 
-    return beside
+    return discriminator_loss
 
 
 def make_student(settings):

@@ -63,7 +63,7 @@ MESH = training.make_mesh(1, 1)
 COMPILATIONS = Compilations.counting()
 
 
-def told(settings) -> dict[str, Any]:
+def values(settings) -> dict[str, Any]:
     """What a loss may read, by name; the same outside the step and inside."""
     found = {
         "whole": settings.whole,
@@ -86,7 +86,7 @@ def told(settings) -> dict[str, Any]:
 
 def phases(settings):
     def loss(models, ema, frozen, rows, key):
-        return jnp.sum(models["a"]), {name: jnp.float32(value) for name, value in told(settings).items()}
+        return jnp.sum(models["a"]), {name: jnp.float32(value) for name, value in values(settings).items()}
 
     return [Phase(models={"a": settings.learning_rate}, loss=loss)]
 
@@ -98,14 +98,14 @@ def step() -> training.Step:
 
 
 def compiled(step: training.Step, settings: Settings) -> int:
-    """How many programs a step compiles, after a look at whether it has heard all that it was told."""
+    """How many programs a step compiles, after a look at whether it has received all values."""
     state = training.init_state({"a": jnp.ones(2)}, settings, averaged=("a",), mesh=MESH)
     state = jax.block_until_ready(dataclasses.replace(state, step=jnp.int32(4)))
     key, rows = jax.random.key(0), {"x": np.zeros((settings.accumulate, 1), np.float32)}
     before = COMPILATIONS.count
     state, metrics = step(state, {}, rows, key, settings)
     found = COMPILATIONS.count - before
-    for name, value in told(settings).items():
+    for name, value in values(settings).items():
         assert float(metrics[name]) == pytest.approx(float(value), rel=1e-6), name
     rate = float(training.learning_rate_at(settings, settings.learning_rate, 4))
     assert float(metrics["lr"]) == pytest.approx(rate, rel=1e-6)

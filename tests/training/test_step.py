@@ -54,7 +54,7 @@ def test_training_lowers_the_loss():
 
 
 def test_accumulated_gradient_equals_the_big_batch():
-    """Noise included: samples are told apart by their batch index."""
+    """Noise included: samples are distinguished by their batch index."""
     whole, pieces = (toy.Run(rows=16, accumulate=n) for n in (1, 4))
     for big, small in zip(whole.go(3), pieces.go(3), strict=True):
         assert big == pytest.approx(small, rel=1e-4, abs=1e-6)
