@@ -1,4 +1,4 @@
-"""How programs are compiled: the backend's options, and where compiled programs are kept."""
+"""Compilation of programs: the backend's options, and where compiled programs are kept."""
 
 from __future__ import annotations
 

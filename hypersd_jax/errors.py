@@ -18,7 +18,7 @@ class Interrupted(KeyboardInterrupt):
 
 
 class Terminated(SystemExit):
-    """The same for SIGTERM, which job schedulers send; exit status 143."""
+    """A run that SIGTERM, which job schedulers send, has ended; exit status 143."""
 
     def __init__(self, message: str) -> None:
         """End the process with 128 + 15, as shells report it, and not with the message."""

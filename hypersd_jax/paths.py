@@ -1,4 +1,4 @@
-"""What the text of a path stands for, and where the user's caches are; imports nothing heavy."""
+"""The meaning of a path's text, and the folders of the user's caches; imports nothing heavy."""
 
 from __future__ import annotations
 
@@ -120,7 +120,7 @@ def cache_folder(name: str) -> Path | None:
 
 
 def can_write(folder: Path) -> bool:
-    """Whether a folder can be written, or made where it is missing."""
+    """Tell whether a folder can be written, or made where it is missing."""
     while not os.path.lexists(folder):
         folder = folder.parent
     return folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)

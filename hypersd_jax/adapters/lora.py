@@ -124,7 +124,7 @@ def _uniform(key: jax.Array, downs: tuple[tuple[str, tuple[int, ...]], ...]) -> 
 
 
 def scaled(adapter: Adapter, scale: float | jax.Array) -> Adapter:
-    """The same adapter, `scale` times as strong."""
+    """Return an adapter that is `scale` times as strong."""
     factor = scale.astype(jnp.float32) if isinstance(scale, jax.Array) else np.float32(scale)
     return {path: {**entry, "scale": entry["scale"] * factor} for path, entry in adapter.items()}
 
@@ -158,7 +158,7 @@ def bucket(rank: int, buckets: Sequence[int] = BUCKETS) -> int:
 
 
 def pad(adapter: Adapter, buckets: Sequence[int] = BUCKETS) -> Adapter:
-    """The same delta with every module's rank padded by zeros to one common bucket.
+    """Return an adapter of the same delta, with every module's rank padded by zeros to one common bucket.
 
     A compiled sampler then serves any adapter of the same modules and bucket.
     """

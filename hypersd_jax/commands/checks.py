@@ -1,4 +1,4 @@
-"""What can be said of a command's files and names before JAX is imported, which takes seconds."""
+"""Check a command's files and names before JAX is imported, which takes seconds."""
 
 from __future__ import annotations
 

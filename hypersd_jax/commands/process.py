@@ -87,7 +87,7 @@ def _leave_no_output() -> None:
 
 
 def _as_bytes(error: UnicodeError) -> tuple[bytes, int]:
-    """What a stream's encoding lacks: bytes of a file's name as they are, anything else escaped."""
+    """Replace what a stream's encoding lacks: bytes of a file's name as they are, anything else escaped."""
     assert isinstance(error, UnicodeEncodeError)
     found = b""
     for letter in error.object[error.start : error.end]:

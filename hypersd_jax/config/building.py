@@ -62,12 +62,12 @@ def build(cls: type[T], value: Any, path: str = "", root: type | None = None) ->
 
 
 def has_source(cls: Any) -> bool:
-    """Whether a dataclass may be given as text alone, which is its ``source``."""
+    """Tell whether a dataclass may be given as text alone, which is its ``source``."""
     return any(field.name == "source" for field in dataclasses.fields(cls))
 
 
 def is_flow_mapping(text: str) -> bool:
-    """Whether the words are ``{key: value, ...}``; a path such as ``{a}`` or ``{a,b}/x`` is not."""
+    """Tell whether the words are ``{key: value, ...}``; a path such as ``{a}`` or ``{a,b}/x`` is not."""
     if not isinstance(text, Words) or not text.lstrip().startswith("{"):
         return False
     try:

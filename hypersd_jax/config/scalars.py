@@ -30,7 +30,7 @@ class Words(str):
 
 
 def is_null(value: Any) -> bool:
-    """Whether a value leaves a key that may be null empty."""
+    """Tell whether a value leaves a key that may be null empty."""
     return value is None or (isinstance(value, Words) and value.strip() in NULLS)
 
 

@@ -51,7 +51,7 @@ def find_column(features: Mapping[str, Any], given: str | None, kind: Kind, sour
 
 
 def _has(features: Mapping[str, Any], name: str) -> bool:
-    """Whether a dotted name addresses a column; types without named parts, such as JSON, may hold anything."""
+    """Tell whether a dotted name addresses a column; types without named parts, such as JSON, may hold anything."""
     if name in features:
         return True
     head, dot, rest = name.partition(".")

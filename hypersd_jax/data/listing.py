@@ -44,7 +44,7 @@ class Listing:
 
 
 def is_url(source: str) -> bool:
-    """Whether fsspec is to resolve it: ``https://...``, ``gs://...``, ``memory://...``."""
+    """Tell whether fsspec is to resolve it: ``https://...``, ``gs://...``, ``memory://...``."""
     return _SCHEME.match(source) is not None
 
 

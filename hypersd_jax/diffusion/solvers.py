@@ -86,7 +86,7 @@ def solver_table(
 
 
 def injects_noise(table: Mapping[str, Any]) -> bool:
-    """Whether any step of a table (of NumPy arrays) adds fresh noise, so that `sample` needs some."""
+    """Tell whether any step of a table (of NumPy arrays) adds fresh noise, so that `sample` needs some."""
     return bool(np.any(np.asarray(table["c_noise"]) != 0))
 
 

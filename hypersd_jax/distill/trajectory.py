@@ -148,7 +148,7 @@ def _sample(
     schedule: Schedule,
     deterministic: bool,
 ) -> Sample:
-    """What the drawn step makes of where it begins, x (B, h, w, C), and of the student's raw prediction there."""
+    """Compute the drawn step's sample from its start x (B, h, w, C) and the student's raw prediction there."""
     count = times.shape[0]
     t = jnp.broadcast_to(times[drawn.step], (x.shape[0],))
     x0, eps = to_x0_eps(output, x, *alpha_sigma(schedule, t, x), schedule.prediction_type)

@@ -93,7 +93,7 @@ def register_column(column: Column) -> None:
 
 
 def column_notes(keys: Sequence[str]) -> list[str]:
-    """What a reader must know about the columns of these keys, each note once."""
+    """Collect the notes on the columns of these keys, each note once."""
     return list(dict.fromkeys(column.note for key, column in COLUMNS.items() if key in keys and column.note))
 
 
@@ -133,7 +133,7 @@ def _diversity(found: Measured) -> Value:
 
 
 def _text(part: Literal["own", "shuffled", "gains"], of: Literal["match", "clip_match"] = "match") -> dict[str, Any]:
-    """What a column's record says of a part of a text match."""
+    """Format a column's text about a part of a text match."""
     return {"measure": lambda found: getattr(getattr(found, of), part), "needs": (of,), "digits": 2}
 
 

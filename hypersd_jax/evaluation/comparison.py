@@ -36,7 +36,7 @@ LEFT_OUT = ("feature_distance",)
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Student:
-    """What a stage of training has made.
+    """The result of a stage of training.
 
     Attributes:
         name: of the stage.
@@ -53,7 +53,7 @@ class Student:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Outcome:
-    """What a comparison found.
+    """The result of a comparison.
 
     Attributes:
         rows: of results.json.
@@ -71,7 +71,7 @@ class Outcome:
 
 
 def embedded_evaluator(pipe: Pipeline, n: int, groups: Sequence[str] | None) -> Evaluator:
-    """What measures on the embedded list: its first ``n`` prompts, and as many training images of ``groups``."""
+    """Make the evaluator of the embedded list: its first ``n`` prompts, and as many training images of ``groups``."""
     items, side = embedded_items(n, groups), pipe.native_size[0]
     evaluator = Evaluator(
         items=items,
@@ -98,7 +98,7 @@ def dataset_teacher(
 
 
 def dataset_evaluator(pipe: Pipeline, captions: Sequence[str], n: int) -> Evaluator:
-    """What measures on a dataset's own captions: ``n`` samples, dealt out to them in turn, sample i from seed i.
+    """Make the evaluator of a dataset's own captions: ``n`` samples, dealt out in turn, sample i from seed i.
 
     They are few, so that no further seeds are generated: diversity is that of a caption's seeds in the list.
     """

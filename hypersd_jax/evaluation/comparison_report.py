@@ -1,4 +1,4 @@
-"""What the page of a comparison says in words and curves."""
+"""The words and curves of a comparison's page."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def margin_lines(rows: Sequence[Row]) -> list[str]:
 
 
 def own_notes(rows: Sequence[Row]) -> list[str]:
-    """What the table of a dataset of one's own is of, and why it does not say more."""
+    """Notes on the table of a dataset of one's own, and why it does not say more."""
     count = rows[0]["n"]
     notes = [
         f"The comparison is on {count} samples of the dataset's first captions. They are captions that training saw, "

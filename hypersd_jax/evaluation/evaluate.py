@@ -163,7 +163,7 @@ def _content(file: Path) -> str:
 def _real_images(
     options: argparse.Namespace, folder: Path | None, embedded: bool, size: tuple[int, int]
 ) -> sources.RealImages | None:
-    """Of the user's folder, else of the embedded training split."""
+    """Load the real images of the user's folder, else of the embedded training split."""
     if folder is not None:
         return sources.folder_images(folder, options.n, size)
     return sources.training_images(options.n, options.groups, size[0]) if embedded else None

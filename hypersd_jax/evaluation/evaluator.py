@@ -40,7 +40,7 @@ class Evaluated(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Evaluator:
-    """What the rows of a table are measured with; None where there is no such thing.
+    """Everything that the rows of a table are measured with; None where there is no such thing.
 
     Attributes:
         items: the list.
@@ -91,7 +91,7 @@ class Evaluator:
         return dataclasses.replace(self, reference=samples, reference_facts=facts)
 
     def with_real(self, images: RealImages) -> Evaluator:
-        """The same with the first set of real images."""
+        """Return a copy with the first set of real images."""
         return dataclasses.replace(self, real=image_features(images.first), real_name=images.name)
 
     def evaluate(self, samples: Samples, model: Model | None = None, *, name: str = "") -> Evaluated:

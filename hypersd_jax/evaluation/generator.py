@@ -46,7 +46,7 @@ def further_items(items: Sequence[Item]) -> tuple[tuple[Item, ...], ...]:
 
 
 def moved(items: Sequence[Item], offset: int) -> tuple[Item, ...]:
-    """The same prompts from seeds that lie ``offset`` higher."""
+    """Return the same prompts with seeds that are ``offset`` higher."""
     return tuple(item._replace(seed=item.seed + offset) for item in items)
 
 
@@ -105,7 +105,7 @@ def weights_identity(pipe: Pipeline) -> str:
 
 
 def with_loras(identity: str, loras: Sequence[tuple[str, float]]) -> str:
-    """The same for a base with LoRAs, by the hashes of their contents and their scales, in order."""
+    """Return the fingerprint of a base with LoRAs, by the hashes of their contents and their scales, in order."""
     return hashlib.sha256(json.dumps([identity, list(loras)]).encode()).hexdigest() if loras else identity
 
 

@@ -42,7 +42,7 @@ def lite0(params: Params, images: jax.Array) -> jax.Array:
 
 
 def block_features(params: Params, images: jax.Array, blocks: Sequence[int]) -> list[jax.Array]:
-    """What these blocks (ascending, 0..15) put out, (N, h, w, C) each, for images (N, H, W, 3) in 0..255."""
+    """Compute the outputs (N, h, w, C) of blocks (ascending, 0..15), for images (N, H, W, 3) in 0..255."""
     x = (images.astype(jnp.float32) - 127.0) / 128.0
     x = _relu6(_conv(params, "stem", x, stride=2))
     found = []

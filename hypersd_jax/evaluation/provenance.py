@@ -1,4 +1,4 @@
-"""Where a report comes from: when, with what, by which command, and how long it took."""
+"""The provenance of a report: when, with what, by which command, and how long it took."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def made_line() -> str:
 
 
 def typed_command(arguments: Sequence[str] | None) -> str:
-    """What was typed to start this process, quoted for a shell.
+    """Return the command that started this process, quoted for a shell.
 
     Args:
         arguments: what `hypersd_jax.cli.main` was called with. None are the process's own; any others that are not

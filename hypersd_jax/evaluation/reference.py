@@ -1,4 +1,4 @@
-"""What students are measured against: the teacher's many-step images of a list, and its rows at many and few steps.
+"""The reference of students: the teacher's many-step images of a list, and its rows at many and few steps.
 
 Of the images only the many-step ones are kept; of the others, their rows and distances. For the embedded teacher all
 this ships with the package; for any other it is computed once and kept with the run.
@@ -55,12 +55,12 @@ class Teacher:
     batch_size: int
 
     def model(self, steps: int, guidance: float) -> Model:
-        """It at this number of steps and guidance, by ddim."""
+        """Return the teacher at this number of steps and guidance, by ddim."""
         return make_model(TEACHER, self.pipe, sampler="ddim", steps=steps, guidance=guidance)
 
     @property
     def many(self) -> Model:
-        """It at the reference's number of steps."""
+        """The teacher at the reference's number of steps."""
         return self.model(generator.MANY_STEPS, self.guidance)
 
 

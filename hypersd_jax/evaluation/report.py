@@ -26,7 +26,7 @@ SAMPLE_SIDE = 256
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
-    """What a report shows, as plain data; an empty part is left out.
+    """The contents of a report, as plain data; an empty part is left out.
 
     Attributes:
         title: the heading of the page.
@@ -201,7 +201,7 @@ def _command(command: str) -> str:
 
 
 def _protocols(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
-    """What the rows were measured by, which the table has no column for."""
+    """Collect what the rows were measured by, which the table has no column for."""
     names = dict.fromkeys(str(row["protocol"]) for row in rows if "protocol" in row)
     return {"protocol": ", ".join(names)} if names else {}
 

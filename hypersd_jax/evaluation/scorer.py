@@ -67,7 +67,7 @@ class Scorer:
     vocabulary: tuple[str, ...] = ()
 
     def tokens(self, prompts: Sequence[str]) -> np.ndarray:
-        """What the text tower reads, int32 (B, L)."""
+        """Tokenise prompts for the text tower, int32 (B, L)."""
         return read(self.spec, prompts, self.vocabulary)
 
     def score(self, images: jax.Array, prompts: Sequence[str]) -> jax.Array:
@@ -90,7 +90,7 @@ def score(spec: ScorerSpec, params: Params, trunk: Params, images: jax.Array, to
 
 
 def tower_input(spec: ScorerSpec, trunk: Params, images: jax.Array) -> jax.Array:
-    """What the frozen network sees in images (B, H, W, 3) in 0..255, at 128 px: (B, `ScorerSpec.image_width`)."""
+    """Compute the image tower's input of images (B, H, W, 3) in 0..255, at 128 px: (B, `ScorerSpec.image_width`)."""
     images = fitted(images, SMALL)
     pooled = []
     if spec.image_tower == "pooled":
@@ -101,7 +101,7 @@ def tower_input(spec: ScorerSpec, trunk: Params, images: jax.Array) -> jax.Array
 
 
 def seen_by(spec: ScorerSpec, images: np.ndarray, *, batch_size: int = 32) -> np.ndarray:
-    """What the frozen network sees in any number of uint8 images (N, H, W, 3): (N, `ScorerSpec.image_width`), float32.
+    """Compute the image tower's input of many uint8 images (N, H, W, 3): (N, `ScorerSpec.image_width`), float32.
 
     In batches of one size, the last filled up, so that one program serves any N.
     """
@@ -115,7 +115,7 @@ def seen_by(spec: ScorerSpec, images: np.ndarray, *, batch_size: int = 32) -> np
 
 
 def seen_with(features: np.ndarray, images: np.ndarray, *, batch_size: int = 32) -> np.ndarray:
-    """What ``report``'s network sees in uint8 images (N, H, W, 3), see `seen_by`, whose features (N, 1280) are known.
+    """Compute `seen_by` of ``report`` for uint8 images (N, H, W, 3) whose features (N, 1280) are known.
 
     Images up to 128 px have been through the network as it sees them already, and do not go through it again.
     """
@@ -193,7 +193,7 @@ def load_scorer(name: ScorerName, folder: Path | None = None) -> Scorer:
 
 
 def load_card(name: ScorerName) -> dict[str, Any]:
-    """What is known of a scorer that ships with the package: its training and what it was measured to tell apart."""
+    """Load the card of a scorer that ships with the package: its training, and what it was measured to distinguish."""
     card: dict[str, Any] = json.loads((assets() / "scorers" / name / "card.json").read_text(encoding="utf-8"))
     return card
 

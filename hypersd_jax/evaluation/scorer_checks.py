@@ -1,4 +1,4 @@
-"""What a scorer can tell apart, on images that it was not trained on: the figures of its card."""
+"""Measure what a scorer can distinguish, on images that it was not trained on: the figures of its card."""
 
 from __future__ import annotations
 
@@ -29,5 +29,5 @@ def auc(matched: np.ndarray, mismatched: np.ndarray) -> float:
 
 
 def chosen_rate(matched: np.ndarray, swapped: np.ndarray) -> float:
-    """How often a image scores higher with its own text than with the same text with one part swapped; both (N,)."""
+    """Compute how often an image scores higher with its own text than with one part of it swapped; both (N,)."""
     return float(np.mean((matched > swapped) + 0.5 * (matched == swapped)))

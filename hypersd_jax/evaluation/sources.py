@@ -1,4 +1,4 @@
-"""What an evaluation compares with: lists of prompts, and real images."""
+"""The sources that an evaluation compares with: lists of prompts, and real images."""
 
 from __future__ import annotations
 

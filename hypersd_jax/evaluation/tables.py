@@ -28,7 +28,7 @@ def table_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
 
 
 def table_heading(key: str) -> str:
-    """What stands above a column, with an arrow to where it is better."""
+    """Format the heading of a column, with an arrow to where it is better."""
     if key not in COLUMNS:
         return key.replace("_", " ")
     arrow = {"lower": "\N{NO-BREAK SPACE}↓", "higher": "\N{NO-BREAK SPACE}↑", None: ""}
@@ -48,7 +48,7 @@ def steps_text(count: int) -> str:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is a number, which true and false are not."""
+    """Tell whether a value is a number, which true and false are not."""
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 

@@ -21,12 +21,12 @@ class TextMatch(NamedTuple):
 
     @property
     def gains(self) -> np.ndarray:
-        """How much more the images (N,) say of their own prompts; zero by chance."""
+        """How much better the images (N,) fit their own prompts than others; zero by chance."""
         return self.own - self.shuffled
 
     @property
     def gain(self) -> Estimate:
-        """Their mean."""
+        """Mean gain of the images."""
         return mean_estimate(self.gains)
 
 

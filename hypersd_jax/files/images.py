@@ -50,7 +50,7 @@ class _Layers(NamedTuple):
 
 
 def is_readable(name: str) -> bool:
-    """Whether a file's name ends as those do that are read as images."""
+    """Tell whether a file's name ends as those do that are read as images."""
     return PurePath(name).suffix.lower() in IMAGE_ENDINGS
 
 

@@ -129,7 +129,7 @@ class Structure:
 
 
 def is_xl(model_index: Mapping[str, Any]) -> bool:
-    """Whether a `model_index.json` is of SDXL."""
+    """Tell whether a `model_index.json` is of SDXL."""
     return str(model_index.get("_class_name")).startswith("StableDiffusionXL")
 
 

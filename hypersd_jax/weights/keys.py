@@ -103,7 +103,7 @@ def canonical_key(key: str, kind: Kind) -> str:
 
 
 def is_extra(key: str, kind: Kind) -> bool:
-    """Whether the canonical `key` is a known passenger that no network of this kind needs to read."""
+    """Tell whether the canonical `key` is a known passenger that no network of this kind needs to read."""
     pattern = TABLES[kind].extras
     return pattern is not None and re.search(pattern, key) is not None
 

@@ -84,7 +84,7 @@ def clip_tokenizer(pad: str, length: int = 77) -> TokenizerFiles:
 
 
 def is_clip_tokenizer(tokenizer: TokenizerFiles, pad: str, length: int) -> bool:
-    """Whether `clip_tokenizer` of these arguments gives the same ids."""
+    """Tell whether `clip_tokenizer` of these arguments gives the same ids."""
     try:
         if "vocab.json" in tokenizer.files:
             vocabulary = json.loads(tokenizer.files["vocab.json"])

@@ -19,7 +19,7 @@ from hypersd_jax.errors import UserError
 def fits(
     down: tuple[int, ...], up: tuple[int, ...], kernel: tuple[int, ...], mid: tuple[int, ...] | None = None
 ) -> bool:
-    """Whether factors of these shapes, in PyTorch's layout, belong to a base kernel of this shape in ours.
+    """Tell whether factors of these shapes, in PyTorch's layout, belong to a base kernel of this shape in ours.
 
     A Linear's factors are taken for a 1x1 convolution and the other way round: SD 1.5 and SDXL differ in which of the
     two `proj_in` is, and exporters mix them up.
@@ -84,6 +84,6 @@ def to_torch(
 
 
 def is_finite(array: np.ndarray) -> bool:
-    """Whether no value is NaN or infinite as the float32 that it is read as, whatever type a file holds it in."""
+    """Tell whether no value is NaN or infinite as the float32 that it is read as, whatever type a file holds it in."""
     with np.errstate(over="ignore"):
         return bool(np.isfinite(array.astype(np.float32, copy=False)).all())

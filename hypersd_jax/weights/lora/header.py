@@ -21,7 +21,7 @@ _FINGERPRINT, _COMMENT = "base_fingerprint", "ss_training_comment"
 
 
 def is_ours(header: Mapping[str, str]) -> bool:
-    """Whether the settings in a header are ones that this package wrote.
+    """Tell whether the settings in a header are ones that this package wrote.
 
     By the mark; in files from before there was one by the keys that every exported student had; and in merges of such
     files, which may have lost those, by all settings together agreeing with one another, which is no accident.

@@ -81,7 +81,7 @@ def rank_of(shapes: Mapping[str, Shape]) -> int | None:
 
 
 def fits_weight(kind: Kind, shapes: Mapping[str, Shape], weight: Shape) -> bool:
-    """Whether tensors of these shapes belong to a base weight of this shape in our layout; from the header alone."""
+    """Tell whether tensors of these shapes belong to a base weight of this shape, from the header alone."""
     return (
         (kind.name is None or _fits_core(kind.name, shapes, weight))
         and (not kind.dora or _magnitude_axis(shapes["magnitude"], weight) is not None)

@@ -258,7 +258,7 @@ def _require_tensors(
 
 
 def _unused_layers(structure: Structure) -> Callable[[str], bool]:
-    """Whether a key is of a layer past the ones that SD 2.x's text encoder keeps."""
+    """Tell whether a key is of a layer past the ones that SD 2.x's text encoder keeps."""
     prefix = f"{keys.OPEN_CLIP}transformer.resblocks."
     kept = structure.text["text_encoder"].num_hidden_layers
 
