@@ -1,4 +1,4 @@
-"""What a model for the embedded images can do, on every background: ``python benchmarks/teacher_card.py MODEL NAME``.
+"""Measure a model for the embedded images on every background: ``python benchmarks/teacher_card.py MODEL NAME``.
 
 Writes benchmarks/results/teachers/NAME: README.md (the autoencoder's fidelity to held-out concepts on each background),
 grid.png (an image a concept and background, 25 steps), reconstructions.png, and curve.svg where ``--run`` names the run

@@ -103,7 +103,7 @@ def take_turns(sides: Sequence[Side], updates: int) -> list[list[dict[str, float
 
 
 def summary(about: dict[str, Any], answers: list[dict[str, float]]) -> dict[str, Any]:
-    """What a side was and did; the first update warms up and is not timed."""
+    """Summarise a side; the first update warms up and is not timed."""
     return {
         **about,
         "seconds": median(answer["seconds"] for answer in answers[1:]),
@@ -199,7 +199,7 @@ def settings(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def swap() -> float:
-    """What the machine has, GiB; a step that needs it waits for the disk."""
+    """Swap of the machine, GiB; a step that needs it waits for the disk."""
     there = Path("/proc/meminfo").exists()
     return round(status_bytes("/proc/meminfo", "SwapTotal") / GIB, 1) if there else 0.0
 

@@ -66,7 +66,7 @@ class Mixture:
         return mean.reshape(x.shape), {}
 
     def unconditional(self, row: Any, cond: Any) -> Any:
-        """Nothing, as the conditional."""
+        """Return the conditional, which is nothing."""
         return cond
 
     def fresh_adapter(self, key: jax.Array, *, rank: int, alpha: float | None = None) -> Any:
@@ -136,7 +136,7 @@ def run(updates: int) -> dict[str, np.ndarray]:
 
 
 def energy_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Of two sets of points (Szekely and Rizzo 2013): 0 where their distributions are the same."""
+    """Energy distance of two sets of points (Szekely and Rizzo 2013): 0 where their distributions are the same."""
 
     def mean(x: np.ndarray, y: np.ndarray) -> float:
         return float(np.linalg.norm(x[:, None] - y[None], axis=-1).mean())

@@ -170,7 +170,7 @@ def rounded(**values: float) -> dict[str, float]:
 
 
 def seen(held_out: list[Path]) -> dict[str, np.ndarray]:
-    """What the frozen network sees, for training ("train_"), clean test images ("test_") and held-out styles."""
+    """Compute the image towers' inputs, for training ("train_"), clean test images ("test_") and held-out styles."""
     emoji = load_emoji()
     backgrounds = list(COLOURS)
     drawn = [(label, image) for folder in held_out for label, image in render(folder)]
@@ -199,7 +199,7 @@ def seen(held_out: list[Path]) -> dict[str, np.ndarray]:
 
 
 def looked(name: str, images, count: int) -> dict[str, np.ndarray]:
-    """What both image towers read of images (64, 64, 3) uint8."""
+    """Compute both image towers' inputs of images (64, 64, 3) uint8."""
     trunk = jax.device_put(load_lite0())
     run = jax.jit(lambda trunk, images: {spec.image_tower: tower_input(spec, trunk, images) for spec in SPECS.values()})
     images = iter(images)

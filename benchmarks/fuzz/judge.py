@@ -47,7 +47,7 @@ class Mutated:
 
 @dataclass(frozen=True, kw_only=True)
 class Verdict:
-    """What loading did.
+    """The outcome of one load.
 
     Attributes:
         outcome: "refused", "loaded" or "wrong".
@@ -92,7 +92,7 @@ def _mutate_file(path: str, content: bytes, random: Random) -> tuple[str, bytes]
 
 @contextmanager
 def placed(mutated: Mutated, folder: Path) -> Iterator[Path]:
-    """What is to be loaded, in a folder that already holds the sound sample, and does so again afterwards."""
+    """Put a mutated input into a folder that holds the sound sample, and the sound sample back afterwards."""
     try:
         bases.write(folder, mutated.changed)
         yield folder / mutated.sample.target

@@ -1,4 +1,4 @@
-"""What each kind of file is read by, and what must be true of what comes out."""
+"""The loader of each kind of file, and the checks of its result."""
 
 from __future__ import annotations
 

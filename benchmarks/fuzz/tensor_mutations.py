@@ -78,7 +78,7 @@ def _rename(tensors: list[Tensor], metadata: Any, random: Random) -> Any:
 
 
 def _again(tensors: list[Tensor], metadata: Any, random: Random) -> Any:
-    """The same tensor once more, in another known spelling where it has one."""
+    """Add a tensor once more, in another known spelling where it has one."""
     key, *rest = random.choice(tensors)
     spellings = {
         key.replace("text_model.", ""),

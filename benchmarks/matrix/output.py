@@ -1,4 +1,4 @@
-"""What a matrix leaves: results.json, README.md, grid.png, and plot.png of a sweep; each appears whole."""
+"""The output of a matrix: results.json, README.md, grid.png, and plot.png of a sweep; each appears whole."""
 
 from __future__ import annotations
 

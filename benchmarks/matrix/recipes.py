@@ -135,7 +135,7 @@ def planned(recipes: Iterable[Recipe], seeds: Iterable[int]) -> list[tuple[int, 
 
 
 def sampled_of(recipe: Recipe, config: Config) -> list[Sampled]:
-    """What is measured of a run, with nothing left open."""
+    """Return the samplings that are measured of a run, with nothing left open."""
     stages = {stage.name: stage for stage in config.adapter_stages}
     rows = recipe.draw or tuple(
         Sampled(stage=stage.name, steps=sampling["steps"])

@@ -56,7 +56,7 @@ class Scorer:
 
     @property
     def prompts(self) -> list[str]:
-        """Of the images that are kept."""
+        """Prompts of the images that are kept."""
         return [item.prompt for item in self._evaluator.items[:SHOWN]]
 
     @property

@@ -1,4 +1,4 @@
-"""What both sides of `benchmarks/full_parity.py` share: the inputs, and how each side writes what it found.
+"""Shared by both sides of `benchmarks/full_parity.py`: the inputs, and how each side writes what it found.
 
 Arrays are float32 in this package's layouts: images and latents (B, H, W, C), `down` (.., in, r), `up` (r, out).
 """
@@ -34,7 +34,7 @@ TIME_IDS = [[768.0, 1024.0, 16.0, 32.0, 1024.0, 896.0]]
 
 
 def inputs(family: str) -> dict[str, np.ndarray]:
-    """The same draws in both processes; ``weights`` and ``image_weights`` are those of the differentiated sums."""
+    """Draw the inputs, alike in both processes; ``weights`` and ``image_weights`` are of the differentiated sums."""
     random = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:

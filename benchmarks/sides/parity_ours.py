@@ -38,7 +38,7 @@ class Model:
         self.networks: dict[str, Network] = networks(self.structure, self._dtypes, remat=True)
 
     def prompts(self) -> PromptEncoder:
-        """What turns prompts into token ids."""
+        """The encoder that turns prompts into token ids."""
         texts, files = self.structure.text, self._stored.description.tokenizers
         return PromptEncoder(
             names=tuple(texts),

@@ -1,4 +1,4 @@
-"""What both sides of `benchmarks/training_step.py` share: shapes, stages, the calls that each needs, and the protocol.
+"""Shared by both sides of `benchmarks/training_step.py`: shapes, stages, the calls that each needs, and the protocol.
 
 Imports neither JAX nor PyTorch, so that a side's memory before its model is its own library's alone.
 """
@@ -177,7 +177,7 @@ def forget_peak() -> None:
 
 
 def cpu_seconds() -> float:
-    """What this process has computed so far, all threads together; with other work it grows less than the clock."""
+    """CPU seconds of this process so far, all threads together; with other work it grows less than the clock."""
     usage = resource.getrusage(resource.RUSAGE_SELF)
     return usage.ru_utime + usage.ru_stime
 

@@ -200,18 +200,18 @@ def least_calls(case: training.Case, key: jax.Array, step: int) -> float:
 
 
 def counted_calls(metrics: dict[str, float]) -> float:
-    """What the step itself has counted."""
+    """Sum the calls that the step itself has counted."""
     return metrics["calls"] + metrics.get("fake_calls", 0.0) + metrics.get("discriminator_calls", 0.0)
 
 
 def device_peak(device: jax.Device) -> float:
-    """Of an accelerator's memory, GiB."""
+    """Peak of an accelerator's memory, GiB."""
     stats = device.memory_stats() or {}
     return stats["peak_bytes_in_use"] / training.GIB
 
 
 def tree_bytes(tree: Any) -> int:
-    """Of all its arrays, or of what they will be."""
+    """Size of all arrays of a tree, or of their shapes, in bytes."""
     return sum(leaf.size * jnp.dtype(leaf.dtype).itemsize for leaf in jax.tree.leaves(tree))
 
 
@@ -277,7 +277,7 @@ class Planned:
 
     @property
     def kernels(self) -> int:
-        """What XLA has generated code for, which is what compiling on a CPU takes its time for."""
+        """Number of kernels that XLA has generated, which is what compiling on a CPU takes its time for."""
         return sum(line.count(" fusion(") for line in self.step.as_text().splitlines())
 
 

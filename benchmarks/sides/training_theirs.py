@@ -61,7 +61,7 @@ class Networks:
         return self.predict(x, t, cond)
 
     def factors(self, name: str) -> list[torch.nn.Parameter]:
-        """Of one LoRA, in the same order for both."""
+        """Factors of one LoRA, in the same order for both."""
         return [value for key, value in self.unet.named_parameters() if ".lora_" in key and f".{name}." in key]
 
 

@@ -41,13 +41,13 @@ class Student:
     Attributes:
         name: of the stage.
         path: of its LoRA file or its model folder.
-        whole: it is a model.
+        is_model: whether it is a model folder.
         samplings: how it is sampled, in the keywords of a pipeline: one row of the table each.
     """
 
     name: str
     path: Path
-    whole: bool
+    is_model: bool
     samplings: Sequence[Mapping[str, Any]]
 
 
@@ -166,7 +166,7 @@ def _timed(row: Row, teacher: Teacher, items: Sequence[Item]) -> Row:
 @contextlib.contextmanager
 def _loaded(pipe: Pipeline, student: Student) -> Iterator[Pipeline]:
     """The base under the student's LoRA, as long as this lasts, or the model that the student is."""
-    if student.whole:
+    if student.is_model:
         yield Pipeline.from_pretrained(student.path, dtype=pipe.dtype, mesh=pipe.mesh)
         return
     pipe.load_lora(student.path, name=student.name)

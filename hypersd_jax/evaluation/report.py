@@ -150,11 +150,11 @@ def _charts(title: str, panels: Mapping[str, str]) -> str:
     return f'<div class="charts">\n{figures}</div>\n'
 
 
-def _grid(caption: str, picture: Image.Image) -> str:
+def _grid(caption: str, grid: Image.Image) -> str:
     text = _text(caption)
     # Where it would shrink beyond reading, on a phone, it is scrolled.
-    least = picture.width * 3 // 4
-    image = _image(picture, text, f' style="min-width: {least}px"')
+    least = grid.width * 3 // 4
+    image = _image(grid, text, f' style="min-width: {least}px"')
     return (
         f'<figure class="grid">\n<figcaption>{text}</figcaption>\n<div class="scroll" tabindex="0">{image}</div>\n'
         "</figure>\n"
@@ -182,17 +182,17 @@ def _strip(caption: str, samples: Sequence[Sample]) -> str:
     return f'<h3>{_text(caption)}</h3>\n<div class="{kind}">\n{"".join(figures)}</div>\n'
 
 
-def _image(picture: Image.Image, text: str, more: str = "") -> str:
+def _image(image: Image.Image, text: str, more: str = "") -> str:
     written = io.BytesIO()
-    picture.save(written, format="PNG", optimize=True)
+    image.save(written, format="PNG", optimize=True)
     content, kind = written.getvalue(), "png"
     if len(content) > MOST_PNG:
         smaller = io.BytesIO()
-        picture.convert("RGB").save(smaller, format="JPEG", quality=90, subsampling=0)
+        image.convert("RGB").save(smaller, format="JPEG", quality=90, subsampling=0)
         if len(smaller.getvalue()) < len(content):
             content, kind = smaller.getvalue(), "jpeg"
     data = base64.b64encode(content).decode("ascii")
-    size = f'width="{picture.width}" height="{picture.height}"'
+    size = f'width="{image.width}" height="{image.height}"'
     return f'<img alt="{text}" {size}{more} src="data:image/{kind};base64,{data}">'
 
 

@@ -62,7 +62,7 @@ def compare_run(
         Student(
             name=stage.name,
             path=student_path(output, stage),
-            whole=stage.exports_model,
+            is_model=stage.exports_model,
             samplings=[dict(sampling) for sampling in stage.samplings],
         )
         for stage in stages

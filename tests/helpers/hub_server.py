@@ -33,7 +33,7 @@ def folder_files(folder: Path) -> Files:
 
 @dataclass(kw_only=True)
 class HubServer:
-    """What the hub holds, and what it was asked.
+    """A stand-in for the hub: the files that it holds, and the requests that it got.
 
     Attributes:
         repos: files by id and branch.

@@ -32,7 +32,7 @@ class Infotext:
 
     @property
     def loras(self) -> list[tuple[str, float]]:
-        """What the web UI would load: names and scales."""
+        """The LoRAs that the web UI would load: names and scales."""
         found = [match[2].split(":") for match in LORA.finditer(self.prompt) if match[1] == "lora"]
         return [(name, float(scale)) for name, scale in found]
 

@@ -99,7 +99,7 @@ class Opened:
         return jax.tree.map(lambda leaf: leaf[0], batch)
 
     def key(self, phase: int | None, repeat: int = 0) -> jax.Array:
-        """What this phase of the first step draws from; None is the only phase of a single model."""
+        """Key of a phase of the first step; None is the only phase of a single model."""
         key = jax.random.fold_in(stream(self.run.config.seed, Stream.NOISE, 0), 0)
         for number in () if phase is None else (phase, repeat):
             key = jax.random.fold_in(key, number)
@@ -210,7 +210,7 @@ class ByHand:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of the batch's latents."""
+        """Shape of the batch's latents."""
         return (len(self.batch["indices"]), *self.run.base.latent_shape)
 
     def normal(self, key: jax.Array) -> np.ndarray:

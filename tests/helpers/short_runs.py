@@ -66,7 +66,7 @@ def records(output: Path) -> list[dict[str, Any]]:
 
 
 def half_written(output: Path) -> list[Path]:
-    """What should not be left behind."""
+    """Unfinished files, which should not be left behind."""
     return [path for path in output.rglob("*") if "tmp" in path.name or path.name == ".lock"]
 
 
