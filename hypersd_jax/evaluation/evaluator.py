@@ -51,7 +51,7 @@ class Evaluator:
         scorer: the reporting one, where it knows the prompts' words.
         clip: a CLIP of the user's.
         reference: the teacher's samples at many steps.
-        reference_facts: how those were sampled.
+        reference_metadata: how those were sampled.
         least: of fewer images no distance between sets is given.
         left_out: keys of metrics that this table does not have.
     """
@@ -64,7 +64,7 @@ class Evaluator:
     scorer: Scorer | None = None
     clip: ClipScorer | None = None
     reference: Samples | None = None
-    reference_facts: Any = None
+    reference_metadata: Any = None
     least: int = LEAST
     left_out: tuple[str, ...] = ()
 
@@ -78,7 +78,7 @@ class Evaluator:
         parts = {
             "items": [list(item) for item in self.items],
             "further": [[list(item) for item in items] for items in self.further],
-            "reference": self.reference_facts,
+            "reference": self.reference_metadata,
             "real": self.real_name,
             "size": list(self.size),
             "features": [_digest_of_lite0(), SMALL, NATIVE],
@@ -86,9 +86,9 @@ class Evaluator:
         }
         return digest(parts)[:12]
 
-    def with_reference(self, samples: Samples, facts: Any) -> Evaluator:
-        """Return a copy with a reference that was sampled as ``facts`` say."""
-        return dataclasses.replace(self, reference=samples, reference_facts=facts)
+    def with_reference(self, samples: Samples, metadata: Any) -> Evaluator:
+        """Return a copy with a reference that was sampled as ``metadata`` say."""
+        return dataclasses.replace(self, reference=samples, reference_metadata=metadata)
 
     def with_real(self, images: RealImages) -> Evaluator:
         """Return a copy with the first set of real images."""

@@ -391,7 +391,7 @@ def test_a_protocol_is_that_of_what_decides_the_figures(compared: Compared) -> N
         {"real_name": None},
         {"size": (32, 16)},
         {"scorer": None},
-        {"reference_facts": {"steps": 3}},
+        {"reference_metadata": {"steps": 3}},
     ]
     found = {dataclasses.replace(measuring, **change).protocol for change in changed}
     assert len(found | {measuring.protocol}) == len(changed) + 1

@@ -74,7 +74,7 @@ def test_an_empty_folder_is_named(run, tmp_path):
         checkpointer.restore(None, like(run))
 
 
-def test_facts_must_be_json(run, tmp_path):
+def test_metadata_must_be_json(run, tmp_path):
     with training.Checkpointer(tmp_path) as checkpointer, pytest.raises(TypeError):
         checkpointer.save(1, run.state, {"key": object()})
 
@@ -103,7 +103,7 @@ def damage_no_tree(folder):
     (folder / "state" / "_METADATA").unlink()
 
 
-def damage_no_facts(folder):
+def damage_no_metadata(folder):
     (folder / "_CHECKPOINT_METADATA").unlink()
 
 
@@ -122,7 +122,7 @@ def damage_one_byte(folder):
 
 @pytest.mark.parametrize(
     "damage",
-    [damage_nothing_left, damage_no_arrays, damage_no_tree, damage_no_facts, damage_cut_short, damage_one_byte],
+    [damage_nothing_left, damage_no_arrays, damage_no_tree, damage_no_metadata, damage_cut_short, damage_one_byte],
 )
 def test_a_damaged_checkpoint_is_named(run, tmp_path, damage):
     with training.Checkpointer(tmp_path) as checkpointer:
@@ -149,7 +149,7 @@ def test_another_shape_is_named_by_leaf(run, tmp_path):
             checkpointer.restore(1, like(toy.Run(width=32)))
 
 
-def test_facts_are_compared_by_name():
+def test_metadata_are_compared_by_name():
     training.check_metadata(METADATA, {"stage": "tscd-8", "base": "sha256:0123"})
     with pytest.raises(UserError, match="config is 'sha256:4567' there, 'sha256:9' here") as raised:
         training.check_metadata(METADATA, {"config": "sha256:9", "rank": 64, "stage": "tscd-8"})
