@@ -81,7 +81,7 @@ def test_what_a_run_leaves(finished: Path) -> None:
     assert load_config(finished / "config.yaml").stages[1].sampler == "tcd"
     # Weights, two moments and the average, and nothing of the base.
     with Checkpointer(finished / "checkpoints" / "one") as checkpoints:
-        _, leaves = checkpoints._metadata(4)
+        _, leaves = checkpoints._read_metadata(4)
     factors = {key: array for key, array in tensors(finished / "loras" / "one.safetensors").items() if "lora_" in key}
     saved = sum(int(np.prod(leaf.shape)) for leaf in leaves.values() if leaf.shape)
     assert saved == 4 * sum(array.size for key, array in factors.items() if not key.endswith("alpha"))
