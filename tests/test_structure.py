@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+import hypersd_jax
+
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "hypersd_jax"
 
@@ -183,3 +185,8 @@ def test_no_file_holds_leftovers():
         if (hit := leftover.search(line))
     ]
     assert not found, "\n".join(found)
+
+
+def test_lazy_names_are_listed_and_there():
+    assert dir(hypersd_jax) == sorted(hypersd_jax.__all__)
+    assert all(getattr(hypersd_jax, name) is not None for name in dir(hypersd_jax))
