@@ -85,7 +85,7 @@ def test_a_survey_and_a_cache_without_a_home(model: Path, tmp_path: Path) -> Non
     done = subprocess.run(command, cwd=tmp_path, env=environment(tmp_path), capture_output=True, check=False)
     assert done.returncode == 0, done.stderr.decode(errors="replace")
     assert (tmp_path / "cache" / "manifest.json").exists()
-    surveys = tmp_path / "temporary" / f"hypersd_jax-{os.getuid()}" / "pictures"
+    surveys = tmp_path / "temporary" / f"hypersd_jax-{os.getuid()}" / "image-sizes"
     assert {path.suffix for path in surveys.iterdir()} == {".npy"}
     assert not (tmp_path / "~").exists()
 

@@ -92,4 +92,4 @@ def test_auto_takes_what_is_there(seen):
 
 def test_batches_are_dealt_out_evenly_or_refused(seen):
     assert seen["batch_piece"] == [2, 2, 4]
-    assert "batch_size: 12 rows" in seen["uneven"]
+    assert "batch_size: 12 samples" in seen["uneven"]
