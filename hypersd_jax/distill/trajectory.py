@@ -71,7 +71,7 @@ def student_sample(
     """Run the student's steps up to the drawn one, and that one with gradient.
 
     The first step's input is noise alone, whatever its time: at t = 999 a Stable Diffusion schedule would keep 7 % of
-    the picture, which there is none of (DMD2, section 4.5; Hyper-SD, section 3.3, enters at 999 or 800).
+    the image, which there is none of (DMD2, section 4.5; Hyper-SD, section 3.3, enters at 999 or 800).
 
     Args:
         student_fn: (x, t (B,), cond) -> (raw prediction, anything else).
@@ -122,17 +122,17 @@ def _follow(
     deterministic: bool,
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Take the student's first ``steps`` (): where they lead, where the last began, and its raw prediction there."""
-    count, rows = times.shape[0], drawn.noise.shape[0]
+    count, batch_size = times.shape[0], drawn.noise.shape[0]
 
     def one_step(index: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
-        x, t = found[0], jnp.broadcast_to(times[index], (rows,))
+        x, t = found[0], jnp.broadcast_to(times[index], (batch_size,))
         output = no_gradient_fn(x, t, cond).astype(jnp.float32)
         x0, eps = to_x0_eps(output, x, *alpha_sigma(schedule, t, x), schedule.prediction_type)
         if not deterministic:
             keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(drawn.keys, index)
             eps = jax.vmap(lambda key: jax.random.normal(key, x.shape[1:]))(keys)
         after = times[jnp.minimum(index + 1, count - 1)]  # the last step leads nowhere, and nobody asks where
-        return add_noise(x0, eps, *alpha_sigma(schedule, jnp.broadcast_to(after, (rows,)), x)), x, output
+        return add_noise(x0, eps, *alpha_sigma(schedule, jnp.broadcast_to(after, (batch_size,)), x)), x, output
 
     start = (drawn.noise,) * 3
     return one_step(jnp.int32(0), start) if count == 1 else jax.lax.fori_loop(0, steps, one_step, start)
