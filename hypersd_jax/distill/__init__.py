@@ -36,6 +36,7 @@ from hypersd_jax.distill.target_timesteps import uniform_integer as uniform_inte
 from hypersd_jax.distill.target_timesteps import uniform_target as uniform_target
 from hypersd_jax.distill.trajectory import Drawn as Drawn
 from hypersd_jax.distill.trajectory import Sample as Sample
+from hypersd_jax.distill.trajectory import Trajectory as Trajectory
 from hypersd_jax.distill.trajectory import draw_trajectory as draw_trajectory
 from hypersd_jax.distill.trajectory import frozen_sample as frozen_sample
 from hypersd_jax.distill.trajectory import noised as noised

@@ -57,16 +57,26 @@ def draw_trajectory(key: jax.Array, shape: tuple[int, ...], steps: int, indices:
     return Drawn(jax.random.randint(step_key, (), 0, steps), noise, eps, uniform, keys)
 
 
+class Trajectory(NamedTuple):
+    """How a student steps, and where its samples are scored.
+
+    Attributes:
+        times: (K,) int32, the student's steps, descending; K is static.
+        bounds: (2,) int32, the range of times that samples are noised to.
+        schedule: the base model's.
+        deterministic: False (DMD, DMD2): each step's estimate of x_0 is noised afresh to the next time, and x_0 itself
+            is scored, at any time of ``bounds``. True (TDM): DDIM steps, and the point that the step leads to is
+            scored, at the times from there back to where the step began.
+    """
+
+    times: jax.Array
+    bounds: jax.Array
+    schedule: Schedule
+    deterministic: bool
+
+
 def student_sample(
-    student_fn: ModelWithExtra,
-    no_gradient_fn: Model,
-    cond: Any,
-    drawn: Drawn,
-    times: jax.Array,
-    bounds: jax.Array,
-    *,
-    schedule: Schedule,
-    deterministic: bool,
+    student_fn: ModelWithExtra, no_gradient_fn: Model, cond: Any, drawn: Drawn, trajectory: Trajectory
 ) -> tuple[Sample, Any]:
     """Run the student's steps up to the drawn one, and that one with gradient.
 
@@ -78,50 +88,29 @@ def student_sample(
         no_gradient_fn: the student without gradient, for the steps before; it returns the prediction alone.
         cond: conditioning of B samples.
         drawn: from `draw_trajectory`.
-        times: (K,) int32, the student's steps, descending; K is static.
-        bounds: (2,) int32, the range of times that samples are noised to.
-        schedule: the base model's.
-        deterministic: False (DMD, DMD2): each step's estimate of x_0 is noised afresh to the next time, and x_0 itself
-            is scored, at any time of ``bounds``. True (TDM): DDIM steps, and the point that the step leads to is
-            scored, at the times from there back to where the step began.
+        trajectory: the student's.
 
     Returns:
         (sample, what the student's last call gave beside its prediction).
     """
-    settings: dict[str, Any] = {"schedule": schedule, "deterministic": deterministic}
-    x = _follow(no_gradient_fn, cond, drawn, times, drawn.step, **settings)[0] if times.shape[0] > 1 else drawn.noise
+    times = trajectory.times
+    x = _follow(no_gradient_fn, cond, drawn, trajectory, drawn.step)[0] if times.shape[0] > 1 else drawn.noise
     x, t = jax.lax.stop_gradient(x), jnp.broadcast_to(times[drawn.step], (x.shape[0],))
-    output, beside = student_fn(x, t, cond)
-    return _sample(x, output, drawn, times, bounds, **settings), beside
+    output, extra = student_fn(x, t, cond)
+    return _sample(x, output, drawn, trajectory), extra
 
 
-def frozen_sample(
-    no_gradient_fn: Model,
-    cond: Any,
-    drawn: Drawn,
-    times: jax.Array,
-    bounds: jax.Array,
-    *,
-    schedule: Schedule,
-    deterministic: bool,
-) -> Sample:
+def frozen_sample(no_gradient_fn: Model, cond: Any, drawn: Drawn, trajectory: Trajectory) -> Sample:
     """Compute the sample of `student_sample` without gradient; all its steps are one program to compile."""
-    settings: dict[str, Any] = {"schedule": schedule, "deterministic": deterministic}
-    _, x, output = _follow(no_gradient_fn, cond, drawn, times, drawn.step + 1, **settings)
-    return _sample(x, output, drawn, times, bounds, **settings)
+    _, x, output = _follow(no_gradient_fn, cond, drawn, trajectory, drawn.step + 1)
+    return _sample(x, output, drawn, trajectory)
 
 
 def _follow(
-    no_gradient_fn: Model,
-    cond: Any,
-    drawn: Drawn,
-    times: jax.Array,
-    steps: jax.Array,
-    *,
-    schedule: Schedule,
-    deterministic: bool,
+    no_gradient_fn: Model, cond: Any, drawn: Drawn, trajectory: Trajectory, steps: jax.Array
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Take the student's first ``steps`` (): where they lead, where the last began, and its raw prediction there."""
+    times, _, schedule, deterministic = trajectory
     count, batch_size = times.shape[0], drawn.noise.shape[0]
 
     def one_step(index: jax.Array, found: tuple[jax.Array, ...]) -> tuple[jax.Array, jax.Array, jax.Array]:
@@ -138,17 +127,9 @@ def _follow(
     return one_step(jnp.int32(0), start) if count == 1 else jax.lax.fori_loop(0, steps, one_step, start)
 
 
-def _sample(
-    x: jax.Array,
-    output: jax.Array,
-    drawn: Drawn,
-    times: jax.Array,
-    bounds: jax.Array,
-    *,
-    schedule: Schedule,
-    deterministic: bool,
-) -> Sample:
+def _sample(x: jax.Array, output: jax.Array, drawn: Drawn, trajectory: Trajectory) -> Sample:
     """Compute the drawn step's sample from its start x (B, h, w, C) and the student's raw prediction there."""
+    times, bounds, schedule, deterministic = trajectory
     count = times.shape[0]
     t = jnp.broadcast_to(times[drawn.step], (x.shape[0],))
     x0, eps = to_x0_eps(output, x, *alpha_sigma(schedule, t, x), schedule.prediction_type)

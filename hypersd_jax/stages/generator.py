@@ -19,6 +19,7 @@ from hypersd_jax.distill import (
     Model,
     Sample,
     Segments,
+    Trajectory,
     draw_trajectory,
     endpoint,
     frozen_sample,
@@ -172,7 +173,7 @@ def fake_sample(
 ) -> tuple[Drawn, Sample]:
     """Draw the randomness and the student's sample without gradient, for a fake-score step."""
     drawn, student = draws(nets, stage, batch, key), _frozen_student(nets, stage, models, frozen)
-    return drawn, frozen_sample(student, batch["cond"], drawn, **_sampling(nets, stage, frozen.fake_bounds))
+    return drawn, frozen_sample(student, batch["cond"], drawn, _trajectory(nets, stage, frozen.fake_bounds))
 
 
 def student_sample(
@@ -199,8 +200,8 @@ def student_sample(
         output, *others = in_one_call(student, inputs, *([solver_step.inputs] if solver_step else []))
         return output, others
 
-    frozen_student, sampling = _frozen_student(nets, stage, models, frozen), _sampling(nets, stage, frozen.bounds)
-    sample, others = distill.student_sample(last_step, frozen_student, batch["cond"], drawn, **sampling)
+    frozen_student, trajectory = _frozen_student(nets, stage, models, frozen), _trajectory(nets, stage, frozen.bounds)
+    sample, others = distill.student_sample(last_step, frozen_student, batch["cond"], drawn, trajectory)
     if not stage.reads_images and (solver_step := begin(jax.lax.stop_gradient(sample.x0))):
         others = [student(*solver_step.inputs)]
     return drawn, sample, solver_step._replace(student=others[0]) if solver_step else None
@@ -216,14 +217,14 @@ def draws(nets: Networks, stage: GeneratorStage, batch: Any, key: jax.Array) -> 
     return draw_trajectory(key, (batch["indices"].shape[0], *latents), len(stage.times), batch["indices"])
 
 
-def _sampling(nets: Networks, stage: GeneratorStage, bounds: Any) -> dict[str, Any]:
-    """Return the sampling arguments of the student, and the range of timesteps that its samples are noised to."""
-    return {
-        "times": jnp.asarray(stage.times),
-        "bounds": jnp.zeros(2, jnp.int32) if bounds is None else jnp.asarray(bounds),
-        "schedule": nets.base.schedule,
-        "deterministic": stage.kind == "tdm",
-    }
+def _trajectory(nets: Networks, stage: GeneratorStage, bounds: Any) -> Trajectory:
+    """Describe the student's steps, and the range of timesteps that its samples are noised to; without any, none is."""
+    return Trajectory(
+        times=jnp.asarray(stage.times),
+        bounds=jnp.zeros(2, jnp.int32) if bounds is None else jnp.asarray(bounds),
+        schedule=nets.base.schedule,
+        deterministic=stage.kind == "tdm",
+    )
 
 
 def regression_endpoint(

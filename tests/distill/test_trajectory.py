@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hypersd_jax.diffusion import Schedule
-from hypersd_jax.distill import Sample, draw_trajectory, frozen_sample, noised, student_sample
+from hypersd_jax.distill import Sample, Trajectory, draw_trajectory, frozen_sample, noised, student_sample
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULE = Schedule(**BETAS)
@@ -60,9 +60,8 @@ def sample(drawn, times, deterministic, scales=(1.0, 1.0), bounds=BOUNDS):
     def still(x, t, cond):
         return scales[1] * network(x, t, cond)
 
-    made, extra = student_sample(
-        student, still, jnp.asarray(COND), drawn, times, bounds, schedule=SCHEDULE, deterministic=deterministic
-    )
+    trajectory = Trajectory(times, bounds, SCHEDULE, deterministic)
+    made, extra = student_sample(student, still, jnp.asarray(COND), drawn, trajectory)
     return made, *given, extra
 
 
@@ -169,8 +168,8 @@ def test_the_sample_without_gradient_is_the_same(times, deterministic):
         traced.append(1)
         return network(x, t, cond)
 
-    settings = {"schedule": SCHEDULE, "deterministic": deterministic}
-    frozen = jax.jit(lambda drawn: frozen_sample(student, jnp.asarray(COND), drawn, times, BOUNDS, **settings))
+    trajectory = Trajectory(times, BOUNDS, SCHEDULE, deterministic)
+    frozen = jax.jit(lambda drawn: frozen_sample(student, jnp.asarray(COND), drawn, trajectory))
     for step in range(len(times)):
         drawn = drawn_at(step, len(times))
         made, *_ = sample(drawn, times, deterministic)
@@ -198,8 +197,8 @@ def test_a_sample_is_the_same_in_any_part_of_the_batch(deterministic):
 
     def run(indices):
         drawn = draw_trajectory(KEY, (len(indices), 2, 2, 4), 3, indices)._replace(step=jnp.int32(2))
-        cond, settings = jnp.asarray(0.1 * indices), {"schedule": SCHEDULE, "deterministic": deterministic}
-        return frozen_sample(network, cond, drawn, TIMES, BOUNDS, **settings).x
+        trajectory = Trajectory(TIMES, BOUNDS, SCHEDULE, deterministic)
+        return frozen_sample(network, jnp.asarray(0.1 * indices), drawn, trajectory).x
 
     close(run(np.arange(4))[2:], run(np.arange(2, 4)), rtol=1e-5, atol=1e-5)
 
