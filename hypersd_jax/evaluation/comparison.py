@@ -129,8 +129,7 @@ def compare(teacher: Teacher, students: Sequence[Student], evaluator: Evaluator,
     reference, measuring = get_reference(teacher, evaluator, folder)
     shown = min(GRID_ROWS, distinct if distinct > 1 else len(items))  # each prompt once
     few = items[: max(shown, min(size, len(items)))]
-    bar = tqdm(reference.rows, desc="teacher", unit="row", disable=jax.process_index() != 0)
-    rows = [_timed(each.row, teacher, items) for each in bar]
+    rows = _timed([each.row for each in reference.rows], teacher, items)
     columns = {f"teacher {steps_text(rows[0]['steps'])}": reference.samples.images[:shown]}
     each_sampling = [(student, sampling) for student in students for sampling in student.samplings]
     for student, sampling in tqdm(each_sampling, desc="comparing", unit="student", disable=jax.process_index() != 0):
@@ -154,13 +153,16 @@ def compare(teacher: Teacher, students: Sequence[Student], evaluator: Evaluator,
     )
 
 
-def _timed(row: Row, teacher: Teacher, items: Sequence[Item]) -> Row:
-    """A row with the seconds an image takes, measured on a full batch here and now where they are not known."""
-    if SECONDS in row:
-        return row
-    model, batch = teacher.model(row["steps"], row["guidance"]), items[: teacher.batch_size]
-    warm_up(model, batch, teacher.batch_size)
-    return {**row, SECONDS: timed_sample(model, batch, batch_size=teacher.batch_size)[1]}
+def _timed(rows: Sequence[Row], teacher: Teacher, items: Sequence[Item]) -> list[Row]:
+    """Rows with the seconds an image takes, measured on a full batch here and now where they are not known."""
+    unknown = dict.fromkeys((row["steps"], row["guidance"]) for row in rows if SECONDS not in row)
+    batch, size = items[: teacher.batch_size], teacher.batch_size
+    seconds = {}
+    for sampling in tqdm(unknown, desc="timing the teacher", disable=jax.process_index() != 0 or not unknown):
+        model = teacher.model(*sampling)
+        warm_up(model, batch, size)
+        seconds[sampling] = timed_sample(model, batch, batch_size=size)[1]
+    return [row if SECONDS in row else {**row, SECONDS: seconds[row["steps"], row["guidance"]]} for row in rows]
 
 
 @contextlib.contextmanager

@@ -75,9 +75,8 @@ class Model:
 
     @property
     def calls(self) -> int:
-        """UNet calls an image; a network that embeds guidance has no second one."""
-        embeds = self.pipe.components.unet_config.time_cond_proj_dim
-        return calls_of(int(self.settings.steps or 0), 0.0 if embeds else self.settings.guidance or 0.0)
+        """UNet calls an image."""
+        return self.settings.steps * (2 if self.settings.guided else 1)
 
 
 def make_model(name: str, pipe: Pipeline, *, preset: str | None = None, identity: str = "", **explicit: Any) -> Model:
@@ -159,7 +158,7 @@ def warm_up(model: Model, items: Sequence[Item], batch_size: int) -> None:
     """Compile what the list's images take, so that no timing holds it: one batch, of two steps where there are more."""
     settings = model.settings
     if settings.timesteps is None:
-        settings = dataclasses.replace(settings, steps=min(int(settings.steps or 0), 2))
+        settings = dataclasses.replace(settings, steps=min(settings.steps, 2))
     sample(dataclasses.replace(model, settings=settings), items[:batch_size], batch_size=batch_size)
 
 
