@@ -137,8 +137,8 @@ def make_step(
                 metrics = jax.tree.map(lambda each: each[-1], all_of_them)
             logged = _joined(logged, metrics)
         ema = moving_average(state.ema, {name: weights[name] for name in state.ema}, settings.ema)
-        in_loops = {name for name, phase in latest.items() if phase.repeats > 1}
-        new_state = _advanced(state, weights, moments, ema, finite, in_loops)
+        in_memory = {name for name, phase in latest.items() if phase.repeats > 1 or phase is not taken[-1]}
+        new_state = _advanced(state, weights, moments, ema, finite, in_memory)
         new_state = jax.lax.with_sharding_constraint(new_state, tree_shardings(mesh, new_state))
         first = next(iter(taken[-1].models))
         logged["update_norm"] = jnp.where(finite, logged["update_norm"], 0.0)
@@ -149,20 +149,20 @@ def make_step(
 
 
 def _advanced(
-    state: TrainState, trainable: Any, opt_state: Any, ema: Any, finite: jax.Array, in_loops: Collection[str]
+    state: TrainState, trainable: Any, opt_state: Any, ema: Any, finite: jax.Array, in_memory: Collection[str]
 ) -> TrainState:
     """The next state; where an update was not finite it changes nothing but the two counters.
 
-    ``in_loops`` are the models whose weights come out of a loop.
+    ``in_memory`` are the models whose new weights a later phase reads, or a loop gives.
     """
 
     def keep_if_bad(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
         return {name: kept(name, new[name], old[name]) for name in new}
 
     def kept(name: str, new: Any, old: Any) -> Any:
-        # A select is part of the update's own kernel and needs no memory. After a loop it would be a kernel of its own
-        # for every leaf, all to be compiled.
-        if name in in_loops:
+        # A select is part of the update's own kernel and needs no memory. Of weights that are in memory already it would
+        # be a kernel of its own for every leaf, all to be compiled.
+        if name in in_memory:
             return jax.lax.cond(finite, lambda: new, lambda: old)
         return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
 
