@@ -62,7 +62,7 @@ def fidelity(pipe: Pipeline, background: str, folder: Path) -> dict[str, Any]:
     chosen = emoji.indices("test")[::2]
     embedded = np.stack([on_background(emoji.images[i], background, pipe.native_size[0]) for i in chosen])
     images = embedded.astype(np.float32) / 127.5 - 1.0
-    pairs = [reconstructed(pipe, images[start : start + 32]) for start in range(0, len(images) // 32 * 32, 32)]
+    pairs = [reconstructed(pipe.base, images[start : start + 32]) for start in range(0, len(images) // 32 * 32, 32)]
     before, after = (np.concatenate(side) for side in zip(*pairs, strict=True))
     corners = np.abs(after[:, :2, :2] - before[:, :2, :2]).mean() * 255.0
     if background in ("white", "blue", "black"):
@@ -96,17 +96,16 @@ def draw_grid(pipe: Pipeline) -> Image.Image:
 
 def text(name: str, pipe: Pipeline, rows: list[dict[str, Any]], trained: bool) -> str:
     """The card."""
-    sizes = {part: sum(value.size for value in params.values()) for part, params in pipe.components.params.items()}
+    sizes = {part: sum(value.size for value in params.values()) for part, params in pipe.base.params.items()}
     parts = ", ".join(f"{part} {count / 1e6:.1f} M" for part, count in sizes.items())
-    config = pipe.components.vae_config
-    side = pipe.native_size[0] // config.downscale
+    side = pipe.native_size[0] // pipe.base.downscale
     table = "\n".join(
         f"| {row['ground']} | {row['psnr']:.2f} ± {row['psnr_se']:.2f} | {row['corner']:.1f} |" for row in rows
     )
     figure = "\n![training loss](curve.svg)\n" if trained else ""
     return f"""# {name}
 
-{parts}; latents {side} x {side} x {config.latent_channels}; the UNet predicts {pipe.schedule.prediction_type}.
+{parts}; latents {side} x {side} x {pipe.base.latent_channels}; the UNet predicts {pipe.schedule.prediction_type}.
 jax {jax.__version__}.
 
 The autoencoder on held-out concepts, by its posterior's mean ({rows[0]["n"]} images a background): PSNR in dB, and by

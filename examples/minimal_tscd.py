@@ -44,29 +44,28 @@ def main() -> None:
 
     # The frozen base: a UNet, an autoencoder and a text encoder, each a pure function of its parameters.
     pipe = hs.Pipeline.from_pretrained(options.model)
-    model = pipe.components
-    unet, vae = dict(model.params["unet"]), dict(model.params["vae"])
-    text = {"text_encoder": model.params["text_encoder"]}
+    base = pipe.base
+    unet, vae = dict(base.params["unet"]), dict(base.params["vae"])
+    text = {"text_encoder": base.params["text_encoder"]}
     source = open_source(DataConfig(), resolution=pipe.native_size[0], seed=0, batch_size=BATCH)
 
     @jax.jit
     def encode(images: Any, ids: Any) -> dict[str, Any]:
         """Images (B, H, W, 3) in -1..1 and token ids as the UNet sees them."""
-        mean, _ = model.vae(vae, images, method="encode")
-        return {"latents": model.scale(mean), "cond": pipe.prompts.encode(text, ids)}
+        mean, _ = base.posterior(vae, images)
+        return {"latents": base.scale(mean), "cond": base.encode_prompts(text, ids)}
 
-    empty = encode(jnp.zeros((BATCH, *pipe.native_size, 3)), pipe.prompts.tokenize([""] * BATCH))["cond"]
+    empty = encode(jnp.zeros((BATCH, *pipe.native_size, 3)), base.prompts.tokenize([""] * BATCH))["cond"]
 
     # The student: LoRA factors of float32 whose product is zero at first, and their fixed scales.
-    factors, scales = split(init(jax.random.key(0), model.unet.shapes, rank=RANK))
+    factors, scales = split(init(jax.random.key(0), base.shapes["unet"], rank=RANK))
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(LEARNING_RATE))
     moments = optimizer.init(factors)
     segments = pad_segments(SOLVER_STEPS, SEGMENTS, SOLVER_STEPS)
 
     def predict(x: jax.Array, t: jax.Array, cond: Conditioning, lora: Any = None) -> jax.Array:
         adapter = None if lora is None else join(lora, scales)
-        output: jax.Array = model.unet(unet, x, t, cond.context, adapter=adapter)
-        return output
+        return base.predict(unet, x, t, cond, adapter=adapter)[0]
 
     def teacher(x: jax.Array, t: jax.Array, cond: Any, uncond: Any, scale: jax.Array) -> tuple[jax.Array, None]:
         return guided(predict(x, t, uncond), predict(x, t, cond), scale.reshape(-1, 1, 1, 1)), None
@@ -97,7 +96,7 @@ def main() -> None:
     average, losses = factors, []
     for number in tqdm(range(options.updates), desc="updates (the first one compiles)"):
         rows = source.batch(np.arange(BATCH) + number * BATCH)
-        batch = encode(rows.images, pipe.prompts.tokenize_captions(rows.captions))
+        batch = encode(rows.images, base.prompts.tokenize_captions(rows.captions))
         factors, average, moments, value = update(factors, average, moments, batch, jax.random.key(number))
         losses.append(float(value))
     tenth = max(1, len(losses) // 10)

@@ -2,7 +2,7 @@
 
 The base is no network but the exact denoiser of a mixture of Gaussians, E[x_0 | x_t]; its adapter is a low-rank head
 on fixed random features. TSCD and DMD train it by the code that trains Stable Diffusion: `Mixture` is all that they see
-of a model (`hypersd_jax.stages.base.Base`). The plot shows the data, the teacher in many steps and in one, and both
+of a model (`hypersd_jax.bases.Base`). The plot shows the data, the teacher in many steps and in one, and both
 students in one.
 """
 

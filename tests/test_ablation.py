@@ -17,7 +17,7 @@ from benchmarks.matrix.recipes import planned, read_matrix, recipe_config, sampl
 from benchmarks.matrix.tables import margins, summarise, verdict
 from benchmarks.matrix.training import missing_updates, run_folder, train_recipe
 from hypersd_jax.errors import UserError
-from hypersd_jax.stages.reuse import history
+from hypersd_jax.training.reuse import history
 from hypersd_jax.weights.tensors import save_tensors
 
 ROOT = Path(__file__).parents[1]

@@ -21,8 +21,8 @@ from hypersd_jax.config import (
     to_dict,
 )
 from hypersd_jax.errors import UserError
-from hypersd_jax.stages.loop import require_even
 from hypersd_jax.training import make_mesh
+from hypersd_jax.training.loop import require_even
 from hypersd_jax.weights.hub import parse_id
 
 RECIPES = recipes.recipe_files()

@@ -282,10 +282,10 @@ def test_another_autoencoder(folder: Path) -> None:
     after = pipe(PROMPT, **{**CALL, "output": "np"})
     assert after.shape == before.shape
     assert np.abs(after - before).max() > 0.05
-    assert pipe.components.params["vae"].keys() == pipe.components.vae.shapes.keys()
+    assert pipe.base.params["vae"].keys() == pipe.base.components.vae.shapes.keys()
     params = tiny_vae(TinyVaeConfig.from_dict(TINY_VAE)).init(0)
     np.testing.assert_array_equal(pipe._programs.decode(params, latents, tiled=False), after)
-    encoded, _ = pipe.components.vae(params, 2 * IMAGES[:1] - 1, method="encode")
+    encoded, _ = pipe.base.components.vae(params, 2 * IMAGES[:1] - 1, method="encode")
     np.testing.assert_allclose(pipe.encode_images(IMAGES[:1]), encoded, rtol=0, atol=1e-5)
     pipe.load_vae(folder / "model" / "vae")
     np.testing.assert_array_equal(pipe(PROMPT, **{**CALL, "output": "np"}), before)
@@ -297,7 +297,7 @@ def test_autoencoders_one_after_another(folder: Path) -> None:
     call = {**CALL, "output": "np", "image": IMAGES[0], "strength": 0.5}
     before = pipe(PROMPT, **call)
     for source in (folder / "taesd", folder / "model" / "vae" / "diffusion_pytorch_model.safetensors"):
-        own = [weakref.ref(leaf) for leaf in pipe.components.params["vae"].values()]
+        own = [weakref.ref(leaf) for leaf in pipe.base.params["vae"].values()]
         pipe.load_vae(source)
         after = pipe(PROMPT, **call)
         gc.collect()
@@ -312,12 +312,12 @@ def test_an_autoencoder_that_does_not_fit_changes_nothing(pipe: Pipeline, folder
     deep |= {"encoder_block_out_channels": [8] * 3, "decoder_block_out_channels": [8] * 3}
     save_params(tmp_path / "deep", tiny_vae(TinyVaeConfig.from_dict(deep)).init(0), config=deep, component_kind="vae")
     pipe.load_controlnet(folder / "control-a")
-    own = pipe.components
+    own = pipe.base.components
     with pytest.raises(UserError, match="latent_channels=8, but the model has 4"):
         pipe.load_vae(tmp_path / "wide")
     with pytest.raises(UserError, match="conditioning_embedding_out_channels makes 2, but the model has 4"):
         pipe.load_vae(tmp_path / "deep")
-    assert pipe.components is own
+    assert pipe.base.components is own
 
 
 def test_controlnets_come_and_go(pipe: Pipeline, folder: Path) -> None:
@@ -357,7 +357,7 @@ def test_the_scale_of_a_lora_of_differences_compiles_nothing(
     pipe: Pipeline, tmp_path: Path, compilations: Compilations
 ) -> None:
     module = "mid_block.attentions.0.transformer_blocks.0.attn2.to_k"
-    shape = pipe.components.unet.shapes[f"{module}.kernel"].shape[::-1]
+    shape = pipe.base.components.unet.shapes[f"{module}.kernel"].shape[::-1]
     tensors, _ = random_kind("LoHa", shape, 0)
     name = "lora_unet_" + module.replace(".", "_")
     save_file({f"{name}.{suffix}": value for suffix, value in tensors.items()}, tmp_path / "loha.safetensors")
@@ -375,7 +375,7 @@ def test_the_scale_of_a_lora_of_differences_compiles_nothing(
 
 
 def test_a_released_file_brings_its_settings(pipe: Pipeline, tmp_path: Path) -> None:
-    adapter = {"unet": random_adapter(pipe.components.shapes["unet"], 0)}
+    adapter = {"unet": random_adapter(pipe.base.shapes["unet"], 0)}
     file = tmp_path / "Hyper-SD15-8steps-lora.safetensors"
     write_lora(file, adapter, layout="kohya")
     pipe.load_lora(file)

@@ -35,8 +35,8 @@ def lora(pipe: Pipeline, rank: int, seed: int) -> dict[str, Any]:
     """A random LoRA of the whole UNet, on the host as a file's is."""
     rng = np.random.default_rng(seed)
     adapter = {}
-    for path in adapters.target_paths(pipe.components.unet.shapes):
-        *window, width, out = pipe.components.unet.shapes[path + ".kernel"].shape
+    for path in adapters.target_paths(pipe.base.components.unet.shapes):
+        *window, width, out = pipe.base.components.unet.shapes[path + ".kernel"].shape
         adapter[path] = {
             "down": rng.uniform(-1, 1, (*window, width, rank)).astype(np.float32) / np.sqrt(np.prod([*window, width])),
             "up": 0.02 * rng.standard_normal((rank, out)).astype(np.float32),
@@ -155,7 +155,7 @@ def test_callback_counts_the_steps(clean: Pipeline) -> None:
 
 def test_bfloat16_is_near_float32(clean: Pipeline) -> None:
     low = Pipeline.from_pretrained("embedded", dtype="bfloat16")
-    assert low.components.params["unet"]["conv_in.kernel"].dtype == jnp.bfloat16
+    assert low.base.params["unet"]["conv_in.kernel"].dtype == jnp.bfloat16
     latents = np.random.default_rng(0).standard_normal((1, 16, 16, 4)).astype(np.float32)
     call = {"steps": 2, "guidance": 0.0, "latents": latents, "output": "np"}
     difference = low(PROMPT, **call) - clean(PROMPT, **call)
@@ -223,7 +223,7 @@ def test_a_negative_prompt_without_guidance_warns(clean: Pipeline) -> None:
 
 def test_negatives_of_which_some_are_none(clean: Pipeline) -> None:
     """Where the model's unconditional is zeros, None stays zeros beside another's text."""
-    xl_like = Pipeline(dataclasses.replace(clean.components, zero_unconditional=True), dtype=jnp.float32)
+    xl_like = Pipeline(clean.base.around(dataclasses.replace(clean.base.components, zero_unconditional=True)))
     mixed = xl_like.encode_prompts([PROMPT] * 2, [None, "x"])[1].context
     np.testing.assert_array_equal(mixed[0], 0)
     empty = clean.encode_prompts(["", "x"]).context
@@ -252,8 +252,8 @@ def test_embedded_guidance(tmp_path: Path) -> None:
     network = unet(UNetConfig.from_dict(config))
     save_params(tiny_model(tmp_path) / "unet", network.init(0), config=config, component_kind="unet")
     pipe = Pipeline.from_pretrained(tmp_path, dtype="float32")
-    recorder = Recorder(pipe.components.unet)
-    pipe = Pipeline(dataclasses.replace(pipe.components, unet=recorder), dtype=jnp.float32)
+    recorder = Recorder(pipe.base.components.unet)
+    pipe = Pipeline(pipe.base.around(dataclasses.replace(pipe.base.components, unet=recorder)))
     assert pipe.native_size == (16, 12)
     first = pipe([PROMPT] * 2, **{**CALL, "guidance": 1.0})
     assert first.shape == (2, 8, 6, 4)

@@ -50,7 +50,7 @@ def lora(pipe: hs.Pipeline, tmp_path: Path) -> Callable[..., Path]:
 
     def write(name: str, settings: dict[str, str] | None = None, *, foreign: dict[str, str] | None = None) -> Path:
         path = tmp_path / f"{name}.safetensors"
-        write_lora(path, {"unet": random_adapter(pipe.components.shapes["unet"], len(name))}, metadata=settings)
+        write_lora(path, {"unet": random_adapter(pipe.base.shapes["unet"], len(name))}, metadata=settings)
         if foreign is not None:
             save_file(load_file(path), path, {**KOHYA, **foreign})
         return path
@@ -107,7 +107,7 @@ def test_other_programs_headers_are_not_read_as_ours(
     assert said(pipe.settings(steps=4, sampler="lcm", guidance=1.0)) == ("lcm", 4, 0.0, 1.0)
     # Nor where a program hands the header on in memory.
     pipe.unload_lora()
-    pipe.add_lora("it", {"unet": random_adapter(pipe.components.shapes["unet"], 0)}, metadata={**KOHYA, **header})
+    pipe.add_lora("it", {"unet": random_adapter(pipe.base.shapes["unet"], 0)}, metadata={**KOHYA, **header})
     assert said(pipe.settings()) == BASE
 
 
@@ -120,7 +120,7 @@ def test_shipped_loras_are_ours(pipe: hs.Pipeline, tmp_path: Path, file: Path) -
     assert plan.steps == (1 if file.stem == "unified" else int(file.stem[-1]))
     assert plan.guidance == 0.0
     style, wild = tmp_path / "style.safetensors", tmp_path / "wild.safetensors"
-    adapter = {"unet": random_adapter(embedded.components.shapes["unet"], 0)}
+    adapter = {"unet": random_adapter(embedded.base.shapes["unet"], 0)}
     write_lora(style, adapter)
     save_file(load_file(style), style, {**KOHYA, **FOREIGN})
     hs.convert_lora(file, tmp_path / "one.safetensors", "peft", base="embedded")
@@ -138,7 +138,7 @@ def header_of(path: Path) -> dict[str, str]:
 
 
 def test_a_foreign_header_stays_foreign(pipe: hs.Pipeline, lora: Callable[..., Path], tmp_path: Path) -> None:
-    base = pipe.components.folder
+    base = pipe.base.source
     sources = [lora("elsewhere", foreign=LOOKS_LIKE), lora("as-well", foreign=LOOKS_LIKE)]
     hs.convert_lora(sources[0], tmp_path / "converted.safetensors", "kohya", base=base)
     hs.merge_loras([(source, 1.0) for source in sources], tmp_path / "merged.safetensors", base=base)
@@ -150,7 +150,7 @@ def test_a_foreign_header_stays_foreign(pipe: hs.Pipeline, lora: Callable[..., P
 
 def test_a_merge_samples_as_its_parts_do_together(pipe: hs.Pipeline, lora: Callable[..., Path], tmp_path: Path) -> None:
     parts = [lora("eight", EIGHT), lora("two", TWO), lora("elsewhere", foreign=LOOKS_LIKE), lora("style")]
-    hs.merge_loras([(part, 1.0) for part in parts], tmp_path / "sum.safetensors", base=pipe.components.folder)
+    hs.merge_loras([(part, 1.0) for part in parts], tmp_path / "sum.safetensors", base=pipe.base.source)
     for part in parts:
         pipe.load_lora(part)
     together = pipe.settings()
@@ -222,7 +222,7 @@ def test_names_that_nobody_has(pipe: hs.Pipeline) -> None:
 
 
 def test_a_pipeline_and_a_report_in_one_line(pipe: hs.Pipeline, lora: Callable[..., Path]) -> None:
-    folder = re.escape(str(pipe.components.folder))
+    folder = re.escape(str(pipe.base.source))
     assert re.fullmatch(rf"Pipeline\(model {folder}, LoRAs: none, float32 on \S+:0\)", repr(pipe))
     report = pipe.load_lora(lora("eight", EIGHT), 0.5)
     pipe.load_lora(lora("style"), -1)

@@ -11,13 +11,13 @@ import numpy as np
 
 from benchmarks.fuzz import bases
 from hypersd_jax import presets
+from hypersd_jax.bases.prompting import require_embedded
 from hypersd_jax.conditioning import PromptEncoder, load_tokenizer
 from hypersd_jax.diffusion import SOLVERS, solver_table
 from hypersd_jax.diffusion.schedule import Schedule
 from hypersd_jax.errors import UserError
 from hypersd_jax.models.unet_config import UNetConfig
 from hypersd_jax.models.vae_config import VaeConfig
-from hypersd_jax.pipeline.prompting import require_embedded
 from hypersd_jax.weights.assembly import networks, parse
 from hypersd_jax.weights.components import open_model
 from hypersd_jax.weights.diffusers.component import read_json, read_params

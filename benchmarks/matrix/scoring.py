@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 
 from benchmarks.matrix.recipes import Sampled
+from hypersd_jax.bases import load_base
 from hypersd_jax.config import Config
 from hypersd_jax.evaluation import generate, make_model
 from hypersd_jax.evaluation.comparison import embedded_evaluator, embedded_teacher
 from hypersd_jax.evaluation.reference import get_reference, reference_identity
 from hypersd_jax.evaluation.tables import steps_text
 from hypersd_jax.pipeline import Pipeline, parse_dtype
-from hypersd_jax.weights.components import load_components
 from hypersd_jax.weights.diffusers.component import fingerprint
 
 SHOWN = 8
@@ -42,9 +42,9 @@ class Scorer:
     def __init__(self, config: Config, samples: int, root: Path) -> None:
         """Load the base of ``config``; ``root`` keeps the reference, if it has to be computed, and the scores."""
         dtype = parse_dtype(config.model.dtype)
-        components = load_components(config.model.source, dtype=dtype, remat=config.model.remat)
-        self.base = fingerprint(components.params["unet"])
-        self._pipe = Pipeline(components, dtype=dtype)
+        base = load_base(config.model.source, dtype=dtype)
+        self.base = fingerprint(base.params[base.denoiser])
+        self._pipe = Pipeline(base)
         self._batch_size = config.evaluation.batch_size
         self._root = root
         evaluator = embedded_evaluator(self._pipe, samples, config.data.groups)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from hypersd_jax.config import Config
 from hypersd_jax.stages import train
-from hypersd_jax.stages.reuse import history, link_tree
+from hypersd_jax.training.reuse import history, link_tree
 from hypersd_jax.weights.tensors import open_tensors
 
 STUDENT = "student.safetensors"

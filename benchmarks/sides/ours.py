@@ -22,7 +22,7 @@ def load() -> Mapping[str, Callable[[], object]]:
 
     pipe = Pipeline.from_pretrained(model, dtype=dtype)
     pixels = int(size)
-    side = pixels // pipe.components.vae_config.downscale
+    side = pixels // pipe.base.downscale
     jax.block_until_ready(pipe._params)
     latents = np.random.default_rng(0).standard_normal((1, side, side, 4)).astype(np.float32)
 
@@ -33,7 +33,7 @@ def load() -> Mapping[str, Callable[[], object]]:
         jax.block_until_ready(pipe.encode_prompts(PROMPT, height=pixels, width=pixels))
 
     call = jax.jit(
-        lambda params, x, t, cond: pipe.components.unet(params, x, t, cond.context, **cond.unet_kwargs()),
+        lambda params, x, t, cond: pipe.base.predict(params, x, t, cond)[0],
         compiler_options=compiler_options(pipe.dtype),
     )
 

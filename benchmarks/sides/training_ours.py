@@ -23,13 +23,13 @@ from jax.sharding import Mesh
 
 from benchmarks.sides import training
 from hypersd_jax import adapters
+from hypersd_jax.bases import StableDiffusion
 from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.conditioning import Conditioning, size_ids
 from hypersd_jax.config import Config, build
 from hypersd_jax.distill import Segments, draw, draw_trajectory
 from hypersd_jax.models.functional import Network, Shapes
 from hypersd_jax.models.unet import UNetConfig
-from hypersd_jax.stages.base import StableDiffusion
 from hypersd_jax.stages.context import Factors, Run
 from hypersd_jax.stages.kinds import STUDENT, kind_of, training_step
 from hypersd_jax.stages.streams import Stream, stream

@@ -36,7 +36,7 @@ def run(options: argparse.Namespace) -> None:
     checks.check_target_folder("--output", options.output)
     config = read_config(options)
 
-    from hypersd_jax.stages.caching import write_cache
+    from hypersd_jax.inputs.caching import write_cache
 
     sizes = {"batch_size": options.batch_size, "shard_rows": options.shard_rows}
     rows = write_cache(config, options.output, **sizes, alone=True)

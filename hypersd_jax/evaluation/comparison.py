@@ -125,7 +125,7 @@ def compare(teacher: Teacher, students: Sequence[Student], evaluator: Evaluator,
     """
     begin, items = time.perf_counter(), evaluator.items
     size, distinct = teacher.batch_size, len({item.prompt for item in items})
-    warn_of_cuts(teacher.pipe.prompts.cuts(list(dict.fromkeys(item.prompt for item in items))))
+    warn_of_cuts(teacher.pipe.base.prompts.cuts(list(dict.fromkeys(item.prompt for item in items))))
     reference, measuring = get_reference(teacher, evaluator, folder)
     shown = min(GRID_ROWS, distinct if distinct > 1 else len(items))  # each prompt once
     few = items[: max(shown, min(size, len(items)))]

@@ -19,7 +19,7 @@ from hypersd_jax.evaluation import generator, sources
 from hypersd_jax.evaluation.columns import column_notes
 from hypersd_jax.evaluation.evaluator import Evaluator, Row, known_scorer, real_floor
 from hypersd_jax.evaluation.files import write_results
-from hypersd_jax.evaluation.generator import Model, further_items, make_model, weights_identity, with_loras
+from hypersd_jax.evaluation.generator import Model, further_items, make_model, with_loras
 from hypersd_jax.evaluation.grid import GRID_ROWS, image_grid
 from hypersd_jax.evaluation.provenance import device_line, duration, made_line, typed_command
 from hypersd_jax.evaluation.quality import Series
@@ -55,7 +55,7 @@ def run_evaluate(options: argparse.Namespace) -> list[Row]:
     pipe = Pipeline.from_pretrained(options.model, dtype=options.dtype, mesh=mesh)
     items = listed or sources.embedded_items(options.n, options.groups)
     prompts = [item.prompt for item in items]
-    warn_of_cuts(pipe.prompts.cuts(prompts))
+    warn_of_cuts(pipe.base.prompts.cuts(prompts))
     run = None if references.run is None else load_run(references.run, pipe.native_size)
     base = _base_model(pipe, options)
     model = _model(pipe, options, loras, base.identity)
@@ -131,7 +131,7 @@ def _base_model(pipe: Pipeline, options: argparse.Namespace) -> Model:
         guidance = EMBEDDED_GUIDANCE
     name = f"{name_of(options.model)} (reference)"
     settings: dict[str, Any] = {"steps": generator.MANY_STEPS, "sampler": "ddim", "guidance": guidance}
-    return make_model(name, pipe, identity=weights_identity(pipe), **settings)
+    return make_model(name, pipe, identity=pipe.base.identity(), **settings)
 
 
 def _model(

@@ -21,7 +21,6 @@ from hypersd_jax.errors import UserError, shown
 from hypersd_jax.pipeline import Pipeline, Settings
 from hypersd_jax.pipeline.arguments import NotFiniteWarning, about_not_finite, not_finite
 from hypersd_jax.pipeline.settings import table_for
-from hypersd_jax.weights.diffusers.component import fingerprint
 
 MANY_STEPS = 25
 """Sampling steps of the reference."""
@@ -86,21 +85,8 @@ def make_model(name: str, pipe: Pipeline, *, preset: str | None = None, identity
         UserError: no solver has such settings.
     """
     settings = pipe.settings(preset, **explicit)
-    table_for(settings, pipe.components.scheduler_config)
+    table_for(settings, pipe.base.scheduler_config)
     return Model(name=name, pipe=pipe, settings=settings, preset=preset, identity=identity)
-
-
-def weights_identity(pipe: Pipeline) -> str:
-    """A name for the base: the weights of all parts, the dtype that they compute in, and all that its files state."""
-    parts = {name: fingerprint(params) for name, params in sorted(pipe.components.params.items())}
-    description = pipe.components.description
-    tokenizers = {
-        name: {file: hashlib.sha256(content).hexdigest() for file, content in tokenizer.files.items()}
-        for name, tokenizer in description.tokenizers.items()
-    }
-    stated = [description.configs, description.scheduler_config, description.model_index, tokenizers]
-    text = json.dumps([parts, jnp.dtype(pipe.dtype).name, stated], sort_keys=True, default=dict)
-    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def with_loras(identity: str, loras: Sequence[tuple[str, float]]) -> str:
@@ -125,10 +111,9 @@ def sample(
         UserError: images are not finite, of which no number would mean anything.
     """
     pipe, settings = model.pipe, model.settings
-    factor = pipe.components.vae_config.downscale
-    shape = (*(side // factor for side in pipe.native_size), pipe.components.unet_config.out_channels)
+    shape = (*(side // pipe.base.downscale for side in pipe.native_size), pipe.base.latent_channels)
     seeds = np.asarray([item.seed for item in items], np.uint32)
-    table = table_for(settings, pipe.components.scheduler_config)
+    table = table_for(settings, pipe.base.scheduler_config)
     noise = np.moveaxis(_noise(seeds, (len(table["alpha"]), *shape)), 1, 0) if injects_noise(table) else None
     with already_warned(), warnings.catch_warnings():  # whoever has the list warns of its long prompts, once
         warnings.simplefilter("ignore", NotFiniteWarning)

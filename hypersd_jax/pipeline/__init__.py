@@ -4,6 +4,5 @@ from hypersd_jax.pipeline.arguments import parse_dtype as parse_dtype
 from hypersd_jax.pipeline.arguments import to_pil as to_pil
 from hypersd_jax.pipeline.model import Generated as Generated
 from hypersd_jax.pipeline.model import Pipeline as Pipeline
-from hypersd_jax.pipeline.prompting import make_prompt_encoder as make_prompt_encoder
 from hypersd_jax.pipeline.settings import CallSettings as CallSettings
 from hypersd_jax.pipeline.settings import Settings as Settings

@@ -9,12 +9,11 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
 from hypersd_jax.adapters import Adapter
-from hypersd_jax.conditioning import Conditioning, PromptEncoder, size_ids
+from hypersd_jax.bases import TextToImage
+from hypersd_jax.conditioning import Conditioning, size_ids
 from hypersd_jax.pipeline.programs import Programs
-from hypersd_jax.weights.components import Components
 from hypersd_jax.weights.diffusers.controlnet import LoadedControlNet
 from hypersd_jax.weights.placement import batch_sharding
 
@@ -39,40 +38,36 @@ class ActiveModel:
     """Networks with the weights and LoRAs of one call, and the programs that run them.
 
     Attributes:
-        components: networks and configurations of the base.
-        prompts: tokenizers and text encoders.
+        base: the model.
         programs: what is compiled.
         params: ``{component: weights}``, with fused LoRAs and full differences written in.
         adapters: ``{component: adapter}``, the loaded LoRAs joined; none while they are fused.
         controlnets: the loaded ones.
-        mesh: devices that batches are split over; None for one device.
     """
 
-    components: Components
-    prompts: PromptEncoder
+    base: TextToImage
     programs: Programs
     params: Mapping[str, Mapping[str, jax.Array]]
     adapters: Mapping[str, Adapter]
     controlnets: tuple[LoadedControlNet, ...]
-    mesh: Mesh | None
 
     def tokenize(self, prompts: Sequence[str], windows: int | None = None) -> TokenIds:
         """Token ids of prompts; what does not fit is left out silently."""
-        return self.prompts.tokenize(prompts, windows=windows, on_cut=lambda _: None)
+        return self.base.prompts.tokenize(prompts, windows=windows, on_cut=lambda _: None)
 
     def tokenize_negatives(self, texts: Sequence[str | None], windows: int | None = None) -> NegativeIds:
         """Token ids of negative prompts; None stands for the model's own unconditional."""
-        zeros = np.asarray([self.components.zero_unconditional and text is None for text in texts])
+        zeros = np.asarray([self.base.zero_unconditional and text is None for text in texts])
         ids = None if zeros.all() else self.tokenize([text or "" for text in texts], windows)
         return NegativeIds(ids=ids, zeros=zeros)
 
     def condition(self, ids: TokenIds, size: tuple[int, int]) -> Conditioning:
         """Encode prompts for images of ``size``, height and width in pixels."""
-        names = self.components.text_encoders
+        names = self.base.text_encoders
         params = {name: self.params[name] for name in names}
         adapters = {name: adapter for name, adapter in self.adapters.items() if name in names}
         cond = self.programs.encode_prompts(params, ids, adapters)
-        if not self.components.is_xl:
+        if not self.base.reads_size:
             return cond
         return cond._replace(time_ids=jnp.asarray(size_ids(*size, len(ids[0]))))
 
@@ -89,21 +84,28 @@ class ActiveModel:
         """Encode images (N, H, W, 3) in 0..1 to latents (N, h, w, C), one at a time."""
         single = (images[i : i + 1] for i in range(len(images)))
         encode = self.programs.encode_images
-        return np.concatenate([np.asarray(encode(self.params["vae"], image, tiled=tiled)) for image in single])
+        return np.concatenate(
+            [np.asarray(encode(self.params[self.base.autoencoder], image, tiled=tiled)) for image in single]
+        )
 
     def decode(self, latents: jax.Array, *, tiled: bool) -> jax.Array:
         """Decode latents (B, h, w, C) to images (B, H, W, 3) in 0..1."""
-        return self.programs.decode(self.params["vae"], latents, tiled=tiled)
+        return self.programs.decode(self.params[self.base.autoencoder], latents, tiled=tiled)
 
     def predict(
         self, x: jax.Array, t: jax.Array, cond: Conditioning, uncond: Conditioning | None, scale: Any
     ) -> jax.Array:
-        """Evaluate the UNet on (B, h, w, C) at timesteps (B,); see `programs.predict`."""
-        adapter = self.adapters.get("unet", {})
-        return self.programs.predict(self.params["unet"], adapter, cond, uncond, scale, x, t)
+        """Evaluate the denoiser on (B, h, w, C) at timesteps (B,); see `programs.predict`."""
+        return self.programs.predict(*self.denoiser, cond, uncond, scale, x, t)
+
+    @property
+    def denoiser(self) -> tuple[Mapping[str, jax.Array], Adapter]:
+        """Weights of the denoiser, and the adapter on it."""
+        return self.params[self.base.denoiser], self.adapters.get(self.base.denoiser, {})
 
     def on_mesh(self, value: Any, axis: int = 0) -> Any:
         """Split an array along its batch axis over the mesh, where it divides evenly; else leave it as it is."""
-        if self.mesh is None or value.shape[axis] % self.mesh.size:
+        mesh = self.base.mesh
+        if mesh is None or value.shape[axis] % mesh.size:
             return value
-        return jax.device_put(value, batch_sharding(self.mesh, axis))
+        return jax.device_put(value, batch_sharding(mesh, axis))

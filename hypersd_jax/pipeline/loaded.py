@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Self
@@ -11,6 +10,7 @@ import jax
 from jax.sharding import Mesh
 
 from hypersd_jax.adapters import Adapter, merge
+from hypersd_jax.bases import TextToImage, load_base
 from hypersd_jax.config import nearest
 from hypersd_jax.diffusion import Schedule
 from hypersd_jax.errors import UserError
@@ -21,10 +21,7 @@ from hypersd_jax.pipeline.arguments import parse_dtype
 from hypersd_jax.pipeline.lora_stack import LoraStack
 from hypersd_jax.pipeline.naming import described, refuse_unknown
 from hypersd_jax.pipeline.programs import compile_programs, with_autoencoder
-from hypersd_jax.pipeline.prompting import make_prompt_encoder
-from hypersd_jax.weights.components import Components, load_components
-from hypersd_jax.weights.diffusers.controlnet import LoadedControlNet, load_controlnet
-from hypersd_jax.weights.diffusers.vae import load_vae
+from hypersd_jax.weights.diffusers.controlnet import LoadedControlNet
 from hypersd_jax.weights.hub import fetch_lora
 from hypersd_jax.weights.lora import LoraReport
 
@@ -32,21 +29,31 @@ from hypersd_jax.weights.lora import LoraReport
 class LoadedModel:
     """A base model, and what is loaded beside it."""
 
-    def __init__(self, components: Components, *, dtype: Any, mesh: Mesh | None = None) -> None:
-        self.components = components
-        self.dtype = dtype
-        self.mesh = mesh
-        self.schedule = Schedule.from_config(dict(components.scheduler_config))
-        self.prompts = make_prompt_encoder(components)
-        self._params: Mapping[str, Mapping[str, jax.Array]] = components.params
+    def __init__(self, base: TextToImage) -> None:
+        self.base = base
+        self._params: Mapping[str, Mapping[str, jax.Array]] = base.params
         self._fused: Mapping[str, Mapping[str, jax.Array]] | None = None
         self._controlnets: dict[str, LoadedControlNet] = {}
-        self._vae_config = components.vae_config  # the model's own, which a file without a configuration is read by
-        self._loras = LoraStack(components.shapes, mesh)
-        self._programs = compile_programs(components, self.prompts, dtype, mesh)
+        self._loras = LoraStack(base.shapes, base.mesh)
+        self._programs = compile_programs(base)
 
     def __repr__(self) -> str:
-        return described(self.components, self.dtype, self.mesh, self._loras.loaded(), fused=self._fused is not None)
+        return described(self.base, self._loras.loaded(), fused=self._fused is not None)
+
+    @property
+    def dtype(self) -> Any:
+        """Data type of the computation."""
+        return self.base.dtype
+
+    @property
+    def mesh(self) -> Mesh | None:
+        """Devices that parameters and batches are split over; None is one device."""
+        return self.base.mesh
+
+    @property
+    def schedule(self) -> Schedule:
+        """Noise schedule of the model."""
+        return self.base.schedule
 
     @property
     def native_size(self) -> tuple[int, int]:
@@ -69,9 +76,7 @@ class LoadedModel:
             UserError: one line naming the file or key that is missing, unsupported or damaged.
         """
         refuse_unknown(unknown, cls.from_pretrained)
-        resolved = parse_dtype(dtype)
-        components = load_components(source, dtype=resolved, mesh=mesh)
-        return cls(components, dtype=resolved, mesh=mesh)
+        return cls(load_base(source, dtype=parse_dtype(dtype), mesh=mesh))
 
     # MARK: LoRA
 
@@ -104,7 +109,7 @@ class LoadedModel:
         self._loras.remove(name)
 
     def fuse_lora(self) -> None:
-        """Write the loaded LoRAs into the weights, which makes every UNet call a little cheaper."""
+        """Write the loaded LoRAs into the weights, which makes every call a little cheaper."""
         self._require_unfused("fuse_lora")
         fused = dict(self._loras.altered(self._params))
         for component, adapter in self._loras.adapters().items():
@@ -129,19 +134,13 @@ class LoadedModel:
         Raises:
             UserError: it cannot be read, or does not fit the model's latents.
         """
-        found = load_vae(source, vae_config=self._vae_config, dtype=self.dtype, mesh=self.mesh)
+        base = self.base.with_autoencoder(source)
         for net in self._controlnets.values():
-            net.config.require_fit(self.components.unet_config, found.config.downscale)
-        self.components = dataclasses.replace(
-            self.components,
-            vae=found.network,
-            vae_config=found.config,
-            params={**self.components.params, "vae": found.params},
-        )
-        self._params = self.components.params
+            base.require_controlnet(net)
+        self.base, self._params = base, base.params
         if self._fused is not None:
-            self._fused = {**self._fused, "vae": found.params}
-        self._programs = with_autoencoder(self._programs, self.components, self.dtype, self.mesh)
+            self._fused = {**self._fused, base.autoencoder: base.params[base.autoencoder]}
+        self._programs = with_autoencoder(self._programs, base)
 
     def load_controlnet(self, source: str | Path, name: str | None = None) -> None:
         """Add a ControlNet: a diffusers folder, a file, or a hub id; the same ``name`` (default: the source) replaces.
@@ -151,13 +150,7 @@ class LoadedModel:
         Raises:
             UserError: it cannot be read, or does not fit the model.
         """
-        found = load_controlnet(
-            source,
-            unet_config=self.components.unet_config,
-            downscale=self.components.vae_config.downscale,
-            dtype=self.dtype,
-            mesh=self.mesh,
-        )
+        found = self.base.load_controlnet(source)
         if (channels := found.config.conditioning_channels) != 3:
             raise UserError(f"{source}: conditioning_channels={channels}, but images have 3")
         self._controlnets[name or str(source)] = found
@@ -173,17 +166,14 @@ class LoadedModel:
         """The model with the weights, LoRAs and ControlNets of this moment."""
         fused = self._fused
         return ActiveModel(
-            components=self.components,
-            prompts=self.prompts,
+            base=self.base,
             programs=self._programs,
             params=self._loras.altered(self._params) if fused is None else fused,
             adapters=self._loras.adapters() if fused is None else {},
             controlnets=tuple(self._controlnets.values()),
-            mesh=self.mesh,
         )
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:
         """Height and width in pixels, the model's own where None."""
-        factor = self.components.vae_config.downscale
-        h, w = arguments.latent_size(height, width, self.components.unet_config.sample_size, factor)
-        return h * factor, w * factor
+        h, w = arguments.latent_size(height, width, self.base.native_size, self.base.downscale)
+        return h * self.base.downscale, w * self.base.downscale

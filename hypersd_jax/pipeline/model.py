@@ -48,7 +48,7 @@ class Pipeline(LoadedModel):
         """
         if explicit.get("timesteps") is not None:
             explicit["timesteps"] = tuple(arguments.listed(explicit["timesteps"]))
-        return resolve_settings(Preset(**explicit), preset, self._loras.loaded().values(), self.components)
+        return resolve_settings(Preset(**explicit), preset, self._loras.loaded().values(), self.base)
 
     def generate(
         self,
@@ -132,7 +132,7 @@ class Pipeline(LoadedModel):
                 spacing=spacing,
                 timesteps=timesteps,
             ),
-            self.components,
+            self.base,
             model.controlnets,
             seed=seed,
             num_images=num_images,
@@ -194,7 +194,7 @@ class Pipeline(LoadedModel):
         height: int | None = None,
         width: int | None = None,
     ) -> Conditioning | tuple[Conditioning, Conditioning]:
-        """Encode prompts, with the loaded LoRAs, to what the UNet is conditioned on.
+        """Encode prompts, with the loaded LoRAs, to what the denoiser is conditioned on.
 
         Args:
             prompts: one or B of them; what the text encoder does not hold is cut, with a warning.
@@ -206,7 +206,7 @@ class Pipeline(LoadedModel):
         """
         model, size = self._active(), self._size(height, width)
         texts, negatives = read_texts(prompts, negative)
-        cond = model.condition(self.prompts.tokenize(texts), size)
+        cond = model.condition(self.base.prompts.tokenize(texts), size)
         if negative is None:
             return cond
         return cond, model.unconditional(model.tokenize_negatives(negatives), cond, size)
@@ -220,22 +220,22 @@ class Pipeline(LoadedModel):
         *,
         guidance: float = 1.0,
     ) -> jax.Array:
-        """Evaluate the UNet once, with the loaded LoRAs: what each step of a call does.
+        """Evaluate the denoiser once, with the loaded LoRAs: what each step of a call does.
 
         Args:
-            x: noisy latents (B, h, w, C), as the solver scales them for the UNet.
+            x: noisy latents (B, h, w, C), as the solver scales them for the denoiser.
             t: timestep, one or (B,).
             conditioning: of B prompts, see `encode_prompts`.
             unconditional: of B negative prompts, for classifier-free guidance.
-            guidance: guidance scale; without ``unconditional`` read only by a UNet that embeds it.
+            guidance: guidance scale; without ``unconditional`` read only by a denoiser that embeds it.
 
         Returns:
             (B, h, w, C): noise, v or x_0, as ``pipe.schedule.prediction_type`` says.
 
         Raises:
-            UserError: shapes that do not fit each other or the UNet, or guidance without its unconditional.
+            UserError: shapes that do not fit each other or the model, or guidance without its unconditional.
         """
-        channels, shape = self.components.unet_config.in_channels, np.shape(x)
+        channels, shape = self.base.denoiser_channels, np.shape(x)
         if len(shape) != 4 or shape[-1] != channels:
             raise UserError(f"x has shape {shape}, not (B, h, w, {channels})")
         for name, given in (("conditioning", conditioning), ("unconditional", unconditional)):
@@ -243,7 +243,7 @@ class Pipeline(LoadedModel):
                 raise UserError(f"{name} is of {len(given.context)} prompts, but x has batch size {shape[0]}")
         if np.shape(t) not in ((), shape[:1]):
             raise UserError(f"t has shape {np.shape(t)}, not () or {shape[:1]}")
-        if guidance > 1 and unconditional is None and not self.components.unet_config.time_cond_proj_dim:
+        if guidance > 1 and unconditional is None and not self.base.embeds_guidance:
             raise UserError(f"guidance={guidance:g} needs an unconditional, see encode_prompts")
         model = self._active()
         t = jnp.broadcast_to(jnp.asarray(t), shape[:1])
@@ -256,7 +256,7 @@ class Pipeline(LoadedModel):
             images: one or several (`image_inputs.read_images`), resized to the first one's size, rounded down.
             tiled: encode in overlapping tiles.
         """
-        size = image_inputs.image_size("images", images, self.components.vae_config.downscale)
+        size = image_inputs.image_size("images", images, self.base.downscale)
         size = self._size(*size)
         return self._active().encode_images(image_inputs.read_images("images", images, size), tiled=tiled)
 
@@ -265,7 +265,7 @@ class Pipeline(LoadedModel):
 
         They are those of ``output="latent"`` and of `encode_images`; all are decoded at once.
         """
-        channels, shape = self.components.vae_config.latent_channels, np.shape(latents)
+        channels, shape = self.base.latent_channels, np.shape(latents)
         if len(shape) != 4 or shape[-1] != channels:
             raise UserError(f"latents have shape {shape}, not (B, h, w, {channels})")
         return np.asarray(self._active().decode(jnp.asarray(latents, jnp.float32), tiled=tiled))

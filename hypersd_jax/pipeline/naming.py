@@ -8,12 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
+from hypersd_jax.bases import TextToImage
 from hypersd_jax.config import nearest
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline.lora_stack import LoadedLora
-from hypersd_jax.weights.components import EMBEDDED, Components, assets
+from hypersd_jax.weights.components import EMBEDDED, assets
 
 # diffusers' arguments of a call and of `from_pretrained`, and what to do instead.
 _OTHER_NAMES = {
@@ -89,23 +89,21 @@ def refuse_unknown(unknown: Mapping[str, Any], function: Callable[..., Any]) -> 
         raise TypeError(f"there is no argument {name!r}{nearest(name, names)}")
 
 
-def described(
-    components: Components, dtype: Any, mesh: Mesh | None, loras: Mapping[str, LoadedLora], *, fused: bool
-) -> str:
+def described(base: TextToImage, loras: Mapping[str, LoadedLora], *, fused: bool) -> str:
     """Describe a pipeline in one line: model, LoRAs with their scales, devices, data type."""
     listed = ", ".join(f"{name}@{lora.scale:g}" for name, lora in loras.items()) or "none"
-    if mesh is not None:
+    if (mesh := base.mesh) is not None:
         axes = ", ".join(f"{name} {size}" for name, size in mesh.shape.items())
         devices = f"{mesh.size} x {mesh.devices.flat[0].device_kind} ({axes})"
     else:
-        held: jax.Array = next(iter(components.params["unet"].values()))
+        held: jax.Array = next(iter(base.params[base.denoiser].values()))
         devices = ", ".join(sorted(map(str, held.devices())))
     return (
-        f"Pipeline(model {model_name(components)}, LoRAs: {listed}{' (fused)' if fused else ''},"
-        f" {jnp.dtype(dtype).name} on {devices})"
+        f"Pipeline(model {model_name(base)}, LoRAs: {listed}{' (fused)' if fused else ''},"
+        f" {jnp.dtype(base.dtype).name} on {devices})"
     )
 
 
-def model_name(components: Components) -> str:
+def model_name(base: TextToImage) -> str:
     """The source of the model; ``embedded`` for the one inside the package."""
-    return EMBEDDED if components.folder == assets() / "teacher" else str(components.folder)
+    return EMBEDDED if base.source == assets() / "teacher" else str(base.source)

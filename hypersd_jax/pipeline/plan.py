@@ -84,15 +84,15 @@ def make_plan(
     """
     if batch_size is not None and batch_size < 1:
         raise UserError(f"batch_size must be at least 1, not {batch_size}")
-    components, size = model.components, (settings.height, settings.width)
-    factor = components.vae_config.downscale
-    table = table_for(settings, components.scheduler_config, strength=settings.strength)
+    base, size = model.base, (settings.height, settings.width)
+    factor = base.downscale
+    table = table_for(settings, base.scheduler_config, strength=settings.strength)
     prompts, negatives = read_texts(prompt, negative_prompt)
     if any(negatives) and not settings.guided:
         warnings.warn(f"negative_prompt is ignored: guidance={settings.guidance:g} does not call for it", stacklevel=4)
     rounds = make_rounds(prompts, negatives, settings, model, batch_size)
     images = np.arange(len(prompts) * settings.num_images)
-    shape = (size[0] // factor, size[1] // factor, components.unet_config.out_channels)
+    shape = (size[0] // factor, size[1] // factor, base.latent_channels)
     start, added = seed_noise(
         model.programs, settings.seed, images // settings.num_images, images % settings.num_images, shape, table
     )
@@ -101,14 +101,15 @@ def make_plan(
     if noise is not None:
         added = arguments.checked("noise", noise, (len(table["alpha"]), len(images), *shape))
     encode = functools.partial(model.encode_images, tiled=settings.tiled)
-    inpainting = components.is_inpainting
     return Plan(
         settings=settings,
         table=table,
         latents=start,
         noise=added,
         from_noise=image is None or (mask is not None and settings.strength == 1),
-        guides=ImageGuides.of(image, mask, len(prompts), size, factor=factor, inpainting=inpainting, encode=encode),
+        guides=ImageGuides.of(
+            image, mask, len(prompts), size, factor=factor, inpainting=base.is_inpainting, encode=encode
+        ),
         controls=Controls.of(
             model.controlnets, control_image, settings.control_scales, settings.guess_mode, len(prompts), size
         ),
@@ -146,10 +147,10 @@ def make_rounds(
     read = [[one, other or ""] if settings.guided else [one] for one, other in zip(prompts, negatives, strict=True)]
     windows: list[int | None] = [None] * len(prompts)
     if settings.long_prompts == "chunk":
-        windows = [model.prompts.windows(texts) for texts in read]
+        windows = [model.base.prompts.windows(texts) for texts in read]
     else:
-        warn_of_cuts(model.prompts.cuts(prompts), stacklevel=6)
-        cuts = model.prompts.cuts([text for _, *others in read for text in others])
+        warn_of_cuts(model.base.prompts.cuts(prompts), stacklevel=6)
+        cuts = model.base.prompts.cuts([text for _, *others in read for text in others])
         warn_of_cuts(cuts, "negative prompt", stacklevel=6)
     rounds = []
     for number, indices, count in batches(

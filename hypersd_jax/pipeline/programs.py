@@ -1,4 +1,4 @@
-"""The compiled programs: text encoding, the solver's scan over the UNet, the autoencoder, and the noise of a seed.
+"""The compiled programs: text encoding, the solver's scan over the denoiser, the autoencoder, and the noise of a seed.
 
 Each program is compiled once for each shape. Prompt, seed, guidance above 1, eta, timesteps, LoRA and LoRA scale enter
 them as arrays, so changing one compiles nothing.
@@ -13,16 +13,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from hypersd_jax.compilation import compiler_options
-from hypersd_jax.conditioning import Conditioning, PromptEncoder
+from hypersd_jax.bases import ControlInputs, TextToImage
+from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.diffusion import Known, State, advance, guided
-from hypersd_jax.models.controlnet import control_residuals
 from hypersd_jax.models.functional import Network
-from hypersd_jax.models.layers import timestep_embedding
 from hypersd_jax.models.tiling import decode_tiled, encode_tiled
-from hypersd_jax.weights.components import Components
 
 # Of tiles, in latent pixels: what diffusers has for autoencoders of 512 pixels.
 TILE = 64
@@ -49,7 +45,7 @@ class Programs:
 
     Attributes:
         encode_prompts: (params, token ids, adapters), all by text encoder -> `Conditioning` without time ids.
-        predict: one evaluation of the UNet, see `predict`.
+        predict: one evaluation of the denoiser, see `predict`.
         scan: the steps of a solver's table, see `scan`.
         decode: (params, latents (B, h, w, C), tiled) -> images (B, H, W, 3) in 0..1.
         encode_images: (params, images (B, H, W, 3) in 0..1, tiled) -> latents (B, h, w, C).
@@ -64,12 +60,12 @@ class Programs:
     noise: Callable[..., jax.Array]
 
 
-def compile_programs(components: Components, prompts: PromptEncoder, dtype: Any, mesh: Mesh | None) -> Programs:
+def compile_programs(base: TextToImage) -> Programs:
     """Wrap the programs of a model in `jax.jit`; each is compiled when it is first called."""
-    bare = dataclasses.replace(components, params={})  # weights that `load_vae` has replaced must not be kept alive
-    compiled = _compiler(dtype, mesh)
+    bare = base.without_weights()  # weights that another autoencoder has replaced must not be kept alive
+    compiled = _compiler(bare)
     return Programs(
-        encode_prompts=compiled(functools.partial(encode_prompts, prompts, dtype)),
+        encode_prompts=compiled(bare.encode_prompts),
         predict=compiled(functools.partial(predict, bare)),
         scan=compiled(
             functools.partial(scan, bare), static_argnames=("controlnets", "prompted_only", "prediction_type")
@@ -79,31 +75,25 @@ def compile_programs(components: Components, prompts: PromptEncoder, dtype: Any,
     )
 
 
-def with_autoencoder(programs: Programs, components: Components, dtype: Any, mesh: Mesh | None) -> Programs:
+def with_autoencoder(programs: Programs, base: TextToImage) -> Programs:
     """Replace the programs of the autoencoder by those of another."""
-    bare = dataclasses.replace(components, params={})
-    return dataclasses.replace(programs, **_autoencoder_programs(bare, _compiler(dtype, mesh)))
+    bare = base.without_weights()
+    return dataclasses.replace(programs, **_autoencoder_programs(bare, _compiler(bare)))
 
 
-def _compiler(dtype: Any, mesh: Mesh | None) -> Callable[..., Any]:
-    platform = None if mesh is None else str(mesh.devices.flat[0].platform)
-    return functools.partial(jax.jit, compiler_options=compiler_options(dtype, platform))
+def _compiler(base: TextToImage) -> Callable[..., Any]:
+    return functools.partial(jax.jit, compiler_options=dict(base.compiler_options))
 
 
-def _autoencoder_programs(components: Components, compiled: Callable[..., Any]) -> dict[str, Any]:
+def _autoencoder_programs(base: TextToImage, compiled: Callable[..., Any]) -> dict[str, Any]:
     return {
-        function.__name__: compiled(functools.partial(function, components), static_argnames="tiled")
+        function.__name__: compiled(functools.partial(function, base), static_argnames="tiled")
         for function in (decode, encode_images)
     }
 
 
-def encode_prompts(encoder: PromptEncoder, dtype: Any, params: Any, ids: Any, adapters: Any) -> Conditioning:
-    """Compute text embeddings of token ids, in `dtype`."""
-    return encoder.encode(params, ids, adapters=adapters, dtype=dtype)
-
-
 def scan(
-    components: Components,
+    base: TextToImage,
     params: Any,
     adapter: Any,
     cond: Conditioning,
@@ -120,11 +110,11 @@ def scan(
     prompted_only: bool,
     prediction_type: str,
 ) -> State:
-    """Run the steps of a solver's table. With an unconditional the two UNet calls of a step are one on a double batch.
+    """Run the steps of a solver's table. With an unconditional the two calls of a step are one on a double batch.
 
     Args:
-        components: networks and configurations of the model.
-        params, adapter: the UNet's.
+        base: the model.
+        params, adapter: the denoiser's.
         cond, uncond, scale: see `predict`.
         table: of `solver_table`, all of it or some steps.
         state: before the first of these steps.
@@ -132,38 +122,23 @@ def scan(
         guides: images that steer.
         control_params, control_scales, controlnets: one entry for each ControlNet.
         prompted_only: whether ControlNets leave the unconditional batch alone.
-        prediction_type: what the UNet outputs.
+        prediction_type: what the denoiser outputs.
     """
-    both, inputs = _unet_inputs(components, cond, uncond, scale, state.x.shape[0])
+    how: dict[str, Any] = {}
+    if controlnets:
+        how["controls"] = ControlInputs(controlnets, control_params, guides.controls, control_scales, prompted_only)
+    if guides.inpaint_inputs is not None:
+        twice = [guides.inpaint_inputs] * (1 if uncond is None else 2)
+        how["inpaint_inputs"] = jnp.concatenate(twice)
 
     def steered(x: jax.Array, t: jax.Array) -> jax.Array:
-        if uncond is not None:
-            x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
-        extra: dict[str, Any] = {}
-        if controlnets:
-            down, mid = control_residuals(
-                controlnets,
-                control_params,
-                guides.controls,
-                control_scales,
-                x,
-                t,
-                both.context,
-                prompted_only=prompted_only,
-                **both.unet_kwargs(),
-            )
-            extra = {"down_residuals": down, "mid_residual": mid}
-        if guides.inpaint_inputs is not None:
-            repeats = x.shape[0] // guides.inpaint_inputs.shape[0]
-            x = jnp.concatenate([x, jnp.concatenate([guides.inpaint_inputs] * repeats)], axis=-1)
-        output = components.unet(params, x, t, both.context, adapter=adapter, **inputs, **extra)
-        return output if uncond is None else _guided_halves(output, scale)
+        return predict(base, params, adapter, cond, uncond, scale, x, t, **how)
 
     return advance(steered, table, state, noise, prediction_type=prediction_type, known=guides.known)
 
 
 def predict(
-    components: Components,
+    base: TextToImage,
     params: Any,
     adapter: Any,
     cond: Conditioning,
@@ -171,73 +146,48 @@ def predict(
     scale: jax.Array,
     x: jax.Array,
     t: jax.Array,
+    **how: Any,
 ) -> jax.Array:
-    """Evaluate the UNet once, as a step of `scan` does.
+    """Evaluate the denoiser once, under classifier-free guidance where there is an unconditional.
 
     Args:
-        components: networks and configurations of the model.
-        params, adapter: the UNet's.
+        base: the model.
+        params, adapter: the denoiser's.
         cond: of the prompts.
         uncond: of the negative prompts; None evaluates the prompts alone.
-        scale: guidance scale, a scalar; of classifier-free guidance, or the input of a UNet that embeds guidance.
-        x: (B, h, w, C) as the UNet reads it.
+        scale: guidance scale, a scalar; of classifier-free guidance, or the input of a denoiser that embeds guidance.
+        x: (B, h, w, C) as the denoiser reads it.
         t: timesteps (B,).
+        **how: ``controls`` and ``inpaint_inputs`` of `TextToImage.predict`.
     """
-    both, inputs = _unet_inputs(components, cond, uncond, scale, x.shape[0])
-    if uncond is not None:
-        x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
-    output: jax.Array = components.unet(params, x, t, both.context, adapter=adapter, **inputs)
-    return output if uncond is None else _guided_halves(output, scale)
-
-
-def _unet_inputs(
-    components: Components, cond: Conditioning, uncond: Conditioning | None, scale: jax.Array, batch: int
-) -> tuple[Conditioning, dict[str, Any]]:
-    """The conditioning of one UNet call, unconditional first, and the UNet's keyword arguments."""
-    both = cond if uncond is None else jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
-    inputs = both.unet_kwargs()
-    if dim := components.unet_config.time_cond_proj_dim:
-        w = jnp.full((batch,), 1000 * (scale - 1))  # LCM's guidance embedding, arXiv 2310.04378
-        inputs["timestep_cond"] = timestep_embedding(w, dim, flip_sin_to_cos=False, freq_shift=1.0)
-    return both, inputs
-
-
-def _guided_halves(output: jax.Array, scale: jax.Array) -> jax.Array:
+    if uncond is None:
+        return base.predict(params, x, t, cond, adapter=adapter, guidance=scale, **how)[0]
+    both = jax.tree.map(lambda u, c: jnp.concatenate([u, c]), uncond, cond)
+    x, t = jnp.concatenate([x, x]), jnp.concatenate([t, t])
+    output = base.predict(params, x, t, both, adapter=adapter, guidance=scale, **how)[0]
     unguided, prompted = jnp.split(output.astype(jnp.float32), 2)
     return guided(unguided, prompted, scale)
 
 
-def decode(components: Components, params: Any, latents: jax.Array, *, tiled: bool) -> jax.Array:
+def decode(base: TextToImage, params: Any, latents: jax.Array, *, tiled: bool) -> jax.Array:
     """Decode the sampler's latents to images (B, H, W, 3) in 0..1; NaN where a value is not finite."""
-
-    def whole(z: jax.Array) -> jax.Array:
-        images: jax.Array = components.vae(params, z, method="decode")
-        return images
-
-    z = components.unscale(latents)
-    if tiled:
-        images = decode_tiled(whole, z, tile=TILE, overlap=OVERLAP, factor=components.vae_config.downscale)
-    else:
-        images = whole(z)
+    whole, z = functools.partial(base.decode, params), base.unscale(latents)
+    images = decode_tiled(whole, z, tile=TILE, overlap=OVERLAP, factor=base.downscale) if tiled else whole(z)
     images = images.astype(jnp.float32)
     # Clipped, infinity would pass for white.
     images = jnp.where(jnp.isfinite(images), images, jnp.nan)
     return jnp.clip(images / 2 + 0.5, 0.0, 1.0)
 
 
-def encode_images(components: Components, params: Any, images: jax.Array, *, tiled: bool) -> jax.Array:
-    """Encode images (B, H, W, 3) in 0..1 to latents (B, h, w, C) as the UNet reads them: the encoder's mean."""
+def encode_images(base: TextToImage, params: Any, images: jax.Array, *, tiled: bool) -> jax.Array:
+    """Encode images (B, H, W, 3) in 0..1 to latents (B, h, w, C) as the denoiser reads them: the encoder's mean."""
 
     def whole(x: jax.Array) -> jax.Array:
-        mean: jax.Array = components.vae(params, x, method="encode")[0]
-        return mean
+        return base.posterior(params, x)[0]
 
     x = 2 * images - 1
-    if tiled:
-        mean = encode_tiled(whole, x, tile=TILE, overlap=OVERLAP, factor=components.vae_config.downscale)
-    else:
-        mean = whole(x)
-    return components.scale(mean.astype(jnp.float32))
+    mean = encode_tiled(whole, x, tile=TILE, overlap=OVERLAP, factor=base.downscale) if tiled else whole(x)
+    return base.scale(mean)
 
 
 def noise(

@@ -52,8 +52,7 @@ def _sample(plan: Plan, each: Round, model: ActiveModel, *, stepwise: bool, prog
     one_by_one = stepwise or progress is not None
     for table, added in single_steps(plan.table, noise) if one_by_one else [(plan.table, noise)]:
         state = model.programs.scan(
-            model.params["unet"],
-            model.adapters.get("unet", {}),
+            *model.denoiser,
             cond,
             uncond,
             np.float32(settings.guidance),

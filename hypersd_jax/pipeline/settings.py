@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from hypersd_jax import presets
+from hypersd_jax.bases import TextToImage
 from hypersd_jax.config import nearest
 from hypersd_jax.diffusion import SOLVERS, Schedule, solver_table
 from hypersd_jax.diffusion.grids import ORIGINAL_STEPS, whole_steps
@@ -21,7 +22,6 @@ from hypersd_jax.pipeline.image_guides import control_strengths
 from hypersd_jax.pipeline.image_inputs import image_size
 from hypersd_jax.pipeline.lora_stack import LoadedLora
 from hypersd_jax.presets import Preset
-from hypersd_jax.weights.components import Components
 from hypersd_jax.weights.diffusers.controlnet import LoadedControlNet
 from hypersd_jax.weights.lora import header as lora_header
 
@@ -82,9 +82,7 @@ class CallSettings(Settings):
     tiled: bool
 
 
-def resolve_settings(
-    explicit: Preset, preset: str | None, loras: Iterable[LoadedLora], components: Components
-) -> Settings:
+def resolve_settings(explicit: Preset, preset: str | None, loras: Iterable[LoadedLora], base: TextToImage) -> Settings:
     """Resolve how to sample: by the call's settings, else the preset's, else a LoRA's, else the model's.
 
     The last LoRA that states settings decides. A LoRA states them by its header, if that is ours, and by its file name,
@@ -95,14 +93,13 @@ def resolve_settings(
         explicit: the call's settings, None where it has none.
         preset: the name of one of `presets.PRESETS`.
         loras: in loading order.
-        components: the model.
+        base: the model.
 
     Raises:
         UserError: a name is not known, a number is none, or a value of the header that is to be used cannot be read.
     """
-    stated = _stated(explicit, preset, loras, components)
-    embeds_guidance = bool(components.unet_config.time_cond_proj_dim)
-    return fill_in(stated, components.scheduler_config, embeds_guidance=embeds_guidance)
+    stated = _stated(explicit, preset, loras, base)
+    return fill_in(stated, base.scheduler_config, embeds_guidance=base.embeds_guidance)
 
 
 def fill_in(stated: Preset, scheduler_config: Mapping[str, Any], *, embeds_guidance: bool) -> Settings:
@@ -111,7 +108,7 @@ def fill_in(stated: Preset, scheduler_config: Mapping[str, Any], *, embeds_guida
     Args:
         stated: with a sampler, and steps or timesteps.
         scheduler_config: the model's scheduler_config.json.
-        embeds_guidance: whether the guidance scale is an input of the UNet.
+        embeds_guidance: whether the guidance scale is an input of the denoiser.
 
     Raises:
         UserError: an unknown sampler; steps, a guidance scale or eta that is no number; a negative guidance scale.
@@ -144,7 +141,7 @@ def fill_in(stated: Preset, scheduler_config: Mapping[str, Any], *, embeds_guida
 
 def resolve_call(
     settings: Settings,
-    components: Components,
+    base: TextToImage,
     controlnets: Sequence[LoadedControlNet],
     *,
     seed: int,
@@ -169,12 +166,12 @@ def resolve_call(
         raise UserError(f"long_prompts={long_prompts!r} is not valid{nearest(long_prompts, ('cut', 'chunk'))}")
     if num_images < 1:
         raise UserError(f"num_images must be at least 1, not {num_images}")
-    factor = components.vae_config.downscale
+    factor = base.downscale
     given = ("image", image) if image is not None else ("control_image", control_image)
     if None in (height, width) and given[1] is not None:
         own = image_size(*given, factor)
         height, width = own[0] if height is None else height, own[1] if width is None else width
-    h, w = arguments.latent_size(height, width, components.unet_config.sample_size, factor)
+    h, w = arguments.latent_size(height, width, base.native_size, factor)
     scales, guess_mode = control_strengths(controlnets, control_image, control_scale, guess_mode)
     return CallSettings(
         **{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)},
@@ -182,7 +179,7 @@ def resolve_call(
         num_images=num_images,
         height=h * factor,
         width=w * factor,
-        strength=arguments.share(strength, image, mask, default=0.3 if components.is_xl else 0.8),
+        strength=arguments.share(strength, image, mask, default=base.default_strength),
         control_scales=scales,
         guess_mode=guess_mode,
         long_prompts=long_prompts,
@@ -208,12 +205,9 @@ def table_for(
     )
 
 
-def _stated(explicit: Preset, preset: str | None, loras: Iterable[LoadedLora], components: Components) -> Preset:
+def _stated(explicit: Preset, preset: str | None, loras: Iterable[LoadedLora], base: TextToImage) -> Preset:
     first = [explicit, *([] if preset is None else [presets.find(preset)])]
-    last = [
-        presets.preset_for_file(str(components.folder)),
-        presets.BASE_SDXL if components.is_xl else presets.BASE_SD,
-    ]
+    last = [presets.preset_for_file(str(base.source)), base.defaults]
     for lora in reversed(list(loras)):
         stated, unreadable = presets.read_header(_own_entries(lora))
         by_name = Preset() if lora.origin is None else presets.preset_for_file(lora.origin)

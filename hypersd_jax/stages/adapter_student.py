@@ -21,9 +21,8 @@ from hypersd_jax.stages.export import (
     require_finite,
     require_finite_images,
     sampling_header,
-    student_path,
-    with_unet,
 )
+from hypersd_jax.stages.model_student import with_weights
 from hypersd_jax.weights.diffusers.component import host
 
 NAME = "preview"
@@ -35,16 +34,16 @@ def finish(run: Run, stage: StageConfig, student: Any, *, trained: bool) -> None
     Raises:
         UserError: its weights or its images are not finite, and nothing is exported.
     """
-    path = student_path(run.output, stage)
+    path = run.output.student(stage)
     if trained or not path.exists():
         require_finite(student, stage)
         preview(run, stage, student, stage.name, last=True)
         if stage.exports_model:
-            export_model(path, student, run.pipe.components)
+            export_model(path, with_weights(run.base, {run.base.denoiser: student}))
         else:
             adapter = jax.tree.map(host, adapters.join(student, run.scales))
             if jax.process_index() == 0:
-                export_student(path, adapter, stage, run.pipe.components, base_fingerprint=run.base_fingerprint)
+                export_student(path, adapter, stage, run.base, base_fingerprint=run.base_fingerprint)
     run.student = student
     later = run.config.adapter_stages[[each.name for each in run.config.adapter_stages].index(stage.name) + 1 :]
     if any(stage.name in each.teachers for each in later):
@@ -89,10 +88,10 @@ def _sampled(run: Run, stage: StageConfig, student: Any) -> np.ndarray:
             settings |= stage.samplings[0]
             pipe = run.pipe
             if student is not None:
-                pipe = Pipeline(with_unet(run.pipe.components, student), dtype=run.pipe.dtype, mesh=run.mesh)
+                pipe = Pipeline(with_weights(run.base, {run.base.denoiser: student}))
             return np.asarray(pipe(prompts, **settings))
-        header = sampling_header(stage, dict(run.pipe.components.scheduler_config))
-        run.pipe.add_lora(NAME, {"unet": adapters.join(student, run.scales)}, metadata=header)
+        header = sampling_header(stage, dict(run.base.scheduler_config))
+        run.pipe.add_lora(NAME, {run.base.denoiser: adapters.join(student, run.scales)}, metadata=header)
         try:
             return np.asarray(run.pipe(prompts, **settings))
         finally:

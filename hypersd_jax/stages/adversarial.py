@@ -13,6 +13,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hypersd_jax.bases import Base, Features
+from hypersd_jax.bases.networks import HALF, Networks
 from hypersd_jax.config import AdversarialConfig
 from hypersd_jax.distill import (
     Pair,
@@ -24,8 +26,6 @@ from hypersd_jax.distill import (
     uniform_integer,
 )
 from hypersd_jax.models.functional import Network
-from hypersd_jax.stages.base import Base, Features
-from hypersd_jax.stages.networks import HALF, Networks
 from hypersd_jax.stages.streams import Draw, drawn_from
 
 

@@ -10,17 +10,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from hypersd_jax.bases import StableDiffusion
 from hypersd_jax.config import AutoencoderStage
 from hypersd_jax.distill import reconstruction_loss
 from hypersd_jax.errors import UserError
-from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.stages.base import StableDiffusion
-from hypersd_jax.stages.batches import LoadedBatch, images_only, load_batches
+from hypersd_jax.inputs.batches import LoadedBatch, images_only, load_batches
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.kinds import STUDENT
 from hypersd_jax.stages.model_student import pass_on, with_weights, write_final_model, write_images
 from hypersd_jax.training import LossFunction, Phase
-from hypersd_jax.weights.components import Components
 
 VAE = "vae"
 DECODER = ("decoder.", "post_quant_conv.")
@@ -43,12 +41,12 @@ def trained_part(stage: AutoencoderStage, params: Mapping[str, jax.Array]) -> di
 
 def trainable(run: Run, index: int, stage: AutoencoderStage) -> dict[str, Any]:
     """Return the trained parameters of the autoencoder: {"vae": parameters}."""
-    return {STUDENT: {VAE: trained_part(stage, run.base.components.params[VAE])}}
+    return {STUDENT: {VAE: trained_part(stage, run.base.params[VAE])}}
 
 
 def frozen(run: Run, stage: AutoencoderStage) -> dict[str, Any]:
     """Return the frozen parameters of the autoencoder: {"vae": parameters}."""
-    params = run.base.components.params[VAE]
+    params = run.base.params[VAE]
     trained = trained_part(stage, params)
     return {VAE: {path: value for path, value in params.items() if path not in trained}}
 
@@ -60,15 +58,13 @@ def phases(base: StableDiffusion, stage: AutoencoderStage) -> list[Phase]:
 
 def make_loss(base: StableDiffusion, stage: AutoencoderStage) -> LossFunction:
     """Make the reconstruction loss; the posterior is sampled, with each image's noise by its batch index."""
-    vae, dtype = base.components.vae, base.dtype
 
     def loss(models: Any, ema: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         images = batch["images"]
         params = {**frozen[VAE], **models[STUDENT][VAE]}
-        mean, logvar = vae(params, images.astype(dtype), method="encode")
-        mean, logvar = mean.astype(jnp.float32), logvar.astype(jnp.float32)
+        mean, logvar = base.posterior(params, images)
         latents = mean + jnp.exp(0.5 * logvar) * posterior_noise(key, batch["indices"], mean.shape[1:])
-        output = vae(params, latents.astype(dtype), method="decode")
+        output = base.decode(params, latents)
         weights: dict[str, Any] = {"gradient_weight": stage.gradient_weight, "kl_weight": stage.kl_weight}
         return reconstruction_loss(output, images, mean, logvar, **weights)
 
@@ -92,51 +88,49 @@ def batches(run: Run, index: int, stage: AutoencoderStage, frozen: Any, done: in
 def preview(run: Run, stage: AutoencoderStage, student: Any, name: str, *, last: bool = False) -> None:
     """Write the data's first images over their reconstructions."""
     assert run.source is not None
-    pipe = run.base.around(with_weights(run.base.components, student)).pipe
     images = run.source.batch(np.arange(run.config.evaluation.batch_size)).images
-    write_images(run, stage, name, reconstructed(pipe, images), (), last=last)
+    write_images(run, stage, name, reconstructed(with_weights(run.base, student), images), (), last=last)
 
 
 def finish(run: Run, stage: AutoencoderStage, student: Any, *, trained: bool) -> None:
     """Pass the autoencoder on, with a new scaling factor where its latents are new, and export it if it is the last."""
 
-    def adjusted(components: Components) -> Components:
-        return _with_scaling(run, components) if stage.part == "all" else components
+    def adjusted(base: StableDiffusion) -> StableDiffusion:
+        return _with_scaling(run, base) if stage.part == "all" else base
 
     pass_on(run, stage, student, adjusted)
     preview(run, stage, {}, stage.name, last=True)
     write_final_model(run, stage)
 
 
-def _with_scaling(run: Run, components: Components) -> Components:
-    """Return the components with the scaling factor that gives the data's first latents unit variance."""
+def _with_scaling(run: Run, base: StableDiffusion) -> StableDiffusion:
+    """Return the model with the scaling factor that gives the data's first latents unit variance."""
     assert run.source is not None
     images = jnp.asarray(run.source.batch(np.arange(SCALE_IMAGES)).images)
 
     def moments(part: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean, logvar = components.vae(dict(components.params[VAE]), part.astype(run.base.dtype), method="encode")
-        mean = mean.astype(jnp.float32)
-        return jnp.mean(mean), jnp.mean(jnp.square(mean) + jnp.exp(logvar.astype(jnp.float32)))
+        mean, logvar = base.posterior(dict(base.params[VAE]), part)
+        return jnp.mean(mean), jnp.mean(jnp.square(mean) + jnp.exp(logvar))
 
     parts = images.reshape(-1, SCALE_BATCH, *images.shape[1:])
     first, second = (jnp.mean(each) for each in jax.jit(lambda parts: jax.lax.map(moments, parts))(parts))
     factor = float(1.0 / jnp.sqrt(second - jnp.square(first)))
-    description = components.description
+    components, description = base.components, base.components.description
     config = {**description.configs[VAE], "scaling_factor": factor}
-    return dataclasses.replace(
-        components,
-        description=dataclasses.replace(description, configs={**description.configs, VAE: config}),
-        vae_config=dataclasses.replace(components.vae_config, scaling_factor=factor),
+    return base.around(
+        dataclasses.replace(
+            components,
+            description=dataclasses.replace(description, configs={**description.configs, VAE: config}),
+            vae_config=dataclasses.replace(components.vae_config, scaling_factor=factor),
+        )
     )
 
 
-def reconstructed(pipe: Pipeline, images: np.ndarray) -> list[np.ndarray]:
+def reconstructed(base: StableDiffusion, images: np.ndarray) -> list[np.ndarray]:
     """Reconstruct images (B, H, W, 3) in -1..1 by the posterior's mean; return images and reconstructions in 0..1."""
-    components = pipe.components
 
     def back_and_forth(params: Any, given: jax.Array) -> jax.Array:
-        mean, _ = components.vae(params, given.astype(pipe.dtype), method="encode")
-        return components.vae(params, mean, method="decode").astype(jnp.float32)
+        return base.decode(params, base.posterior(params, given)[0]).astype(jnp.float32)
 
-    output = np.asarray(jax.jit(back_and_forth)(dict(components.params[VAE]), jnp.asarray(images)))
+    output = np.asarray(jax.jit(back_and_forth)(dict(base.params[VAE]), jnp.asarray(images)))
     return [images * 0.5 + 0.5, np.clip(output * 0.5 + 0.5, 0.0, 1.0)]

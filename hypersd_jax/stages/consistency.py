@@ -14,15 +14,15 @@ import jax
 import numpy as np
 
 from hypersd_jax.adapters import Adapter, join
+from hypersd_jax.bases import Base
+from hypersd_jax.bases.networks import Networks, with_dropped
 from hypersd_jax.config import PREVIOUS, ConsistencyStage
 from hypersd_jax.distill import Segments, Teacher, consistency_loss, mse, pad_segments, pseudo_huber
+from hypersd_jax.inputs.batches import LoadedBatch
 from hypersd_jax.stages import adapter_student
 from hypersd_jax.stages.adversarial import Discriminator, make_discriminator, pair_calls, pair_term
-from hypersd_jax.stages.base import Base, with_dropped
-from hypersd_jax.stages.batches import LoadedBatch
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.kinds import DISCRIMINATOR, STUDENT, naming
-from hypersd_jax.stages.networks import Networks
 from hypersd_jax.stages.streams import Draw, Stream, drawn_from, stream
 from hypersd_jax.training import LossFunction, Phase
 

@@ -11,18 +11,17 @@ from jax.sharding import Mesh
 
 from hypersd_jax import adapters
 from hypersd_jax.adapters import Adapter
+from hypersd_jax.bases import StableDiffusion, TextToImage
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import BASE, PREVIOUS, Config
 from hypersd_jax.data import Source
+from hypersd_jax.inputs.batches import Inputs
+from hypersd_jax.inputs.prompts import PromptInputs
 from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.stages.base import StableDiffusion
-from hypersd_jax.stages.batches import Inputs
 from hypersd_jax.stages.kinds import training_step
-from hypersd_jax.stages.output import Output
-from hypersd_jax.stages.prompt_inputs import PromptInputs
 from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import Step, StopSignals
-from hypersd_jax.weights.components import Components
+from hypersd_jax.training.output import Output
 from hypersd_jax.weights.diffusers.component import fingerprint
 
 Factors = dict[str, dict[str, jax.Array]]
@@ -65,10 +64,10 @@ class Run:
     student: Factors = dataclasses.field(default_factory=dict)
     students: dict[str, Factors] = dataclasses.field(default_factory=dict)
 
-    @property
+    @functools.cached_property
     def pipe(self) -> Pipeline:
         """Sampling pipeline of the base."""
-        return self.base.pipe
+        return Pipeline(self.base)
 
     @functools.cached_property
     def inputs(self) -> Inputs | None:
@@ -79,15 +78,15 @@ class Run:
         """
         if self.source is None:
             return None
-        base = self.base
-        trained = () if self.config.adapter_stages else tuple(base.components.text_encoders)
-        return Inputs(self.config, self.source, base.components, base.prompts, base.mesh, base.dtype, trained=trained)
+        trained = () if self.config.adapter_stages else self.base.text_encoders
+        return Inputs(self.config, self.source, self.base, self.mesh, trained=trained)
 
-    def start_from(self, components: Components) -> None:
+    def start_from(self, base: StableDiffusion) -> None:
         """Make the next stages start from another model of the same structure."""
-        self.base = self.base.around(components)
-        self.base_fingerprint = fingerprints(self.config, components)
-        self.__dict__.pop("inputs", None)
+        self.base = base
+        self.base_fingerprint = fingerprints(self.config, base)
+        for made in ("inputs", "pipe"):
+            self.__dict__.pop(made, None)
         self.step = training_step(self.base, self.mesh)
 
     @property
@@ -113,8 +112,8 @@ class Run:
         return sum(stage.updates * stage.batch_size for stage in self.config.active_stages[:index])
 
 
-def fingerprints(config: Config, components: Components) -> Any:
-    """Fingerprint the weights that the stages start from: the UNet's, or where these are trained, each component's."""
+def fingerprints(config: Config, base: TextToImage) -> Any:
+    """Fingerprint the weights that the stages start from: the denoiser's, or if these are trained, each component's."""
     if config.adapter_stages:
-        return fingerprint(components.params["unet"])
-    return {name: fingerprint(part) for name, part in components.params.items()}
+        return fingerprint(base.params[base.denoiser])
+    return {name: fingerprint(part) for name, part in base.params.items()}

@@ -9,20 +9,19 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hypersd_jax.bases import StableDiffusion
+from hypersd_jax.bases.networks import with_dropped
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import TeacherStage
 from hypersd_jax.distill import corruption, denoising_loss
 from hypersd_jax.evaluation import MANY_STEPS
-from hypersd_jax.stages.base import StableDiffusion, with_dropped
-from hypersd_jax.stages.batches import LoadedBatch
+from hypersd_jax.inputs.batches import LoadedBatch
+from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.kinds import STUDENT
 from hypersd_jax.stages.model_student import check_model, pass_on, with_weights, write_final_model, write_images
 from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import LossFunction, Phase
-from hypersd_jax.weights.components import Components
-
-UNET = "unet"
 
 
 def check(run: Run, stage: TeacherStage, earlier: Sequence[str]) -> None:
@@ -32,8 +31,8 @@ def check(run: Run, stage: TeacherStage, earlier: Sequence[str]) -> None:
 
 def trainable(run: Run, index: int, stage: TeacherStage) -> dict[str, Any]:
     """Return the weights of the UNet and the text encoders, by component."""
-    components = run.base.components
-    return {STUDENT: {name: dict(components.params[name]) for name in (UNET, *components.text_encoders)}}
+    base = run.base
+    return {STUDENT: {name: dict(base.params[name]) for name in (base.denoiser, *base.text_encoders)}}
 
 
 def frozen(run: Run, stage: TeacherStage) -> dict[str, Any]:
@@ -48,7 +47,7 @@ def phases(base: StableDiffusion, stage: TeacherStage) -> list[Phase]:
 
 def make_loss(base: StableDiffusion, stage: TeacherStage) -> LossFunction:
     """Make the denoising loss; a dropped caption becomes the empty one, or zeros where the unconditional is (SDXL)."""
-    components, schedule = base.components, base.schedule
+    schedule = base.schedule
     if stage.prediction_type is not None:
         schedule = dataclasses.replace(schedule, prediction_type=stage.prediction_type)
 
@@ -57,15 +56,15 @@ def make_loss(base: StableDiffusion, stage: TeacherStage) -> LossFunction:
         times, dropout = schedule.num_train_timesteps, stage.prompt_dropout
         drawn = corruption(key, latents.shape, batch["indices"], times=times, prompt_dropout=dropout)
         ids = batch["ids"]
-        if not components.zero_unconditional:
+        if not base.zero_unconditional:
             ids = jax.tree.map(lambda own, empty: jnp.where(drawn.dropped[:, None], empty, own), ids, frozen["empty"])
-        cond = base.prompts.encode(trained, ids, dtype=base.dtype)
-        if components.zero_unconditional:
+        cond = base.encode_prompts(trained, ids)
+        if base.zero_unconditional:
             cond = with_dropped(cond, jax.tree.map(jnp.zeros_like, cond), drawn.dropped)
         cond = cond._replace(time_ids=batch["time_ids"])
 
         def predict(x: jax.Array, t: jax.Array, given: Conditioning) -> jax.Array:
-            return base.predict(trained[UNET], x, t, given)[0]
+            return base.predict(trained[base.denoiser], x, t, given)[0]
 
         return denoising_loss(predict, latents, cond, drawn, schedule=schedule, snr_gamma=stage.snr_gamma)
 
@@ -81,7 +80,7 @@ def batches(run: Run, index: int, stage: TeacherStage, frozen: Any, done: int) -
 
 def preview(run: Run, stage: TeacherStage, student: Any, name: str, *, last: bool = False) -> None:
     """Sample the data's first captions."""
-    pipe = run.base.around(_predicting(with_weights(run.base.components, student), stage)).pipe
+    pipe = Pipeline(_predicting(with_weights(run.base, student), stage))
     settings = run.config.evaluation
     how: dict[str, Any] = {"steps": MANY_STEPS, "sampler": "ddim", "guidance": settings.guidance}
     prompts = list(run.preview_prompts)
@@ -91,15 +90,16 @@ def preview(run: Run, stage: TeacherStage, student: Any, name: str, *, last: boo
 
 def finish(run: Run, stage: TeacherStage, student: Any, *, trained: bool) -> None:
     """Pass the model on with its prediction type, and export it if it is the last."""
-    pass_on(run, stage, student, lambda components: _predicting(components, stage))
+    pass_on(run, stage, student, lambda base: _predicting(base, stage))
     preview(run, stage, {}, stage.name, last=True)
     write_final_model(run, stage)
 
 
-def _predicting(components: Components, stage: TeacherStage) -> Components:
-    """Return the components with the stage's prediction type in their scheduler configuration."""
+def _predicting(base: StableDiffusion, stage: TeacherStage) -> StableDiffusion:
+    """Return the model with the stage's prediction type in its scheduler configuration."""
     if stage.prediction_type is None:
-        return components
-    description = components.description
+        return base
+    description = base.components.description
     config = {**description.scheduler_config, "prediction_type": stage.prediction_type}
-    return dataclasses.replace(components, description=dataclasses.replace(description, scheduler_config=config))
+    changed = dataclasses.replace(description, scheduler_config=config)
+    return base.around(dataclasses.replace(base.components, description=changed))

@@ -14,16 +14,16 @@ import jax
 import numpy as np
 
 from hypersd_jax.adapters import join
+from hypersd_jax.bases import Base
+from hypersd_jax.bases.networks import Networks, in_one_call
 from hypersd_jax.config import ScoreStage
 from hypersd_jax.diffusion import add_noise
 from hypersd_jax.distill import alpha_sigma, fake_loss, noised, score_term
 from hypersd_jax.stages import adapter_student, generator
 from hypersd_jax.stages.adversarial import make_discriminator
-from hypersd_jax.stages.base import Base
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.generator import Frozen
 from hypersd_jax.stages.kinds import DISCRIMINATOR, FAKE, STUDENT, naming
-from hypersd_jax.stages.networks import Networks, in_one_call
 from hypersd_jax.stages.streams import Draw, Stream, drawn_from
 from hypersd_jax.training import LossFunction, Metrics, Phase
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 import warnings
@@ -14,22 +13,15 @@ import jax
 import numpy as np
 
 from hypersd_jax.adapters import Adapter
+from hypersd_jax.bases import TextToImage
 from hypersd_jax.config import Sampling, StageConfig
 from hypersd_jax.diffusion import solver_table
 from hypersd_jax.errors import UserError
-from hypersd_jax.stages.output import Output
-from hypersd_jax.weights.components import Components
 from hypersd_jax.weights.diffusers.component import host
-from hypersd_jax.weights.diffusers.model import save_model
 from hypersd_jax.weights.lora import write_lora
 
 # The grid of the TCD and LCM samplers, on which a unified LoRA without a consistency regulariser samples.
 UNIFIED_GRID = 50
-
-
-def student_path(output: Output, stage: StageConfig) -> Path:
-    """Return the path of the stage's student: a LoRA file, or a model folder."""
-    return output.models / stage.name if stage.exports_model else output.loras / f"{stage.name}.safetensors"
 
 
 def sampling_header(stage: StageConfig, scheduler_config: dict[str, Any]) -> dict[str, str]:
@@ -90,45 +82,32 @@ def require_finite_images(images: np.ndarray, stage: StageConfig, name: str, *, 
 
 
 def export_student(
-    path: Path, adapter: Adapter, stage: StageConfig, components: Components, *, base_fingerprint: str
+    path: Path, adapter: Adapter, stage: StageConfig, base: TextToImage, *, base_fingerprint: str
 ) -> None:
     """Write the student in kohya layout, atomically."""
     for unfinished in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it wrote
         unfinished.unlink()
     metadata = {
-        **sampling_header(stage, dict(components.scheduler_config)),
+        **sampling_header(stage, dict(base.scheduler_config)),
         "base_fingerprint": base_fingerprint,
-        "ss_base_model_version": _kohya_family(components),
+        "ss_base_model_version": base.kohya_family,
         "ss_training_comment": f"hypersd_jax {stage.summary}",
     }
-    write_lora(path, {"unet": adapter}, layout="kohya", metadata=metadata, dtype=np.float32)
+    write_lora(path, {base.denoiser: adapter}, layout="kohya", metadata=metadata, dtype=np.float32)
 
 
-def export_model(folder: Path, unet: Mapping[str, Any], components: Components) -> None:
-    """Write the model around a trained UNet, in diffusers' layout, atomically, in place of an earlier one.
+def export_model(folder: Path, base: TextToImage) -> None:
+    """Write a model in diffusers' layout, atomically, in place of an earlier one.
 
     Every process calls this: a leaf that is sharded over several is gathered from all.
     """
-    params = {name: {path: host(value) for path, value in part.items()} for name, part in components.params.items()}
-    params["unet"] = {path: host(value) for path, value in unet.items()}
+    params = {name: {path: host(value) for path, value in part.items()} for name, part in base.params.items()}
     if jax.process_index() != 0:
         return
     new = folder.with_name(f"{folder.name}-new")
     for left in (*folder.parent.glob(f".{new.name}.*.tmp"), new):
         shutil.rmtree(left, ignore_errors=True)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    save_model(components, new, params=params)
+    base.save(new, params)
     shutil.rmtree(folder, ignore_errors=True)
     new.replace(folder)
-
-
-def with_unet(components: Components, unet: Mapping[str, Any]) -> Components:
-    """Return the model with these weights for its UNet's."""
-    return dataclasses.replace(components, params={**components.params, "unet": dict(unet)})
-
-
-def _kohya_family(components: Components) -> str:
-    """Return kohya's name of the base's family, which A1111 sorts LoRAs by; OpenCLIP-H's width means SD 2.x."""
-    if components.is_xl:
-        return "sdxl_base_v1-0"
-    return "sd_v2" if components.unet_config.cross_attention_dims[0] == 1024 else "sd_v1"

@@ -12,6 +12,7 @@ import numpy as np
 
 from hypersd_jax import distill
 from hypersd_jax.adapters import Adapter, join
+from hypersd_jax.bases.networks import Networks, in_one_call
 from hypersd_jax.config import BASE, PREVIOUS, GeneratorStage
 from hypersd_jax.diffusion import solver_table
 from hypersd_jax.distill import (
@@ -27,12 +28,11 @@ from hypersd_jax.distill import (
     path_loss,
 )
 from hypersd_jax.errors import UserError
-from hypersd_jax.stages.batches import LoadedBatch
+from hypersd_jax.inputs.batches import LoadedBatch
+from hypersd_jax.inputs.ode_pairs import make_ode_pairs, repeat_batches
 from hypersd_jax.stages.consistency import segments_of
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.kinds import STUDENT, naming
-from hypersd_jax.stages.networks import Networks, in_one_call
-from hypersd_jax.stages.ode_pairs import make_ode_pairs, repeat_batches
 from hypersd_jax.stages.regulariser import SolverStep, begin_step, regulariser_loss
 from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import Metrics

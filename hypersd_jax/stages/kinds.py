@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from jax.sharding import Mesh
 
+from hypersd_jax.bases import Base
 from hypersd_jax.config import StageConfig
 from hypersd_jax.errors import UserError
-from hypersd_jax.stages.base import Base
-from hypersd_jax.training import Phase, Step, make_step, step_argument
+from hypersd_jax.training import Phase, Step, TrainState, make_step, step_argument
 
 if TYPE_CHECKING:
-    from hypersd_jax.stages.batches import LoadedBatch
+    from hypersd_jax.inputs.batches import LoadedBatch
     from hypersd_jax.stages.context import Run
 
 STUDENT, FAKE, DISCRIMINATOR = "student", "fake", "discriminator"
@@ -71,6 +71,11 @@ def register(settings: type[StageConfig], kind: Any) -> None:
 def kind_of(stage: StageConfig) -> Kind:
     """Return the module of a stage."""
     return KINDS[type(stage)]
+
+
+def exported_weights(stage: StageConfig, state: TrainState) -> Any:
+    """Return the student that the stage exports: the moving average of its weights, or the weights."""
+    return (state.ema if stage.export == "ema" else state.trainable)[STUDENT]
 
 
 def training_step(base: Base, mesh: Mesh) -> Step:

@@ -7,13 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hypersd_jax.bases import Base
+from hypersd_jax.bases.networks import Networks
 from hypersd_jax.config import RegressionStage
 from hypersd_jax.stages import adapter_student, generator
-from hypersd_jax.stages.base import Base
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.generator import Frozen
 from hypersd_jax.stages.kinds import STUDENT
-from hypersd_jax.stages.networks import Networks
 from hypersd_jax.training import LossFunction, Metrics, Phase
 
 check, frozen, batches = generator.check, generator.frozen, generator.batches

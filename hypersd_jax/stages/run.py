@@ -10,25 +10,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hypersd_jax.bases import StableDiffusion
 from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.config import Config, StageConfig, to_dict
 from hypersd_jax.data import open_prompts, open_source
 from hypersd_jax.errors import UserError
+from hypersd_jax.evaluation.run_comparison import compare_run
+from hypersd_jax.inputs.batches import reporting_cut_captions
+from hypersd_jax.inputs.encoding import unconditional
+from hypersd_jax.inputs.prompts import PromptInputs
 from hypersd_jax.pipeline import parse_dtype
-from hypersd_jax.stages.base import StableDiffusion
-from hypersd_jax.stages.batches import reporting_cut_captions
-from hypersd_jax.stages.comparison import compare_run
 from hypersd_jax.stages.context import Run, fingerprints
-from hypersd_jax.stages.export import sampling_table, student_path
-from hypersd_jax.stages.inputs import unconditional
-from hypersd_jax.stages.kinds import STUDENT, kind_of, naming, training_step
-from hypersd_jax.stages.lock import FolderLock
-from hypersd_jax.stages.loop import exported_weights, require_even, run_updates
-from hypersd_jax.stages.output import Output, create_output, open_output, set_aside
-from hypersd_jax.stages.prompt_inputs import PromptInputs
-from hypersd_jax.stages.reuse import history, of_length, require_run, reuse_stages
+from hypersd_jax.stages.export import sampling_table
+from hypersd_jax.stages.kinds import STUDENT, exported_weights, kind_of, naming, training_step
 from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import StopSignals, init_state, make_mesh, newest_step
+from hypersd_jax.training.lock import FolderLock
+from hypersd_jax.training.loop import require_even, run_updates
+from hypersd_jax.training.output import Output, create_output, open_output, set_aside
+from hypersd_jax.training.reuse import history, of_length, require_run, reuse_stages
 from hypersd_jax.weights.components import load_components
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
@@ -98,13 +98,9 @@ def open_run(config: Config, output: Output, stop: StopSignals | None = None) ->
         own = {"param_dtype": jnp.float32, "fresh": config.model.fresh, "seed": config.seed}
     components = load_components(config.model.source, dtype=dtype, remat=config.model.remat, mesh=mesh, **own)
     base = StableDiffusion(
-        components=components,
-        resolution=config.data.resolution,
-        dtype=dtype,
-        mesh=mesh,
-        remat=config.model.remat,
+        components=components, dtype=dtype, mesh=mesh, resolution=config.data.resolution, remat=config.model.remat
     )
-    resolution = config.data.resolution or base.pipe.native_size[0]
+    resolution = base.latent_shape[0] * base.downscale  # refused here, where it does not suit the autoencoder
     source = prompts = None
     if any(stage.reads_images for stage in config.active_stages):
         source = open_source(config.data, resolution=resolution, seed=config.seed, batch_size=config.batch_size)
@@ -114,19 +110,16 @@ def open_run(config: Config, output: Output, stop: StopSignals | None = None) ->
         prompts = open_prompts(config.data, seed=config.seed)
     texts = source or prompts
     assert texts is not None
-    _ = base.latent_shape  # refused here, where the resolution does not suit the autoencoder
     run = Run(
         config=config,
         output=output,
         mesh=mesh,
         base=base,
-        base_fingerprint=fingerprints(config, components),
+        base_fingerprint=fingerprints(config, base),
         preview_prompts=tuple(texts.preview_prompts),
-        uncond=unconditional(components, base.prompts, dtype, mesh) if config.adapter_stages else None,
+        uncond=unconditional(base, mesh) if config.adapter_stages else None,
         source=source,
-        prompt_inputs=PromptInputs(prompts, components, base.prompts, mesh, dtype, resolution=resolution)
-        if prompts
-        else None,
+        prompt_inputs=PromptInputs(prompts, base, mesh, resolution=resolution) if prompts else None,
         step=training_step(base, mesh),
         stop=stop or StopSignals(),
     )
@@ -141,10 +134,9 @@ def check_stages(run: Run) -> None:
     Raises:
         UserError: naming the stage and key.
     """
-    components = run.base.components
-    if run.config.adapter_stages and components.unet_config.time_cond_proj_dim:
+    if run.config.adapter_stages and run.base.embeds_guidance:
         raise UserError("model: its UNet embeds the guidance scale (time_cond_proj_dim), which no stage trains yet")
-    if run.config.adapter_stages and components.is_inpainting:
+    if run.config.adapter_stages and run.base.is_inpainting:
         raise UserError("model: an inpainting model (unet in_channels=9), which no stage trains")
     earlier: list[str] = []
     for stage in run.config.active_stages:
@@ -152,7 +144,7 @@ def check_stages(run: Run) -> None:
         kind_of(stage).check(run, stage, earlier)
         with naming(f"stages.{stage.name}"):
             for sampling in stage.samplings:
-                sampling_table(stage, sampling, dict(components.scheduler_config))
+                sampling_table(stage, sampling, dict(run.base.scheduler_config))
         earlier.append(stage.name)
     _ = run.inputs  # opened here, and refused where a cache does not fit
 
@@ -175,7 +167,7 @@ def run_stage(run: Run, index: int, stage: StageConfig) -> None:
         }
 
     if (newest_step(folder) or 0) < stage.updates:
-        set_aside(run.output, student_path(run.output, stage), stage.name)
+        set_aside(run.output, run.output.student(stage), stage.name)
     state, done = run_updates(
         stage,
         init_state(kind.trainable(run, index, stage), stage, averaged=(STUDENT,), mesh=run.mesh),

@@ -13,6 +13,7 @@ from hypersd_jax.training.checkpoints import newest_step as newest_step
 from hypersd_jax.training.gradients import Metrics as Metrics
 from hypersd_jax.training.logging import MetricsLog as MetricsLog
 from hypersd_jax.training.mesh import make_mesh as make_mesh
+from hypersd_jax.training.mesh import process_indices as process_indices
 from hypersd_jax.training.mesh import put_batch as put_batch
 from hypersd_jax.training.mesh import replicated as replicated
 from hypersd_jax.training.optimizer import learning_rate_at as learning_rate_at

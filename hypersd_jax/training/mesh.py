@@ -93,3 +93,11 @@ def put_batch(batch: Tree, sharding: NamedSharding) -> Tree:
         return jax.make_array_from_process_local_data(sharding, np.asarray(leaf))
 
     return jax.tree.map(put, batch)
+
+
+def process_indices(batch_size: int, accumulate: int) -> np.ndarray:
+    """Return the batch indices (A, B') that this process loads: its part of each micro-batch of (A, B)."""
+    indices = np.arange(batch_size).reshape(accumulate, -1)
+    share = indices.shape[1] // jax.process_count()
+    first = jax.process_index() * share
+    return indices[:, first : first + share]

@@ -160,8 +160,8 @@ def _advanced(
         return {name: kept(name, new[name], old[name]) for name in new}
 
     def kept(name: str, new: Any, old: Any) -> Any:
-        # A select is part of the update's own kernel and needs no memory. Of weights that are in memory already it would
-        # be a kernel of its own for every leaf, all to be compiled.
+        # A select is part of the update's own kernel and needs no memory. Of weights that are in memory already it
+        # would be a kernel of its own for every leaf, all to be compiled.
         if name in in_memory:
             return jax.lax.cond(finite, lambda: new, lambda: old)
         return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)

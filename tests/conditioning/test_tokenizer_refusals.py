@@ -7,9 +7,9 @@ import json
 
 import pytest
 
+from hypersd_jax.bases.prompting import require_embedded
 from hypersd_jax.conditioning import load_tokenizer
 from hypersd_jax.errors import UserError
-from hypersd_jax.pipeline.prompting import require_embedded
 from hypersd_jax.weights.components import assets
 from hypersd_jax.weights.tokenizers import TokenizerFiles, tokenizer_files
 

@@ -44,11 +44,11 @@ from hypersd_jax.evaluation.reference import (
     load_reference,
     reference_identity,
 )
+from hypersd_jax.evaluation.run_comparison import compare_run, run_report
 from hypersd_jax.evaluation.sources import training_images
 from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.stages.comparison import compare_run, run_report
 from hypersd_jax.stages.export import export_student
-from hypersd_jax.stages.output import Output, create_output
+from hypersd_jax.training.output import Output, create_output
 from tests.helpers.lora_files import random_adapter
 from tests.helpers.tiny_model import tiny_model
 
@@ -136,7 +136,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory, small: None) -> Compared:
     logged = [{"stage": "other", "step": step, "loss": 1.0 / step} for step in (1, 2, 3)]
     (output.root / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in logged))
     pipe = Pipeline.from_pretrained(model)
-    shapes = pipe.components.unet.shapes
+    shapes = pipe.base.components.unet.shapes
     students = {
         "other": random_adapter(shapes, 1, scale=0.5),
         "same": adapters.init(jax.random.key(0), shapes, rank=4, alpha=None),
@@ -144,7 +144,7 @@ def compared(tmp_path_factory: pytest.TempPathFactory, small: None) -> Compared:
     }
     for stage in config.stages:
         path = output.loras / f"{stage.name}.safetensors"
-        export_student(path, students[stage.name], stage, pipe.components, base_fingerprint=BASE)
+        export_student(path, students[stage.name], stage, pipe.base, base_fingerprint=BASE)
     computed: list[Reference] = []
     asked: list[tuple[Teacher, Evaluator]] = []
 

@@ -63,7 +63,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def lora(model: Path) -> Path:
-    shapes = Pipeline.from_pretrained(model).components.unet.shapes
+    shapes = Pipeline.from_pretrained(model).base.components.unet.shapes
     path = model.parent / "student.safetensors"
     write_lora(path, {"unet": random_adapter(shapes, 1, scale=0.5)})
     return path

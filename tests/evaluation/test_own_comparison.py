@@ -22,11 +22,11 @@ from hypersd_jax.evaluation import diversity, features, generator, read_strip
 from hypersd_jax.evaluation import samples as samples_module
 from hypersd_jax.evaluation.comparison import SETS_LEAST, dataset_evaluator
 from hypersd_jax.evaluation.reference import few_samplings
+from hypersd_jax.evaluation.run_comparison import compare_run, natural
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import train
-from hypersd_jax.stages.comparison import compare_run, natural
 from hypersd_jax.stages.export import export_model, export_student
-from hypersd_jax.stages.output import Output, create_output
+from hypersd_jax.training.output import Output, create_output
 from tests.helpers.lora_files import random_adapter
 from tests.helpers.tiny_model import tiny_model
 from tests.helpers.tiny_xl import tiny_xl
@@ -228,10 +228,10 @@ def test_a_unified_lora_and_a_one_step_unet_of_an_xl_model(tmp_path: Path) -> No
     config = settings(tmp_path, model, stages, "evaluation.samples=3")
     output, pipe = Output(Path(config.output_dir)), Pipeline.from_pretrained(model)
     create_output(output, config)
-    adapter = random_adapter(pipe.components.unet.shapes, 1, scale=0.5)
+    adapter = random_adapter(pipe.base.components.unet.shapes, 1, scale=0.5)
     unified, _ = config.adapter_stages
-    export_student(output.loras / "unified.safetensors", adapter, unified, pipe.components, base_fingerprint="x")
-    export_model(output.models / "one", pipe.components.params["unet"], pipe.components)
+    export_student(output.loras / "unified.safetensors", adapter, unified, pipe.base, base_fingerprint="x")
+    export_model(output.models / "one", pipe.base)
     rows = compare_run(config, output, pipe, "x", prompts=CAPTIONS)
     assert [(row["model"], row["steps"], row["guidance"]) for row in rows] == [
         ("teacher", MANY, 5.0),

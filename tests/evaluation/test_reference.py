@@ -19,7 +19,7 @@ def test_it_is_that_of_the_default_recipe(monkeypatch: pytest.MonkeyPatch) -> No
     monkeypatch.setattr(evaluator, "image_features", lambda images: np.zeros((len(images), 1280), np.float32))
     config, pipe = load_config(find_recipe("emoji")), Pipeline.from_pretrained("embedded")
     measuring = embedded_evaluator(pipe, config.compared_samples, config.data.groups)
-    base, guidance = fingerprint(pipe.components.params["unet"]), config.evaluation.guidance
+    base, guidance = fingerprint(pipe.base.params["unet"]), config.evaluation.guidance
     assert guidance is not None
     teacher = embedded_teacher(pipe, base, guidance, batch_size=16)
     found = load_reference(SHIPPED, reference_identity(teacher, measuring), measuring, "any device")

@@ -29,7 +29,7 @@ class Both:
             self.theirs.scheduler.config, timestep_spacing="trailing"
         )
         self.ours = Pipeline.from_pretrained(folder)
-        parts = self.ours.components
+        parts = self.ours.base.components
         height, width = (side // parts.vae_config.downscale for side in self.ours.native_size)
         self.size = {"height": self.ours.native_size[0], "width": self.ours.native_size[1]}
         shape = (len(PROMPTS), height, width, parts.unet_config.in_channels)

@@ -21,9 +21,9 @@ from hypersd_jax.stages import run as stage_run
 from hypersd_jax.stages.adversarial import Discriminator, make_discriminator
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.kinds import STUDENT, Kind, kind_of
-from hypersd_jax.stages.output import create_output, open_output
 from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import TrainState, init_state
+from hypersd_jax.training.output import create_output, open_output
 from tests.helpers import tiny_model as tiny
 from tests.helpers.quick import quick_jit
 
@@ -156,7 +156,7 @@ class ByHand:
         betas = np.linspace(tiny.SCHEDULER["beta_start"] ** 0.5, tiny.SCHEDULER["beta_end"] ** 0.5, 1000) ** 2
         self.abar = np.cumprod(1 - betas)
         self.none = self.adapter(jax.tree.map(jnp.zeros_like, opened.start))
-        network = self.run.pipe.components.unet
+        network = self.run.base.components.unet
 
         def call(params: Any, x: Any, t: Any, cond: Conditioning, adapter: Any) -> Any:
             found = network(params, x, t, cond.context, adapter=adapter, taps=self.taps, **cond.unet_kwargs())
@@ -172,7 +172,7 @@ class ByHand:
         self, x: Any, t: Any, adapter: Any = None, cond: Conditioning | None = None, params: Any = None
     ) -> tuple[np.ndarray, dict[str, jax.Array]]:
         """The predicted noise (B, h, w, C) float64 at times (B,), and the features of the taps."""
-        weights = dict(self.run.pipe.components.params["unet"]) if params is None else params
+        weights = dict(self.run.base.params["unet"]) if params is None else params
         cond = self.cond if cond is None else cond
         t = np.broadcast_to(np.asarray(t, np.int32), (len(x),))
         eps, found = self._call(weights, jnp.asarray(x, jnp.float32), t, cond, adapter or self.none)

@@ -10,9 +10,9 @@ import jax
 import numpy as np
 import pytest
 
+from hypersd_jax.bases import StableDiffusion
 from hypersd_jax.config import Config, load_config
 from hypersd_jax.stages import adapter_student, context, kinds, run
-from hypersd_jax.stages.base import StableDiffusion
 from hypersd_jax.training import Step
 from hypersd_jax.weights.tensors import open_tensors
 
@@ -78,7 +78,7 @@ def share_steps(patch: pytest.MonkeyPatch) -> None:
     original = kinds.training_step
 
     def shared(base: StableDiffusion, mesh: Any) -> Step:
-        key = (base.components.folder, base.resolution, json.dumps(dict(base.scheduler_config)), base.dtype)
+        key = (base.source, base.resolution, json.dumps(dict(base.scheduler_config)), base.dtype)
         if key not in _STEPS:
             _STEPS[key] = original(base, mesh)
         return _STEPS[key]

@@ -173,7 +173,7 @@ def test_with_a_lora(models: Models, tmp_path: Path) -> None:
     call = {"sampler": "ddim", "steps": 4, "strength": 0.8, "guidance": 0.0}
     base, _ = inpaint(models, "sd", random_image(0), random_image(2, mode="L"), **call)
     file = tmp_path / "lora.safetensors"
-    write_lora(file, {"unet": random_adapter(ours.components.shapes["unet"], 1, scale=0.3)}, layout="kohya")
+    write_lora(file, {"unet": random_adapter(ours.base.shapes["unet"], 1, scale=0.3)}, layout="kohya")
     ours.load_lora(file)
     theirs.load_lora_weights(tmp_path, weight_name=file.name)
     try:

@@ -12,9 +12,9 @@ import pytest
 torch = pytest.importorskip("torch")
 diffusers = pytest.importorskip("diffusers")
 
+from hypersd_jax.bases.prompting import make_prompt_encoder
 from hypersd_jax.conditioning import Conditioning, size_ids
 from hypersd_jax.diffusion import guided, sample, solver_table
-from hypersd_jax.pipeline import make_prompt_encoder
 from hypersd_jax.weights.components import load_components
 from tests.helpers.tiny_pipelines import tiny_sd, tiny_sdxl
 from tests.helpers.torch_weights import relative_error

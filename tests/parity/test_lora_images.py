@@ -52,11 +52,11 @@ def both(loaded: Both) -> Iterator[Both]:
 
 
 def is_xl(both: Both) -> bool:
-    return both.ours.components.is_xl
+    return both.ours.base.reads_size
 
 
 def shapes_of(both: Both) -> Mapping[str, Mapping[str, Any]]:
-    return both.ours.components.shapes
+    return both.ours.base.shapes
 
 
 def style(both: Both, seed: int) -> dict[str, Adapter]:
@@ -107,7 +107,7 @@ def test_a_fast_lora_and_a_style_at_their_own_scales(tmp_path: Path, both: Both)
         images.append(assert_same_images(both, 0.0, base))
     assert relative_error(*images) > ANOTHER
     merged = tmp_path / "merged.safetensors"
-    merge_loras([(fast, 0.8), (style, -0.4)], merged, base=both.ours.components.folder)
+    merge_loras([(fast, 0.8), (style, -0.4)], merged, base=both.ours.base.source)
     both.theirs.unload_lora_weights()
     both.load_theirs(merged, "merged")
     assert relative_error(both.sample_theirs(0.0), images[1]) < TOLERANCE
@@ -153,7 +153,7 @@ def test_the_old_layouts_of_diffusers(tmp_path: Path, both: Both, age: str) -> N
 def dora_file(both: Both, folder: Path) -> Path:
     """A DoRA by PEFT of Linears and convolutions with magnitudes moved away from the norms, saved by diffusers."""
     torch.manual_seed(0)
-    unet = diffusers.UNet2DConditionModel.from_pretrained(both.ours.components.folder, subfolder="unet")
+    unet = diffusers.UNet2DConditionModel.from_pretrained(both.ours.base.source, subfolder="unet")
     config = peft.LoraConfig(
         r=4,
         lora_alpha=6,

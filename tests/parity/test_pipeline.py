@@ -130,7 +130,7 @@ def test_the_scan_samples_the_same(pipelines: Any, sampler: str, eta: float) -> 
 def test_the_embedded_teacher() -> None:
     """The real small teacher, six guided steps: rounding grows more in a trained network than in a random one."""
     ours = Pipeline.from_pretrained("embedded")
-    theirs = diffusers.StableDiffusionPipeline.from_pretrained(str(ours.components.folder), torch_dtype=torch.float32)
+    theirs = diffusers.StableDiffusionPipeline.from_pretrained(str(ours.base.source), torch_dtype=torch.float32)
     theirs.set_progress_bar_config(disable=True)
     rng = np.random.default_rng(0)
     latents = rng.standard_normal((1, 16, 16, 4)).astype(np.float32)

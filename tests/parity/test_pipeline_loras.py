@@ -41,7 +41,7 @@ def tiny(loaded: Both) -> Any:
 @pytest.fixture(scope="module")
 def files(loaded: Both, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     """Three kohya files: of the UNet alone, and two of UNet and text encoder with other ranks and modules."""
-    folder, shapes = tmp_path_factory.mktemp("loras"), loaded.ours.components.shapes
+    folder, shapes = tmp_path_factory.mktemp("loras"), loaded.ours.base.shapes
     few = ("attn2.to_q", "resnets.0.conv1", "ff.net.2")
     # With out_proj, by which diffusers tells kohya's text encoder keys; without it, it leaves q_proj out.
     few_of_text = ("q_proj", "out_proj", "fc1")

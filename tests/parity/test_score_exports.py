@@ -90,8 +90,8 @@ def unified(tmp_path_factory: pytest.TempPathFactory, model: Path) -> tuple[Pipe
     run = opened.run
     adapter = adapters.join(opened.start, run.scales)
     path = run.output.loras / "unified.safetensors"
-    export_student(path, adapter, opened.stage, run.pipe.components, base_fingerprint=run.base_fingerprint)
-    return Pipeline(run.pipe.components, dtype=np.float32), theirs(model, "TCDScheduler"), path
+    export_student(path, adapter, opened.stage, run.base, base_fingerprint=run.base_fingerprint)
+    return Pipeline(run.base), theirs(model, "TCDScheduler"), path
 
 
 @pytest.mark.parametrize("steps", [1, 2, 4])

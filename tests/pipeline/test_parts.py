@@ -28,7 +28,7 @@ CALL: dict[str, Any] = {"steps": 1, "sampler": "ddim", "output": "latent"}
 def pipe(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
     """With a LoRA, which every part of a call must read."""
     pipe = Pipeline.from_pretrained(tiny_model(tmp_path_factory.mktemp("parts") / "model"))
-    pipe.add_lora("style", {"unet": random_adapter(pipe.components.shapes["unet"], 0)})
+    pipe.add_lora("style", {"unet": random_adapter(pipe.base.shapes["unet"], 0)})
     return pipe
 
 
@@ -51,14 +51,18 @@ def test_predict_is_what_a_step_does(pipe: Pipeline, guidance: float) -> None:
 
 
 def _table(pipe: Pipeline, settings: Any) -> dict[str, np.ndarray]:
-    return table_for(settings, pipe.components.scheduler_config)
+    return table_for(settings, pipe.base.scheduler_config)
 
 
 def test_predict_reads_the_lora(pipe: Pipeline) -> None:
     cond = pipe.encode_prompts(PROMPTS)
     x = np.random.default_rng(2).standard_normal((2, 8, 8, 4)).astype(np.float32)
     with_lora = np.asarray(pipe.predict(x, 500, cond))
-    unet, params, adapter = pipe.components.unet, pipe.components.params["unet"], pipe._loras.adapters()["unet"]
+    unet, params, adapter = (
+        pipe.base.components.unet,
+        pipe.base.params["unet"],
+        pipe._loras.adapters()["unet"],
+    )
     by_hand = jax.jit(lambda: unet(params, x, np.full(2, 500), cond.context, adapter=adapter))()
     np.testing.assert_allclose(with_lora, by_hand, rtol=0, atol=1e-5)
     pipe.set_lora_scale("style", 0.0)

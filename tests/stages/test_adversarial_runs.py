@@ -143,7 +143,7 @@ def test_without_a_distance_the_student_learns_through_the_frozen_features(
         pair.discriminator,
         first.before.trainable[DISCRIMINATOR],
     )
-    params, d = dict(run.pipe.components.params["unet"]), inputs.draw
+    params, d = dict(run.base.params["unet"]), inputs.draw
     (a, s), (a_end, s_end) = by_hand.at(d.t_n), by_hand.at(d.t_end)
     ratio = (by_hand.abar[inputs.t] / by_hand.abar[d.t_end]).reshape(-1, 1, 1, 1)
     start = by_hand.unet(inputs.x_t, d.t_n)[1][MIDDLE]
@@ -152,7 +152,7 @@ def test_without_a_distance_the_student_learns_through_the_frozen_features(
 
     def term(factors: Any, a: Any, s: Any, a_end: Any, s_end: Any, kept: Any, added: Any, x: Any) -> jax.Array:
         def unet(*where: Any, **more: Any) -> Any:
-            return run.pipe.components.unet(params, *where, by_hand.cond.context, **more)
+            return run.base.components.unet(params, *where, by_hand.cond.context, **more)
 
         eps = unet(x, d.t_n, adapter=by_hand.adapter(factors))
         fake = kept * (a_end * (x - s * eps) / a + s_end * eps) + added

@@ -10,16 +10,15 @@ import jax
 import numpy as np
 import pytest
 
+from hypersd_jax.bases import load_base
 from hypersd_jax.config import Config, load_config
 from hypersd_jax.data import open_source
 from hypersd_jax.data.cache import Cache
 from hypersd_jax.errors import UserError
-from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.inputs.batches import Inputs
+from hypersd_jax.inputs.caching import write_cache
 from hypersd_jax.stages import train
-from hypersd_jax.stages.batches import Inputs
-from hypersd_jax.stages.caching import write_cache
 from hypersd_jax.training import make_mesh
-from hypersd_jax.weights.components import load_components
 from tests.helpers.image_sets import encoded, with_sidecars
 from tests.helpers.tiny_model import smaller, tiny_model
 
@@ -56,11 +55,9 @@ def recipe(folder: Path, model: Path, *overrides: str, name: str = "out") -> Con
 
 def batches(config: Config, way: str) -> list[Any]:
     """The first two batches of the run's stage, as the step gets them."""
-    dtype = np.float32
-    components = load_components(config.model.source, dtype=dtype)
-    pipe = Pipeline(components, dtype=dtype)
+    base = load_base(config.model.source, dtype=np.float32)
     source = open_source(config.data, resolution=16, seed=config.seed)
-    inputs = Inputs(config, source, components, pipe.prompts, make_mesh(1, 1), dtype)
+    inputs = Inputs(config, source, base, make_mesh(1, 1))
     stage = config.stages[0]
     loaded = getattr(inputs, way)(stage, before=6, done=1, key=jax.random.key(5))
     return [(number, jax.device_get(batch)) for number, batch, _ in itertools.islice(loaded, 2)]

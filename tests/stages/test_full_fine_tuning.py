@@ -96,10 +96,10 @@ def test_fresh_parts_need_no_weights_and_learn(model, tmp_path):
     assert lines[-1]["psnr"] > lines[0]["psnr"] + 2.0
     pipe = Pipeline.from_pretrained(folder / "model")
     images = EmojiSource(resolution=16, seed=5).batch(np.arange(64)).images
-    mean, logvar = pipe.components.vae(dict(pipe.components.params["vae"]), images, method="encode")
-    scaled = pipe.components.scale(mean)
-    assert 0.7 < float(np.sqrt(np.var(scaled) + np.mean(np.exp(logvar)) * pipe.components.scale(1.0) ** 2)) < 1.3
-    assert pipe.components.vae_config.scaling_factor != 0.2
+    mean, logvar = pipe.base.components.vae(dict(pipe.base.params["vae"]), images, method="encode")
+    scaled = pipe.base.components.scale(mean)
+    assert 0.7 < float(np.sqrt(np.var(scaled) + np.mean(np.exp(logvar)) * pipe.base.components.scale(1.0) ** 2)) < 1.3
+    assert pipe.base.components.vae_config.scaling_factor != 0.2
     before, after = reconstructed(pipe, images)
     assert before.shape == after.shape == (64, 16, 16, 3)
 

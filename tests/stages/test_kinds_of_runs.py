@@ -23,8 +23,8 @@ from hypersd_jax.distill import draw
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import consistency, train
 from hypersd_jax.stages import run as stage_run
-from hypersd_jax.stages.output import open_output
 from hypersd_jax.stages.streams import Stream, stream
+from hypersd_jax.training.output import open_output
 from hypersd_jax.weights.components import Components
 from tests.helpers import tiny_model as tiny
 from tests.helpers.tiny_model import tiny_model
@@ -92,14 +92,14 @@ class FirstUpdate:
     def __init__(self, found: Finished) -> None:
         self.kind, stage = found.kind, found.config.stages[0]
         run = stage_run.open_run(found.config, open_output(found.config))
-        self.components: Components = run.pipe.components
+        self.components: Components = run.base.components
         self.uncond = run.uncond
         frozen = consistency.frozen(run, stage)
         _, batch, _ = next(consistency.batches(run, 0, stage, frozen, 0))
         self.batch = jax.tree.map(lambda leaf: np.asarray(leaf[0]), batch)
         source = open_source(found.config.data, resolution=16, seed=found.config.seed)
         captions = source.batch(np.arange(stage.batch_size)).captions
-        self.ids, self.empty_ids = run.pipe.prompts.tokenize(captions), run.pipe.prompts.tokenize([""])
+        self.ids, self.empty_ids = run.base.prompts.tokenize(captions), run.base.prompts.tokenize([""])
         key = jax.random.fold_in(stream(found.config.seed, Stream.NOISE, 0), 0)
         shape, indices = self.batch["latents"].shape, self.batch["indices"]
         drawn = draw(key, shape, frozen.segments, guidance=stage.guidance, indices=indices)

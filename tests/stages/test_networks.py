@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hypersd_jax.bases.networks import in_one_call
 from hypersd_jax.conditioning import Conditioning
-from hypersd_jax.stages.networks import in_one_call
 
 
 @pytest.mark.parametrize("calls", [1, 2, 3])

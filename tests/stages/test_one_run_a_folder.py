@@ -14,15 +14,15 @@ import pytest
 
 from hypersd_jax.config import load_config
 from hypersd_jax.errors import UserError
+from hypersd_jax.inputs.caching import write_cache
 from hypersd_jax.stages import train
-from hypersd_jax.stages.caching import write_cache
-from hypersd_jax.stages.lock import FolderLock
+from hypersd_jax.training.lock import FolderLock
 from tests.helpers.short_runs import recipe
 
 ROOT = Path(__file__).parents[2]
 HOLD = """
 import sys, time
-from hypersd_jax.stages.lock import FolderLock
+from hypersd_jax.training.lock import FolderLock
 with FolderLock(sys.argv[1], "output_dir"):
     print("held", flush=True)
     time.sleep(600)

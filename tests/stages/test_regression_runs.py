@@ -87,7 +87,7 @@ def test_the_second_points_gradient(opened: Opened, hand: ByHand) -> None:
     noise = np.asarray(drawn.noise, np.float64)
     x_t = hand.ddim(noise, hand.unet(noise, 999, hand.adapter(opened.start))[0], 999, times)
     a, s, given, target = (jnp.asarray(each, jnp.float32) for each in (*hand.at(times), x_t, end))
-    network, params = opened.run.pipe.components.unet, dict(opened.run.pipe.components.params["unet"])
+    network, params = opened.run.base.components.unet, dict(opened.run.base.params["unet"])
 
     def term(start: Any) -> jax.Array:
         eps = network(params, given, times, hand.cond.context, adapter=hand.adapter(start))

@@ -10,8 +10,8 @@ import pytest
 from hypersd_jax import training
 from hypersd_jax.config import Config, load_config
 from hypersd_jax.errors import UserError
-from hypersd_jax.stages.output import create_output, open_output
-from hypersd_jax.stages.reuse import history, require_run, reuse_stages
+from hypersd_jax.training.output import create_output, open_output
+from hypersd_jax.training.reuse import history, require_run, reuse_stages
 from hypersd_jax.weights.tensors import save_tensors
 from tests.helpers import toy_training as toy
 

@@ -20,8 +20,8 @@ from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import run as stage_run
 from hypersd_jax.stages import train
 from hypersd_jax.stages.kinds import DISCRIMINATOR, FAKE, STUDENT
-from hypersd_jax.stages.output import Output, create_output
 from hypersd_jax.training import Checkpointer, abstract
+from hypersd_jax.training.output import Output, create_output
 from hypersd_jax.weights.tensors import open_tensors
 from tests.helpers.score_runs import (
     MIDDLE,
@@ -193,11 +193,11 @@ def test_the_adversarial_gradient_runs_through_the_frozen_features(
     drawn = draw_trajectory(key, by_hand.shape, 1, by_hand.batch["indices"])
     t = 20 + below(drawn.uniform, 960)
     a, s, last, deviation = (jnp.asarray(v, jnp.float32) for v in (*by_hand.at(t), *by_hand.at(999)))
-    params, fake = dict(run.pipe.components.params["unet"]), by_hand.adapter(alone.after.trainable[FAKE])
+    params, fake = dict(run.base.params["unet"]), by_hand.adapter(alone.after.trainable[FAKE])
 
     def term(start: Any) -> jax.Array:
         def unet(*given: Any, **more: Any) -> Any:
-            return run.pipe.components.unet(params, *given, by_hand.cond.context, **more)
+            return run.base.components.unet(params, *given, by_hand.cond.context, **more)
 
         eps = unet(drawn.noise, jnp.full(4, 999), adapter=by_hand.adapter(start))
         x_t = a * (drawn.noise - deviation * eps) / last + s * drawn.eps
@@ -237,7 +237,7 @@ def test_only_what_is_trained_is_in_the_state(dmd: Opened, first: Step) -> None:
     assert student == fake
     # Weights and two moments each, the student's average, three counters of Adam and two of the state.
     assert size(state) == 3 * (student + fake + heads) + student + 5 * 4
-    assert heads < student < size(dmd.run.pipe.components.params["unet"])
+    assert heads < student < size(dmd.run.base.params["unet"])
     for name in (STUDENT, FAKE, DISCRIMINATOR):
         moved = jax.tree.map(lambda a, b: bool(np.any(a != b)), first.before.trainable[name], state.trainable[name])
         assert all(jax.tree.leaves(moved)) or name != STUDENT, name
@@ -349,7 +349,7 @@ def test_a_round_of_sdxls_shape_by_hand(tmp_path: Path) -> None:
 
 def test_a_fully_fine_tuned_student(tmp_path: Path, model: Path) -> None:
     opened = open_stage(recipe(tmp_path, model, UNET), "before")
-    components = opened.run.pipe.components
+    components = opened.run.base.components
     masters = opened.state().trainable[STUDENT]
     assert {leaf.dtype for leaf in masters.values()} == {np.dtype(np.float32)}
     merged = {path for path, leaf in masters.items() if np.any(leaf != components.params["unet"][path])}

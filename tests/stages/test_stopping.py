@@ -18,8 +18,8 @@ from hypersd_jax import training
 from hypersd_jax.cli import main
 from hypersd_jax.config import load_config
 from hypersd_jax.errors import Interrupted, Terminated
+from hypersd_jax.inputs.caching import write_cache
 from hypersd_jax.stages import adapter_student, train
-from hypersd_jax.stages.caching import write_cache
 from tests.helpers.short_runs import (
     ADAPTER,
     AUTOENCODER,

@@ -109,7 +109,7 @@ def test_the_name_of_a_loaded_lora(hub: HubServer, tmp_path: Path) -> None:
     """A local file's stem; of the hub's, whose files are often called the same, the id."""
     pipe = Pipeline.from_pretrained(fetch_model("some/model"))
     file = tmp_path / "style.safetensors"
-    write_lora(file, {"unet": random_adapter(pipe.components.shapes["unet"], 0)}, layout="peft")
+    write_lora(file, {"unet": random_adapter(pipe.base.shapes["unet"], 0)}, layout="peft")
     hub.repos["some/style"] = {"main": {"style.safetensors": file.read_bytes()}}
     for source in (file, "some/style", "some/style/style.safetensors"):
         pipe.load_lora(source)

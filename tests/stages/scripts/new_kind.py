@@ -13,13 +13,13 @@ import jax
 import jax.numpy as jnp
 
 from hypersd_jax.adapters import join
+from hypersd_jax.bases.networks import Networks
 from hypersd_jax.config import Sampling, StageConfig, load_config
 from hypersd_jax.diffusion import add_noise
 from hypersd_jax.distill import alpha_sigma, mse
 from hypersd_jax.stages import adapter_student, consistency, register, train
 from hypersd_jax.stages.consistency import Frozen
 from hypersd_jax.stages.kinds import STUDENT
-from hypersd_jax.stages.networks import Networks
 from hypersd_jax.training import Phase
 
 

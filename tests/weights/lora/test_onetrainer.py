@@ -129,7 +129,7 @@ def test_every_module_of_every_family(tmp_path: Path, family: str, spelling: str
 @pytest.mark.parametrize("xl", [False, True])
 def test_images_are_those_of_the_same_lora_in_kohyas_layout(tmp_path: Path, xl: bool) -> None:
     pipe = Pipeline.from_pretrained((tiny_xl if xl else tiny_model)(tmp_path / "model"), dtype="float32")
-    shapes = pipe.components.shapes
+    shapes = pipe.base.shapes
     names = _tiny_names()
     text = ("q_proj", "out_proj", "fc1")
     parts = {"unet": random_adapter(shapes["unet"], 0)}
@@ -206,7 +206,7 @@ def test_bundled_embeddings_are_counted_and_named(tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("default:.*left out, 1 embedding")
 def test_conversion_to_kohya(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = tiny_model(tmp_path / "model")
-    shapes = Pipeline.from_pretrained(model).components.shapes
+    shapes = Pipeline.from_pretrained(model).base.shapes
     entry = random_adapter(shapes["unet"], 0, targets=("attn1.to_q",))[TO_Q]
     name = "unet.middle_block.1.transformer_blocks.0.attn1.to_q"
     save_file(

@@ -9,34 +9,26 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from hypersd_jax.conditioning import PromptEncoder, size_ids
+from hypersd_jax.bases import TextToImage
+from hypersd_jax.conditioning import size_ids
 from hypersd_jax.config import StageConfig
 from hypersd_jax.data import Prompts
-from hypersd_jax.stages.batches import LoadedBatch, load_batches
+from hypersd_jax.inputs.batches import LoadedBatch, load_batches
 from hypersd_jax.training import batch_sharding
-from hypersd_jax.weights.components import Components
 
 
 class PromptInputs:
     """Conditioning for a run's data-free stages; SDXL's time ids are of uncropped images of the run's resolution."""
 
-    def __init__(
-        self,
-        source: Prompts,
-        components: Components,
-        prompts: PromptEncoder,
-        mesh: Mesh,
-        dtype: Any,
-        *,
-        resolution: int,
-    ) -> None:
+    def __init__(self, source: Prompts, base: TextToImage, mesh: Mesh, *, resolution: int) -> None:
         """Prepare without compiling."""
-        self._source, self._prompts, self._mesh = source, prompts, mesh
-        self._resolution = resolution if components.is_xl else None
-        self._texts = {name: components.params[name] for name in components.text_encoders}
+        self._source, self._prompts, self._mesh = source, base.prompts, mesh
+        self._resolution = resolution if base.reads_size else None
+        self._texts = {name: base.params[name] for name in base.text_encoders}
+        bare = base.without_weights()
 
         def encode(params: Any, ids: Any, sizes: Any) -> Any:
-            cond = jax.lax.map(lambda tokens: prompts.encode(params, tokens, dtype=dtype), ids)
+            cond = jax.lax.map(lambda tokens: bare.encode_prompts(params, tokens), ids)
             return cond._replace(time_ids=sizes)
 
         self._encode = jax.jit(encode, out_shardings=batch_sharding(mesh, axis=1))

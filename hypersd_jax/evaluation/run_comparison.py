@@ -29,8 +29,7 @@ from hypersd_jax.evaluation.files import write_results
 from hypersd_jax.evaluation.provenance import device_line, duration, made_line, python_command
 from hypersd_jax.evaluation.tables import steps_text
 from hypersd_jax.pipeline import Pipeline
-from hypersd_jax.stages.export import student_path
-from hypersd_jax.stages.output import Output
+from hypersd_jax.training.output import Output
 
 # The settings of a stage that the page shows, where the stage has them.
 SHOWN_SETTINGS = ("k", "solver_steps", "times", "student", "updates", "batch_size", "learning_rate", "teacher", "ema")
@@ -61,7 +60,7 @@ def compare_run(
     students = [
         Student(
             name=stage.name,
-            path=student_path(output, stage),
+            path=output.student(stage),
             is_model=stage.exports_model,
             samplings=[dict(sampling) for sampling in stage.samplings],
         )

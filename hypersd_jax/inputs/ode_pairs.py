@@ -11,7 +11,7 @@ from tqdm import tqdm
 
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.distill import draw_trajectory
-from hypersd_jax.stages.batches import LoadedBatch
+from hypersd_jax.inputs.batches import LoadedBatch
 from hypersd_jax.training import batch_sharding
 
 Rollout = Callable[[Any, jax.Array, Conditioning], jax.Array]

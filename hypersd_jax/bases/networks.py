@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from hypersd_jax.bases.base import Base, Features
 from hypersd_jax.diffusion import guided
 from hypersd_jax.distill import Model
-from hypersd_jax.stages.base import Base, Features
 
 # What features that stop at the middle block count: nearly half the work of a whole call.
 HALF = 0.5
@@ -73,3 +73,12 @@ def in_one_call(model: Callable[..., Any], *inputs: tuple[Any, ...]) -> list[Any
 
     outputs = model(*jax.tree.map(join, *inputs))
     return [jax.tree.map(partial(part, number=number), outputs) for number in range(len(inputs))]
+
+
+def with_dropped(cond: Any, uncond: Any, dropped: jax.Array) -> Any:
+    """Replace ``cond`` by the unconditional in the samples that ``dropped`` (B,) marks."""
+
+    def choose(empty: jax.Array, given: jax.Array) -> jax.Array:
+        return jnp.where(dropped.reshape(-1, *[1] * (given.ndim - 1)), empty, given)
+
+    return jax.tree.map(choose, uncond, cond)

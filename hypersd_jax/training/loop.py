@@ -8,23 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
 from hypersd_jax.config import LogConfig, StageConfig
 from hypersd_jax.errors import Interrupted, Terminated, UserError
-from hypersd_jax.stages.kinds import STUDENT
-from hypersd_jax.training import (
-    LAG,
-    Agreement,
-    Checkpointer,
-    MetricsLog,
-    SkipWatch,
-    Step,
-    StopSignals,
-    TrainState,
-    abstract,
-    check_metadata,
-)
+from hypersd_jax.training.agreement import LAG, Agreement
+from hypersd_jax.training.checkpoints import Checkpointer, check_metadata
+from hypersd_jax.training.logging import MetricsLog
+from hypersd_jax.training.shardings import abstract
+from hypersd_jax.training.skips import SkipWatch
+from hypersd_jax.training.state import TrainState
+from hypersd_jax.training.step import Step
+from hypersd_jax.training.stopping import StopSignals
 
 SKIPPED_ROW = "skipped_in_a_row"
 """Metadata key of a checkpoint: how many skipped steps its state ends with."""
@@ -173,16 +167,3 @@ def saved_updates(found: Mapping[str, Any], updates: int) -> int:
     settings = found.get("settings")
     saved = settings.get("updates") if isinstance(settings, Mapping) else None
     return saved if isinstance(saved, int) and saved > 0 else updates
-
-
-def exported_weights(stage: StageConfig, state: TrainState) -> Any:
-    """Return the student that the stage exports: the moving average of its weights, or the weights."""
-    return (state.ema if stage.export == "ema" else state.trainable)[STUDENT]
-
-
-def process_indices(batch_size: int, accumulate: int) -> np.ndarray:
-    """Return the batch indices (A, B') that this process loads: its part of each micro-batch of (A, B)."""
-    indices = np.arange(batch_size).reshape(accumulate, -1)
-    share = indices.shape[1] // jax.process_count()
-    first = jax.process_index() * share
-    return indices[:, first : first + share]

@@ -13,16 +13,15 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
+from hypersd_jax.bases import TextToImage
 from hypersd_jax.conditioning import Conditioning, LongPromptWarning, PromptEncoder, already_warned
 from hypersd_jax.config import Config, StageConfig
 from hypersd_jax.data import Source, prefetch
 from hypersd_jax.data.cache import Cache
 from hypersd_jax.errors import UserError
-from hypersd_jax.stages.cache_metadata import cache_metadata
-from hypersd_jax.stages.inputs import make_encoder, make_latents, make_sampler
-from hypersd_jax.stages.loop import process_indices
-from hypersd_jax.training import batch_sharding, put_batch
-from hypersd_jax.weights.components import Components
+from hypersd_jax.inputs.cache_metadata import cache_metadata
+from hypersd_jax.inputs.encoding import make_encoder, make_latents, make_sampler
+from hypersd_jax.training import batch_sharding, process_indices, put_batch
 
 Load = Callable[[np.ndarray], Any]
 """(positions (A, B) in the data's stream) -> tree of arrays (A, B, ...) on the host; runs in the background."""
@@ -105,10 +104,8 @@ class Inputs:
         self,
         config: Config,
         source: Source,
-        components: Components,
-        prompts: PromptEncoder,
+        base: TextToImage,
         mesh: Mesh,
-        dtype: Any,
         *,
         trained: Collection[str] = (),
     ) -> None:
@@ -117,30 +114,31 @@ class Inputs:
         Raises:
             UserError: the cache is missing, unfinished, or of another model.
         """
-        self._components, self._mesh = components, mesh
+        self._base, self._mesh = base, mesh
         sharding = batch_sharding(mesh, axis=1)
-        xl = components.is_xl
+        xl, bare = base.reads_size, base.without_weights()
         if config.data.cache is None:
-            self._load = examples(source, prompts, xl=xl)
-            self._encode = make_encoder(components, prompts, dtype, sharding)
-            self._encode_images = make_latents(components, dtype, sharding)
+            self._load = examples(source, base.prompts, xl=xl)
+            self._encode = make_encoder(bare, sharding)
+            self._encode_images = make_latents(bare, sharding)
         else:
             try:
                 cache = Cache(Path(config.data.cache))
-                cache.require(cache_metadata(config.data, source, components, dtype, trained=trained))
+                cache.require(cache_metadata(config.data, source, base, trained=trained))
                 if source.uncacheable:
                     raise UserError(f"a cache cannot be used: {source.uncacheable}")
                 cache.require_rows(source.variants())
             except UserError as error:
                 raise UserError(f"data.cache: {error}") from None
-            self._load = cached(source, cache, xl=xl, encoders=len(components.text_encoders))
+            self._load = cached(source, cache, xl=xl, encoders=len(base.text_encoders))
         self._from_cache = config.data.cache is not None
-        self._sample = make_sampler(components, sharding)
+        self._sample = make_sampler(bare, sharding)
 
     def conditioned(self, stage: StageConfig, *, before: int, done: int, key: jax.Array) -> Iterator[LoadedBatch]:
         """Load batches {"latents", "cond", "indices"} of a stage that trains adapters, as `load_batches`."""
-        params = self._components.params
-        texts = {name: params[name] for name in self._components.text_encoders}
+        params = self._base.params
+        texts = {name: params[name] for name in self._base.text_encoders}
+        autoencoder = dict(params[self._base.autoencoder])
 
         def finish(number: int, loaded: Any) -> dict[str, Any]:
             drawn = jax.random.fold_in(key, number)
@@ -148,7 +146,7 @@ class Inputs:
                 cond = Conditioning(loaded["context"], loaded["pooled"], loaded["sizes"])
                 return {"latents": self._sample(loaded["mean"], loaded["logvar"], drawn), "cond": cond}
             images, ids, sizes = loaded["images"], loaded["ids"], loaded["sizes"]
-            encoded: dict[str, Any] = self._encode(texts, dict(params["vae"]), images, ids, sizes, drawn)
+            encoded: dict[str, Any] = self._encode(texts, autoencoder, images, ids, sizes, drawn)
             return encoded
 
         return load_batches(stage, before=before, done=done, mesh=self._mesh, load=self._load, finish=finish)
@@ -161,7 +159,8 @@ class Inputs:
             if self._from_cache:
                 latents = self._sample(loaded["mean"], loaded["logvar"], drawn)
             else:
-                latents = self._encode_images(dict(self._components.params["vae"]), loaded["images"], drawn)
+                autoencoder = dict(self._base.params[self._base.autoencoder])
+                latents = self._encode_images(autoencoder, loaded["images"], drawn)
             return {"latents": latents, "ids": loaded["ids"], "time_ids": loaded["sizes"]}
 
         return load_batches(stage, before=before, done=done, mesh=self._mesh, load=self._load, finish=finish)

@@ -11,9 +11,9 @@ from typing import Any
 import jax
 import yaml
 
-from hypersd_jax.config import Config, first_difference, save_config, to_dict
+from hypersd_jax.config import Config, StageConfig, first_difference, save_config, to_dict
 from hypersd_jax.errors import UserError
-from hypersd_jax.training import newest_step
+from hypersd_jax.training.checkpoints import newest_step
 
 # May change between a stopped run and its continuation: they do not reach the student.
 FREE_KEYS = ("output_dir", "reuse", "mesh", "log", "evaluation")
@@ -43,6 +43,10 @@ class Output:
     def checkpoints(self, stage: str) -> Path:
         """Return the folder of a stage's checkpoints."""
         return self.root / "checkpoints" / stage
+
+    def student(self, stage: StageConfig) -> Path:
+        """Return the path of a stage's student: a LoRA file, or a model folder."""
+        return self.models / stage.name if stage.exports_model else self.loras / f"{stage.name}.safetensors"
 
     def made_by(self, stage: str) -> list[Path]:
         """List the existing files of a stage: its checkpoints and its student."""

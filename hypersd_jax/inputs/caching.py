@@ -10,19 +10,19 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
+from hypersd_jax.bases import StableDiffusion, TextToImage
 from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import Config
 from hypersd_jax.data import open_source
 from hypersd_jax.data.cache import Cache, CacheWriter
 from hypersd_jax.errors import UserError
-from hypersd_jax.pipeline import Pipeline, parse_dtype
-from hypersd_jax.stages.batches import warn_about_cut_captions
-from hypersd_jax.stages.cache_metadata import cache_metadata
-from hypersd_jax.stages.inputs import moments
-from hypersd_jax.stages.lock import FolderLock
+from hypersd_jax.inputs.batches import warn_about_cut_captions
+from hypersd_jax.inputs.cache_metadata import cache_metadata
+from hypersd_jax.pipeline import parse_dtype
 from hypersd_jax.training import StopSignals
-from hypersd_jax.weights.components import Components, load_components
+from hypersd_jax.training.lock import FolderLock
+from hypersd_jax.weights.components import load_components
 
 
 def write_cache(
@@ -57,23 +57,23 @@ def write_cache(
 def _write(config: Config, folder: Path, batch_size: int, shard_rows: int, stop: StopSignals) -> int:
     dtype = parse_dtype(config.model.dtype)
     components = load_components(config.model.source, dtype=dtype, fresh=config.model.fresh, seed=config.seed)
-    pipe = Pipeline(components, dtype=dtype)
+    base = StableDiffusion(components=components, dtype=dtype, resolution=config.data.resolution)
     source = open_source(
         config.data,
-        resolution=config.data.resolution or pipe.native_size[0],
+        resolution=base.latent_shape[0] * base.downscale,
         seed=config.seed,
         batch_size=config.batch_size,
     )
     if source.uncacheable:
         raise UserError(f"this data cannot be encoded once: {source.uncacheable}")
     keys = source.variants()
-    writer = CacheWriter(folder, cache_metadata(config.data, source, components, dtype), keys, shard_rows)
+    writer = CacheWriter(folder, cache_metadata(config.data, source, base), keys, shard_rows)
 
     def where() -> str:
         return f"at {writer.done} of {len(keys)} rows; the same command resumes there"
 
     stop.where = where()
-    encode = _make_encode(pipe, components, dtype)
+    encode = _make_encode(base)
     with tqdm(total=len(keys), initial=writer.done, unit="row", desc="encoding") as bar:
         for shard in writer.missing():
             parts = []
@@ -82,7 +82,7 @@ def _write(config: Config, folder: Path, batch_size: int, shard_rows: int, stop:
                 # The last batch is filled up, so that one program serves all.
                 full = np.concatenate([part, np.repeat(part[-1:], batch_size - len(part))])
                 batch = source.variant_batch(full)
-                ids = pipe.prompts.tokenize_captions(batch.captions)
+                ids = base.prompts.tokenize_captions(batch.captions)
                 mean, logvar, cond = jax.device_get(encode(batch.images, ids))
                 arrays = {"mean": mean, "logvar": logvar, "context": cond.context, "sizes": batch.sizes}
                 arrays |= {f"ids_{i}": tokens for i, tokens in enumerate(ids)}
@@ -97,18 +97,18 @@ def _write(config: Config, folder: Path, batch_size: int, shard_rows: int, stop:
             stop.release()
     stop.where = f"while it checked the {len(keys)} rows, all of which are written"
     Cache(folder, verify=True)
-    warn_about_cut_captions(pipe.prompts)
+    warn_about_cut_captions(base.prompts)
     return len(keys)
 
 
-def _make_encode(pipe: Pipeline, components: Components, dtype: Any) -> Any:
+def _make_encode(base: TextToImage) -> Any:
     """``(images (B, H, W, 3), token ids) -> (mean, logvar, conditioning)``, compiled once."""
-    texts = {name: components.params[name] for name in components.text_encoders}
-    vae = dict(components.params["vae"])
+    texts = {name: base.params[name] for name in base.text_encoders}
+    own, bare = dict(base.params[base.autoencoder]), base.without_weights()
 
-    def encode(text_params: Any, vae_params: Any, images: Any, ids: Any) -> tuple[jax.Array, jax.Array, Conditioning]:
-        cond = pipe.prompts.encode(text_params, ids, dtype=dtype)
-        return *moments(components, vae_params, images, dtype), cond
+    def encode(text_params: Any, params: Any, images: Any, ids: Any) -> tuple[jax.Array, jax.Array, Conditioning]:
+        cond = bare.encode_prompts(text_params, ids)
+        return *bare.posterior(params, images), cond
 
     compiled = jax.jit(encode)
-    return lambda images, ids: compiled(texts, vae, jnp.asarray(images), tuple(map(jnp.asarray, ids)))
+    return lambda images, ids: compiled(texts, own, jnp.asarray(images), tuple(map(jnp.asarray, ids)))

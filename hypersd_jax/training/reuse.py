@@ -14,10 +14,8 @@ from jax.experimental import multihost_utils
 
 from hypersd_jax.config import Config, StageConfig, to_dict
 from hypersd_jax.errors import UserError, short
-from hypersd_jax.stages.export import student_path
-from hypersd_jax.stages.output import Output
-from hypersd_jax.training import Checkpointer
-from hypersd_jax.training.checkpoints import HALF_WRITTEN
+from hypersd_jax.training.checkpoints import HALF_WRITTEN, Checkpointer
+from hypersd_jax.training.output import Output
 from hypersd_jax.weights.tensors import replacing
 
 
@@ -56,7 +54,7 @@ def reuse_stages(config: Config, output: Output, base: str) -> list[str]:
     reused = []
     for count, stage in enumerate(config.adapter_stages, start=1):
         digest = history(config, count, base)
-        student, folder = student_path(other, stage), output.checkpoints(stage.name)
+        student, folder = other.student(stage), output.checkpoints(stage.name)
         if not student.exists() or not _is_finished(other.checkpoints(stage.name), stage, digest):
             break
         if folder.exists() and not _is_finished(folder, stage, digest):
@@ -65,7 +63,7 @@ def reuse_stages(config: Config, output: Output, base: str) -> list[str]:
             try:
                 if not folder.exists():
                     link_tree(other.checkpoints(stage.name), folder)
-                _link_student(student, student_path(output, stage))
+                _link_student(student, output.student(stage))
             except (OSError, shutil.Error) as error:
                 reason = getattr(error, "strerror", None) or short(error)
                 raise UserError(f"reuse: {stage.name} of {other.root} cannot be reused ({reason})") from None

@@ -1,0 +1,79 @@
+"""Encode images and captions to what a distillation step reads: latents and conditioning."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from hypersd_jax.bases import TextToImage
+from hypersd_jax.conditioning import Conditioning
+from hypersd_jax.training import replicated
+
+
+def make_encoder(base: TextToImage, out_shardings: Any) -> Any:
+    """Make a jitted ``(text params, autoencoder params, images, ids, time_ids, key) -> {"latents", "cond"}``.
+
+    Every leaf has a leading micro-batch axis: images (A, B, H, W, 3) in -1..1, ids a tuple of (A, B, S), time_ids
+    (A, B, 6) or None; latents (A, B, h, w, C) float32, times the scaling factor. The posterior is sampled, each image
+    with its own key, so that the mesh and the micro-batches change nothing.
+    """
+
+    def encode(text_params: Any, params: Any, images: Any, ids: Any, time_ids: Any, key: jax.Array) -> Any:
+        def micro_batch(part: Any) -> Any:
+            images, tokens, sizes, keys = part
+            latents = sampled(base, *base.posterior(params, images), keys)
+            return {"latents": latents, "cond": base.encode_prompts(text_params, tokens)._replace(time_ids=sizes)}
+
+        return jax.lax.map(micro_batch, (images, ids, time_ids, _sample_keys(key, images)))
+
+    return jax.jit(encode, out_shardings=out_shardings)
+
+
+def make_latents(base: TextToImage, out_shardings: Any) -> Any:
+    """Make a jitted ``(autoencoder params, images, key) -> latents``, the image part of `make_encoder`."""
+
+    def encode(params: Any, images: Any, key: jax.Array) -> jax.Array:
+        def micro_batch(part: Any) -> jax.Array:
+            images, keys = part
+            return sampled(base, *base.posterior(params, images), keys)
+
+        return jax.lax.map(micro_batch, (images, _sample_keys(key, images)))
+
+    return jax.jit(encode, out_shardings=out_shardings)
+
+
+def make_sampler(base: TextToImage, out_shardings: Any) -> Any:
+    """Make a jitted ``(mean, logvar, key) -> latents``: the rest of `make_encoder` where the posterior is cached."""
+
+    def sample(mean: Any, logvar: Any, key: jax.Array) -> jax.Array:
+        return jax.vmap(lambda *part: sampled(base, *part))(mean, logvar, _sample_keys(key, mean))
+
+    return jax.jit(sample, out_shardings=out_shardings)
+
+
+def sampled(base: TextToImage, mean: jax.Array, logvar: jax.Array, keys: jax.Array) -> jax.Array:
+    """Sample latents from the posterior, one key a sample: (B, h, w, C) float32, times the scaling factor."""
+    noise = jax.vmap(lambda key: jax.random.normal(key, mean.shape[1:], jnp.float32))(keys)
+    return base.scale(mean + jnp.exp(0.5 * logvar) * noise)
+
+
+def _sample_keys(key: jax.Array, batch: jax.Array) -> jax.Array:
+    """Make a key for each sample of (A, B, ...)."""
+    return jax.random.split(key, batch.shape[0] * batch.shape[1]).reshape(batch.shape[:2])
+
+
+def unconditional(base: TextToImage, mesh: Mesh) -> Conditioning:
+    """Encode the unconditional of guidance for one sample (1, ...): zeros where the model says so (SDXL), else ``""``.
+
+    Its time ids are the conditional's own, which `Base.unconditional` fills in.
+    """
+    params = {name: base.params[name] for name in base.text_encoders}
+    encode = jax.jit(base.without_weights().encode_prompts, out_shardings=replicated(mesh))
+    found: Conditioning = encode(params, base.prompts.tokenize([""]))
+    if not base.zero_unconditional:
+        return found
+    pooled = None if found.pooled is None else jnp.zeros_like(found.pooled)
+    return Conditioning(jnp.zeros_like(found.context), pooled)
