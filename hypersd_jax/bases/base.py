@@ -1,21 +1,28 @@
-"""The protocol of a base model, which is all that a training step sees of it.
+"""A base model as a training step sees it: the protocol, and its calls as teacher, student, target or fake score model.
 
 Weights are arguments of the compiled step, so `Base.predict` takes them; what a `Base` holds itself is static.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any, Protocol
 
 import jax
+import jax.numpy as jnp
 
 from hypersd_jax.adapters import Adapter
-from hypersd_jax.diffusion import Schedule
+from hypersd_jax.diffusion import Schedule, guided
+from hypersd_jax.distill import Model
 from hypersd_jax.models.functional import Network
 
 Features = dict[str, jax.Array]
 """Activations (B, h, w, C) by the name of the block that gives them."""
+
+# What features that stop at the middle block count: nearly half the work of a whole call.
+HALF = 0.5
 
 
 class Base(Protocol):
@@ -60,3 +67,69 @@ class Base(Protocol):
 
     def is_partial(self, taps: Sequence[str]) -> bool:
         """Tell whether features alone cost about half a call."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Networks:
+    """A base and its weights, inside a training step."""
+
+    base: Base
+    weights: Any
+
+    def predictor(self, adapter: Any = None, *, weights: Any = None) -> Model:
+        """Make (x (B, h, w, C), t (B,), cond) -> raw prediction, of the base under an adapter or of other weights."""
+        own = self.weights if weights is None else weights
+        return lambda x, t, cond: self.base.predict(own, x, t, cond, adapter=adapter)[0]
+
+    def guided(
+        self, x: jax.Array, t: jax.Array, cond: Any, uncond: Any, guidance: jax.Array, *, taps: Sequence[str] = ()
+    ) -> tuple[jax.Array, Features]:
+        """Predict with classifier-free guidance (B,), both halves in one call of the base on a doubled batch.
+
+        The features are those of the prompted half.
+        """
+
+        def predict(x: jax.Array, t: jax.Array, cond: Any) -> tuple[jax.Array, Features]:
+            return self.base.predict(self.weights, x, t, cond, taps=taps)
+
+        (unguided, _), (prompted, features) = in_one_call(predict, (x, t, uncond), (x, t, cond))
+        return guided(unguided, prompted, guidance.reshape(-1, 1, 1, 1)), features
+
+    def tapped(
+        self, x: jax.Array, t: jax.Array, cond: Any, taps: Sequence[str], adapter: Any = None
+    ) -> tuple[jax.Array, Features]:
+        """Predict and return the features of these blocks; nothing beyond the last of them is computed."""
+        return self.base.predict(self.weights, x, t, cond, adapter=adapter, taps=taps)
+
+
+def in_one_call(model: Callable[..., Any], *inputs: tuple[Any, ...]) -> list[Any]:
+    """Call a model once on several batches of one size, and return what it gives for each.
+
+    Every call in a step is a program of its own to compile, so fewer and larger ones compile sooner. A sample's inputs
+    lie side by side in the joint batch, so that a batch split over devices stays where it is.
+
+    Args:
+        model: of arrays and trees of arrays whose first axis is the batch's, and so are those that it returns.
+        inputs: the arguments of each call, of equal structure and shapes.
+    """
+    if len(inputs) == 1:
+        return [model(*inputs[0])]
+
+    def join(*leaves: Any) -> jax.Array:
+        stacked = jnp.stack(leaves, axis=1)
+        return stacked.reshape(-1, *stacked.shape[2:])
+
+    def part(leaf: jax.Array, number: int) -> jax.Array:
+        return leaf.reshape(-1, len(inputs), *leaf.shape[1:])[:, number]
+
+    outputs = model(*jax.tree.map(join, *inputs))
+    return [jax.tree.map(partial(part, number=number), outputs) for number in range(len(inputs))]
+
+
+def with_dropped(cond: Any, uncond: Any, dropped: jax.Array) -> Any:
+    """Replace ``cond`` by the unconditional in the samples that ``dropped`` (B,) marks."""
+
+    def choose(empty: jax.Array, given: jax.Array) -> jax.Array:
+        return jnp.where(dropped.reshape(-1, *[1] * (given.ndim - 1)), empty, given)
+
+    return jax.tree.map(choose, uncond, cond)

@@ -21,6 +21,7 @@ from hypersd_jax.config.generator import ScoreStage as ScoreStage
 from hypersd_jax.config.hints import SYNONYMS as SYNONYMS
 from hypersd_jax.config.hints import key_paths as key_paths
 from hypersd_jax.config.hints import nearest as nearest
+from hypersd_jax.config.kinds import kinds as kinds
 from hypersd_jax.config.model_stages import AutoencoderStage as AutoencoderStage
 from hypersd_jax.config.model_stages import TeacherStage as TeacherStage
 from hypersd_jax.config.scalars import utf8 as utf8
@@ -33,4 +34,3 @@ from hypersd_jax.config.schema import MeshConfig as MeshConfig
 from hypersd_jax.config.schema import ModelConfig as ModelConfig
 from hypersd_jax.config.stage import Sampling as Sampling
 from hypersd_jax.config.stage import StageConfig as StageConfig
-from hypersd_jax.config.stage import kinds as kinds

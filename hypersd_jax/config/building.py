@@ -9,8 +9,8 @@ from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
 from hypersd_jax.config.hints import key_hint, nearest
+from hypersd_jax.config.kinds import kinds as kinds_of
 from hypersd_jax.config.scalars import Words, is_null, quoted, split_list, to_bool, to_float, to_int, to_text
-from hypersd_jax.config.stage import kinds as kinds_of
 from hypersd_jax.config.tree import TreeError, read_tree
 from hypersd_jax.errors import UserError
 

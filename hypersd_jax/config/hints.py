@@ -10,7 +10,7 @@ import typing
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
-from hypersd_jax.config.stage import kinds
+from hypersd_jax.config.kinds import kinds
 
 # What other programs call a key, and what it may be here.
 SYNONYMS: dict[str, tuple[str, ...]] = {

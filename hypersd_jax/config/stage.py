@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
-from collections.abc import Iterator
 from typing import ClassVar, Literal, TypedDict
 
 from hypersd_jax.config.fields import outside, static
@@ -113,20 +111,3 @@ class StageConfig:
     def samplings(self) -> tuple[Sampling, ...]:
         """The samplings of its student to compare, the first as in its file; empty where it has no student."""
         return ()
-
-
-def kinds(cls: type) -> dict[str, type]:
-    """Find the subclasses of ``cls`` that have a ``kind``, by each of its names, in the order of definition."""
-    found: dict[str, type] = {}
-    each: type
-    for each in _below(cls):
-        if (hint := typing.get_type_hints(each).get("kind")) is not None:
-            found |= dict.fromkeys(typing.get_args(hint), each)
-    return found
-
-
-def _below(cls: type) -> Iterator[type]:
-    below: list[type] = cls.__subclasses__()
-    for each in below:
-        yield each
-        yield from _below(each)

@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hypersd_jax.bases import Base, Features
-from hypersd_jax.bases.networks import HALF, Networks
+from hypersd_jax.bases import HALF, Base, Features, Networks
 from hypersd_jax.config import AdversarialConfig
 from hypersd_jax.distill import (
     Pair,

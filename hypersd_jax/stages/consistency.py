@@ -14,8 +14,7 @@ import jax
 import numpy as np
 
 from hypersd_jax.adapters import Adapter, join
-from hypersd_jax.bases import Base
-from hypersd_jax.bases.networks import Networks, with_dropped
+from hypersd_jax.bases import Base, Networks, with_dropped
 from hypersd_jax.config import PREVIOUS, ConsistencyStage
 from hypersd_jax.distill import Segments, Teacher, consistency_loss, mse, pad_segments, pseudo_huber
 from hypersd_jax.inputs.batches import LoadedBatch

@@ -9,8 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hypersd_jax.bases import StableDiffusion
-from hypersd_jax.bases.networks import with_dropped
+from hypersd_jax.bases import StableDiffusion, with_dropped
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import TeacherStage
 from hypersd_jax.distill import corruption, denoising_loss

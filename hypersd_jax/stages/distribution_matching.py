@@ -14,8 +14,7 @@ import jax
 import numpy as np
 
 from hypersd_jax.adapters import join
-from hypersd_jax.bases import Base
-from hypersd_jax.bases.networks import Networks, in_one_call
+from hypersd_jax.bases import Base, Networks, in_one_call
 from hypersd_jax.config import ScoreStage
 from hypersd_jax.diffusion import add_noise
 from hypersd_jax.distill import alpha_sigma, fake_loss, noised, score_term

@@ -12,7 +12,7 @@ import numpy as np
 
 from hypersd_jax import distill
 from hypersd_jax.adapters import Adapter, join
-from hypersd_jax.bases.networks import Networks, in_one_call
+from hypersd_jax.bases import Networks, in_one_call
 from hypersd_jax.config import BASE, PREVIOUS, GeneratorStage
 from hypersd_jax.diffusion import solver_table
 from hypersd_jax.distill import (

@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hypersd_jax.bases import Base
-from hypersd_jax.bases.networks import Networks
+from hypersd_jax.bases import Base, Networks
 from hypersd_jax.config import RegressionStage
 from hypersd_jax.stages import adapter_student, generator
 from hypersd_jax.stages.context import Run

@@ -8,28 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
-from hypersd_jax.bases import StableDiffusion
 from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.config import Config, StageConfig, to_dict
-from hypersd_jax.data import open_prompts, open_source
 from hypersd_jax.errors import UserError
 from hypersd_jax.evaluation.run_comparison import compare_run
 from hypersd_jax.inputs.batches import reporting_cut_captions
-from hypersd_jax.inputs.encoding import unconditional
-from hypersd_jax.inputs.prompts import PromptInputs
-from hypersd_jax.pipeline import parse_dtype
-from hypersd_jax.stages.context import Run, fingerprints
+from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.export import sampling_table
-from hypersd_jax.stages.kinds import STUDENT, exported_weights, kind_of, naming, training_step
+from hypersd_jax.stages.kinds import STUDENT, exported_weights, kind_of, naming
+from hypersd_jax.stages.opening import open_run
 from hypersd_jax.stages.streams import Stream, stream
-from hypersd_jax.training import StopSignals, init_state, make_mesh, newest_step
+from hypersd_jax.training import StopSignals, init_state, newest_step
 from hypersd_jax.training.lock import FolderLock
 from hypersd_jax.training.loop import require_even, run_updates
-from hypersd_jax.training.output import Output, create_output, open_output, set_aside
+from hypersd_jax.training.output import create_output, open_output, set_aside
 from hypersd_jax.training.reuse import history, of_length, require_run, reuse_stages
-from hypersd_jax.weights.components import load_components
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Errors that no check beforehand can find."""
@@ -82,50 +76,6 @@ def _train(config: Config, command: str | None, stop: StopSignals) -> Path:
         prompts, base = run.preview_prompts, run.base_fingerprint
         compare_run(config, output, run.pipe, base, prompts=prompts, command=command)
     return output.root
-
-
-def open_run(config: Config, output: Output, stop: StopSignals | None = None) -> Run:
-    """Load the base and the data, and lay out the mesh.
-
-    Raises:
-        UserError: naming the key or file at fault.
-    """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
-    dtype = parse_dtype(config.model.dtype)
-    adapters_alone = bool(config.adapter_stages)
-    own: dict[str, Any] = {}
-    if not adapters_alone:  # the weights themselves are trained, in float32
-        own = {"param_dtype": jnp.float32, "fresh": config.model.fresh, "seed": config.seed}
-    components = load_components(config.model.source, dtype=dtype, remat=config.model.remat, mesh=mesh, **own)
-    base = StableDiffusion(
-        components=components, dtype=dtype, mesh=mesh, resolution=config.data.resolution, remat=config.model.remat
-    )
-    resolution = base.latent_shape[0] * base.downscale  # refused here, where it does not suit the autoencoder
-    source = prompts = None
-    if any(stage.reads_images for stage in config.active_stages):
-        source = open_source(config.data, resolution=resolution, seed=config.seed, batch_size=config.batch_size)
-    elif config.data.cache is not None:
-        raise UserError("data.cache: no stage of this run reads images (data_free)")
-    if not all(stage.reads_images for stage in config.active_stages):
-        prompts = open_prompts(config.data, seed=config.seed)
-    texts = source or prompts
-    assert texts is not None
-    run = Run(
-        config=config,
-        output=output,
-        mesh=mesh,
-        base=base,
-        base_fingerprint=fingerprints(config, base),
-        preview_prompts=tuple(texts.preview_prompts),
-        uncond=unconditional(base, mesh) if config.adapter_stages else None,
-        source=source,
-        prompt_inputs=PromptInputs(prompts, base, mesh, resolution=resolution) if prompts else None,
-        step=training_step(base, mesh),
-        stop=stop or StopSignals(),
-    )
-    if config.adapter_stages:
-        run.student, run.scales = run.fresh_factors(Stream.ADAPTER, 0)
-    return run
 
 
 def check_stages(run: Run) -> None:

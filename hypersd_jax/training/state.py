@@ -78,3 +78,30 @@ def init_state(
 def moving_average(ema: Any, params: Any, decay: ArrayLike) -> Any:
     """Compute `decay * ema + (1 - decay) * params`; at decay 0 exactly `params`."""
     return jax.tree.map(lambda old, new: decay * old + (1.0 - decay) * new, ema, params)
+
+
+def next_state(
+    state: TrainState, trainable: Any, opt_state: Any, ema: Any, finite: jax.Array, in_memory: Collection[str]
+) -> TrainState:
+    """Make the state after an update; one that was not ``finite`` changes nothing but the two counters.
+
+    ``in_memory`` are the models whose new weights a later phase reads, or a loop gives.
+    """
+
+    def keep_if_bad(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: kept(name, new[name], old[name]) for name in new}
+
+    def kept(name: str, new: Any, old: Any) -> Any:
+        # A select is part of the update's own kernel and needs no memory. Of weights that are in memory already it
+        # would be a kernel of its own for every leaf, all to be compiled.
+        if name in in_memory:
+            return jax.lax.cond(finite, lambda: new, lambda: old)
+        return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
+
+    return TrainState(
+        step=state.step + 1,
+        trainable=keep_if_bad(trainable, state.trainable),
+        opt_state=keep_if_bad(opt_state, state.opt_state),
+        ema=keep_if_bad(ema, state.ema),
+        skipped=state.skipped + jnp.where(finite, 0, 1),
+    )

@@ -7,7 +7,7 @@ student. All is one program, so that a checkpoint always falls between steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from hypersd_jax.training.mesh import replicated
 from hypersd_jax.training.optimizer import learning_rate_at, make_optimizer
 from hypersd_jax.training.settings import Settings
 from hypersd_jax.training.shardings import tree_shardings
-from hypersd_jax.training.state import TrainState, moving_average
+from hypersd_jax.training.state import TrainState, moving_average, next_state
 
 
 class LossFunction(Protocol):
@@ -138,7 +138,7 @@ def make_step(
             logged = _joined(logged, metrics)
         ema = moving_average(state.ema, {name: weights[name] for name in state.ema}, settings.ema)
         in_memory = {name for name, phase in latest.items() if phase.repeats > 1 or phase is not taken[-1]}
-        new_state = _advanced(state, weights, moments, ema, finite, in_memory)
+        new_state = next_state(state, weights, moments, ema, finite, in_memory)
         new_state = jax.lax.with_sharding_constraint(new_state, tree_shardings(mesh, new_state))
         first = next(iter(taken[-1].models))
         logged["update_norm"] = jnp.where(finite, logged["update_norm"], 0.0)
@@ -146,33 +146,6 @@ def make_step(
         return new_state, jax.lax.with_sharding_constraint(_joined(own, logged), replicated(mesh))
 
     return jax.jit(step, donate_argnums=0, compiler_options=dict(compiler_options or {}))
-
-
-def _advanced(
-    state: TrainState, trainable: Any, opt_state: Any, ema: Any, finite: jax.Array, in_memory: Collection[str]
-) -> TrainState:
-    """The next state; where an update was not finite it changes nothing but the two counters.
-
-    ``in_memory`` are the models whose new weights a later phase reads, or a loop gives.
-    """
-
-    def keep_if_bad(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: kept(name, new[name], old[name]) for name in new}
-
-    def kept(name: str, new: Any, old: Any) -> Any:
-        # A select is part of the update's own kernel and needs no memory. Of weights that are in memory already it
-        # would be a kernel of its own for every leaf, all to be compiled.
-        if name in in_memory:
-            return jax.lax.cond(finite, lambda: new, lambda: old)
-        return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
-
-    return TrainState(
-        step=state.step + 1,
-        trainable=keep_if_bad(trainable, state.trainable),
-        opt_state=keep_if_bad(opt_state, state.opt_state),
-        ema=keep_if_bad(ema, state.ema),
-        skipped=state.skipped + jnp.where(finite, 0, 1),
-    )
 
 
 def _joined(own: Metrics, metrics: Metrics) -> Metrics:

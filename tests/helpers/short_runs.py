@@ -12,7 +12,7 @@ import pytest
 
 from hypersd_jax.bases import StableDiffusion
 from hypersd_jax.config import Config, load_config
-from hypersd_jax.stages import adapter_student, context, kinds, run
+from hypersd_jax.stages import adapter_student, context, kinds, opening
 from hypersd_jax.training import Step
 from hypersd_jax.weights.tensors import open_tensors
 
@@ -83,7 +83,7 @@ def share_steps(patch: pytest.MonkeyPatch) -> None:
             _STEPS[key] = original(base, mesh)
         return _STEPS[key]
 
-    for module in (context, run):
+    for module in (context, opening):
         patch.setattr(module, "training_step", shared)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from hypersd_jax.bases.networks import in_one_call
+from hypersd_jax.bases import in_one_call
 from hypersd_jax.conditioning import Conditioning
 
 

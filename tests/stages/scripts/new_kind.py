@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from hypersd_jax.adapters import join
-from hypersd_jax.bases.networks import Networks
+from hypersd_jax.bases import Networks
 from hypersd_jax.config import Sampling, StageConfig, load_config
 from hypersd_jax.diffusion import add_noise
 from hypersd_jax.distill import alpha_sigma, mse
