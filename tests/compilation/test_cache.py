@@ -17,7 +17,7 @@ from hypersd_jax.compilation import trim
 from hypersd_jax.weights.tensors import open_tensors
 from tests.helpers.tiny_model import smaller, tiny_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import collections, json, sys
 import jax
