@@ -8,6 +8,7 @@ import typing
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
+from hypersd_jax.config.annotations import annotations
 from hypersd_jax.config.hints import key_hint, nearest
 from hypersd_jax.config.scalars import Words, is_null, quoted, split_list, to_bool, to_float, to_int, to_text
 from hypersd_jax.config.stage import kinds as kinds_of
@@ -41,7 +42,7 @@ def build(cls: type[T], value: Any, path: str = "", root: type | None = None) ->
         value = opened(value, where)
     if not isinstance(value, Mapping):
         raise UserError(f"{where} must be a mapping of keys, not {quoted(value)}")
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = annotations(cls)
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     prefix = f"{path}." if path else ""
     for key in value:

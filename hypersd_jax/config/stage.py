@@ -7,6 +7,7 @@ import typing
 from collections.abc import Iterator
 from typing import ClassVar, Literal, TypedDict
 
+from hypersd_jax.config.annotations import annotations
 from hypersd_jax.config.fields import outside, static
 
 
@@ -120,7 +121,7 @@ def kinds(cls: type) -> dict[str, type]:
     found: dict[str, type] = {}
     each: type
     for each in _below(cls):
-        if (hint := typing.get_type_hints(each).get("kind")) is not None:
+        if (hint := annotations(each).get("kind")) is not None:
             found |= dict.fromkeys(typing.get_args(hint), each)
     return found
 
