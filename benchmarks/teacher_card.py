@@ -26,7 +26,7 @@ from hypersd_jax.data import COLOURS, caption, load_emoji
 from hypersd_jax.data.emoji_source import on_background
 from hypersd_jax.distill import psnr
 from hypersd_jax.evaluation import image_grid, read_metrics
-from hypersd_jax.evaluation.curves import curve
+from hypersd_jax.evaluation.curves import stage_curves
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages.autoencoder import reconstructed
 
@@ -49,7 +49,7 @@ def main() -> None:
     rows = [fidelity(pipe, background, folder) for background in COLOURS]
     draw_grid(pipe).save(folder / "grid.png")
     if arguments.run is not None:
-        figure = curve(read_metrics(arguments.run / "metrics.jsonl"), "loss")
+        (figure,) = stage_curves(read_metrics(arguments.run / "metrics.jsonl"), "loss").values()
         (folder / "curve.svg").write_text(figure, encoding="utf-8")
     (folder / "card.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
     (folder / "README.md").write_text(text(arguments.name, pipe, rows, arguments.run is not None), encoding="utf-8")

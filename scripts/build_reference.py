@@ -15,9 +15,9 @@ from hypersd_jax.weights.diffusers.component import fingerprint
 
 def main() -> None:
     """Compute the reference of the default recipe's list and guidance."""
-    config = load_config(find_recipe("emoji"))
+    config = load_config(find_recipe("emoji/hyper"))
     pipe = Pipeline.from_pretrained("embedded")
-    base, guidance = fingerprint(pipe.components.params["unet"]), config.evaluation.guidance or 0.0
+    base, guidance = fingerprint(pipe.base.params[pipe.base.denoiser]), config.evaluation.guidance or 0.0
     evaluator = embedded_evaluator(pipe, config.compared_samples, config.data.groups)
     teacher = embedded_teacher(pipe, base, guidance, batch_size=32)
     reference = compute_reference(teacher, evaluator)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -19,15 +20,32 @@ from hypersd_jax.bases.text_to_image import TextToImage as TextToImage
 from hypersd_jax.weights.components import load_components
 
 
-def load_base(source: str | Path, *, dtype: Any, mesh: Mesh | None = None) -> StableDiffusion:
-    """Load the model that ``source`` names, of whatever family it is.
+def load_base(
+    source: str | Path,
+    *,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    resolution: int | None = None,
+    remat: bool = False,
+    param_dtype: Any = None,
+    fresh: Collection[str] = (),
+    seed: int = 0,
+) -> TextToImage:
+    """Load the model that ``source`` names: the one place that decides its family.
 
     Args:
         source: a diffusers folder, a single .safetensors file, the hub id of either, or ``embedded``.
-        dtype: of parameters and computation.
+        dtype: of the computation.
         mesh: devices with axes ``data`` and ``fsdp``: large parameters are split over ``fsdp``.
+        resolution: side of a training run's images in pixels; None is the model's own.
+        remat: recompute activations in the backward pass.
+        param_dtype: of the parameters, where it is not that of the computation: float32 for weights that are trained.
+        fresh: components whose weights are random instead, from ``seed``.
+        seed: see ``fresh``.
 
     Raises:
         UserError: one line naming the file or key that is missing, unsupported or damaged.
     """
-    return StableDiffusion(components=load_components(source, dtype=dtype, mesh=mesh), dtype=dtype, mesh=mesh)
+    how: dict[str, Any] = {"remat": remat, "param_dtype": param_dtype, "fresh": fresh, "seed": seed}
+    components = load_components(source, dtype=dtype, mesh=mesh, **how)
+    return StableDiffusion(components=components, dtype=dtype, mesh=mesh, resolution=resolution, remat=remat)

@@ -21,7 +21,7 @@ from hypersd_jax.bases.base import Features
 from hypersd_jax.bases.prompting import make_prompt_encoder
 from hypersd_jax.bases.text_to_image import ControlInputs
 from hypersd_jax.compilation import compiler_options
-from hypersd_jax.conditioning import Conditioning, PromptEncoder
+from hypersd_jax.conditioning import Conditioning, PromptEncoder, size_ids
 from hypersd_jax.diffusion import Schedule
 from hypersd_jax.errors import UserError
 from hypersd_jax.models.autoencoder import read_vae_config
@@ -62,6 +62,10 @@ class StableDiffusion:
 
     denoiser = "unet"
     autoencoder = "vae"
+    decoder = ("decoder.", "post_quant_conv.")
+
+    def __post_init__(self) -> None:
+        _ = self.schedule  # one that is not known is refused before anything is done with the model
 
     # MARK: what a training step sees
 
@@ -85,6 +89,11 @@ class StableDiffusion:
         if pixels % self.downscale:
             raise UserError(f"data.resolution={pixels} must be a multiple of the autoencoder's {self.downscale}")
         return pixels // self.downscale, pixels // self.downscale, self.latent_channels
+
+    @property
+    def image_side(self) -> int:
+        """Side in pixels of the run's images."""
+        return self.latent_shape[0] * self.downscale
 
     @property
     def weights(self) -> dict[str, jax.Array]:
@@ -247,6 +256,12 @@ class StableDiffusion:
         """Encode token ids by the text encoders, under adapters by component."""
         return self.prompts.encode(params, ids, adapters=adapters or {}, dtype=self.dtype)
 
+    def with_size(self, cond: Conditioning, height: int, width: int) -> Conditioning:
+        """Add SDXL's time ids, of uncropped images of this size."""
+        if not self.reads_size:
+            return cond
+        return cond._replace(time_ids=jnp.asarray(size_ids(height, width, len(cond.context))))
+
     def posterior(self, params: Mapping[str, Any], images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Encode images (B, H, W, 3) in -1..1 to mean and log variance, (B, h, w, C) float32 each."""
         mean, logvar = self.components.vae(params, images, method="encode")
@@ -274,6 +289,30 @@ class StableDiffusion:
         copy = dataclasses.replace(self, components=components)
         copy.__dict__["prompts"] = self.prompts
         return copy
+
+    def with_weights(self, trained: Mapping[str, Mapping[str, Any]]) -> StableDiffusion:
+        """Return a copy with trained weights, by component, in place of its own."""
+        params = {name: {**part, **trained.get(name, {})} for name, part in self.params.items()}
+        return self.around(dataclasses.replace(self.components, params=params))
+
+    def predicting(self, prediction_type: str) -> StableDiffusion:
+        """Return a copy whose scheduler configuration says another prediction type."""
+        description = self.components.description
+        config = {**description.scheduler_config, "prediction_type": prediction_type}
+        changed = dataclasses.replace(description, scheduler_config=config)
+        return self.around(dataclasses.replace(self.components, description=changed))
+
+    def scaled(self, factor: float) -> StableDiffusion:
+        """Return a copy with another scaling factor of the latents."""
+        description, name = self.components.description, self.autoencoder
+        configs = {**description.configs, name: {**description.configs[name], "scaling_factor": factor}}
+        return self.around(
+            dataclasses.replace(
+                self.components,
+                description=dataclasses.replace(description, configs=configs),
+                vae_config=dataclasses.replace(self.components.vae_config, scaling_factor=factor),
+            )
+        )
 
     def with_autoencoder(self, source: str | Path) -> StableDiffusion:
         """Return a copy with another autoencoder, such as a tiny one; a bare file must have the model's structure."""

@@ -98,6 +98,10 @@ class TextToImage(Base, Protocol):
         """Side, or height and width, of the latents where no size is asked for; 0 where the model does not say."""
 
     @property
+    def image_side(self) -> int:
+        """Side in pixels of a run's images."""
+
+    @property
     def reads_size(self) -> bool:
         """Whether the conditioning holds the image's size."""
 
@@ -151,6 +155,9 @@ class TextToImage(Base, Protocol):
             inpaint_inputs: (B, h, w, 1 + C), mask and latents of the masked image, which an inpainting model reads.
         """
 
+    def with_size(self, cond: Conditioning, height: int, width: int) -> Conditioning:
+        """Add the images' size in pixels to conditioning, where the model reads it."""
+
     def posterior(self, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Encode images (B, H, W, 3) in -1..1 to a posterior's mean and log variance, (B, h, w, C) float32 each."""
 
@@ -165,6 +172,19 @@ class TextToImage(Base, Protocol):
 
     def without_weights(self) -> Self:
         """Return a copy without parameters, for compiled programs, which must not keep weights alive."""
+
+    def with_weights(self, trained: Mapping[str, Mapping[str, Any]]) -> Self:
+        """Return a copy with trained weights, by component, in place of its own."""
+
+    def predicting(self, prediction_type: str) -> Self:
+        """Return a copy whose denoiser predicts noise, v or x_0, as its scheduler configuration then says."""
+
+    def scaled(self, factor: float) -> Self:
+        """Return a copy with another scaling factor of the latents."""
+
+    @property
+    def decoder(self) -> tuple[str, ...]:
+        """How the paths begin of the autoencoder's parameters that `decode` alone reads."""
 
     def with_autoencoder(self, source: str | Path) -> Self:
         """Return a copy with another autoencoder; UserError where it cannot be read or does not fit."""

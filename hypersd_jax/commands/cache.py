@@ -24,7 +24,7 @@ def add_parser(commands: Any) -> None:
     )
     parsing.add_overrides(parser)
     parser.add_argument(
-        "--output", type=parsing.path, required=True, metavar="FOLDER", help="new, or an interrupted one to go on with"
+        "--output", type=parsing.path, required=True, metavar="FOLDER", help="new, or an interrupted one to resume"
     )
     parser.add_argument("--batch-size", type=parsing.whole(1), default=32, metavar="N", help="images encoded at a time")
     parser.add_argument("--shard-rows", type=parsing.whole(1), default=1024, metavar="N", help="examples a file")

@@ -21,7 +21,7 @@ examples:
   python train.py --config emoji stages.*.updates=20 output_dir=outputs/try
 
 A value is read as its key asks: text as it is written, numbers in decimal digits, true or false, [a, b] or a,b for
-lists. null leaves a key that may be empty so. A stopped run goes on when the same command is given again.
+lists. null leaves a key that may be empty so. A stopped run resumes when the same command is given again.
 
 recipes:
 """
@@ -91,7 +91,7 @@ def take_unknown(options: argparse.Namespace, rest: Sequence[str], arguments: Se
 def _refuse_option(parser: Parser, argument: str, rest: Sequence[str], arguments: Sequence[str]) -> NoReturn:
     word, equals, value = argument.lstrip("-").partition("=")
     if word == "resume":
-        parser.error(f"{argument} is not needed: a stopped run goes on when the same command is given again")
+        parser.error(f"{argument} is not needed: a stopped run resumes when the same command is given again")
     keys = [word] if "." in word else key_paths(Config, word)
     if not keys:
         parser.error_unknown(rest)

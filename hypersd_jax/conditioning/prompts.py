@@ -40,6 +40,12 @@ class Conditioning(NamedTuple):
     pooled: jax.Array | None = None
     time_ids: jax.Array | None = None
 
+    def zeroed(self, which: Any) -> Conditioning:
+        """Return a copy with zeros for the text of the samples that ``which`` (B,) marks; sizes stay."""
+        marks = jnp.asarray(which)
+        pooled = None if self.pooled is None else jnp.where(marks[:, None], 0, self.pooled)
+        return self._replace(context=jnp.where(marks[:, None, None], 0, self.context), pooled=pooled)
+
     def unet_kwargs(self) -> dict[str, Any]:
         """The keyword arguments of the UNet's call beside ``context``."""
         if self.pooled is None or self.time_ids is None:

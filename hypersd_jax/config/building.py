@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from hypersd_jax.config.hints import key_hint, nearest
 from hypersd_jax.config.kinds import kinds as kinds_of
+from hypersd_jax.config.resolved import resolved
 from hypersd_jax.config.scalars import Words, is_null, quoted, split_list, to_bool, to_float, to_int, to_text
 from hypersd_jax.config.tree import TreeError, read_tree
 from hypersd_jax.errors import UserError
@@ -41,7 +42,7 @@ def build(cls: type[T], value: Any, path: str = "", root: type | None = None) ->
         value = opened(value, where)
     if not isinstance(value, Mapping):
         raise UserError(f"{where} must be a mapping of keys, not {quoted(value)}")
-    hints = typing.get_type_hints(cls, include_extras=True)
+    hints = resolved(cls)  # type: ignore[arg-type]
     fields = {field.name: field for field in dataclasses.fields(cls)}  # type: ignore[arg-type]
     prefix = f"{path}." if path else ""
     for key in value:

@@ -65,9 +65,9 @@ def consistency_loss(
         (loss, metrics): float32 scalar, and scalars "mse" (mean |prediction - target|^2), "target_variance" (mean
         over the samples of the variance within each target) and "target_calls" (network calls of the target).
     """
-    end, make_pair = METHODS[method]
-    drawing: dict[str, Any] = {"guidance": guidance, "offset_noise": offset_noise, "indices": indices, "end": end}
-    drawn = draw(key, jnp.shape(batch["latents"]), segments, **drawing)
+    target, make_pair = METHODS[method]
+    settings: dict[str, Any] = {"guidance": guidance, "offset_noise": offset_noise, "indices": indices}
+    drawn = draw(key, jnp.shape(batch["latents"]), segments, target=target, **settings)
     pair = make_pair(student_fn, target_fn, teacher_fn, batch, drawn, schedule=schedule)
     loss = jnp.asarray(distance_weight, jnp.float32) * jnp.mean(distance(pair.prediction, pair.target))
     metrics = {

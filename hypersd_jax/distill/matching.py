@@ -76,11 +76,11 @@ def score_term(
         (loss, metrics, features, what the real-score model's call gave beside its prediction).
     """
     x_t, t, _ = noised(sample, drawn, schedule)
-    still = jax.lax.stop_gradient(x_t)
-    real, beside = real_fn(still, t, cond)
-    output, features = fake_fn(x_t if with_features else still, t, cond)
+    constant = jax.lax.stop_gradient(x_t)
+    real, others = real_fn(constant, t, cond)
+    output, features = fake_fn(x_t if with_features else constant, t, cond)
     loss, metrics = matching_loss(sample, x_t, t, real, output, schedule=schedule)
-    return loss, metrics, features, beside
+    return loss, metrics, features, others
 
 
 def fake_loss(

@@ -52,7 +52,7 @@ def draw(
     guidance: tuple[ArrayLike, ArrayLike],
     offset_noise: ArrayLike = 0.0,
     indices: ArrayLike | None = None,
-    end: TargetChoice = uniform_target,
+    target: TargetChoice = uniform_target,
 ) -> Draw:
     """Draw timesteps, guidance scales and noise for a batch; those of a sample depend on (key, its index) alone.
 
@@ -64,7 +64,7 @@ def draw(
         offset_noise: strength of a normal shift of each channel, added to eps.
         indices: (B,) integers that tell the samples apart; None for 0..B-1. Parts of a larger batch (gradient
             accumulation) pass their batch indices.
-        end: how t_end is chosen.
+        target: how the target timestep t_end is chosen.
     """
     bounds = Segments(*(jnp.asarray(value, jnp.int32) for value in segments))
     low, high, offset = (jnp.asarray(value, jnp.float32) for value in (*guidance, offset_noise))
@@ -72,14 +72,14 @@ def draw(
 
     def one(index: jax.Array) -> Draw:
         times_key, noise_key = jax.random.split(jax.random.fold_in(key, index))
-        start, target, scale = jax.random.uniform(times_key, (3,))
+        start, chosen, scale = jax.random.uniform(times_key, (3,))
         n = uniform_integer(start, bounds.size)
         t_b, t_prev = bounds.t_b[n], bounds.t_prev[n]
         noise = jax.random.normal(noise_key, (pixels + 1, channels))  # the last row is the offset noise
         return Draw(
             t_n=bounds.t_n[n],
             t_prev=t_prev,
-            t_end=end(target, t_b, t_prev),
+            t_end=target(chosen, t_b, t_prev),
             guidance=low + (high - low) * scale,
             eps=(noise[:-1] + offset * noise[-1:]).reshape(shape[1:]),
             t_top=bounds.t_top[n],

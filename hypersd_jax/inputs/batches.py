@@ -68,19 +68,19 @@ def images_only(source: Source) -> Load:
     return load
 
 
-def examples(source: Source, prompts: PromptEncoder, *, xl: bool) -> Load:
-    """Load images, token ids and SDXL's size ids: {"images", "ids": a tuple of (A, B, S), "sizes" or None}."""
+def examples(source: Source, prompts: PromptEncoder, *, sizes: bool) -> Load:
+    """Load images, token ids and sizes, where the model reads these: {"images", "ids": (A, B, S) each, "sizes"}."""
 
     def load(positions: np.ndarray) -> Any:
         batch = source.batch(positions.reshape(-1))
         ids = tuple(_split(tokens, positions) for tokens in prompts.tokenize_captions(batch.captions))
-        sizes = _split(batch.sizes, positions) if xl else None
-        return {"images": _split(batch.images, positions), "ids": ids, "sizes": sizes}
+        found = _split(batch.sizes, positions) if sizes else None
+        return {"images": _split(batch.images, positions), "ids": ids, "sizes": found}
 
     return load
 
 
-def cached(source: Source, cache: Cache, *, xl: bool, encoders: int) -> Load:
+def cached(source: Source, cache: Cache, *, sizes: bool, encoders: int) -> Load:
     """Load encoded examples from a cache: {"mean", "logvar", "ids", "context", "pooled", "sizes"}."""
 
     def load(positions: np.ndarray) -> Any:
@@ -91,7 +91,7 @@ def cached(source: Source, cache: Cache, *, xl: bool, encoders: int) -> Load:
             "ids": tuple(found[f"ids_{i}"] for i in range(encoders)),
             "context": found["context"],
             "pooled": found.get("pooled"),
-            "sizes": found["sizes"] if xl else None,
+            "sizes": found["sizes"] if sizes else None,
         }
 
     return load
@@ -116,9 +116,9 @@ class Inputs:
         """
         self._base, self._mesh = base, mesh
         sharding = batch_sharding(mesh, axis=1)
-        xl, bare = base.reads_size, base.without_weights()
+        bare = base.without_weights()
         if config.data.cache is None:
-            self._load = examples(source, base.prompts, xl=xl)
+            self._load = examples(source, base.prompts, sizes=base.reads_size)
             self._encode = make_encoder(bare, sharding)
             self._encode_images = make_latents(bare, sharding)
         else:
@@ -130,7 +130,7 @@ class Inputs:
                 cache.require_rows(source.variants())
             except UserError as error:
                 raise UserError(f"data.cache: {error}") from None
-            self._load = cached(source, cache, xl=xl, encoders=len(base.text_encoders))
+            self._load = cached(source, cache, sizes=base.reads_size, encoders=len(base.text_encoders))
         self._from_cache = config.data.cache is not None
         self._sample = make_sampler(bare, sharding)
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from hypersd_jax.bases import StableDiffusion, TextToImage
+from hypersd_jax.bases import TextToImage, load_base
 from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import Config
@@ -22,7 +22,6 @@ from hypersd_jax.inputs.cache_metadata import cache_metadata
 from hypersd_jax.pipeline import parse_dtype
 from hypersd_jax.training import StopSignals
 from hypersd_jax.training.lock import FolderLock
-from hypersd_jax.weights.components import load_components
 
 
 def write_cache(
@@ -56,11 +55,11 @@ def write_cache(
 
 def _write(config: Config, folder: Path, batch_size: int, shard_rows: int, stop: StopSignals) -> int:
     dtype = parse_dtype(config.model.dtype)
-    components = load_components(config.model.source, dtype=dtype, fresh=config.model.fresh, seed=config.seed)
-    base = StableDiffusion(components=components, dtype=dtype, resolution=config.data.resolution)
+    own: dict[str, Any] = {"fresh": config.model.fresh, "seed": config.seed, "resolution": config.data.resolution}
+    base = load_base(config.model.source, dtype=dtype, **own)
     source = open_source(
         config.data,
-        resolution=base.latent_shape[0] * base.downscale,
+        resolution=base.image_side,
         seed=config.seed,
         batch_size=config.batch_size,
     )

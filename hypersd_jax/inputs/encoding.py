@@ -73,7 +73,4 @@ def unconditional(base: TextToImage, mesh: Mesh) -> Conditioning:
     params = {name: base.params[name] for name in base.text_encoders}
     encode = jax.jit(base.without_weights().encode_prompts, out_shardings=replicated(mesh))
     found: Conditioning = encode(params, base.prompts.tokenize([""]))
-    if not base.zero_unconditional:
-        return found
-    pooled = None if found.pooled is None else jnp.zeros_like(found.pooled)
-    return Conditioning(jnp.zeros_like(found.context), pooled)
+    return found.zeroed([True]) if base.zero_unconditional else found

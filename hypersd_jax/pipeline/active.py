@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from hypersd_jax.adapters import Adapter
 from hypersd_jax.bases import TextToImage
-from hypersd_jax.conditioning import Conditioning, size_ids
+from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.pipeline.programs import Programs
 from hypersd_jax.weights.diffusers.controlnet import LoadedControlNet
 from hypersd_jax.weights.placement import batch_sharding
@@ -66,10 +65,7 @@ class ActiveModel:
         names = self.base.text_encoders
         params = {name: self.params[name] for name in names}
         adapters = {name: adapter for name, adapter in self.adapters.items() if name in names}
-        cond = self.programs.encode_prompts(params, ids, adapters)
-        if not self.base.reads_size:
-            return cond
-        return cond._replace(time_ids=jnp.asarray(size_ids(*size, len(ids[0]))))
+        return self.base.with_size(self.programs.encode_prompts(params, ids, adapters), *size)
 
     def unconditional(self, negatives: NegativeIds, cond: Conditioning, size: tuple[int, int]) -> Conditioning:
         """Encode negative prompts, zeros where these are the model's unconditional; `cond` has the prompts' shapes."""
@@ -77,8 +73,7 @@ class ActiveModel:
         uncond = cond if ids is None else self.condition(ids, size)
         if not zeros.any():
             return uncond
-        pooled = None if uncond.pooled is None else jnp.where(zeros[:, None], 0, uncond.pooled)
-        return uncond._replace(context=jnp.where(zeros[:, None, None], 0, uncond.context), pooled=pooled)
+        return uncond.zeroed(zeros)
 
     def encode_images(self, images: np.ndarray, *, tiled: bool) -> np.ndarray:
         """Encode images (N, H, W, 3) in 0..1 to latents (N, h, w, C), one at a time."""

@@ -11,6 +11,7 @@ import numpy as np
 
 from hypersd_jax import adapters
 from hypersd_jax.config import StageConfig
+from hypersd_jax.errors import UserError
 from hypersd_jax.evaluation import write_strips
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.pipeline.arguments import NotFiniteWarning
@@ -22,10 +23,17 @@ from hypersd_jax.stages.export import (
     require_finite_images,
     sampling_header,
 )
-from hypersd_jax.stages.model_student import with_weights
 from hypersd_jax.weights.diffusers.component import host
 
 NAME = "preview"
+
+
+def check(run: Run) -> None:
+    """Refuse (UserError) base models that no adapter is trained on yet."""
+    if run.base.embeds_guidance:
+        raise UserError("model: it embeds the guidance scale (time_cond_proj_dim), which no stage trains yet")
+    if run.base.is_inpainting:
+        raise UserError("model: an inpainting model, which no stage trains")
 
 
 def finish(run: Run, stage: StageConfig, student: Any, *, trained: bool) -> None:
@@ -39,7 +47,7 @@ def finish(run: Run, stage: StageConfig, student: Any, *, trained: bool) -> None
         require_finite(student, stage)
         preview(run, stage, student, stage.name, last=True)
         if stage.exports_model:
-            export_model(path, with_weights(run.base, {run.base.denoiser: student}))
+            export_model(path, run.base.with_weights({run.base.denoiser: student}))
         else:
             adapter = jax.tree.map(host, adapters.join(student, run.scales))
             if jax.process_index() == 0:
@@ -88,7 +96,7 @@ def _sampled(run: Run, stage: StageConfig, student: Any) -> np.ndarray:
             settings |= stage.samplings[0]
             pipe = run.pipe
             if student is not None:
-                pipe = Pipeline(with_weights(run.base, {run.base.denoiser: student}))
+                pipe = Pipeline(run.base.with_weights({run.base.denoiser: student}))
             return np.asarray(pipe(prompts, **settings))
         header = sampling_header(stage, dict(run.base.scheduler_config))
         run.pipe.add_lora(NAME, {run.base.denoiser: adapters.join(student, run.scales)}, metadata=header)

@@ -2,27 +2,24 @@
 
 from __future__ import annotations
 
-import dataclasses
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from hypersd_jax.bases import StableDiffusion
+from hypersd_jax.bases import TextToImage
 from hypersd_jax.config import AutoencoderStage
 from hypersd_jax.distill import reconstruction_loss
 from hypersd_jax.errors import UserError
 from hypersd_jax.inputs.batches import LoadedBatch, images_only, load_batches
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.kinds import STUDENT
-from hypersd_jax.stages.model_student import pass_on, with_weights, write_final_model, write_images
+from hypersd_jax.stages.model_student import pass_on, write_final_model, write_images
+from hypersd_jax.stages.streams import normal
 from hypersd_jax.training import LossFunction, Phase
 
-VAE = "vae"
-DECODER = ("decoder.", "post_quant_conv.")
-"""Parameter paths of the half that reads latents begin so."""
 # How many images the latents' standard deviation is taken over, and how many are encoded at a time.
 SCALE_IMAGES, SCALE_BATCH = 512, 32
 
@@ -34,46 +31,41 @@ def check(run: Run, stage: AutoencoderStage, earlier: Sequence[str]) -> None:
             raise UserError(f"data.{key}: stages.{stage.name} trains the autoencoder, on whole square images")
 
 
-def trained_part(stage: AutoencoderStage, params: Mapping[str, jax.Array]) -> dict[str, jax.Array]:
+def trained_part(base: TextToImage, stage: AutoencoderStage) -> dict[str, jax.Array]:
     """Select the autoencoder's parameters that the stage trains."""
-    return {path: value for path, value in params.items() if stage.part == "all" or path.startswith(DECODER)}
+    params = base.params[base.autoencoder]
+    return {path: value for path, value in params.items() if stage.part == "all" or path.startswith(base.decoder)}
 
 
 def trainable(run: Run, index: int, stage: AutoencoderStage) -> dict[str, Any]:
-    """Return the trained parameters of the autoencoder: {"vae": parameters}."""
-    return {STUDENT: {VAE: trained_part(stage, run.base.params[VAE])}}
+    """Return the trained parameters of the autoencoder, by component."""
+    return {STUDENT: {run.base.autoencoder: trained_part(run.base, stage)}}
 
 
 def frozen(run: Run, stage: AutoencoderStage) -> dict[str, Any]:
-    """Return the frozen parameters of the autoencoder: {"vae": parameters}."""
-    params = run.base.params[VAE]
-    trained = trained_part(stage, params)
-    return {VAE: {path: value for path, value in params.items() if path not in trained}}
+    """Return the frozen parameters of the autoencoder, by component."""
+    name, trained = run.base.autoencoder, trained_part(run.base, stage)
+    return {name: {path: value for path, value in run.base.params[name].items() if path not in trained}}
 
 
-def phases(base: StableDiffusion, stage: AutoencoderStage) -> list[Phase]:
+def phases(base: TextToImage, stage: AutoencoderStage) -> list[Phase]:
     """Train the autoencoder once a step."""
     return [Phase(models={STUDENT: stage.learning_rate}, loss=make_loss(base, stage))]
 
 
-def make_loss(base: StableDiffusion, stage: AutoencoderStage) -> LossFunction:
+def make_loss(base: TextToImage, stage: AutoencoderStage) -> LossFunction:
     """Make the reconstruction loss; the posterior is sampled, with each image's noise by its batch index."""
 
     def loss(models: Any, ema: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
         images = batch["images"]
-        params = {**frozen[VAE], **models[STUDENT][VAE]}
+        params = {**frozen[base.autoencoder], **models[STUDENT][base.autoencoder]}
         mean, logvar = base.posterior(params, images)
-        latents = mean + jnp.exp(0.5 * logvar) * posterior_noise(key, batch["indices"], mean.shape[1:])
+        latents = mean + jnp.exp(0.5 * logvar) * normal(key, batch["indices"], mean.shape[1:])
         output = base.decode(params, latents)
         weights: dict[str, Any] = {"gradient_weight": stage.gradient_weight, "kl_weight": stage.kl_weight}
         return reconstruction_loss(output, images, mean, logvar, **weights)
 
     return loss
-
-
-def posterior_noise(key: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Draw standard normal noise (B, *shape); a sample's depends on (key, its batch index) alone."""
-    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(indices)
 
 
 def batches(run: Run, index: int, stage: AutoencoderStage, frozen: Any, done: int) -> Iterator[LoadedBatch]:
@@ -89,13 +81,13 @@ def preview(run: Run, stage: AutoencoderStage, student: Any, name: str, *, last:
     """Write the data's first images over their reconstructions."""
     assert run.source is not None
     images = run.source.batch(np.arange(run.config.evaluation.batch_size)).images
-    write_images(run, stage, name, reconstructed(with_weights(run.base, student), images), (), last=last)
+    write_images(run, stage, name, reconstructed(run.base.with_weights(student), images), (), last=last)
 
 
 def finish(run: Run, stage: AutoencoderStage, student: Any, *, trained: bool) -> None:
     """Pass the autoencoder on, with a new scaling factor where its latents are new, and export it if it is the last."""
 
-    def adjusted(base: StableDiffusion) -> StableDiffusion:
+    def adjusted(base: TextToImage) -> TextToImage:
         return _with_scaling(run, base) if stage.part == "all" else base
 
     pass_on(run, stage, student, adjusted)
@@ -103,34 +95,26 @@ def finish(run: Run, stage: AutoencoderStage, student: Any, *, trained: bool) ->
     write_final_model(run, stage)
 
 
-def _with_scaling(run: Run, base: StableDiffusion) -> StableDiffusion:
+def _with_scaling(run: Run, base: TextToImage) -> TextToImage:
     """Return the model with the scaling factor that gives the data's first latents unit variance."""
     assert run.source is not None
     images = jnp.asarray(run.source.batch(np.arange(SCALE_IMAGES)).images)
 
     def moments(part: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean, logvar = base.posterior(dict(base.params[VAE]), part)
+        mean, logvar = base.posterior(dict(base.params[base.autoencoder]), part)
         return jnp.mean(mean), jnp.mean(jnp.square(mean) + jnp.exp(logvar))
 
     parts = images.reshape(-1, SCALE_BATCH, *images.shape[1:])
     first, second = (jnp.mean(each) for each in jax.jit(lambda parts: jax.lax.map(moments, parts))(parts))
     factor = float(1.0 / jnp.sqrt(second - jnp.square(first)))
-    components, description = base.components, base.components.description
-    config = {**description.configs[VAE], "scaling_factor": factor}
-    return base.around(
-        dataclasses.replace(
-            components,
-            description=dataclasses.replace(description, configs={**description.configs, VAE: config}),
-            vae_config=dataclasses.replace(components.vae_config, scaling_factor=factor),
-        )
-    )
+    return base.scaled(factor)
 
 
-def reconstructed(base: StableDiffusion, images: np.ndarray) -> list[np.ndarray]:
+def reconstructed(base: TextToImage, images: np.ndarray) -> list[np.ndarray]:
     """Reconstruct images (B, H, W, 3) in -1..1 by the posterior's mean; return images and reconstructions in 0..1."""
 
     def back_and_forth(params: Any, given: jax.Array) -> jax.Array:
         return base.decode(params, base.posterior(params, given)[0]).astype(jnp.float32)
 
-    output = np.asarray(jax.jit(back_and_forth)(dict(base.params[VAE]), jnp.asarray(images)))
+    output = np.asarray(jax.jit(back_and_forth)(dict(base.params[base.autoencoder]), jnp.asarray(images)))
     return [images * 0.5 + 0.5, np.clip(output * 0.5 + 0.5, 0.0, 1.0)]

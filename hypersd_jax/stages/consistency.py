@@ -40,6 +40,7 @@ class Frozen(NamedTuple):
 
 def check(run: Run, stage: ConsistencyStage, earlier: Sequence[str]) -> None:
     """Refuse a base without the discriminator's features, or a schedule without the solver's grid."""
+    adapter_student.check(run)
     with naming(f"stages.{stage.name}"):
         make_discriminator(run.base, stage.adversarial)
         segments_of(run, stage.solver_steps, stage.k)

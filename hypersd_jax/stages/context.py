@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from hypersd_jax import adapters
 from hypersd_jax.adapters import Adapter
-from hypersd_jax.bases import StableDiffusion, TextToImage
+from hypersd_jax.bases import TextToImage
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import BASE, PREVIOUS, Config
 from hypersd_jax.data import Source
@@ -52,7 +52,7 @@ class Run:
     config: Config
     output: Output
     mesh: Mesh
-    base: StableDiffusion
+    base: TextToImage
     base_fingerprint: Any
     preview_prompts: tuple[str, ...]
     uncond: Conditioning | None
@@ -81,7 +81,7 @@ class Run:
         trained = () if self.config.adapter_stages else self.base.text_encoders
         return Inputs(self.config, self.source, self.base, self.mesh, trained=trained)
 
-    def start_from(self, base: StableDiffusion) -> None:
+    def start_from(self, base: TextToImage) -> None:
         """Make the next stages start from another model of the same structure."""
         self.base = base
         self.base_fingerprint = fingerprints(self.config, base)

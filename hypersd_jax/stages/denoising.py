@@ -1,4 +1,4 @@
-"""Teacher stages: train UNet and text encoder to denoise the frozen autoencoder's latents."""
+"""Teacher stages: train denoiser and text encoders to denoise the frozen autoencoder's latents."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from hypersd_jax.bases import StableDiffusion, with_dropped
+from hypersd_jax.bases import TextToImage, with_dropped
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import TeacherStage
 from hypersd_jax.distill import corruption, denoising_loss
@@ -18,7 +18,7 @@ from hypersd_jax.inputs.batches import LoadedBatch
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.kinds import STUDENT
-from hypersd_jax.stages.model_student import check_model, pass_on, with_weights, write_final_model, write_images
+from hypersd_jax.stages.model_student import check_model, pass_on, write_final_model, write_images
 from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import LossFunction, Phase
 
@@ -29,7 +29,7 @@ def check(run: Run, stage: TeacherStage, earlier: Sequence[str]) -> None:
 
 
 def trainable(run: Run, index: int, stage: TeacherStage) -> dict[str, Any]:
-    """Return the weights of the UNet and the text encoders, by component."""
+    """Return the weights of the denoiser and the text encoders, by component."""
     base = run.base
     return {STUDENT: {name: dict(base.params[name]) for name in (base.denoiser, *base.text_encoders)}}
 
@@ -39,12 +39,12 @@ def frozen(run: Run, stage: TeacherStage) -> dict[str, Any]:
     return {"empty": tuple(jnp.asarray(ids) for ids in run.base.prompts.tokenize([""]))}
 
 
-def phases(base: StableDiffusion, stage: TeacherStage) -> list[Phase]:
+def phases(base: TextToImage, stage: TeacherStage) -> list[Phase]:
     """Train the model once a step."""
     return [Phase(models={STUDENT: stage.learning_rate}, loss=make_loss(base, stage))]
 
 
-def make_loss(base: StableDiffusion, stage: TeacherStage) -> LossFunction:
+def make_loss(base: TextToImage, stage: TeacherStage) -> LossFunction:
     """Make the denoising loss; a dropped caption becomes the empty one, or zeros where the unconditional is (SDXL)."""
     schedule = base.schedule
     if stage.prediction_type is not None:
@@ -79,7 +79,7 @@ def batches(run: Run, index: int, stage: TeacherStage, frozen: Any, done: int) -
 
 def preview(run: Run, stage: TeacherStage, student: Any, name: str, *, last: bool = False) -> None:
     """Sample the data's first captions."""
-    pipe = Pipeline(_predicting(with_weights(run.base, student), stage))
+    pipe = Pipeline(_predicting(run.base.with_weights(student), stage))
     settings = run.config.evaluation
     how: dict[str, Any] = {"steps": MANY_STEPS, "sampler": "ddim", "guidance": settings.guidance}
     prompts = list(run.preview_prompts)
@@ -94,11 +94,5 @@ def finish(run: Run, stage: TeacherStage, student: Any, *, trained: bool) -> Non
     write_final_model(run, stage)
 
 
-def _predicting(base: StableDiffusion, stage: TeacherStage) -> StableDiffusion:
-    """Return the model with the stage's prediction type in its scheduler configuration."""
-    if stage.prediction_type is None:
-        return base
-    description = base.components.description
-    config = {**description.scheduler_config, "prediction_type": stage.prediction_type}
-    changed = dataclasses.replace(description, scheduler_config=config)
-    return base.around(dataclasses.replace(base.components, description=changed))
+def _predicting(base: TextToImage, stage: TeacherStage) -> TextToImage:
+    return base if stage.prediction_type is None else base.predicting(stage.prediction_type)

@@ -23,7 +23,7 @@ from hypersd_jax.stages.adversarial import make_discriminator
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.generator import Frozen
 from hypersd_jax.stages.kinds import DISCRIMINATOR, FAKE, STUDENT, naming
-from hypersd_jax.stages.streams import Draw, Stream, drawn_from
+from hypersd_jax.stages.streams import Draw, Stream, drawn_from, normal
 from hypersd_jax.training import LossFunction, Metrics, Phase
 
 batches = generator.batches
@@ -32,9 +32,9 @@ preview, finish = adapter_student.preview, adapter_student.finish
 
 def check(run: Run, stage: ScoreStage, earlier: Sequence[str]) -> None:
     """Refuse a base without the discriminator's features, or a run without the teachers."""
+    generator.check(run, stage, earlier)
     with naming(f"stages.{stage.name}"):
         make_discriminator(run.base, stage.adversarial)
-    generator.check(run, stage, earlier)
 
 
 def trainable(run: Run, index: int, stage: ScoreStage) -> dict[str, Any]:
@@ -85,7 +85,7 @@ def make_fake_loss(base: Base, stage: ScoreStage) -> LossFunction:
             real_features = nets.tapped(real_t, t, cond, taps, fake)[1]
             perturbed = None
             if discriminator.config.r1:
-                noise = _normal(drawn_from(key, Draw.R1), batch["indices"], real_t.shape[1:])
+                noise = normal(drawn_from(key, Draw.R1), batch["indices"], real_t.shape[1:])
                 perturbed = nets.tapped(real_t + discriminator.config.r1_sigma * noise, t, cond, taps, fake)[1]
             own, more = discriminator.loss(models[DISCRIMINATOR], real_features, features, perturbed)
             value, metrics = value + own, metrics | more
@@ -141,10 +141,5 @@ def make_student_loss(base: Base, stage: ScoreStage) -> LossFunction:
 def _real(base: Base, batch: Any, key: jax.Array, t: jax.Array) -> jax.Array:
     """Add noise to the images' latents, to timesteps t (B,)."""
     latents = batch["latents"]
-    noise = _normal(drawn_from(key, Draw.REAL), batch["indices"], latents.shape[1:])
+    noise = normal(drawn_from(key, Draw.REAL), batch["indices"], latents.shape[1:])
     return add_noise(latents, noise, *alpha_sigma(base.schedule, t, latents))
-
-
-def _normal(key: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
-    """Draw noise (B, ...) by (key, batch index) alone."""
-    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(indices)

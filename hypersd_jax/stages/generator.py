@@ -30,6 +30,7 @@ from hypersd_jax.distill import (
 from hypersd_jax.errors import UserError
 from hypersd_jax.inputs.batches import LoadedBatch
 from hypersd_jax.inputs.ode_pairs import make_ode_pairs, repeat_batches
+from hypersd_jax.stages import adapter_student
 from hypersd_jax.stages.consistency import segments_of
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.kinds import STUDENT, naming
@@ -61,6 +62,7 @@ class Frozen(NamedTuple):
 
 def check(run: Run, stage: GeneratorStage, earlier: Sequence[str]) -> None:
     """Refuse what does not fit the model or the earlier stages."""
+    adapter_student.check(run)
     with naming(f"stages.{stage.name}"):
         _check(run, stage, earlier)
 

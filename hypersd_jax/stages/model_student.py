@@ -5,14 +5,13 @@ After the last stage OUTPUT/model holds it in diffusers' layout, which the next 
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
-from hypersd_jax.bases import StableDiffusion
+from hypersd_jax.bases import TextToImage
 from hypersd_jax.config import StageConfig
 from hypersd_jax.errors import UserError
 from hypersd_jax.evaluation import write_strips
@@ -24,22 +23,16 @@ def check_model(run: Run, stage: StageConfig) -> None:
     """Refuse models that ordinary training does not fit."""
     if run.base.is_inpainting or run.base.embeds_guidance:
         raise UserError(
-            f"model: stages.{stage.name} does not train inpainting models or UNets that embed the guidance scale"
+            f"model: stages.{stage.name} does not train inpainting models, or those that embed the guidance scale"
         )
 
 
-def with_weights(base: StableDiffusion, trained: Mapping[str, Any]) -> StableDiffusion:
-    """Return the model with trained weights, by component, in place of its own."""
-    params = {name: {**part, **trained.get(name, {})} for name, part in base.params.items()}
-    return base.around(dataclasses.replace(base.components, params=params))
-
-
 def pass_on(
-    run: Run, stage: StageConfig, trained: Mapping[str, Any], adjusted: Callable[[StableDiffusion], StableDiffusion]
+    run: Run, stage: StageConfig, trained: Mapping[str, Any], adjusted: Callable[[TextToImage], TextToImage]
 ) -> None:
     """Make the next stages start from the trained weights in an ``adjusted`` model; UserError if not finite."""
     require_finite(trained, stage)
-    run.start_from(adjusted(with_weights(run.base, trained)))
+    run.start_from(adjusted(run.base.with_weights(trained)))
 
 
 def write_final_model(run: Run, stage: StageConfig) -> None:

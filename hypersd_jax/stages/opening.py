@@ -6,7 +6,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from hypersd_jax.bases import StableDiffusion
+from hypersd_jax.bases import load_base
 from hypersd_jax.config import Config
 from hypersd_jax.data import open_prompts, open_source
 from hypersd_jax.errors import UserError
@@ -18,7 +18,6 @@ from hypersd_jax.stages.kinds import training_step
 from hypersd_jax.stages.streams import Stream
 from hypersd_jax.training import StopSignals, make_mesh
 from hypersd_jax.training.output import Output
-from hypersd_jax.weights.components import load_components
 
 
 def open_run(config: Config, output: Output, stop: StopSignals | None = None) -> Run:
@@ -33,11 +32,9 @@ def open_run(config: Config, output: Output, stop: StopSignals | None = None) ->
     own: dict[str, Any] = {}
     if not adapters_alone:  # the weights themselves are trained, in float32
         own = {"param_dtype": jnp.float32, "fresh": config.model.fresh, "seed": config.seed}
-    components = load_components(config.model.source, dtype=dtype, remat=config.model.remat, mesh=mesh, **own)
-    base = StableDiffusion(
-        components=components, dtype=dtype, mesh=mesh, resolution=config.data.resolution, remat=config.model.remat
-    )
-    resolution = base.latent_shape[0] * base.downscale  # refused here, where it does not suit the autoencoder
+    own |= {"resolution": config.data.resolution, "remat": config.model.remat}
+    base = load_base(config.model.source, dtype=dtype, mesh=mesh, **own)
+    resolution = base.image_side  # refused here, where it does not suit the autoencoder
     source = prompts = None
     if any(stage.reads_images for stage in config.active_stages):
         source = open_source(config.data, resolution=resolution, seed=config.seed, batch_size=config.batch_size)

@@ -84,10 +84,6 @@ def check_stages(run: Run) -> None:
     Raises:
         UserError: naming the stage and key.
     """
-    if run.config.adapter_stages and run.base.embeds_guidance:
-        raise UserError("model: its UNet embeds the guidance scale (time_cond_proj_dim), which no stage trains yet")
-    if run.config.adapter_stages and run.base.is_inpainting:
-        raise UserError("model: an inpainting model (unet in_channels=9), which no stage trains")
     earlier: list[str] = []
     for stage in run.config.active_stages:
         require_even(stage, run.mesh)

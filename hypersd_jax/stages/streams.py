@@ -35,3 +35,8 @@ def stream(seed: int, name: Stream, index: int) -> jax.Array:
 def drawn_from(key: jax.Array, name: Draw) -> jax.Array:
     """Derive the key of one random stream of a step."""
     return jax.random.fold_in(key, int(name))
+
+
+def normal(key: jax.Array, indices: jax.Array, shape: tuple[int, ...]) -> jax.Array:
+    """Sample standard normal noise (B, *shape); a sample's depends on (key, its batch index) alone."""
+    return jax.vmap(lambda index: jax.random.normal(jax.random.fold_in(key, index), shape))(indices)

@@ -92,7 +92,7 @@ def jitted(method, N, k, prediction_type="epsilon", **options):
 @pytest.mark.parametrize(("method", "N", "k"), [("tscd", 50, 1), ("lcm", 50, 1), ("pcm", 40, 4)])
 def test_the_loss_is_the_papers(method, N, k, prediction_type):
     loss, metrics = jitted(method, N, k, prediction_type, distance=pseudo_huber(HUBER_C))
-    drawn = draw(KEY, (SIZE, 3, 3, 4), pad_segments(N, k, 50), guidance=GUIDANCE, end=METHODS[method][0])
+    drawn = draw(KEY, (SIZE, 3, 3, 4), pad_segments(N, k, 50), guidance=GUIDANCE, target=METHODS[method][0])
     drawn = Draw(*(np.asarray(leaf, np.float64 if leaf.dtype == jnp.float32 else np.int64) for leaf in drawn))
     hand = ByHand(prediction_type == "v_prediction")
     prediction, target = hand.sides(method, drawn, np.asarray(latents(), np.float64), np.linspace(-1, 1, SIZE))
@@ -117,7 +117,7 @@ def test_tcds_end_is_uniform_over_all_times_below_the_start():
 
 @pytest.mark.parametrize(("N", "k"), [(40, 8), (40, 4), (50, 2), (50, 1)])
 def test_pcms_end_is_the_phases_edge(N, k):
-    drawn = draw(KEY, (500, 1, 1, 1), pad_segments(N, k, 50), guidance=GUIDANCE, end=segment_boundary)
+    drawn = draw(KEY, (500, 1, 1, 1), pad_segments(N, k, 50), guidance=GUIDANCE, target=segment_boundary)
     t_n, _, t_b = segment_bounds(N, k)
     edges = dict(zip(t_n.tolist(), t_b.tolist(), strict=True))
     assert np.asarray(drawn.t_end).tolist() == [edges[t] for t in np.asarray(drawn.t_n).tolist()]
@@ -138,7 +138,8 @@ def test_the_other_draws_are_the_same_for_all_methods():
     """So that methods are compared on the same starts, noise and guidance."""
     segments = pad_segments(40, 4, 50)
     uniform, edge = (
-        draw(KEY, (SIZE, 3, 3, 4), segments, guidance=GUIDANCE, end=end) for end in (uniform_target, segment_boundary)
+        draw(KEY, (SIZE, 3, 3, 4), segments, guidance=GUIDANCE, target=end)
+        for end in (uniform_target, segment_boundary)
     )
     jax.tree.map(np.testing.assert_array_equal, uniform._replace(t_end=0), edge._replace(t_end=0))
     assert np.any(uniform.t_end != edge.t_end)

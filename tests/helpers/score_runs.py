@@ -205,7 +205,7 @@ class ByHand:
     def drawn(self, key: jax.Array, segments: Segments, guidance: tuple[float, float], method: str = "tscd") -> Draw:
         """The times, guidance and noise of a consistency loss."""
         end, _ = METHODS[method]
-        found = draw(key, self.shape, segments, guidance=guidance, indices=self.batch["indices"], end=end)
+        found = draw(key, self.shape, segments, guidance=guidance, indices=self.batch["indices"], target=end)
         return jax.tree.map(np.asarray, found)
 
     @property

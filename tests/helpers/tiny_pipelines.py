@@ -68,13 +68,27 @@ def _vae() -> AutoencoderKL:
     )
 
 
+def _blocks(attentive: str | None) -> dict[str, Any]:
+    """Two levels with attention in one of them, "first" or "last", or in the middle alone, which compiles faster."""
+    kinds = [("CrossAttn" if place == attentive else "") for place in ("first", "last")]
+    return {
+        "down_block_types": tuple(f"{kind}DownBlock2D" for kind in kinds),
+        "up_block_types": tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
+    }
+
+
 def tiny_sd(
-    folder: Path, prediction_type: str = "epsilon", guidance_embedding: int | None = None, *, in_channels: int = 4
+    folder: Path,
+    prediction_type: str = "epsilon",
+    guidance_embedding: int | None = None,
+    *,
+    in_channels: int = 4,
+    attentive: bool = False,
 ) -> Path:
     """An SD-1.x-shaped (epsilon) or SD-2.x-shaped (v_prediction) pipeline of 16 px images.
 
     With a ``guidance_embedding`` dimension the UNet reads the guidance scale, as LCM's do; with 9 ``in_channels`` it is
-    an inpainting model.
+    an inpainting model. An ``attentive`` one has attention in the blocks down and up too.
     """
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(str(assets() / "teacher" / "tokenizer"))
@@ -82,8 +96,7 @@ def tiny_sd(
     unet = _unet(
         WIDTH,
         in_channels=in_channels,
-        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-        up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        **_blocks("first" if attentive else None),
         attention_head_dim=[2, 4] if second else 4,
         use_linear_projection=second,
         time_cond_proj_dim=guidance_embedding,
@@ -103,10 +116,10 @@ def tiny_sd(
     return folder
 
 
-def tiny_sdxl(folder: Path, *, in_channels: int = 4) -> Path:
+def tiny_sdxl(folder: Path, *, in_channels: int = 4, attentive: bool = False) -> Path:
     """An SDXL-shaped pipeline of 16 px images: two text encoders, text_time, transformer layers per block.
 
-    With 9 ``in_channels`` it is an inpainting model.
+    With 9 ``in_channels`` it is an inpainting model. An ``attentive`` one has attention in the blocks down and up too.
     """
     torch.manual_seed(0)
     tokenizer = CLIPTokenizer.from_pretrained(str(assets() / "teacher" / "tokenizer"))
@@ -114,8 +127,7 @@ def tiny_sdxl(folder: Path, *, in_channels: int = 4) -> Path:
     unet = _unet(
         2 * WIDTH,
         in_channels=in_channels,
-        down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-        up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
+        **_blocks("last" if attentive else None),
         attention_head_dim=[2, 4],
         transformer_layers_per_block=[1, 2],
         use_linear_projection=True,

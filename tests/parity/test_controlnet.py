@@ -62,8 +62,10 @@ SIZES = {"sd1": (9, 7), "sdxl": (5, 6), "pooled": (4, 8)}
 TIMESTEPS = np.array([7, 981])
 
 
-def up_blocks(config: dict[str, Any]) -> list[str]:
-    return [kind.replace("Down", "Up") for kind in reversed(config["down_block_types"])]
+def steered_config(name: str) -> dict[str, Any]:
+    """The UNet that is steered, whose own blocks are other tests': attention in its middle alone."""
+    levels = len(UNETS[name]["down_block_types"])
+    return {**UNETS[name], "down_block_types": ["DownBlock2D"] * levels, "up_block_types": ["UpBlock2D"] * levels}
 
 
 def torch_control(name: str, seed: int = 1) -> ControlNetModel:
@@ -129,7 +131,7 @@ def torch_run(control: Any, steered: Any, given: dict[str, torch.Tensor], scale:
 def test_values_and_gradients(name: str) -> None:
     theirs = torch_control(name)
     torch.manual_seed(2)
-    config = {**UNETS[name], "up_block_types": up_blocks(UNETS[name])}
+    config = steered_config(name)
     their_unet = perturb(UNet2DConditionModel(**config), seed=2).requires_grad_(False)
     control_config = ControlNetConfig.from_dict({**UNETS[name], **CONTROL[name]})
     network, steered = controlnet(control_config), unet(UNetConfig.from_dict(config))
@@ -197,7 +199,7 @@ def test_two_networks_add_up(tmp_path: Path) -> None:
     name, weights = "sd1", (0.5, 1.25)
     both = [torch_control(name, seed) for seed in (1, 5)]
     torch.manual_seed(2)
-    config = {**UNETS[name], "up_block_types": up_blocks(UNETS[name])}
+    config = steered_config(name)
     their_unet = perturb(UNet2DConditionModel(**config), seed=2)
     unet_config = UNetConfig.from_dict(config)
     steered, given = unet(unet_config), inputs(name)

@@ -48,7 +48,7 @@ class Model:
 
 def _inpainting(folder: Path) -> Path:
     """The SD-1.x-shaped pipeline with nine input channels."""
-    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_sd(folder / "plain"))
+    pipe = diffusers.StableDiffusionPipeline.from_pretrained(tiny_sd(folder / "plain", attentive=True))
     torch.manual_seed(1)
     unet = diffusers.UNet2DConditionModel.from_config({**pipe.unet.config, "in_channels": 9})
     parts = {**pipe.components, "unet": perturb(unet, 2, 0.05)}
@@ -61,9 +61,9 @@ def _inpainting(folder: Path) -> Path:
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Model:
     path = tmp_path_factory.mktemp(request.param)
     folder = {
-        "sd1": lambda: tiny_sd(path / "model"),
-        "sd2": lambda: tiny_sd(path / "model", "v_prediction"),
-        "sdxl": lambda: tiny_sdxl(path / "model"),
+        "sd1": lambda: tiny_sd(path / "model", attentive=True),
+        "sd2": lambda: tiny_sd(path / "model", "v_prediction", attentive=True),
+        "sdxl": lambda: tiny_sdxl(path / "model", attentive=True),
         "inpainting": lambda: _inpainting(path),
     }[request.param]()
     convert_model(folder, path / "model.safetensors", "single-file")

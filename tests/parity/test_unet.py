@@ -30,8 +30,10 @@ COARSE: dict[str, Any] = {
     "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],
     "up_block_types": ["CrossAttnUpBlock2D", "UpBlock2D"],
 }
+PLAIN: dict[str, Any] = {**SMALL, "down_block_types": ["DownBlock2D"] * 2, "up_block_types": ["UpBlock2D"] * 2}
+# Together they have every kind of block, and each by itself few, as compiling them is what takes time.
 CONFIGS: dict[str, dict[str, Any]] = {
-    "sd1": {**SMALL, "attention_head_dim": 8},
+    "sd1": {**SMALL, "mid_block_type": None, "attention_head_dim": 8},
     "sd2": {
         **SMALL,
         "mid_block_type": None,
@@ -59,7 +61,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "time_embedding_dim": 40,
         "center_input_sample": True,
     },
-    "odd_size": {**SMALL, "mid_block_type": "UNetMidBlock2D", "in_channels": 5, "out_channels": 3},
+    "odd_size": {**PLAIN, "mid_block_type": "UNetMidBlock2D", "in_channels": 5, "out_channels": 3},
     "layers_list": {**COARSE, "layers_per_block": [2, 1], "mid_block_type": None, "conv_in_kernel": 5},
     "asymmetric": {
         **COARSE,
@@ -78,13 +80,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "norm_eps": 1e-3,
         "conv_out_kernel": 1,
     },
-    "middle_scale": {
-        **COARSE,
-        "up_block_types": ["UpBlock2D"] * 2,
-        "down_block_types": ["DownBlock2D"] * 2,
-        "mid_block_scale_factor": 1.5,
-        "act_fn": "relu",
-    },
+    "middle_scale": {**PLAIN, "mid_block_scale_factor": 1.5, "act_fn": "relu"},
 }
 SIZES = {"odd_size": (9, 7)}
 

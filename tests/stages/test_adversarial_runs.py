@@ -85,7 +85,7 @@ class ConsistencyByHand(ByHand):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smaller(tiny_model(tmp_path_factory.mktemp("model")))
+    return smaller(tiny_model(tmp_path_factory.mktemp("model")), middle=True)
 
 
 @pytest.fixture(scope="module")

@@ -18,7 +18,7 @@ from hypersd_jax.stages import train
 from hypersd_jax.stages.export import sampling_header
 from hypersd_jax.weights.tensors import open_tensors
 from tests.helpers.score_runs import open_stage
-from tests.helpers.tiny_model import SCHEDULER, smaller, tiny_model
+from tests.helpers.tiny_model import SCHEDULER
 
 RECIPE = """
 output_dir: {output}
@@ -35,11 +35,6 @@ STAGE = (
 )
 STEPS = {"lcm": 1, "pcm": 4}
 SAMPLERS = {"lcm": "lcm", "pcm": "ddim"}
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smaller(tiny_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")

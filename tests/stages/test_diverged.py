@@ -15,7 +15,6 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.stages import adapter_student, train
 from hypersd_jax.training import SkipWatch
 from tests.helpers.short_runs import ADAPTER, AUTOENCODER, recipe, share_steps
-from tests.helpers.tiny_model import smaller, tiny_model
 
 DIVERGED = ["stages.0.learning_rate=1e6", "stages.0.updates=40", "log.stop_after_skipped=5", "log.checkpoint_every=100"]
 ADVERSARIAL = ADAPTER.replace("ema: 0.5", "ema: 0.5, adversarial: {features: mid}")
@@ -30,11 +29,6 @@ def quick() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         share_steps(patch)
         yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smaller(tiny_model(tmp_path_factory.mktemp("model")))
 
 
 def nothing_exported(output: Path) -> None:

@@ -12,9 +12,9 @@ import pytest
 from hypersd_jax import training
 from hypersd_jax.cli import main
 from hypersd_jax.data import cache as caches
-from hypersd_jax.stages import adapter_student, output, train
+from hypersd_jax.stages import adapter_student, train
+from hypersd_jax.training import output
 from tests.helpers.short_runs import half_written, recipe, records, same_tensors, sample_cheaply, share_steps
-from tests.helpers.tiny_model import smaller, tiny_model
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -23,11 +23,6 @@ def quick() -> Iterator[None]:
         share_steps(patch)
         sample_cheaply(patch)
         yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smaller(tiny_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")

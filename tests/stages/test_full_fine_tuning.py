@@ -100,7 +100,7 @@ def test_fresh_parts_need_no_weights_and_learn(model, tmp_path):
     scaled = pipe.base.components.scale(mean)
     assert 0.7 < float(np.sqrt(np.var(scaled) + np.mean(np.exp(logvar)) * pipe.base.components.scale(1.0) ** 2)) < 1.3
     assert pipe.base.components.vae_config.scaling_factor != 0.2
-    before, after = reconstructed(pipe, images)
+    before, after = reconstructed(pipe.base, images)
     assert before.shape == after.shape == (64, 16, 16, 3)
 
 

@@ -22,7 +22,6 @@ from tests.helpers.short_runs import (
     sample_cheaply,
     share_steps,
 )
-from tests.helpers.tiny_model import smaller, tiny_model
 
 SCORE = """
   - {name: two, kind: dmd, updates: 6, batch_size: 4, learning_rate: 1.0e-2, ema: 0.5, fake_updates: 1, weight: 1.0,
@@ -37,11 +36,6 @@ def quick() -> Iterator[None]:
         share_steps(patch)
         sample_cheaply(patch)
         yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smaller(tiny_model(tmp_path_factory.mktemp("model")))
 
 
 def again(folder: Path, *overrides: str) -> Config:

@@ -17,8 +17,8 @@ from hypersd_jax.config import load_config
 from hypersd_jax.distill import draw_trajectory
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.stages import opening, train
 from hypersd_jax.stages import run as stage_run
-from hypersd_jax.stages import train
 from hypersd_jax.stages.kinds import DISCRIMINATOR, FAKE, STUDENT
 from hypersd_jax.training import Checkpointer, abstract
 from hypersd_jax.training.output import Output, create_output
@@ -119,7 +119,7 @@ class ScoreByHand(ByHand):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smaller(tiny_model(tmp_path_factory.mktemp("model")))
+    return smaller(tiny_model(tmp_path_factory.mktemp("model")), middle=True)
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def test_prompts_alone(tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPa
     """A run that reads no images, and its first step by hand; its student is scored along its own trajectory."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("red apple\na cat face\nblue car\n")
-    monkeypatch.setattr(stage_run, "open_source", lambda *_args, **_kwargs: pytest.fail("images are opened"))
+    monkeypatch.setattr(opening, "open_source", lambda *_args, **_kwargs: pytest.fail("images are opened"))
     opened = open_stage(recipe(tmp_path, model, TDM, source=str(prompts)))
     first, hand = opened.step(), ScoreByHand(opened)
     assert "latents" not in opened.batch

@@ -30,7 +30,6 @@ from tests.helpers.short_runs import (
     sample_cheaply,
     share_steps,
 )
-from tests.helpers.tiny_model import smaller, tiny_model
 
 ROOT = Path(__file__).parents[2]
 STUDENT = {"two": "loras/two.safetensors", "s": "model/vae/diffusion_pytorch_model.safetensors"}
@@ -45,11 +44,6 @@ def quick() -> Iterator[None]:
         share_steps(patch)
         sample_cheaply(patch)
         yield
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smaller(tiny_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,7 +20,7 @@ from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import train
 from hypersd_jax.training import Checkpointer
 from hypersd_jax.weights.tensors import open_tensors
-from tests.helpers.tiny_model import smaller, tiny_model
+from tests.helpers.short_runs import share_steps
 
 ROOT = Path(__file__).parents[2]
 RECIPE = """
@@ -36,9 +37,11 @@ stages:
 """
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smaller(tiny_model(tmp_path_factory.mktemp("model")))
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        share_steps(patch)
+        yield
 
 
 def recipe(folder: Path, model: Path, *overrides: str, teacher: str = "base") -> Config:

@@ -121,7 +121,7 @@ def test_refusals(tmp_path: Path, base: Path) -> None:
     norms = tuned(base, tmp_path / "norms", {"unet": norm_only})
     lost = tuned(base, tmp_path / "lost", {"unet": lambda tensors: tensors.pop("conv_in.bias")})
     wide = tuned(base, tmp_path / "wide", {})
-    (wide / "unet" / "config.json").write_text(json.dumps({**UNET, "block_out_channels": [16, 48]}))
+    (wide / "unet" / "config.json").write_text(json.dumps({**UNET, "block_out_channels": [24]}))
     out = tmp_path / "out.safetensors"
     for source, options, message in (
         (base, {"rank": 4}, "does not differ from .* in any module"),

@@ -14,7 +14,7 @@ from hypersd_jax.config import load_config
 from hypersd_jax.recipes import find_recipe
 from hypersd_jax.weights.components import assets
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 # Of all pages together. A command that is only parsed, or not even that, is a promise less: the lists grow by decision.
 RUN = 13

@@ -82,12 +82,13 @@ def test_the_best_shipped_lora_for_every_number_of_steps(arguments: str, name: s
 
 
 def test_six_steps_of_the_embedded_model_are_a_students(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--steps", "6", "--seed", "3", "--num-images", "4"]  # as many as above, whose program it then is
     output = tmp_path / "out.png"
-    assert status("sample", "--steps", "6", "--seed", "3", "--prompt", "lion, noto style", "--output", str(output)) == 0
+    assert status("sample", *arguments, "--prompt", "lion, noto style", "--output", str(output)) == 0
     printed = capsys.readouterr()
-    assert printed.out == f"{output}\n"
+    assert printed.out.split() == [str(tmp_path / f"out-{i:03d}.png") for i in range(4)]
     (line,) = (line for line in printed.err.splitlines() if line.startswith("sampled with "))
-    said = r"model embedded, LoRA unified@1, tcd, 6 steps, guidance 0, eta 0, seed 3, 64x64, 1 image in \d+\.\d s"
+    said = r"model embedded, LoRA unified@1, tcd, 6 steps, guidance 0, eta 0, seed 3, 64x64, 4 images in \d+\.\d s"
     assert re.fullmatch(f"sampled with {said}", line)
 
 

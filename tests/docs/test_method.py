@@ -14,7 +14,7 @@ import pytest
 
 from hypersd_jax.config import Config, kinds
 
-PAGE = Path(__file__).parents[1] / "docs" / "method.md"
+PAGE = Path(__file__).parents[2] / "docs" / "method.md"
 CODE = re.compile(r"`([^`]+)`")
 # Values that stand in the column by themselves, beside another of their key.
 VALUES = {"all", "pair"}

@@ -14,7 +14,7 @@ from PIL import Image
 
 from tests.helpers.tiny_model import smaller, tiny_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 NOTEBOOK = ROOT / "examples" / "sampling.ipynb"
 
 

@@ -20,7 +20,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.training.reuse import history
 from hypersd_jax.weights.tensors import save_tensors
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 RECIPE = """
 output_dir: nowhere
 data: {source: emoji}

@@ -1,4 +1,4 @@
-"""The pipeline's promises that need no other implementation, on the embedded model."""
+"""The pipeline's promises that need no other implementation, on a tiny model."""
 
 from __future__ import annotations
 
@@ -20,15 +20,20 @@ from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.pipeline.plan import seed_noise
 from hypersd_jax.weights.diffusers.component import save_params
 from tests.helpers.compilations import Compilations
-from tests.helpers.tiny_model import UNET, tiny_model
+from tests.helpers.tiny_model import UNET, smaller, tiny_model
 
 PROMPT = "red apple, fluent flat style"
 CALL: dict[str, Any] = {"steps": 2, "guidance": 0.0, "output": "latent"}
 
 
 @pytest.fixture(scope="module")
-def pipe() -> Pipeline:
-    return Pipeline.from_pretrained("embedded")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return smaller(tiny_model(tmp_path_factory.mktemp("model")))
+
+
+@pytest.fixture(scope="module")
+def pipe(model: Path) -> Pipeline:
+    return Pipeline.from_pretrained(model)
 
 
 def lora(pipe: Pipeline, rank: int, seed: int) -> dict[str, Any]:
@@ -153,10 +158,10 @@ def test_callback_counts_the_steps(clean: Pipeline) -> None:
     assert seen == [(1, 4), (2, 4), (3, 4), (4, 4)]
 
 
-def test_bfloat16_is_near_float32(clean: Pipeline) -> None:
-    low = Pipeline.from_pretrained("embedded", dtype="bfloat16")
+def test_bfloat16_is_near_float32(clean: Pipeline, model: Path) -> None:
+    low = Pipeline.from_pretrained(model, dtype="bfloat16")
     assert low.base.params["unet"]["conv_in.kernel"].dtype == jnp.bfloat16
-    latents = np.random.default_rng(0).standard_normal((1, 16, 16, 4)).astype(np.float32)
+    latents = np.random.default_rng(0).standard_normal((1, 8, 8, 4)).astype(np.float32)
     call = {"steps": 2, "guidance": 0.0, "latents": latents, "output": "np"}
     difference = low(PROMPT, **call) - clean(PROMPT, **call)
     assert np.sqrt(np.mean(difference**2)) < 0.03
@@ -182,9 +187,9 @@ def test_long_prompts_warn(clean: Pipeline) -> None:
         ({"batch_size": 0}, "batch_size"),
         ({"height": 65}, "height"),
         ({"width": 0}, "width"),
-        ({"latents": np.zeros((1, 8, 8, 4))}, "latents"),
-        ({"latents": np.full((1, 16, 16, 4), np.nan)}, "latents"),
-        ({"noise": np.zeros((1, 1, 16, 16, 4))}, "noise"),
+        ({"latents": np.zeros((1, 4, 4, 4))}, "latents"),
+        ({"latents": np.full((1, 8, 8, 4), np.nan)}, "latents"),
+        ({"noise": np.zeros((1, 1, 8, 8, 4))}, "noise"),
         ({"timesteps": (100, 200)}, "timesteps"),
         ({"preset": "hyper-sd15-4step"}, "hyper-sd15-4steps"),
         ({"spacing": "trailling"}, "trailing"),

@@ -20,7 +20,7 @@ from hypersd_jax.inputs.caching import write_cache
 from hypersd_jax.stages import train
 from hypersd_jax.training import make_mesh
 from tests.helpers.image_sets import encoded, with_sidecars
-from tests.helpers.tiny_model import smaller, tiny_model
+from tests.helpers.tiny_model import tiny_model
 
 RECIPE = """
 output_dir: {output}
@@ -33,11 +33,6 @@ stages:
   - {stage}
 """
 STAGE = "{name: s, k: 2, solver_steps: 8, updates: 3, batch_size: 4, accumulate: 2, learning_rate: 1.0e-2}"
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smaller(tiny_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")

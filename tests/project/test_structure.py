@@ -11,7 +11,7 @@ import pytest
 
 import hypersd_jax
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PACKAGE = ROOT / "hypersd_jax"
 
 # From the ground up: a room imports only what stands before it.

@@ -16,7 +16,7 @@ from hypersd_jax.config import Config, build, load_config, to_dict
 from hypersd_jax.errors import UserError
 from hypersd_jax.recipes import recipe_files
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "configuration.md"
 COMMAND = "python scripts/configuration_reference.py docs/configuration.md"
 RECIPE = {"output_dir": "out", "stages": [{"name": "one", "k": 1, "updates": 1, "batch_size": 1}]}

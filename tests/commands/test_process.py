@@ -22,7 +22,7 @@ from tests.helpers.image_sets import with_sidecars
 from tests.helpers.lora_files import random_adapter
 from tests.helpers.tiny_model import UNET, tiny_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 # A user id without an entry, as in a container.
 NOBODY = """
 import pwd, sys

@@ -17,7 +17,7 @@ from hypersd_jax.compilation import trim
 from hypersd_jax.weights.tensors import open_tensors
 from tests.helpers.tiny_model import smaller, tiny_model
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 SCRIPT = """
 import collections, json, sys
 import jax
@@ -81,37 +81,70 @@ def programs(cache: Path) -> dict[str, int]:
     return {path.name: path.stat().st_mtime_ns for path in cache.glob("*-cache")}
 
 
-def test_a_second_process_samples_without_compiling(tmp_path: Path, model: Path) -> None:
-    cache = tmp_path / "cache"
-    first = run(cache, sample(model, tmp_path / "a.png"), PYTHONHASHSEED="1")
-    assert first.found < first.asked
-    kept = programs(cache)
-    assert any(name.startswith("jit_scan-") for name in kept)
+def same_lora(a: Path, b: Path) -> None:
+    """What two runs trained is the same, bit for bit."""
+    files = [open_tensors(folder / "loras" / "timed.safetensors") for folder in (a, b)]
+    with files[0] as first, files[1] as second:
+        assert list(first.keys()) == list(second.keys())
+        for key in first.keys():  # noqa: SIM118
+            np.testing.assert_array_equal(first.read(key), second.read(key), err_msg=key)
+
+
+class Filled(NamedTuple):
+    """A folder with the programs of a process that sampled and trained."""
+
+    folder: Path
+    ran: Ran
+
+    @property
+    def cache(self) -> Path:
+        return self.folder / "cache"
+
+
+@pytest.fixture(scope="module")
+def recipe(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
+    path = tmp_path_factory.mktemp("recipe") / "recipe.yaml"
+    path.write_text(RECIPE.format(model=model, stage=TSCD, samples=0))
+    return path
+
+
+@pytest.fixture(scope="module")
+def filled(tmp_path_factory: pytest.TempPathFactory, model: Path, recipe: Path) -> Filled:
+    folder = tmp_path_factory.mktemp("filled")
+    training = ["train", "--config", recipe, f"output_dir={folder / 'out'}"]
+    return Filled(folder, run(folder / "cache", sample(model, folder / "a.png"), training, PYTHONHASHSEED="1"))
+
+
+def test_a_second_process_samples_and_trains_without_compiling(
+    tmp_path: Path, model: Path, recipe: Path, filled: Filled
+) -> None:
+    assert filled.ran.found < filled.ran.asked
+    kept = programs(filled.cache)
+    for name in ("scan", "step"):
+        assert any(program.startswith(f"jit_{name}-") for program in kept)
     # Another number of steps, seed and guidance are the same programs.
     other = sample(model, tmp_path / "c.png", 3, "--seed", 5, "--guidance", 2)
-    second = run(cache, sample(model, tmp_path / "b.png"), other, PYTHONHASHSEED="2")
-    assert second.found == second.asked >= 3
-    assert programs(cache) == kept
+    training = ["train", "--config", recipe, f"output_dir={tmp_path / 'out'}"]
+    second = run(filled.cache, sample(model, tmp_path / "b.png"), other, training, PYTHONHASHSEED="2")
+    assert second.found == second.asked >= 4
+    assert programs(filled.cache) == kept
     for index in (0, 1):
-        a, b = ((tmp_path / f"{name}-{index:03d}.png").read_bytes() for name in "ab")
-        assert a == b
+        first, again = filled.folder / f"a-{index:03d}.png", tmp_path / f"b-{index:03d}.png"
+        assert first.read_bytes() == again.read_bytes()
+    same_lora(filled.folder / "out", tmp_path / "out")
 
 
-@pytest.mark.parametrize(("stage", "samples"), [(TSCD, 0), (DMD, 3)], ids=["tscd", "dmd"])
-def test_a_second_process_trains_without_compiling(tmp_path: Path, model: Path, stage: str, samples: int) -> None:
+def test_a_second_process_trains_without_compiling(tmp_path: Path, model: Path) -> None:
+    """Of several models, and with the comparison."""
     cache, recipe = tmp_path / "cache", tmp_path / "recipe.yaml"
-    recipe.write_text(RECIPE.format(model=model, stage=stage, samples=samples))
+    recipe.write_text(RECIPE.format(model=model, stage=DMD, samples=3))
     ran = [
         run(cache, ["train", "--config", recipe, f"output_dir={tmp_path / name}"], PYTHONHASHSEED=seed)
         for name, seed in (("a", "1"), ("b", "2"))
     ]
     assert ran[0].found < ran[0].asked
     assert ran[1].found == ran[1].asked
-    files = [open_tensors(tmp_path / name / "loras" / "timed.safetensors") for name in ("a", "b")]
-    with files[0] as first, files[1] as second:
-        assert list(first.keys()) == list(second.keys())
-        for key in first.keys():  # noqa: SIM118
-            np.testing.assert_array_equal(first.read(key), second.read(key), err_msg=key)
+    same_lora(tmp_path / "a", tmp_path / "b")
 
 
 def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path, model: Path) -> None:
@@ -124,14 +157,14 @@ def test_a_folder_that_cannot_be_written_is_one_warning(tmp_path: Path, model: P
     assert len(list(tmp_path.glob("a-*.png"))) == 2
 
 
-def test_damaged_programs_are_compiled_again_in_silence(tmp_path: Path, model: Path) -> None:
+def test_damaged_programs_are_compiled_again_in_silence(tmp_path: Path, model: Path, filled: Filled) -> None:
     cache = tmp_path / "cache"
-    run(cache, sample(model, tmp_path / "a.png", 1))
-    for path in cache.glob("*-cache"):
-        path.write_bytes(path.read_bytes()[:100])
-    found = run(cache, sample(model, tmp_path / "b.png", 1))
+    cache.mkdir()
+    for path in filled.cache.glob("*-cache"):
+        (cache / path.name).write_bytes(path.read_bytes()[:100])
+    found = run(cache, sample(model, tmp_path / "b.png"))
     assert (found.found, found.warnings) == (0, "")
-    assert (tmp_path / "a-000.png").read_bytes() == (tmp_path / "b-000.png").read_bytes()
+    assert (filled.folder / "a-000.png").read_bytes() == (tmp_path / "b-000.png").read_bytes()
 
 
 def test_the_programs_used_longest_ago_are_deleted(tmp_path: Path) -> None:

@@ -16,7 +16,7 @@ from hypersd_jax.diffusion import SOLVERS, SPACINGS
 from hypersd_jax.presets import PRESETS
 from hypersd_jax.recipes import recipe_files, recipe_titles
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 COMMANDS = ("train", "sample", "convert", "convert lora", "convert model", "convert merge", "convert extract")
 COMMANDS += ("cache", "evaluate", "doctor")
 
