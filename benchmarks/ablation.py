@@ -66,7 +66,7 @@ def run(options: argparse.Namespace) -> None:
             raise UserError(f"recipes.{recipe.name}: model, data.groups and evaluation must be those of all recipes")
     clock = Clock([config for _, _, config in jobs], root, scorer.base)
     title = options.matrix.stem
-    facts = _facts(options.matrix, matrix, seeds, options.recipes)
+    settings = _settings(options.matrix, matrix, seeds, options.recipes)
     results: list[dict[str, Any]] = []
     page = ""
     for number, (seed, recipe, config) in enumerate(jobs):
@@ -78,7 +78,7 @@ def run(options: argparse.Namespace) -> None:
             settings = {"steps": row.steps, "sampler": row.sampler, "eta": row.eta, "timesteps": row.timesteps}
             names["updates"] = _updates(config, row.stage)
             results.append({**names, **settings, **found.values, "images": found.images})
-        page = write_results(options.results / title, title, facts, matrix, results, scorer)
+        page = write_results(options.results / title, title, settings, matrix, results, scorer)
         clock.done(number)
     print(page)
 
@@ -123,7 +123,7 @@ def _updates(config: Config, stage: str) -> int:
     return sum(each.updates for each in config.adapter_stages[: names.index(stage) + 1])
 
 
-def _facts(path: Path, matrix: Matrix, seeds: list[int] | tuple[int, ...], recipes: list[str] | None) -> list[str]:
+def _settings(path: Path, matrix: Matrix, seeds: list[int] | tuple[int, ...], recipes: list[str] | None) -> list[str]:
     device = jax.devices()[0].device_kind
     return [
         f"`python benchmarks/ablation.py benchmarks/ablation/{path.name}"

@@ -30,9 +30,9 @@ from tqdm import tqdm
 
 from benchmarks.fuzz import bases
 from benchmarks.fuzz.commands import run_commands
-from benchmarks.fuzz.judge import Mutated, Verdict, guard_memory, judge, mutate, placed, tidy
 from benchmarks.fuzz.report import report
 from benchmarks.fuzz.samples import Sample, samples
+from benchmarks.fuzz.verdicts import Mutated, Verdict, guard_memory, mutate, placed, tidy, verdict_of
 
 RESULT = ROOT / "benchmarks" / "results" / "fuzz_loaders"
 PACKAGES = ("jax", "flax", "numpy", "safetensors", "transformers", "tokenizers")
@@ -93,7 +93,7 @@ def main() -> None:
         for number in bar:
             mutated = mutate(every, options.seed, number)
             with placed(mutated, folders[mutated.sample.kind]) as path:
-                tally.add(mutated, judge(mutated, path))
+                tally.add(mutated, verdict_of(mutated, path))
             if number % 2000 == 0:
                 tidy()
                 bar.set_postfix(wrong=tally.wrong.total())

@@ -22,7 +22,7 @@ from statistics import median
 from typing import Any
 
 ROOT = Path(__file__).parents[1]
-PARTS = ("picture", "text", "text+unet", "decode")
+PARTS = ("image", "text", "text+unet", "decode")
 
 
 class Side:
@@ -62,7 +62,7 @@ def measure(options: argparse.Namespace, model: Path, cache: str) -> dict[str, A
     arguments = [str(model), options.dtype, str(options.size), cache]
     ours = Side("ours", options.ours_python, arguments)
     result: dict[str, Any] = {"load": {"ours": ours.load["seconds"]}}
-    result["first picture"] = {"ours": ours.do("picture")["seconds"]}
+    result["first image"] = {"ours": ours.do("image")["seconds"]}
     if options.alone:
         ours.close()  # both would not fit in memory
         sides = [Side("theirs", sys.executable, arguments)]
@@ -70,7 +70,7 @@ def measure(options: argparse.Namespace, model: Path, cache: str) -> dict[str, A
         sides = [ours, Side("theirs", sys.executable, arguments)]
     theirs = sides[-1]
     result["load"]["theirs"] = theirs.load["seconds"]
-    result["first picture"]["theirs"] = theirs.do("picture")["seconds"]
+    result["first image"]["theirs"] = theirs.do("image")["seconds"]
 
     times: dict[str, dict[str, list[float]]] = {part: {"ours": [], "theirs": []} for part in PARTS}
 
@@ -81,14 +81,14 @@ def measure(options: argparse.Namespace, model: Path, cache: str) -> dict[str, A
                     found = side.do(part)
                     if number:  # the first round compiles and warms
                         times[part][side.name].append(found["seconds"])
-                    elif part == "picture":
+                    elif part == "image":
                         result.setdefault("peak GiB", {})[side.name] = found["peak_gib"]
 
     rounds(sides)
     for side in sides:
         side.close()
     again = Side("ours", options.ours_python, arguments)
-    result["second process"] = {"load": again.load["seconds"], "first picture": again.do("picture")["seconds"]}
+    result["second process"] = {"load": again.load["seconds"], "first image": again.do("image")["seconds"]}
     if options.alone:
         rounds([again])
     again.close()
@@ -103,19 +103,19 @@ def measure(options: argparse.Namespace, model: Path, cache: str) -> dict[str, A
 
 def table(result: dict[str, Any]) -> str:
     lines = ["| part | here, s | PyTorch, s | ratio |", "|---|---|---|---|"]
-    rows = {part: result["seconds"][part] for part in ("text", "unet", "decode", "picture")}
-    rows |= {"load": result["load"], "first picture": result["first picture"]}
+    rows = {part: result["seconds"][part] for part in ("text", "unet", "decode", "image")}
+    rows |= {"load": result["load"], "first image": result["first image"]}
     for name, both in rows.items():
         lines.append(f"| {name} | {both['ours']:.2f} | {both['theirs']:.2f} | {both['ours'] / both['theirs']:.2f} |")
     peak = result["peak GiB"]
     lines.append(
         f"| peak memory, GiB | {peak['ours']:.2f} | {peak['theirs']:.2f} | {peak['ours'] / peak['theirs']:.2f} |"
     )
-    second, warm = result["second process"], result["seconds"]["picture"]["ours"]
+    second, warm = result["second process"], result["seconds"]["image"]["ours"]
     lines.append("")
     lines.append(
-        f"Second process: loading {second['load']:.1f} s, then the first image in {second['first picture']:.1f} s,"
-        f" {second['first picture'] / warm:.2f} times a warm one."
+        f"Second process: loading {second['load']:.1f} s, then the first image in {second['first image']:.1f} s,"
+        f" {second['first image'] / warm:.2f} times a warm one."
     )
     return "\n".join(lines)
 

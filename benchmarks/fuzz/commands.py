@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from benchmarks.fuzz import bases
-from benchmarks.fuzz.judge import mutate
 from benchmarks.fuzz.samples import Sample
+from benchmarks.fuzz.verdicts import mutate
 
 ROOT = Path(__file__).parents[2]
 SECONDS = 300

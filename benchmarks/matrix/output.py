@@ -17,16 +17,21 @@ from hypersd_jax.evaluation import image_grid
 
 
 def write_results(
-    folder: Path, title: str, facts: Sequence[str], matrix: Matrix, results: Sequence[Mapping[str, Any]], scorer: Scorer
+    folder: Path,
+    title: str,
+    details: Sequence[str],
+    matrix: Matrix,
+    results: Sequence[Mapping[str, Any]],
+    scorer: Scorer,
 ) -> str:
     """Write everything that ``results`` say so far; returns the Markdown page."""
     folder.mkdir(parents=True, exist_ok=True)
     rows = summarise(results)
     found = margins(rows, matrix.against)
     teachers = scorer.teachers()
-    page = markdown(title, facts, rows, found, teachers, scorer.many_steps)
+    page = markdown(title, details, rows, found, teachers, scorer.many_steps)
     runs = [{key: value for key, value in result.items() if key != "images"} for result in results]
-    content = {"facts": list(facts), "rows": rows, "margins": found, "teachers": teachers, "runs": runs}
+    content = {"details": list(details), "rows": rows, "margins": found, "teachers": teachers, "runs": runs}
     _replace(folder / "results.json", lambda path: _write(path, json.dumps(content, indent=1) + "\n"))
     _replace(folder / "README.md", lambda path: _write(path, page))
     grid = image_grid(_columns(matrix, results, scorer), scorer.prompts)

@@ -79,10 +79,10 @@ def verdict(margin: float, pooled: float | None) -> str:
 
 
 def markdown(
-    title: str, facts: Sequence[str], rows: Sequence[Row], margins: Sequence[Row], teachers: list[Row], goal: Row
+    title: str, details: Sequence[str], rows: Sequence[Row], margins: Sequence[Row], teachers: list[Row], goal: Row
 ) -> str:
     """The page: rows by steps, the teacher for scale (``goal``: at many steps), and the margins."""
-    lines = [f"# {title}", "", *facts, ""]
+    lines = [f"# {title}", "", *details, ""]
     lines += [
         "| steps | method | student | sampler | updates | distance | KID | FID | KID to training images "
         "| text-match gain | seeds |",

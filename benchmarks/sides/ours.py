@@ -26,7 +26,7 @@ def load() -> Mapping[str, Callable[[], object]]:
     jax.block_until_ready(pipe._params)
     latents = np.random.default_rng(0).standard_normal((1, side, side, 4)).astype(np.float32)
 
-    def picture() -> None:
+    def image() -> None:
         pipe(PROMPT, steps=1, guidance=0.0, height=pixels, width=pixels, latents=latents, output="np")
 
     def text() -> None:
@@ -44,7 +44,7 @@ def load() -> Mapping[str, Callable[[], object]]:
     def decode() -> None:
         pipe.decode(latents)
 
-    return {"picture": picture, "text": text, "text+unet": unet, "decode": decode}
+    return {"image": image, "text": text, "text+unet": unet, "decode": decode}
 
 
 if __name__ == "__main__":

@@ -123,7 +123,7 @@ def pipeline_images(folder: Path, given: Arrays, adapter_file: Path, record: par
             width=parity.PIXELS,
         )
         record.keep(f"{steps}-step pipeline: latents", sample(output="latent"))
-        record.keep(f"{steps}-step pipeline: picture", 2 * sample(output="np") - 1)
+        record.keep(f"{steps}-step pipeline: image", 2 * sample(output="np") - 1)
 
 
 def main() -> None:
@@ -141,7 +141,7 @@ def main() -> None:
         denoiser(model, given, adapter_file, record)
     jax.clear_caches()
     gc.collect()
-    with record.part("pictures"):
+    with record.part("images"):
         pipeline_images(path, given, adapter_file, record)
     record.write()
 

@@ -157,7 +157,7 @@ def pipeline_images(
             callback_on_step_end=keep,
         ).images
         record.keep(f"{steps}-step pipeline: latents", nhwc(kept["latents"]))
-        record.keep(f"{steps}-step pipeline: picture", 2 * image - 1)
+        record.keep(f"{steps}-step pipeline: image", 2 * image - 1)
 
 
 def main() -> None:
@@ -175,7 +175,7 @@ def main() -> None:
         unet = UNet2DConditionModel.from_pretrained(model, subfolder="unet", low_cpu_mem_usage=True)
         unet.requires_grad_(False)
         denoiser(unet, given, folder, record)
-    with record.part("pictures"):
+    with record.part("images"):
         pipeline_images(family, model, unet, cond, given, record)
     record.write()
 

@@ -29,7 +29,7 @@ def load() -> Mapping[str, Callable[[], object]]:
     timestep = torch.tensor(999)
 
     @torch.inference_mode()
-    def picture() -> None:
+    def image() -> None:
         pipe(
             PROMPT,
             num_inference_steps=1,
@@ -63,7 +63,7 @@ def load() -> Mapping[str, Callable[[], object]]:
         image = pipe.vae.decode(latents / pipe.vae.config.scaling_factor, return_dict=False)[0]
         pipe.image_processor.postprocess(image, output_type="np")
 
-    return {"picture": picture, "text": text, "text+unet": unet, "decode": decode}
+    return {"image": image, "text": text, "text+unet": unet, "decode": decode}
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ class Base(Protocol):
 
     @property
     def compiler_options(self) -> Mapping[str, Any]:
-        """What the backend compiles its programs with, beyond the defaults."""
+        """Compiler options of its programs, beyond the defaults."""
 
     def predict(
         self, weights: Any, x: jax.Array, t: jax.Array, cond: Any, *, adapter: Any = None, taps: Sequence[str] = ()

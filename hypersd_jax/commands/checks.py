@@ -78,7 +78,7 @@ def check_config(config: Config) -> None:
 
 
 def _check_data(source: str) -> None:
-    """Only what can be nothing but a local path is judged here; docs/data.md lists what else there is."""
+    """Refuse what can be nothing but a local path and is not there; docs/data.md lists what else there is."""
     if os.path.isdir(source) and not any(os.scandir(source)):
         raise UserError(f"data.source: {source} is an empty folder")
     local = source.startswith(("/", "./", "../", "~")) and not re.search(r"[*?\[{]|://|::", source)

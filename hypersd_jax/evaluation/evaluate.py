@@ -101,7 +101,7 @@ def run_evaluate(options: argparse.Namespace) -> list[Row]:
         title=TITLE,
         made=made_line(),
         summary=[_summary(rows[-1])],
-        facts=_facts(model, [item.seed for item in items], time.perf_counter() - begin),
+        details=_details(model, [item.seed for item in items], time.perf_counter() - begin),
         command=typed_command(options.arguments),
         rows=rows,
         notes=notes,
@@ -178,7 +178,7 @@ def _summary(row: Mapping[str, Any]) -> str:
     return "; ".join(parts) + "."
 
 
-def _facts(model: Model, seeds: Sequence[int], seconds: float) -> dict[str, Any]:
+def _details(model: Model, seeds: Sequence[int], seconds: float) -> dict[str, Any]:
     card = load_card("report")
     settings = {key: value for key, value in dataclasses.asdict(model.settings).items() if value is not None}
     return {

@@ -32,7 +32,7 @@ class Report:
         title: the heading of the page.
         made: when and with what, under the title.
         summary: paragraphs under that.
-        facts: settings and measurements of the run as a whole.
+        details: settings and measurements of the run as a whole.
         command: what started the run.
         rows: the rows of results.json. ``KEY_se`` is shown behind ``KEY`` as its standard error.
         notes: what the reader must know about the columns of the table.
@@ -46,7 +46,7 @@ class Report:
     title: str
     made: str = ""
     summary: Sequence[str] = ()
-    facts: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    details: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     command: str = ""
     rows: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
@@ -76,7 +76,7 @@ def render(report: Report) -> str:
         _section("Images", grids + _prompts(report.prompts)) if grids else "",
         _section("Samples", "".join(_strip(*item) for item in report.strips.items())),
         _section("Training", _training(report.metrics)),
-        _section("Run", _command(report.command) + _facts({**report.facts, **_protocols(report.rows)})),
+        _section("Run", _command(report.command) + _details({**report.details, **_protocols(report.rows)})),
     ]
     return (
         '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
@@ -206,9 +206,9 @@ def _protocols(rows: Sequence[Mapping[str, Any]]) -> dict[str, str]:
     return {"protocol": ", ".join(names)} if names else {}
 
 
-def _facts(facts: Mapping[str, Any]) -> str:
+def _details(details: Mapping[str, Any]) -> str:
     entries = "".join(
         f"<div><dt>{_text(str(name))}</dt><dd>{_text(number_text(value, None))}</dd></div>\n"
-        for name, value in facts.items()
+        for name, value in details.items()
     )
-    return f"<dl>\n{entries}</dl>\n" if facts else ""
+    return f"<dl>\n{entries}</dl>\n" if details else ""

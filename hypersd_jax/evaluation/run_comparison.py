@@ -90,7 +90,7 @@ def run_report(config: Config, output: Output, outcome: Outcome, command: str | 
         title="Few-step students",
         made=made_line(),
         summary=margin_lines(outcome.rows),
-        facts=_facts(config, outcome, training_seconds(metrics)),
+        details=_details(config, outcome, training_seconds(metrics)),
         command=command or python_command(output.root / "config.yaml"),
         rows=outcome.rows,
         notes=notes if config.on_emoji else [*own_notes(outcome.rows), *notes],
@@ -102,9 +102,9 @@ def run_report(config: Config, output: Output, outcome: Outcome, command: str | 
     )
 
 
-def _facts(config: Config, outcome: Outcome, trained: Mapping[str, float]) -> dict[str, Any]:
+def _details(config: Config, outcome: Outcome, trained: Mapping[str, float]) -> dict[str, Any]:
     first = outcome.rows[0]
-    facts = {
+    details = {
         "base": config.model.source,
         "data": config.data.source,
         "adapter": f"LoRA, rank {config.lora.rank}",
@@ -124,8 +124,8 @@ def _facts(config: Config, outcome: Outcome, trained: Mapping[str, float]) -> di
         spent = f"trained in {duration(trained[stage.name])}" if stage.name in trained else "not trained in this run"
         if stage.name not in trained and config.reuse is not None:
             spent = f"reused from {config.reuse}"
-        facts[stage.name] = f"{', '.join(f'{key} {settings[key]}' for key in keys)}; {spent}"
-    return facts
+        details[stage.name] = f"{', '.join(f'{key} {settings[key]}' for key in keys)}; {spent}"
+    return details
 
 
 def _strips(folder: Path, stages: Sequence[str]) -> dict[str, list[Sample]]:

@@ -149,7 +149,7 @@ def make_step(
 
 
 def _joined(own: Metrics, metrics: Metrics) -> Metrics:
-    """Both; ValueError where they name the same metric."""
+    """Join two sets of metrics; ValueError where both name one."""
     if clash := own.keys() & metrics.keys():
         raise ValueError(f"the loss returns metrics that the step computes itself: {sorted(clash)}")
     return own | metrics

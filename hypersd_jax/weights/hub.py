@@ -71,7 +71,7 @@ def fetch_model(source: str | os.PathLike[str]) -> Path:
 
 
 def fetch_configs(source: str | os.PathLike[str]) -> Path:
-    """As `fetch_model`, but of a folder the configurations alone: enough for a model's shapes."""
+    """Fetch a model's configurations alone, which is enough for its shapes; else as `fetch_model`."""
     found = None if _local(source) else _require_id(source)
     return fetch_model(source) if found is None or found.file else _snapshot(found, choose_configs)[0]
 

@@ -1,4 +1,4 @@
-"""Some hundred of the files that `benchmarks/fuzz_loaders.py` makes by the hundred thousand, and the judge itself."""
+"""Some hundred of the files that `benchmarks/fuzz_loaders.py` makes by the hundred thousand, and their verdicts."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from benchmarks.fuzz import bases, judge
+from benchmarks.fuzz import bases, verdicts
 from benchmarks.fuzz.loads import Unsound
 from benchmarks.fuzz.samples import Sample, samples
 from hypersd_jax.errors import UserError
@@ -36,9 +36,9 @@ def test_sound_files_load(every: tuple[list[Sample], dict[str, Path]]) -> None:
 def test_mutated_files_are_refused_or_load_soundly(every: tuple[list[Sample], dict[str, Path]]) -> None:
     outcomes: Counter[str] = Counter()
     for number in range(FILES):
-        mutated = judge.mutate(every[0], SEED, number)
-        with judge.placed(mutated, every[1][mutated.sample.kind]) as path:
-            verdict = judge.judge(mutated, path)
+        mutated = verdicts.mutate(every[0], SEED, number)
+        with verdicts.placed(mutated, every[1][mutated.sample.kind]) as path:
+            verdict = verdicts.verdict_of(mutated, path)
         assert verdict.outcome != "wrong", f"{mutated.sample.kind}, {mutated.mutation}: {verdict.reason}"
         outcomes[verdict.outcome] += 1
     assert outcomes["refused"] > FILES / 2
@@ -47,7 +47,7 @@ def test_mutated_files_are_refused_or_load_soundly(every: tuple[list[Sample], di
 
 
 def test_a_number_is_always_the_same_file(every: tuple[list[Sample], dict[str, Path]]) -> None:
-    first, again, other = (judge.mutate(every[0], seed, 7) for seed in (1, 1, 2))
+    first, again, other = (verdicts.mutate(every[0], seed, 7) for seed in (1, 1, 2))
     assert (first.sample.kind, first.mutation, first.changed) == (again.sample.kind, again.mutation, again.changed)
     assert first.changed != other.changed
 
@@ -74,15 +74,15 @@ def _fill(size: int) -> None:
         (lambda: _fill(100 * 2**20), "wrong", "100 MB"),
     ],
 )
-def test_the_judge_itself(
+def test_the_verdicts_themselves(
     every: tuple[list[Sample], dict[str, Path]],
     monkeypatch: pytest.MonkeyPatch,
     load: Callable[[], None],
     outcome: str,
     reason: str,
 ) -> None:
-    monkeypatch.setattr(judge, "SECONDS", 2.0)
-    mutated = judge.mutate(every[0], SEED, 0)
+    monkeypatch.setattr(verdicts, "SECONDS", 2.0)
+    mutated = verdicts.mutate(every[0], SEED, 0)
     sample = dataclasses.replace(mutated.sample, load=lambda _path: load())
-    verdict = judge.judge(dataclasses.replace(mutated, sample=sample), Path("x"))
+    verdict = verdicts.verdict_of(dataclasses.replace(mutated, sample=sample), Path("x"))
     assert (verdict.outcome, verdict.reason[: len(reason)]) == (outcome, reason)

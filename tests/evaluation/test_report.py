@@ -42,7 +42,7 @@ def report(**changes: object) -> Report:
     parts = {
         "title": "A run & its results",
         "summary": ["Two students."],
-        "facts": {"seed": 0, "devices": "8 TPU cores", "updates": 12000},
+        "details": {"seed": 0, "devices": "8 TPU cores", "updates": 12000},
         "rows": ROWS,
         "notes": ["FID (EfficientNet-Lite0)."],
         "metrics": metrics(),
@@ -94,7 +94,7 @@ def test_every_row_and_value_is_shown() -> None:
 
 
 def test_parts_without_content_are_left_out() -> None:
-    page = render(report(rows=(), metrics=(), grids={}, facts={}))
+    page = render(report(rows=(), metrics=(), grids={}, details={}))
     assert "<section>" not in page
 
 

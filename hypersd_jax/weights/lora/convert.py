@@ -1,4 +1,4 @@
-"""One LoRA layout into another."""
+"""Convert one LoRA layout into another."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One mutated input, loaded and judged: refused in one sentence, loaded soundly, or wrong."""
+"""One mutated input, loaded, and the verdict: refused in one sentence, loaded soundly, or wrong."""
 
 from __future__ import annotations
 
@@ -100,7 +100,7 @@ def placed(mutated: Mutated, folder: Path) -> Iterator[Path]:
         bases.write(folder, {path: mutated.sample.files[path] for path in mutated.changed})
 
 
-def judge(mutated: Mutated, path: Path) -> Verdict:
+def verdict_of(mutated: Mutated, path: Path) -> Verdict:
     """Load it, in this process."""
     size = sum(len(mutated.changed.get(name, content)) for name, content in mutated.sample.files.items())
     outcome, reason, trace = "loaded", "", ""
