@@ -43,6 +43,7 @@ def test_a_target_timestep_of_ones_own(monkeypatch: pytest.MonkeyPatch) -> None:
     np.testing.assert_array_equal(drawn.t_n, expected.t_n)
     start = np.searchsorted(SEGMENTS.t_n[:40], drawn.t_n)
     np.testing.assert_array_equal(drawn.t_end, (SEGMENTS.t_b[start] + SEGMENTS.t_prev[start]) // 2)
-    by_hand = np.mean((np.asarray(seen[0].prediction, np.float64) - seen[0].target) ** 2)
+    prediction, target = (np.asarray(each, np.float64) for each in (seen[0].prediction, seen[0].target))
+    by_hand = float(np.mean((prediction - target) ** 2))
     assert float(loss) == pytest.approx(by_hand, rel=1e-5)
     assert by_hand > 1e-4
