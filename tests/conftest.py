@@ -33,6 +33,8 @@ os.environ.setdefault("XLA_FLAGS", " ".join(f"--{name}={str(value).lower()}" for
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", "cpu")
 
+from tests.helpers.tiny_model import smaller, tiny_model
+
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's `&` has it, which the tests of signals are not of
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -79,6 +81,12 @@ def _forget_programs() -> Iterator[None]:
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # the compiler leaves holes that the C library would keep
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model for the runs of many files, which then share its training steps (`tests.helpers.short_runs`)."""
+    return smaller(tiny_model(tmp_path_factory.mktemp("model")))
 
 
 def _resident() -> float:
