@@ -253,8 +253,7 @@ for _column in (
         heading="Patch KID to training images",
         digits=3,
         better="lower",
-        note="Patch KID: KID of the images' middle quarters, enlarged to the network's size, so that it sees how sharp "
-        "they are.",
+        note="Patch KID: KID of the images' middle quarters, enlarged to the images' size: how sharp they are.",
         measure=_patch_kid_train,
         needs=("patches", "real_patches"),
         constants=(PATCH,),

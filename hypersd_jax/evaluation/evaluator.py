@@ -86,7 +86,7 @@ class Evaluator:
             "size": list(self.size),
             "features": [_digest_of_lite0(), SMALL, NATIVE],
             "scorer": None if self.scorer is None else scorer_digest(self.scorer),
-            "constants": {metric.key: metric.constants for metric in self._metrics() if metric.constants},
+            "constants": {column.key: column.constants for column in COLUMNS.values() if column.constants},
         }
         return digest(parts)[:12]
 

@@ -88,13 +88,13 @@ def features(images: np.ndarray, *, batch_size: int = 32, mesh: Mesh | None = No
         part = images[start : start + batch_size]
         batch = np.zeros((batch_size, *images.shape[1:]), np.float32)
         batch[: len(part)] = part * np.float32(scale)
-        found.append(np.asarray(_pooled(params, _fitted(jax.device_put(batch, rows))))[: len(part)])
+        found.append(np.asarray(_extract(params, jax.device_put(batch, rows)))[: len(part)])
     return np.concatenate(found) if found else np.zeros((0, FEATURES), np.float32)
 
 
-# Two programs: the network, which takes seconds to compile, is one for all images that are brought to one size.
-_fitted = jax.jit(fitted)
-_pooled = jax.jit(lite0)
+@jax.jit
+def _extract(params: Params, images: jax.Array) -> jax.Array:
+    return lite0(params, fitted(images))
 
 
 def _relu6(x: jax.Array) -> jax.Array:
