@@ -91,8 +91,13 @@ class Evaluator:
         return digest(parts)[:12]
 
     def with_reference(self, samples: Samples, metadata: Any) -> Evaluator:
-        """Return a copy with a reference that was sampled as ``metadata`` say."""
-        return dataclasses.replace(self, reference=samples, reference_metadata=metadata)
+        """Return a copy with a reference that was sampled as ``metadata`` say; its features are rounded to float16.
+
+        So are those of a reference that is kept in a file, and the figures are the same by either.
+        """
+        rounded = samples.features.astype(np.float16).astype(np.float32)
+        reference = dataclasses.replace(samples, features=rounded)
+        return dataclasses.replace(self, reference=reference, reference_metadata=metadata)
 
     def with_real(self, images: RealImages) -> Evaluator:
         """Return a copy with the first set of real images."""
