@@ -201,9 +201,7 @@ def test_the_adversarial_gradient_runs_through_the_frozen_features(
 
         eps = unet(drawn.noise, jnp.full(4, 999), adapter=by_hand.adapter(start))
         x_t = a * (drawn.noise - deviation * eps) / last + s * drawn.eps
-        found = discriminator.logits(
-            alone.after.trainable[DISCRIMINATOR], unet(x_t, t, adapter=fake, taps=(TAP,))[1]
-        )
+        found = discriminator.logits(alone.after.trainable[DISCRIMINATOR], unet(x_t, t, adapter=fake, taps=(TAP,))[1])
         return jnp.mean(jax.nn.relu(1 - found[TAP]))
 
     value, wanted = jax.jit(jax.value_and_grad(term))(dmd.start)
