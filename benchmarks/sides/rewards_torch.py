@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 from torch import nn
+from transformers import BlipTextConfig
+from transformers.models.blip.modeling_blip_text import BlipTextModel
 
 MEAN = (0.48145466, 0.4578275, 0.40821073)
 STD = (0.26862954, 0.26130258, 0.27577711)
@@ -149,3 +151,86 @@ def hps_score(clip: OpenClip, images: torch.Tensor, ids: torch.Tensor, size: int
     """HPSv2 (B,): the plain dot product of unit embeddings, of images padded to squares."""
     seen = nn.functional.normalize(clip.visual(prepare(images, size, "pad")), dim=-1)
     return (seen * nn.functional.normalize(clip.encode_text(ids), dim=-1)).sum(-1)
+
+
+class BlipBlock(nn.Module):
+    """A layer of BLIP's image encoder, timm's."""
+
+    def __init__(self, width: int, heads: int, inner: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, eps=1e-6)
+        self.attn = nn.ModuleDict({"qkv": nn.Linear(width, 3 * width), "proj": nn.Linear(width, width)})
+        self.norm2 = nn.LayerNorm(width, eps=1e-6)
+        self.mlp = nn.Sequential(OrderedDict(fc1=nn.Linear(width, inner), act=nn.GELU(), fc2=nn.Linear(inner, width)))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, tokens, width = x.shape
+        qkv = self.attn["qkv"](self.norm1(x)).reshape(batch, tokens, 3, self.heads, width // self.heads)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)
+        weights = (q @ k.transpose(-2, -1) * (width // self.heads) ** -0.5).softmax(-1)
+        x = x + self.attn["proj"]((weights @ v).transpose(1, 2).reshape(batch, tokens, width))
+        return x + self.mlp(self.norm2(x))
+
+
+class BlipVision(nn.Module):
+    """BLIP's image encoder, timm's ViT."""
+
+    def __init__(self, width: int, inner: int, layers: int, image_size: int, patch_size: int) -> None:
+        super().__init__()
+        self.patch_embed = nn.ModuleDict({"proj": nn.Conv2d(3, width, patch_size, patch_size)})
+        self.cls_token = nn.Parameter(torch.randn(1, 1, width) * 0.02)
+        self.pos_embed = nn.Parameter(torch.randn(1, (image_size // patch_size) ** 2 + 1, width) * 0.02)
+        self.blocks = nn.ModuleList([BlipBlock(width, width // 64, inner) for _ in range(layers)])
+        self.norm = nn.LayerNorm(width, eps=1e-6)
+
+    def forward(self, pixels: torch.Tensor) -> torch.Tensor:
+        x = self.patch_embed["proj"](pixels).flatten(2).transpose(1, 2)
+        x = torch.cat([self.cls_token.expand(len(x), -1, -1), x], dim=1) + self.pos_embed
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)
+
+
+class ImageReward(nn.Module):
+    """ImageReward: the image encoder above, transformers' port of BLIP's text encoder, the head."""
+
+    def __init__(
+        self,
+        vocabulary: int = 30524,
+        vision: dict[str, int] | None = None,
+        text: dict[str, int] | None = None,
+        widths: tuple[int, ...] = (1024, 128, 64, 16),
+    ) -> None:
+        super().__init__()
+        vision = vision or {"width": 1024, "inner": 4096, "layers": 24, "image_size": 224, "patch_size": 16}
+        text = text or {"width": 768, "inner": 3072, "layers": 12}
+        config = BlipTextConfig(
+            vocab_size=vocabulary,
+            hidden_size=text["width"],
+            encoder_hidden_size=vision["width"],
+            intermediate_size=text["inner"],
+            num_hidden_layers=text["layers"],
+            num_attention_heads=text["width"] // 64,
+            is_decoder=True,  # which gives the layers their cross-attention
+            attn_implementation="eager",
+        )
+        self.size = vision["image_size"]
+        encoders = {
+            "visual_encoder": BlipVision(**vision),
+            "text_encoder": BlipTextModel(config, add_pooling_layer=False),
+        }
+        self.blip = nn.ModuleDict(encoders)
+        self.mlp = aesthetic_head("linear", text["width"], widths)
+        self.eval()
+
+    def forward(self, images: torch.Tensor, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+        seen = self.blip["visual_encoder"](prepare(images, self.size, "torchvision"))
+        state = self.blip["text_encoder"](
+            ids,
+            attention_mask=mask,
+            encoder_hidden_states=seen,
+            encoder_attention_mask=torch.ones(seen.shape[:2], dtype=torch.long),
+            is_decoder=False,
+        ).last_hidden_state[:, 0]
+        return (self.mlp(state)[:, 0] - 0.16717362830052426) / 1.0333394966054072

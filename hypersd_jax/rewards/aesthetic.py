@@ -91,7 +91,5 @@ def _read_head(file: TensorFile) -> Layers:
         if keys == {f"{prefix}{leaf}" for prefix in prefixes for leaf in LEAVES}:
             layers = read_layers(file, prefixes)
             return layers if prefixes == RELU else collapsed(layers)
-    raise UserError(
-        f"{file.path}: is no aesthetic head (layers 0, 2, 4, 6, 7 or 0, 3, 6, 9, 11, or one weight and bias), but holds "
-        f"{few(sorted(keys))}"
-    )
+    kinds = "layers 0, 2, 4, 6, 7 or 0, 3, 6, 9, 11, or one weight and bias"
+    raise UserError(f"{file.path}: is no aesthetic head ({kinds}), but holds {few(sorted(keys))}")

@@ -35,7 +35,10 @@ FILE = "model.safetensors"
 PREFIX = "blip."
 MLP = tuple(f"mlp.layers.{index}." for index in (0, 2, 4, 6, 7))
 # The projections of BLIP's contrastive training, a buffer, and the head, which is read apart.
-EXTRAS = re.compile(r"^blip\.(vision|text)_proj\.|^blip\.text_encoder\.embeddings\.position_ids$|^mlp\.layers\.")
+EXTRAS = re.compile(
+    r"^blip\.(vision|text)_proj\.|^blip\.text_encoder\.embeddings\.position_ids$"
+    r"|^mlp\.layers\.[02467]\.(weight|bias)$"
+)
 
 MEAN, STD = 0.16717362830052426, 1.0333394966054072
 """By which the head's numbers are standardised."""
@@ -76,9 +79,6 @@ def load_image_reward(path: str | os.PathLike[str]) -> LoadedReward:
     network = blip(vision, text)
     read = read_located(file.path, [file], network.shapes, lambda key: Stored(key=PREFIX + key), EXTRAS)
     params = {name: jnp.asarray(array) for name, array in read}
-    extra = sorted(key for key in file.keys() if key.startswith("mlp.") and not key.startswith(MLP))
-    if extra:
-        raise UserError(f"{file.path}: {extra[0]} is of no layer of ImageReward's head")
     layers = collapsed(read_layers(file, MLP))
     if layers[0][0].shape[1] != text.width:
         raise UserError(f"{file.path}: {MLP[0]}weight reads {layers[0][0].shape[1]} numbers instead of {text.width}")

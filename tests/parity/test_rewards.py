@@ -15,6 +15,7 @@ import pytest
 
 import hypersd_jax as hs
 from hypersd_jax.weights.components import assets
+from hypersd_jax.weights.keys import torch_key
 from hypersd_jax.weights.tensors import save_tensors
 
 torch = pytest.importorskip("torch")
@@ -25,6 +26,7 @@ from tests.helpers.torch_weights import perturb, relative_error
 
 PROMPTS = ["red apple", "blue cat on a green field, fluent flat style"]
 IMAGES = np.random.default_rng(0).random((2, 26, 37, 3), dtype=np.float32)
+POSITIONS = "blip.text_encoder.embeddings.position_ids"
 SIZE, PATCH, JOINT = 15, 5, 10
 VISION = {"width": 24, "layers": 2, "head_width": 8, "mlp_ratio": 1.5, "patch_size": PATCH, "image_size": SIZE}
 TEXT = {"width": 16, "layers": 1, "heads": 2, "mlp_ratio": 2.0, "context_length": 24, "vocab_size": 2274}
@@ -41,11 +43,10 @@ def ids(tokenizer):
 
 
 def perturbed(module):
-    """All but the scale, whose spread is that of one number."""
-    scale = module.logit_scale.detach().clone()
-    perturb(module, 0)
-    module.logit_scale.data = scale
-    return module
+    """All but the logarithm of a scale."""
+    for seed, child in enumerate(module.children()):
+        perturb(child, seed)
+    return module.eval()
 
 
 def clip(activation):
@@ -76,13 +77,13 @@ def theirs(score):
     return scores.detach().numpy(), images.grad.numpy()
 
 
-def compare(reward, score):
+def compare(reward, score, prompts=PROMPTS):
     """Compare a reward with a function of PyTorch, called as users and as trainers call it."""
     wanted, gradient = theirs(score)
-    np.testing.assert_allclose(reward(IMAGES, PROMPTS), wanted, rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(reward(IMAGES, prompts), wanted, rtol=1e-5, atol=1e-5)
 
     def total(images):
-        scores = reward(images, PROMPTS)
+        scores = reward(images, prompts)
         return jnp.sum(scores * jnp.asarray([1.0, -2.0])), scores
 
     (_, scores), found = jax.jit(jax.value_and_grad(total, has_aux=True))(jnp.asarray(IMAGES))
@@ -128,3 +129,36 @@ def test_hpsv2(tmp_path, tokenizer, ids):
     reward = hs.rewards.load("hpsv2", tmp_path / "HPS_v2.1_compressed.safetensors")
     compare(reward, lambda images: rewards_torch.hps_score(model, images, ids, SIZE))
     assert len(reward.params) == len(model.state_dict()) + 2 * 2 * (VISION["layers"] + TEXT["layers"])
+
+
+def vocabulary(folder):
+    """The words of the prompts and BERT's marks, in the order in which bert-base-uncased has those."""
+    words = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+    words += ["red", "blue", "cat", "on", "a", "green", "field", ",", "flu", "##ent", "flat", "style", "app", "##le"]
+    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
+    return len(words) + 2
+
+
+def test_image_reward(tmp_path):
+    """A prompt of 35 tokens and more, which is cut, and a short one."""
+    torch.manual_seed(3)
+    model = rewards_torch.ImageReward(
+        vocabulary=vocabulary(tmp_path),
+        vision={"width": 128, "inner": 40, "layers": 2, "image_size": 12, "patch_size": 4},
+        text={"width": 128, "inner": 48, "layers": 2},
+        widths=(9, 8, 7, 6),
+    )
+    perturbed(model)
+    extras = {"blip.vision_proj.weight": np.zeros((4, 4), np.float32), POSITIONS: np.arange(512)[None]}
+    stored = {**tensors(model), **extras}
+    save_tensors(tmp_path / "model.safetensors", stored)
+    reward = hs.rewards.load("imagereward", tmp_path)
+    prompts = ["red apple", "blue cat on a green field, fluent flat style " * 5]
+    tokenizer = transformers.BertTokenizer.from_pretrained(str(tmp_path))
+    found = tokenizer(prompts, padding="max_length", truncation=True, max_length=35, return_tensors="pt")
+    np.testing.assert_array_equal(reward.tokenize(prompts), found["input_ids"])
+    assert found["attention_mask"].sum(1).tolist() == [5, 35]
+    compare(reward, lambda images: model(images, found["input_ids"], found["attention_mask"]), prompts)
+    head = {"head.0.kernel", "head.0.bias"}
+    used = {f"blip.{torch_key(path)}" for path in reward.params.keys() - head}
+    assert {key for key in stored if not key.startswith("mlp.")} - used == extras.keys()
