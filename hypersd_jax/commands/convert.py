@@ -102,8 +102,8 @@ def _add_reward(kinds: Any) -> None:
     parser = kinds.add_parser(
         "reward",
         help="a reward's PyTorch file as safetensors",
-        description="Write the weights of a PyTorch file (.pt, .pth, .bin) as safetensors. Takes torch; runs no code of "
-        "the file's.",
+        description="Write the weights of a PyTorch file (.pt, .pth, .bin) as safetensors. Takes torch; no code in the "
+        "file is run.",
         epilog="example:\n  hypersd convert reward HPS_v2.1_compressed.pt HPS_v2.1_compressed.safetensors\n",
     )
     parser.add_argument("source", type=parsing.path, metavar="IN", help="a PyTorch file")

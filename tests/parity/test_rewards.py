@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 import hypersd_jax as hs
+from hypersd_jax.rewards.preprocess import ImageSteps, crop, pad, preprocess, torchvision_crop
 from hypersd_jax.weights.components import assets
 from hypersd_jax.weights.keys import torch_key
 from hypersd_jax.weights.tensors import save_tensors
@@ -26,6 +27,7 @@ from tests.helpers.torch_weights import perturb, relative_error
 
 PROMPTS = ["red apple", "blue cat on a green field, fluent flat style"]
 IMAGES = np.random.default_rng(0).random((2, 26, 37, 3), dtype=np.float32)
+FITS = {"transformers": crop, "torchvision": torchvision_crop, "pad": pad}
 POSITIONS = "blip.text_encoder.embeddings.position_ids"
 SIZE, PATCH, JOINT = 15, 5, 10
 VISION = {"width": 24, "layers": 2, "head_width": 8, "mlp_ratio": 1.5, "patch_size": PATCH, "image_size": SIZE}
@@ -90,6 +92,15 @@ def compare(reward, score, prompts=PROMPTS):
     np.testing.assert_allclose(scores, wanted, rtol=1e-5, atol=1e-5)
     assert relative_error(found, gradient) < 1e-4
     assert np.abs(gradient).max() > 1e-4
+
+
+@pytest.mark.parametrize("shape", [(64, 64), (45, 80), (83, 37), (9, 11), (24, 27)])
+@pytest.mark.parametrize("fit", FITS)
+def test_images_as_pytorch_prepares_them(shape, fit):
+    images = np.random.default_rng(shape).random((1, *shape, 3), dtype=np.float32)
+    wanted = rewards_torch.prepare(torch.tensor(images), 24, fit).permute(0, 2, 3, 1)
+    found = preprocess(jnp.asarray(images), ImageSteps(size=24, fit=FITS[fit]))
+    np.testing.assert_allclose(found, wanted, rtol=0, atol=2e-5)
 
 
 @pytest.fixture(scope="module")
