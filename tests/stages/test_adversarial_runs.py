@@ -193,18 +193,30 @@ def _calls(opened: Opened) -> list[Any]:
 
 @pytest.fixture(scope="module")
 def keeping(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Opened:
-    config = recipe(tmp_path_factory.mktemp("keeping"), model, KEEPING)
+    return open_stage(recipe(tmp_path_factory.mktemp("keeping"), model, KEEPING))
+
+
+def test_the_teacher_is_asked_once(keeping: Opened) -> None:
+    ((calls, whole, half),) = _calls(keeping)
+    assert (whole, half) == (3, 2)
+    assert calls == {"calls": 4}
+
+
+@pytest.fixture(scope="module")
+def kept(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Opened:
+    """The same, trained."""
+    config = recipe(tmp_path_factory.mktemp("kept"), model, KEEPING)
     train(config)
     return open_stage(config)
 
 
-def test_the_first_round_with_dropped_prompts_by_hand(keeping: Opened) -> None:
-    lines = [json.loads(line) for line in (keeping.run.output.root / "metrics.jsonl").read_text().splitlines()]
+def test_the_first_round_with_dropped_prompts_by_hand(kept: Opened) -> None:
+    lines = [json.loads(line) for line in (kept.run.output.root / "metrics.jsonl").read_text().splitlines()]
     assert [(line["stage"], line["step"]) for line in lines] == [("keeping", 1), ("keeping", 2)]
-    assert [path.stem for path in keeping.run.output.loras.iterdir()] == ["keeping"]
-    hand, discriminator, key = ConsistencyByHand(keeping, ENCODER), keeping.discriminator, keeping.key(0)
+    assert [path.stem for path in kept.run.output.loras.iterdir()] == ["keeping"]
+    hand, discriminator, key = ConsistencyByHand(kept, ENCODER), kept.discriminator, kept.key(0)
     assert discriminator.taps == ENCODER
-    heads = keeping.state().trainable[DISCRIMINATOR]
+    heads = kept.state().trainable[DISCRIMINATOR]
     mine = [jax.random.fold_in(jax.random.fold_in(key, 2**32 - 2), int(index)) for index in hand.batch["indices"]]
     dropped = np.asarray([jax.random.uniform(each) for each in mine]) < 0.5
     assert set(dropped) == {True, False}
@@ -231,14 +243,8 @@ def test_the_first_round_with_dropped_prompts_by_hand(keeping: Opened) -> None:
     assert 0.5 * mse + 0.3 * generator + own == pytest.approx(lines[0]["loss"], rel=TOLERANCE)
 
 
-def test_the_teacher_is_asked_once(keeping: Opened) -> None:
-    ((calls, whole, half),) = _calls(keeping)
-    assert (whole, half) == (3, 2)
-    assert calls == {"calls": 4}
-
-
-def test_its_file_says_guidance_and_negative_prompts_work(keeping: Opened, model: Path) -> None:
-    file = keeping.run.output.loras / "keeping.safetensors"
+def test_its_file_says_guidance_and_negative_prompts_work(kept: Opened, model: Path) -> None:
+    file = kept.run.output.loras / "keeping.safetensors"
     with open_tensors(file) as opened:
         header = opened.metadata
     assert (header["guidance"], header["sampler"], header["steps"]) == ("3.0", "ddim", "2")

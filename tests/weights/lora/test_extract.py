@@ -128,7 +128,7 @@ def test_refusals(tmp_path: Path, base: Path) -> None:
         (norms, {"rank": 4}, r"any module that a LoRA adapts, only in unet\.conv_norm_out\.weight"),
         (broken, {"rank": 4}, r"conv_in\.weight holds NaN"),
         (lost, {"rank": 4}, r"1 missing \(conv_in\.bias\)"),
-        (wide, {"rank": 4}, r"wide: unet\..*conv1\.bias is \(48,\), but \(32,\) in "),
+        (wide, {"rank": 4}, r"wide: unet\.conv_in\.bias is \(24,\), but \(16,\) in "),
         (tmp_path / "none", {"rank": 4}, "none: no such"),
         (norms, {"rank": 0}, "rank=0"),
         (norms, {"rank": 4, "to": "diff"}, "layout 'diff'"),
