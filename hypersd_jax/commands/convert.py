@@ -175,6 +175,7 @@ def _extract(options: argparse.Namespace) -> None:
 
 
 def _reward(options: argparse.Namespace) -> None:
+    checks.check_files("convert reward", [options.source])
     checks.check_target_file(options.destination)
 
     from hypersd_jax.rewards.conversion import convert_reward
