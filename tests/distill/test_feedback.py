@@ -92,7 +92,7 @@ def test_a_flat_reward_has_no_gradient(images: np.ndarray) -> None:
 
 
 def test_no_pixel_is_pushed_further_out() -> None:
-    """Brighter is better: what is above 1 already stays, what is below 0 is pulled in, and both are scored as clipped."""
+    """Brighter is better: what is above 1 stays, what is below 0 is pulled in, both are scored as clipped."""
     pixels = np.full((1, 1, 3, 3), 0.5, np.float32)
     pixels[0, 0, 0], pixels[0, 0, 2] = -0.2, 1.4
     found = feedback_gradient([brightness], pixels, [1e3], [1.0], balanced=False)

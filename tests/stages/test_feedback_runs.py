@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -14,14 +13,13 @@ import numpy as np
 import pytest
 
 from hypersd_jax import adapters
-from hypersd_jax.config import load_config
+from hypersd_jax.config import FeedbackStage, GuardConfig, JudgeConfig, ScoreStage
 from hypersd_jax.distill import draw_trajectory
 from hypersd_jax.errors import UserError
 from hypersd_jax.rewards import REWARDS
-from hypersd_jax.stages import adapter_student, rewards, train, watching
 from hypersd_jax.stages import feedback as feedback_stage
-from hypersd_jax.stages import run as stage_run
-from hypersd_jax.stages.kinds import STUDENT
+from hypersd_jax.stages import rewards, train, watching
+from hypersd_jax.stages.kinds import STUDENT, kind_of
 from hypersd_jax.training import Measured
 from hypersd_jax.weights.lora import read_lora
 from tests.helpers.score_runs import TOLERANCE, ByHand, Opened, Step, open_stage, randomised, recipe, relative_error
@@ -36,17 +34,18 @@ STAGE = """
 """
 RUN = """
   - {name: two, k: 2, solver_steps: 4, updates: 1, batch_size: 4, learning_rate: 1.0e-2, guidance: [2, 4]}
-  - {name: liked, kind: feedback, updates: 6, batch_size: 4, learning_rate: 1.0e-2, times: [999, 499], rank: 2, ema: 0.5,
-     merge_weight: 0.5, guidance: 1.0, anchor: {weight: 0.1, solver_steps: 4, k: 2},
+  - {name: liked, kind: feedback, updates: 6, batch_size: 4, learning_rate: 1.0e-2, times: [999, 499], rank: 2,
+     ema: 0.5, merge_weight: 0.5, guidance: 1.0, anchor: {weight: 0.1, solver_steps: 4, k: 2},
      feedback: {rewards: [{name: bright, path: x}],
                 guards: {every: 2, images: 4, judge: {name: bright, path: judge}}}}
 """
+DMD_STAGE = ScoreStage(kind="dmd", name="scored", updates=1, batch_size=4, guidance=1.0)
 
 
 class Bright:
     """A reward that needs no network: how bright the first row is, times what the prompt's length says."""
 
-    params = {"scale": np.float32(3.0)}
+    params: ClassVar = {"scale": np.float32(3.0)}
 
     def __call__(self, images: Any, prompts: Sequence[str]) -> np.ndarray:
         return np.asarray(self.scores(self.params, jnp.asarray(images), self.tokenize(prompts)))
@@ -151,7 +150,8 @@ def test_merged_is_two_files_is_merged_by_hand(opened: Opened, monkeypatch: pyte
         passed_on = adapters.join(run.student, run.scales)
     finally:
         run.scales, run.student = before
-    one, alone = (read_lora(run.output.loras / f"liked{part}.safetensors") for part in ("", ".feedback"))
+    files = (run.output.loras / f"liked{part}.safetensors" for part in ("", ".feedback"))
+    one, alone = (read_lora(file, run.base.shapes) for file in files)
     first, second = adapters.join(run.student, run.scales), alone.adapters["unet"]
     for path, entry in one.adapters["unet"].items():
         wanted = _delta(first[path]) + 0.5 * _delta(second[path])
@@ -242,3 +242,123 @@ def test_the_guard_stops_it_and_hands_on_the_best(
     # What it hands on is the student of update 2 of a run that was never stopped.
     short = _train(tmp_path / "short", model, None, "stages.liked.updates=2")
     same_tensors(output / "loras" / "liked.safetensors", short / "loras" / "liked.safetensors")
+
+
+# MARK: margins, measurements, refusals
+
+
+class FakePipe:
+    """A pipeline whose images are as bright as the number of times that it was called."""
+
+    def __init__(self) -> None:
+        self.calls: list[dict[str, Any]] = []
+
+    def __call__(self, prompts: Sequence[str], **settings: Any) -> np.ndarray:
+        self.calls.append(settings)
+        return np.full((len(prompts) * settings["num_images"], 4, 4, 3), 0.25 * len(self.calls), np.float32)
+
+
+def test_a_margin_is_measured_once(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    pipe = FakePipe()
+    monkeypatch.setitem(opened.run.__dict__, "pipe", pipe)
+    (liked,) = opened.stage.feedback.rewards
+    open_margin = dataclasses.replace(opened.stage.feedback, rewards=(dataclasses.replace(liked, margin=None), liked))
+    found = rewards._margins(opened.run, opened.stage, open_margin)
+    prompts, count = rewards.fixed_prompts(opened.run, 8)
+    texts = rewards.repeated(prompts, count)
+    wanted = Bright()(np.full((len(texts), 4, 4, 3), 0.25), texts).mean()
+    assert found == pytest.approx([wanted, MARGIN])
+    assert (pipe.calls[0]["steps"], pipe.calls[0]["guidance"]) == (rewards.TEACHER_STEPS, 1.0)
+    assert rewards._margins(opened.run, opened.stage, open_margin) == found  # read back, not measured again
+    assert len(pipe.calls) == 1
+
+
+def test_what_is_measured(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    judge = JudgeConfig(name="bright", path="judge")
+    guards = GuardConfig(every=2, images=8, judge=judge, perturbation=0.1)
+    config = dataclasses.replace(opened.stage.feedback, guards=guards)
+    images = np.random.default_rng(0).uniform(0.3, 0.7, (8, 4, 4, 3)).astype(np.float32)
+    monkeypatch.setattr(watching, "exported_weights", lambda stage, state: state)
+    watch = watching.make_watch(opened.run, opened.stage, config, lambda *args: images)
+    assert watch is not None
+    prompts, count = rewards.fixed_prompts(opened.run, 8)
+    texts = rewards.repeated(prompts, count)
+    measured = watch("the student")  # type: ignore[arg-type]
+    plain = Bright()(images, texts)
+    noise = 0.1 * np.random.default_rng(0).standard_normal(images.shape, np.float32)
+    changed = Bright()(np.clip(images + noise, 0, 1), texts)
+    assert measured.judged is not None
+    np.testing.assert_allclose(measured.judged, plain, rtol=1e-5)
+    assert measured.metrics == pytest.approx(
+        {"fixed_reward": plain.mean(), "judge": plain.mean(), "sharpness": np.abs(changed - plain).mean()}, rel=1e-4
+    )
+
+
+def test_score_distillation_with_a_reward(opened: Opened) -> None:
+    """Its term is there, after a feedback stage too, whose student's rank is the sum; the fake score model's is not."""
+    stage = dataclasses.replace(DMD_STAGE, feedback=opened.stage.feedback)
+    run, kind = opened.run, kind_of(stage)
+    student, scales = run.student, run.scales
+    both = adapters.concatenate([adapters.join(student, scales), adapters.join(student, scales)])
+    try:
+        run.student, run.scales = adapters.split(both)
+        models, frozen = kind.trainable(run, 0, stage), kind.frozen(run, stage)
+    finally:
+        run.student, run.scales = student, scales
+    fake, generated = (phase.loss for phase in kind.phases(run.base, stage))
+    key = jax.random.key(0)
+    metrics = jax.eval_shape(generated, models, models, frozen, opened.batch, key)[1]
+    assert {"reward", "below_margin", "feedback", "score_gap"} <= metrics.keys()
+    assert {entry["down"].shape[-1] for entry in models["fake"].values()} == {4}
+    assert {entry["down"].shape[-1] for entry in models[STUDENT].values()} == {8}
+    assert "fake_mse" in jax.eval_shape(fake, models, models, frozen, opened.batch, key)[1]
+
+
+@pytest.mark.parametrize(
+    ("change", "line"),
+    [
+        ({"name": "bright", "path": None}, "stages.liked.feedback.rewards.0: path is missing: the weights of bright"),
+        ({"name": "brihgt", "path": "x"}, "'brihgt' is not a reward; did you mean 'bright'?"),
+        ({"name": "clip", "path": "nowhere"}, "rewards.0: nowhere"),
+        ({"name": "mute", "path": "x"}, "'mute' scores images but cannot be trained on"),
+        ({"name": "embedded:rewrad", "path": None}, "the embedded ones are embedded:report, embedded:reward"),
+        ({"name": "embedded:reward", "path": "x"}, "path=x: embedded:reward has weights of its own"),
+    ],
+)
+def test_a_reward_that_cannot_be_trained_on(opened: Opened, change: dict[str, Any], line: str) -> None:
+    (liked,) = opened.stage.feedback.rewards
+    config = dataclasses.replace(opened.stage.feedback, rewards=(dataclasses.replace(liked, **change),), guards=None)
+    with pytest.raises(UserError) as raised:
+        opened.kind.check(opened.run, dataclasses.replace(opened.stage, feedback=config), ["distilled"])
+    assert line in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_stage_without_a_student_is_refused(opened: Opened) -> None:
+    with pytest.raises(UserError, match="stages.liked: kind=feedback needs a stage before it"):
+        opened.kind.check(opened.run, opened.stage, [])
+
+
+@pytest.mark.parametrize(
+    ("override", "line"),
+    [
+        ("feedback.rewards=[]", "rewards must name at least one reward"),
+        ("late_steps=3", "late_steps must lie in 1..2, not 3"),
+        ("eta=0.5", "eta must be 0 with kind=feedback"),
+        ("student=unet", "student"),
+        ("feedback.guards.judge={name: bright, path: x}", "guards.judge: it is trained on, so it cannot judge"),
+        ("anchor={solver_steps: 5, k: 2}", "solver_steps (5) must be a multiple of k (2)"),
+    ],
+)
+def test_settings_that_are_refused(tmp_path: Path, override: str, line: str) -> None:
+    with pytest.raises(UserError) as raised:
+        recipe(tmp_path, tmp_path, STAGE, f"stages.liked.{override}")
+    assert line in str(raised.value)
+
+
+def test_the_embedded_scorer_judges_its_own_training(tmp_path: Path) -> None:
+    change = "stages.liked.feedback.rewards=[{name: embedded:reward}]"
+    (stage,) = recipe(tmp_path, tmp_path, STAGE, change).stages
+    assert isinstance(stage, FeedbackStage)
+    assert stage.feedback.guards is not None
+    assert stage.feedback.guards.judge == JudgeConfig(name="embedded:report")
