@@ -335,7 +335,7 @@ def test_a_reward_that_cannot_be_trained_on(opened: Opened, change: dict[str, An
 
 
 def test_a_stage_without_a_student_is_refused(opened: Opened) -> None:
-    with pytest.raises(UserError, match="stages.liked: kind=feedback needs a stage before it"):
+    with pytest.raises(UserError, match=r"stages\.liked: kind=feedback needs a stage before it"):
         opened.kind.check(opened.run, opened.stage, [])
 
 
