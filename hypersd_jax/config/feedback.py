@@ -95,7 +95,7 @@ class FeedbackConfig:
         rewards: one or several.
         balanced: scale each reward's gradient in each image to one norm, so that its weight alone says how much it
             counts; false: Eq. 13 as it stands, in the rewards' own units.
-        guards: what watches the stage; null: nothing does.
+        guards: what watches the stage, on as its defaults say; null: nothing does.
     """
 
     rewards: tuple[RewardConfig, ...]

@@ -25,6 +25,7 @@ class FeedbackStage(GeneratorStage):
         feedback: the rewards, and the guards.
         rank: of the second LoRA; null: ``lora.rank``.
         merge_weight: scale of the second LoRA in the exported student.
+        anchor: the consistency regulariser, here on, at the weight 0.1; null: none.
         late_steps: the gradient runs through one of this many last steps of ``times``, chosen at random; 1: the last.
     """
 
