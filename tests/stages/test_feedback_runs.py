@@ -33,9 +33,9 @@ STAGE = """
      feedback: {rewards: [{name: bright, path: x, margin: 2.0}], balanced: false, guards: {every: 2, images: 8}}}
 """
 RUN = """
-  - {name: two, k: 2, solver_steps: 4, updates: 1, batch_size: 4, learning_rate: 1.0e-2, guidance: [2, 4]}
-  - {name: liked, kind: feedback, updates: 6, batch_size: 4, learning_rate: 1.0e-2, times: [999, 499], rank: 2,
-     ema: 0.5, merge_weight: 0.5, guidance: 1.0, anchor: {weight: 0.1, solver_steps: 4, k: 2},
+  - {name: two, k: 2, solver_steps: 8, updates: 1, batch_size: 4, learning_rate: 1.0e-2, guidance: [2, 4]}
+  - {name: liked, kind: feedback, updates: 6, batch_size: 4, learning_rate: 1.0e-2, rank: 2,
+     ema: 0.5, merge_weight: 0.5, guidance: 1.0, anchor: {weight: 0.1, solver_steps: 8},
      feedback: {rewards: [{name: bright, path: x}],
                 guards: {every: 2, images: 4, judge: {name: bright, path: judge}}}}
 """
@@ -318,7 +318,7 @@ def test_score_distillation_with_a_reward(opened: Opened) -> None:
     ("change", "line"),
     [
         ({"name": "bright", "path": None}, "stages.liked.feedback.rewards.0: path is missing: the weights of bright"),
-        ({"name": "brihgt", "path": "x"}, "'brihgt' is not a reward; did you mean 'bright'?"),
+        ({"name": "brihgt", "path": "x"}, "'brihgt' is not a reward; did you mean bright?"),
         ({"name": "clip", "path": "nowhere"}, "rewards.0: nowhere"),
         ({"name": "mute", "path": "x"}, "'mute' scores images but cannot be trained on"),
         ({"name": "embedded:rewrad", "path": None}, "the embedded ones are embedded:report, embedded:reward"),
