@@ -101,10 +101,9 @@ def finish(run: Run, stage: FeedbackStage, student: Any, *, trained: bool) -> No
     """Export both LoRAs as one file and the second one alone, and pass both on as the student."""
     alone = run.output.part(stage.name, "feedback")
     is_written = alone.exists() and not trained
-    factors, scales = adapters.split(merged(run, stage, student))
     own = _adapter(run, stage, student)
-    run.scales = jax.tree.map(jnp.asarray, scales)
-    adapter_student.finish(run, stage, jax.tree.map(jnp.asarray, factors), trained=trained)
+    factors, run.scales = jax.tree.map(jnp.asarray, adapters.split(merged(run, stage, student)))
+    adapter_student.finish(run, stage, factors, trained=trained)
     if not is_written and jax.process_index() == 0:
         host_adapter = jax.tree.map(host, own)
         export_student(alone, host_adapter, stage, run.base, base_fingerprint=run.base_fingerprint)
@@ -120,7 +119,7 @@ def merged(run: Run, stage: FeedbackStage, student: Factors) -> Adapter:
 @contextlib.contextmanager
 def _merged(run: Run, stage: FeedbackStage, student: Factors) -> Iterator[Any]:
     """Let the run's scales be those of both LoRAs, for a block that samples with the factors of both."""
-    factors, scales = adapters.split(merged(run, stage, student))
+    factors, scales = jax.tree.map(jnp.asarray, adapters.split(merged(run, stage, student)))
     before, run.scales = run.scales, scales
     try:
         yield factors
