@@ -5,7 +5,7 @@ from __future__ import annotations
 import jax
 import numpy as np
 
-from hypersd_jax.evaluation.scorer import load_scorer
+from hypersd_jax.evaluation.scorer import load_scorer, seen_by
 from hypersd_jax.evaluation.scorer_reward import EMBEDDED_REWARDS, ScorerReward
 from hypersd_jax.rewards.trainable import TrainableReward
 
@@ -18,9 +18,9 @@ def test_both_read_prompts() -> None:
 
 
 def test_it_scores_as_the_scorer_does() -> None:
+    """As its two towers, which reports call one by one."""
     reward: TrainableReward = ScorerReward("embedded:reward")
-    images = np.random.default_rng(0).uniform(0.2, 0.8, (2, 16, 16, 3)).astype(np.float32)
-    ids = reward.tokenize(PROMPTS)
-    found = jax.jit(reward.scores)(reward.params, images, ids)
-    expected = load_scorer("reward").score(images, PROMPTS)
+    images, scorer = np.random.default_rng(0).integers(0, 256, (2, 16, 16, 3), np.uint8), load_scorer("reward")
+    found = jax.jit(reward.scores)(reward.params, images / np.float32(255), reward.tokenize(PROMPTS))
+    expected = 100.0 * np.sum(scorer.images(seen_by(scorer.spec, images)) * scorer.text(PROMPTS), axis=-1)
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-3)
