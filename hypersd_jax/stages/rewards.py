@@ -20,7 +20,7 @@ from hypersd_jax.evaluation.scorer_reward import EMBEDDED_REWARDS, PREFIX, Score
 from hypersd_jax.inputs.batches import Reading, nothing
 from hypersd_jax.rewards.trainable import TrainableReward, load_trainable
 from hypersd_jax.stages.context import Run
-from hypersd_jax.training import Metrics
+from hypersd_jax.training import Metrics, replicated
 from hypersd_jax.weights.tensors import replacing
 
 TOKENS = "reward_tokens"
@@ -78,8 +78,9 @@ def tokens_of(config: FeedbackConfig | None) -> Reading:
 
 def frozen_feedback(run: Run, stage: GeneratorStage, config: FeedbackConfig) -> FrozenFeedback:
     """Collect what the term reads; margins that the recipe leaves open are measured, or read back."""
+    params = tuple(open_reward(each.name, each.path).params for each in config.rewards)
     return FrozenFeedback(
-        params=tuple(open_reward(each.name, each.path).params for each in config.rewards),
+        params=jax.device_put(params, replicated(run.mesh)),  # once, not at every step
         margins=np.asarray(_margins(run, stage, config), np.float32),
         autoencoder=dict(run.base.params[run.base.autoencoder]),
     )
