@@ -1,8 +1,9 @@
 """Measure a model for the embedded images on every background: ``python benchmarks/teacher_card.py MODEL NAME``.
 
 Writes benchmarks/results/teachers/NAME: README.md (the autoencoder's fidelity to held-out concepts on each background),
-grid.png (an image a concept and background, 25 steps), reconstructions.png, and curve.svg where ``--run`` names the run
-that trained the model. Text match, FID and KID next to their floors: ``hypersd evaluate --model MODEL``.
+grid.png (an image a concept and background, 25 steps), reconstructions.png, and curve-STAGE.svg for each stage of the
+run that trained the model, where ``--run`` names it. Text match, FID and KID next to their floors:
+``hypersd evaluate --model MODEL``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +29,7 @@ from hypersd_jax.data.emoji_source import on_background
 from hypersd_jax.distill import psnr
 from hypersd_jax.evaluation import image_grid, read_metrics
 from hypersd_jax.evaluation.curves import stage_curves
+from hypersd_jax.evaluation.svg import as_file
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages.autoencoder import reconstructed
 
@@ -36,7 +39,7 @@ GUIDANCE, STEPS = 4.0, 25
 
 
 def main() -> None:
-    """Measure, draw and write."""
+    """Measure, sample and write."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("model")
     parser.add_argument("name")
@@ -47,12 +50,12 @@ def main() -> None:
     folder = RESULTS / arguments.name
     folder.mkdir(parents=True, exist_ok=True)
     rows = [fidelity(pipe, background, folder) for background in COLOURS]
-    draw_grid(pipe).save(folder / "grid.png")
-    if arguments.run is not None:
-        (figure,) = stage_curves(read_metrics(arguments.run / "metrics.jsonl"), "loss").values()
-        (folder / "curve.svg").write_text(figure, encoding="utf-8")
+    sample_grid(pipe).save(folder / "grid.png")
+    curves = {} if arguments.run is None else stage_curves(read_metrics(arguments.run / "metrics.jsonl"), "loss")
+    for stage, figure in curves.items():
+        (folder / f"curve-{stage}.svg").write_text(as_file(figure), encoding="utf-8")
     (folder / "card.json").write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
-    (folder / "README.md").write_text(text(arguments.name, pipe, rows, arguments.run is not None), encoding="utf-8")
+    (folder / "README.md").write_text(text(arguments.name, pipe, rows, list(curves)), encoding="utf-8")
     print(folder)
 
 
@@ -71,7 +74,7 @@ def fidelity(pipe: Pipeline, background: str, folder: Path) -> dict[str, Any]:
     quality = np.asarray(psnr(after * 2.0 - 1.0, before * 2.0 - 1.0))
     error = quality.std(ddof=1) / np.sqrt(len(quality))
     return {
-        "ground": background,
+        "background": background,
         "n": len(quality),
         "psnr": float(quality.mean()),
         "psnr_se": float(error),
@@ -79,7 +82,7 @@ def fidelity(pipe: Pipeline, background: str, folder: Path) -> dict[str, Any]:
     }
 
 
-def draw_grid(pipe: Pipeline) -> Image.Image:
+def sample_grid(pipe: Pipeline) -> Image.Image:
     """A row a concept, in one of the styles each, and a column a background, all from the same latents."""
     records = {}
     for record in load_emoji().records:
@@ -94,15 +97,15 @@ def draw_grid(pipe: Pipeline) -> Image.Image:
     return image_grid(columns, [f"{record.label}, {record.style}" for record in shown])
 
 
-def text(name: str, pipe: Pipeline, rows: list[dict[str, Any]], trained: bool) -> str:
+def text(name: str, pipe: Pipeline, rows: list[dict[str, Any]], stages: Sequence[str]) -> str:
     """The card."""
     sizes = {part: sum(value.size for value in params.values()) for part, params in pipe.base.params.items()}
     parts = ", ".join(f"{part} {count / 1e6:.1f} M" for part, count in sizes.items())
     side = pipe.native_size[0] // pipe.base.downscale
     table = "\n".join(
-        f"| {row['ground']} | {row['psnr']:.2f} ± {row['psnr_se']:.2f} | {row['corner']:.1f} |" for row in rows
+        f"| {row['background']} | {row['psnr']:.2f} ± {row['psnr_se']:.2f} | {row['corner']:.1f} |" for row in rows
     )
-    figure = "\n![training loss](curve.svg)\n" if trained else ""
+    figures = "".join(f"\n![training loss of {stage}](curve-{stage}.svg)\n" for stage in stages)
     return f"""# {name}
 
 {parts}; latents {side} x {side} x {pipe.base.latent_channels}; the UNet predicts {pipe.schedule.prediction_type}.
@@ -115,10 +118,10 @@ how much the background's colour in the corner is off, in 1/255.
 |---|---|---|
 {table}
 
-Drawings, {STEPS} steps of ddim, guidance {GUIDANCE:g}, the same latents everywhere:
+Samples, {STEPS} steps of ddim, guidance {GUIDANCE:g}, the same latents everywhere:
 
 ![grid](grid.png)
-{figure}"""
+{figures}"""
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ _PROGRAMS = None
 if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
     _PROGRAMS = tempfile.TemporaryDirectory(prefix="hypersd_jax-tests-")
     os.environ["JAX_COMPILATION_CACHE_DIR"] = _PROGRAMS.name
-    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
+    os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 
 import jax
 
@@ -32,6 +32,8 @@ from tests.helpers.quick import QUICK
 os.environ.setdefault("XLA_FLAGS", " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items()))
 jax.config.update("jax_numpy_rank_promotion", "raise")
 jax.config.update("jax_platforms", "cpu")
+
+from tests.helpers.tiny_model import smaller, tiny_model
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a shell's `&` has it, which the tests of signals are not of
     signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -79,6 +81,12 @@ def _forget_programs() -> Iterator[None]:
     gc.collect()
     if sys.platform == "linux":
         ctypes.CDLL(None).malloc_trim(0)  # the compiler leaves holes that the C library would keep
+
+
+@pytest.fixture(scope="session")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One model for the runs of many files, which then share its training steps (`tests.helpers.short_runs`)."""
+    return smaller(tiny_model(tmp_path_factory.mktemp("model")))
 
 
 def _resident() -> float:

@@ -1,4 +1,4 @@
-"""``hypersd convert lora | model | merge | extract``."""
+"""``hypersd convert lora | model | merge | extract | reward``."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ examples:
 
 
 def add_parser(commands: Any) -> None:
-    """Declare the command and its four kinds."""
+    """Declare the command and its five kinds."""
     parser = commands.add_parser(
         "convert", help="translate files", description="Translate files from one layout into another.", epilog=_EPILOG
     )
@@ -27,6 +27,7 @@ def add_parser(commands: Any) -> None:
     _add_model(kinds)
     _add_merge(kinds)
     _add_extract(kinds)
+    _add_reward(kinds)
 
 
 def _add_lora(kinds: Any) -> None:
@@ -97,6 +98,19 @@ def _add_extract(kinds: Any) -> None:
     parser.set_defaults(run=_extract)
 
 
+def _add_reward(kinds: Any) -> None:
+    parser = kinds.add_parser(
+        "reward",
+        help="a reward's PyTorch file as safetensors",
+        description="Write the weights of a PyTorch file (.pt, .pth, .bin) as safetensors. Takes torch; no code in the "
+        "file is run.",
+        epilog="example:\n  hypersd convert reward HPS_v2.1_compressed.pt HPS_v2.1_compressed.safetensors\n",
+    )
+    parser.add_argument("source", type=parsing.path, metavar="IN", help="a PyTorch file")
+    parser.add_argument("destination", type=parsing.path, metavar="OUT", help="a .safetensors file")
+    parser.set_defaults(run=_reward)
+
+
 def _add_layout(parser: argparse.ArgumentParser, **more: Any) -> None:
     parser.add_argument(
         "--to", choices=Names(lora_layouts), metavar="LAYOUT", help="the layout to write: %(choices)s", **more
@@ -158,6 +172,15 @@ def _extract(options: argparse.Namespace) -> None:
     from hypersd_jax.weights.lora.extract import extract_lora
 
     print(extract_lora(options.base, options.tuned, options.destination, rank=options.rank, to=options.to))
+
+
+def _reward(options: argparse.Namespace) -> None:
+    checks.check_target_file(options.destination)
+
+    from hypersd_jax.rewards.conversion import convert_reward
+
+    convert_reward(options.source, options.destination)
+    print(options.destination)
 
 
 def _check_base(options: argparse.Namespace) -> None:

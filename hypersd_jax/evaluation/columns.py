@@ -17,6 +17,8 @@ from hypersd_jax.evaluation.metrics import (
     kernel_distance,
     mean_estimate,
 )
+from hypersd_jax.evaluation.neighbours import FEWEST, NEIGHBOURS, covered_share
+from hypersd_jax.evaluation.patches import PATCH
 from hypersd_jax.evaluation.text_match import TextMatch
 
 Value = float | Estimate | np.ndarray | None
@@ -31,8 +33,10 @@ class Measured:
         prompts: of the images.
         images: uint8 (N, H, W, 3).
         features: (N, 1280).
+        patches: features (N, 1280) of their middles.
         seeds: features (S, 1280) of each prompt that has several seeds.
         real: features (M, 1280) of real images.
+        real_patches: features (M, 1280) of their middles.
         reference: features (M, 1280) of the reference's images, as a set.
         pairs: the reference's images (N, H, W, 3) and features (N, 1280), of the same prompts from the same latents.
         is_reference: these images are the reference's own.
@@ -43,8 +47,10 @@ class Measured:
     prompts: Sequence[str]
     images: np.ndarray
     features: np.ndarray
+    patches: np.ndarray | None = None
     seeds: Sequence[np.ndarray] | None = None
     real: np.ndarray | None = None
+    real_patches: np.ndarray | None = None
     reference: np.ndarray | None = None
     pairs: tuple[np.ndarray, np.ndarray] | None = None
     is_reference: bool = False
@@ -65,6 +71,7 @@ class Column:
         plot: its title where it is plotted against steps and calls.
         measure: computes a metric; values of each image (N,) are averaged, with a standard error over prompts.
         needs: fields of `Measured` that must be there, else the row has no such key.
+        constants: numbers of its definition, part of the protocol's hash.
     """
 
     key: str
@@ -75,6 +82,7 @@ class Column:
     plot: str = ""
     measure: Callable[[Measured], Value] | None = None
     needs: tuple[str, ...] = ()
+    constants: tuple[float, ...] = ()
 
 
 COLUMNS: dict[str, Column] = {}
@@ -127,6 +135,26 @@ def _kid_train(found: Measured) -> Value:
     return kernel_distance(found.features, found.real)
 
 
+def _patch_kid_train(found: Measured) -> Value:
+    assert found.patches is not None
+    assert found.real_patches is not None
+    return kernel_distance(found.patches, found.real_patches)
+
+
+def _precision(found: Measured) -> Value:
+    assert found.real is not None
+    return _covered(found.features, found.real)
+
+
+def _recall(found: Measured) -> Value:
+    assert found.real is not None
+    return _covered(found.real, found.features)
+
+
+def _covered(points: np.ndarray, support: np.ndarray) -> Value:
+    return covered_share(points, support) if min(len(points), len(support)) >= FEWEST else None
+
+
 def _diversity(found: Measured) -> Value:
     assert found.seeds is not None
     return mean_estimate(np.concatenate([diversity(seeds[None]) for seeds in found.seeds]))
@@ -141,6 +169,11 @@ _SETS = (
     "FID and KID: EfficientNet-Lite0 features; they compare with no Inception figure, and only at the same number of "
     "images. Those to training images are against as many real ones. A row of real images, or of the teacher from "
     "other latents, is their floor."
+)
+_COVERED = (
+    "Precision: share of the images that lie among training images in EfficientNet-Lite0 features, no further from one "
+    "than its third nearest neighbour. Recall: share of the training images that lie among these images. They compare "
+    "only at the same number of images."
 )
 _MATCH = (
     "Text match: 100 times the cosine between image and prompt, by a scorer trained on the embedded images, which is "
@@ -214,6 +247,36 @@ for _column in (
         better="lower",
         measure=_kid_train,
         needs=("real",),
+    ),
+    Column(
+        key="patch_kid_train",
+        heading="Patch KID to training images",
+        digits=3,
+        better="lower",
+        note="Patch KID: KID of the images' middle quarters, enlarged to the images' size: how sharp they are.",
+        measure=_patch_kid_train,
+        needs=("patches", "real_patches"),
+        constants=(PATCH,),
+    ),
+    Column(
+        key="precision",
+        heading="Precision",
+        digits=3,
+        better="higher",
+        note=_COVERED,
+        measure=_precision,
+        needs=("real",),
+        constants=(NEIGHBOURS,),
+    ),
+    Column(
+        key="recall",
+        heading="Recall",
+        digits=3,
+        better="higher",
+        note=_COVERED,
+        measure=_recall,
+        needs=("real",),
+        constants=(NEIGHBOURS,),
     ),
     Column(key="clip", heading="Text match", better="higher", **_text("own")),
     Column(key="clip_shuffled", heading="Text match, shuffled prompts", **_text("shuffled")),

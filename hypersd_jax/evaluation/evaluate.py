@@ -17,14 +17,14 @@ from hypersd_jax.config import EMBEDDED_GUIDANCE
 from hypersd_jax.errors import UserError
 from hypersd_jax.evaluation import generator, sources
 from hypersd_jax.evaluation.columns import column_notes
-from hypersd_jax.evaluation.evaluator import Evaluator, Row, known_scorer, real_floor
+from hypersd_jax.evaluation.evaluator import Evaluator, Row, known_scorer
 from hypersd_jax.evaluation.files import write_results
 from hypersd_jax.evaluation.generator import Model, further_items, make_model, with_loras
 from hypersd_jax.evaluation.grid import GRID_ROWS, image_grid
 from hypersd_jax.evaluation.provenance import device_line, duration, made_line, typed_command
 from hypersd_jax.evaluation.quality import Series
 from hypersd_jax.evaluation.report import Report
-from hypersd_jax.evaluation.samples import generate, image_features, load_run, save_run, with_features
+from hypersd_jax.evaluation.samples import generate, load_run, save_run, with_features
 from hypersd_jax.evaluation.scorer import load_card
 from hypersd_jax.evaluation.tables import write_markdown
 from hypersd_jax.paths import parse_lora
@@ -79,8 +79,8 @@ def run_evaluate(options: argparse.Namespace) -> list[Row]:
     elif run is not None:
         evaluator = evaluator.with_reference(run, hashlib.sha256(run.images.data).hexdigest())
     rows, columns = [], {}
-    if real is not None and evaluator.real is not None:
-        rows.append(real_floor(evaluator.real, image_features(real.second), evaluator.protocol))
+    if real is not None:
+        rows.append(evaluator.floor(real.second))
     if embedded:
         true = sources.embedded_images(options.n, options.groups, pipe.native_size[0])
         alone = dataclasses.replace(evaluator, reference=None)  # they come from no latents

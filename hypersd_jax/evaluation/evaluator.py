@@ -14,10 +14,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypersd_jax.evaluation import generator
-from hypersd_jax.evaluation.columns import COLUMNS, Measured
+from hypersd_jax.evaluation.columns import COLUMNS, Column, Measured
 from hypersd_jax.evaluation.generator import Item, Model
 from hypersd_jax.evaluation.lite0 import NATIVE, SMALL, load_lite0
-from hypersd_jax.evaluation.metrics import Estimate, frechet_distance, kernel_distance, mean_estimate, units_of
+from hypersd_jax.evaluation.metrics import Estimate, mean_estimate, units_of
+from hypersd_jax.evaluation.patches import patch_features
 from hypersd_jax.evaluation.samples import Samples, image_features
 from hypersd_jax.evaluation.scorer import Scorer, load_scorer
 from hypersd_jax.evaluation.sources import RealImages
@@ -47,6 +48,7 @@ class Evaluator:
         further: its beginning from further seeds, for diversity; (): diversity is that of the seeds in the list itself.
         size: of the images (H, W), in pixels.
         real: features (M, 1280) of real images.
+        real_patches: features (M, 1280) of their middles.
         real_name: names those images, as plain data.
         scorer: the reporting one, where it knows the prompts' words.
         clip: a CLIP of the user's.
@@ -60,6 +62,7 @@ class Evaluator:
     further: tuple[tuple[Item, ...], ...]
     size: tuple[int, int]
     real: np.ndarray | None = None
+    real_patches: np.ndarray | None = None
     real_name: Any = None
     scorer: Scorer | None = None
     clip: ClipScorer | None = None
@@ -72,8 +75,8 @@ class Evaluator:
     def protocol(self) -> str:
         """Name what rows are measured on and with: rows of one protocol and one N are comparable.
 
-        It covers prompts and seeds, the reference's sampler settings, the real images, the images' size, and the
-        networks that look at them; not the model of a row, nor how that samples.
+        It covers prompts and seeds, the reference's sampler settings, the real images, the images' size, the networks
+        that look at them, and the constants of the metrics; not the model of a row, nor how that samples.
         """
         parts = {
             "items": [list(item) for item in self.items],
@@ -83,16 +86,34 @@ class Evaluator:
             "size": list(self.size),
             "features": [_digest_of_lite0(), SMALL, NATIVE],
             "scorer": None if self.scorer is None else scorer_digest(self.scorer),
+            "constants": {column.key: column.constants for column in COLUMNS.values() if column.constants},
         }
         return digest(parts)[:12]
 
     def with_reference(self, samples: Samples, metadata: Any) -> Evaluator:
-        """Return a copy with a reference that was sampled as ``metadata`` say."""
-        return dataclasses.replace(self, reference=samples, reference_metadata=metadata)
+        """Return a copy with a reference that was sampled as ``metadata`` say; its features are rounded to float16.
+
+        So are those of a reference that is kept in a file, and the figures are the same by either.
+        """
+        rounded = samples.features.astype(np.float16).astype(np.float32)
+        reference = dataclasses.replace(samples, features=rounded)
+        return dataclasses.replace(self, reference=reference, reference_metadata=metadata)
 
     def with_real(self, images: RealImages) -> Evaluator:
         """Return a copy with the first set of real images."""
-        return dataclasses.replace(self, real=image_features(images.first), real_name=images.name)
+        patches = None
+        if any("real_patches" in metric.needs for metric in self._metrics()):
+            patches = patch_features(images.first)
+        real = image_features(images.first)
+        return dataclasses.replace(self, real=real, real_patches=patches, real_name=images.name)
+
+    def floor(self, images: np.ndarray) -> Row:
+        """Measure other real images (N, H, W, 3) against the real ones: what no model can be expected to go below."""
+        row: Row = {"model": "real images against others", "n": len(images)}
+        found = Measured(prompts=(), images=images, features=image_features(images), **self._against_real(images))
+        for key, value in self._values(found):
+            row |= estimate_values(key, mean_estimate(value) if isinstance(value, np.ndarray) else value)
+        return {**row, "protocol": self.protocol}
 
     def evaluate(self, samples: Samples, model: Model | None = None, *, name: str = "") -> Evaluated:
         """Compute every registered metric that there is what it needs for.
@@ -111,7 +132,7 @@ class Evaluator:
         prompts = [item.prompt for item in samples.items]
         units = units_of(prompts)
         distances = None
-        for key, value in self._values(samples, prompts):
+        for key, value in self._values(self._measured(samples, prompts)):
             if key == "distance":
                 distances = np.asarray(value, np.float32)
             row |= estimate_values(key, mean_estimate(value, units) if isinstance(value, np.ndarray) else value)
@@ -120,21 +141,20 @@ class Evaluator:
         row["protocol"] = self.protocol
         return Evaluated(row, distances)
 
-    def _values(self, samples: Samples, prompts: Sequence[str]) -> Iterator[tuple[str, Any]]:
-        found = self._measured(samples, prompts)
-        for metric in list(COLUMNS.values()):
-            if metric.measure is None or metric.key in self.left_out:
-                continue
-            if all(getattr(found, need) is not None for need in metric.needs):
+    def _metrics(self) -> list[Column]:
+        """List the metrics of this table, whether or not there is what they need."""
+        return [column for column in COLUMNS.values() if column.measure and column.key not in self.left_out]
+
+    def _values(self, found: Measured) -> Iterator[tuple[str, Any]]:
+        for metric in self._metrics():
+            if metric.measure and all(getattr(found, need) is not None for need in metric.needs):
                 value = metric.measure(found)
                 if value is not None:
                     yield metric.key, value
 
     def _measured(self, samples: Samples, prompts: Sequence[str]) -> Measured:
         reference, enough = self.reference, len(samples.images) >= self.least
-        fields: dict[str, Any] = {}
-        if self.real is not None and enough and len(self.real) >= self.least:
-            fields["real"] = self.real
+        fields = self._against_real(samples.images)
         if reference is not None:
             fields["is_reference"] = np.array_equal(samples.images, reference.images)
             if enough and len(reference.images) >= self.least:
@@ -151,6 +171,14 @@ class Evaluator:
         return Measured(
             prompts=prompts, images=samples.images, features=samples.features, seeds=seeds or None, **fields
         )
+
+    def _against_real(self, images: np.ndarray) -> dict[str, Any]:
+        """Return the fields of `Measured` that compare with real images; none where either are too few."""
+        if self.real is None or min(len(images), len(self.real)) < self.least:
+            return {}
+        if self.real_patches is None:
+            return {"real": self.real}
+        return {"real": self.real, "patches": patch_features(images), "real_patches": self.real_patches}
 
     def _seeds(self, samples: Samples, prompts: Sequence[str]) -> list[np.ndarray]:
         """Features (S, 1280) of each prompt from its S seeds."""
@@ -174,15 +202,6 @@ def known_scorer(items: Sequence[Item]) -> Scorer | None:
     """The reporting scorer, where it knows every word of the prompts."""
     scorer = load_scorer("report")
     return scorer if knows(scorer, [item.prompt for item in items]) else None
-
-
-def real_floor(first: np.ndarray, second: np.ndarray, protocol: str) -> Row:
-    """Real images against other real ones, as many, by features: what no model can be expected to go below."""
-    row: Row = {"model": "real images against others", "n": len(first)}
-    if min(len(first), len(second)) >= LEAST:
-        row["fid_train"] = frechet_distance(first, second)
-        row |= estimate_values("kid_train", kernel_distance(first, second))
-    return {**row, "protocol": protocol}
 
 
 def estimate_values(key: str, value: float | Estimate) -> Row:

@@ -25,7 +25,7 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     Raises:
         ValueError: with fewer than two rows or different widths.
     """
-    a, b = _features(a, b, least=2)
+    a, b = checked_features(a, b, least=2)
     (mean_a, root_a), (mean_b, root_b) = _moments(a), _moments(b)
     traces = np.sum(root_a**2) + np.sum(root_b**2)
     cross = np.linalg.svd(root_a @ root_b.T, compute_uv=False).sum()
@@ -48,7 +48,7 @@ def kernel_distance(a: np.ndarray, b: np.ndarray) -> Estimate:
     Raises:
         ValueError: with fewer than three rows or different widths.
     """
-    a, b = _features(a, b, least=3)
+    a, b = checked_features(a, b, least=3)
     width, n, m = a.shape[1], len(a), len(b)
 
     def kernel(x: np.ndarray, y: np.ndarray) -> np.ndarray:
@@ -154,7 +154,8 @@ def unit_range(images: np.ndarray) -> np.ndarray:
     return images.astype(np.float64) / (255.0 if images.dtype == np.uint8 else 1.0)
 
 
-def _features(a: np.ndarray, b: np.ndarray, least: int) -> tuple[np.ndarray, np.ndarray]:
+def checked_features(a: np.ndarray, b: np.ndarray, *, least: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return features (N, D) and (M, D) in float64; ValueError where either has fewer than ``least`` rows."""
     a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
     if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1]:
         raise ValueError(f"features must be (N, D) and (M, D), not {a.shape} and {b.shape}")

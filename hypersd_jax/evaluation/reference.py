@@ -204,7 +204,7 @@ def load_reference(path: Path, identity: str, evaluator: Evaluator, device: str)
     if not path.exists():
         return None
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             if str(file["identity"]) != identity:
                 return None
             rows: list[dict[str, Any]] = json.loads(str(file["rows"]))

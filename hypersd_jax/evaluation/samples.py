@@ -137,7 +137,8 @@ def _joined(items: Sequence[Item], chunks: Sequence[Mapping[str, np.ndarray]], p
 def _load_chunk(path: Path) -> dict[str, np.ndarray]:
     """One kept chunk; UserError where the file is damaged."""
     try:
-        with np.load(path, allow_pickle=False) as file:
+        # A file that is no archive would be left open by `np.load`, which opens it by name.
+        with path.open("rb") as opened, np.load(opened, allow_pickle=False) as file:
             chunk = {name: file[name] for name in (*ARRAYS, "seconds")}
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: kept images are damaged ({error}); delete the file") from None

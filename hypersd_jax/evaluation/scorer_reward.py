@@ -2,32 +2,33 @@
 
 from __future__ import annotations
 
+import dataclasses
 import typing
-from collections.abc import Sequence
 from typing import Any
 
 import jax
-import numpy as np
 
 from hypersd_jax.evaluation.lite0 import load_lite0
-from hypersd_jax.evaluation.scorer import ScorerName, load_scorer, score
+from hypersd_jax.evaluation.scorer import ScorerName, ScorerSpec, load_scorer, score
+from hypersd_jax.rewards import LoadedReward
 
 PREFIX = "embedded:"
 EMBEDDED_REWARDS: tuple[str, ...] = tuple(f"{PREFIX}{name}" for name in typing.get_args(ScorerName))
 
 
-class ScorerReward:
-    """A scorer as a `rewards.trainable.TrainableReward`."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ScorerModel:
+    """The static part of a scorer (`hypersd_jax.rewards.RewardModel`)."""
 
-    def __init__(self, name: str) -> None:
-        """Load the scorer of one of `EMBEDDED_REWARDS`."""
-        self._scorer = load_scorer(typing.cast(ScorerName, name.removeprefix(PREFIX)))
-        self.params = {"scorer": dict(self._scorer.params), "trunk": dict(load_lite0())}
+    spec: ScorerSpec
 
-    def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
-        """Tokenize prompts to int32 (B, L)."""
-        return self._scorer.tokens(prompts)
+    def __call__(self, params: Any, images: jax.Array, ids: jax.Array) -> jax.Array:
+        """Compute scores (B,) of images (B, H, W, 3) in 0..1 against tokens (B, L), as `Scorer.score`."""
+        return score(self.spec, params["scorer"], params["trunk"], images, ids)
 
-    def scores(self, params: Any, images: jax.Array, ids: Any) -> jax.Array:
-        """Compute scores (B,) of images (B, H, W, 3) in 0..1, as `Scorer.score`."""
-        return score(self._scorer.spec, params["scorer"], params["trunk"], images, ids)
+
+def embedded_reward(name: str) -> LoadedReward:
+    """Load the scorer of one of `EMBEDDED_REWARDS` as a reward."""
+    scorer = load_scorer(typing.cast(ScorerName, name.removeprefix(PREFIX)))
+    params: Any = {"scorer": dict(scorer.params), "trunk": load_lite0()}
+    return LoadedReward(model=ScorerModel(spec=scorer.spec), params=params, tokenize=scorer.tokens)

@@ -44,6 +44,11 @@ def plot(label: str, *, x: str, y: str = "") -> Iterator[Plot]:
     drawn.svg = _inline(written.getvalue(), label)
 
 
+def as_file(svg: str) -> str:
+    """Return an inline element as the text of a file of its own, which must name its name space; ink is black there."""
+    return svg.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1) + "\n"
+
+
 def _dress(axes: Axes, x: str, y: str) -> None:
     for side in ("top", "right"):
         axes.spines[side].set_visible(False)

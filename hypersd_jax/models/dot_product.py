@@ -50,6 +50,7 @@ def attention(
     v: jax.Array,
     *,
     causal: bool = False,
+    keep: jax.Array | None = None,
     platform: str | None = None,
     batch_sharding: NamedSharding | None = None,
 ) -> jax.Array:
@@ -60,10 +61,13 @@ def attention(
         k: keys.
         v: values.
         causal: query i sees keys 0..i.
+        keep: (B, S) bool, the keys that are seen, at least one of each sample; XLA alone can do so.
         platform: "cpu", "gpu" or "tpu"; None is JAX's default backend.
         batch_sharding: how the batch is laid out; a kernel of GPU or TPU runs on each device's part, for the compiler
             cannot split it.
     """
+    if keep is not None:
+        return _xla(q, k, v, causal=causal, keep=keep)
     case = Case(
         platform=platform or jax.default_backend(),
         dtype=str(q.dtype),
@@ -181,13 +185,15 @@ def _takes_any(_case: Case) -> bool:
     return True
 
 
-def _xla(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool) -> jax.Array:
+def _xla(q: jax.Array, k: jax.Array, v: jax.Array, *, causal: bool, keep: jax.Array | None = None) -> jax.Array:
     precision = precision_for(q.dtype)
     logits = jnp.einsum("blhd,bshd->bhls", q, k, precision=precision, preferred_element_type=jnp.float32)
     logits = logits * q.shape[-1] ** -0.5
     if causal:
-        keep = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))[None, None]
-        logits = jnp.where(keep, logits, -jnp.inf)
+        before = jnp.tril(jnp.ones((q.shape[1], k.shape[1]), bool))[None, None]
+        logits = jnp.where(before, logits, -jnp.inf)
+    if keep is not None:
+        logits = jnp.where(keep[:, None, None, :], logits, -jnp.inf)
     weights = jax.nn.softmax(logits, axis=-1).astype(v.dtype)
     return jnp.einsum("bhls,bshd->blhd", weights, v, precision=precision)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from hypersd_jax.rewards.clip_score import ClipModel as ClipModel
-from hypersd_jax.rewards.clip_score import ClipScore as ClipScore
 from hypersd_jax.rewards.clip_score import clip_scores as clip_scores
 from hypersd_jax.rewards.clip_score import load_clip as load_clip
 from hypersd_jax.rewards.preprocess import ImageSteps as ImageSteps
@@ -12,3 +11,5 @@ from hypersd_jax.rewards.registry import REWARDS as REWARDS
 from hypersd_jax.rewards.registry import Reward as Reward
 from hypersd_jax.rewards.registry import load as load
 from hypersd_jax.rewards.registry import register_reward as register_reward
+from hypersd_jax.rewards.reward import LoadedReward as LoadedReward
+from hypersd_jax.rewards.reward import RewardModel as RewardModel

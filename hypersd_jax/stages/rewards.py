@@ -16,9 +16,9 @@ from hypersd_jax.bases import TextToImage
 from hypersd_jax.config import FeedbackConfig, GeneratorStage
 from hypersd_jax.distill import feedback_gradient, feedback_loss
 from hypersd_jax.errors import UserError
-from hypersd_jax.evaluation.scorer_reward import EMBEDDED_REWARDS, PREFIX, ScorerReward
+from hypersd_jax.evaluation.scorer_reward import EMBEDDED_REWARDS, PREFIX, embedded_reward
 from hypersd_jax.inputs.batches import Reading, nothing
-from hypersd_jax.rewards.trainable import TrainableReward, load_trainable
+from hypersd_jax.rewards import LoadedReward, Reward, load
 from hypersd_jax.stages.context import Run
 from hypersd_jax.training import Metrics, replicated
 from hypersd_jax.weights.tensors import replacing
@@ -39,7 +39,7 @@ class FrozenFeedback(NamedTuple):
 
 
 @functools.cache
-def open_reward(name: str, path: str | None) -> TrainableReward:
+def open_reward(name: str, path: str | None) -> Reward:
     """Load a reward once.
 
     Raises:
@@ -50,20 +50,30 @@ def open_reward(name: str, path: str | None) -> TrainableReward:
             raise UserError(f"{name!r} is not a reward; the embedded ones are {', '.join(EMBEDDED_REWARDS)}")
         if path is not None:
             raise UserError(f"path={path}: {name} has weights of its own")
-        return ScorerReward(name)
+        return embedded_reward(name)
     if path is None:
         raise UserError(f"path is missing: the weights of {name}")
-    return load_trainable(name, path)
+    return load(name, path)
+
+
+def open_trainable(name: str, path: str | None) -> LoadedReward:
+    """Load a reward that a training step can differentiate; UserError for one that only scores."""
+    reward = open_reward(name, path)
+    if not isinstance(reward, LoadedReward):
+        raise UserError(f"{name!r} scores images but cannot be trained on: it is no hypersd_jax.rewards.LoadedReward")
+    return reward
 
 
 def require_rewards(stage: GeneratorStage, config: FeedbackConfig) -> None:
     """Refuse (UserError) rewards, or a judge, that cannot be loaded."""
-    named = {f"rewards.{index}": (each.name, each.path) for index, each in enumerate(config.rewards)}
+    needed: list[tuple[str, Any, Any]] = [
+        (f"rewards.{index}", open_trainable, each) for index, each in enumerate(config.rewards)
+    ]
     if config.guards and config.guards.judge:
-        named["guards.judge"] = (config.guards.judge.name, config.guards.judge.path)
-    for key, (name, path) in named.items():
+        needed.append(("guards.judge", open_reward, config.guards.judge))
+    for key, opened, settings in needed:
         try:
-            open_reward(name, path)
+            opened(settings.name, settings.path)
         except UserError as error:
             raise UserError(f"stages.{stage.name}.feedback.{key}: {error}") from None
 
@@ -72,13 +82,13 @@ def tokens_of(config: FeedbackConfig | None) -> Reading:
     """Make the function that reads a batch's captions for the rewards; without feedback it reads nothing."""
     if config is None:
         return nothing
-    rewards = [open_reward(each.name, each.path) for each in config.rewards]
+    rewards = [open_trainable(each.name, each.path) for each in config.rewards]
     return lambda captions: {TOKENS: tuple(reward.tokenize(captions) for reward in rewards)}
 
 
 def frozen_feedback(run: Run, stage: GeneratorStage, config: FeedbackConfig) -> FrozenFeedback:
     """Collect what the term reads; margins that the recipe leaves open are measured, or read back."""
-    params = tuple(open_reward(each.name, each.path).params for each in config.rewards)
+    params = tuple(open_trainable(each.name, each.path).params for each in config.rewards)
     return FrozenFeedback(
         params=jax.device_put(params, replicated(run.mesh)),  # once, not at every step
         margins=np.asarray(_margins(run, stage, config), np.float32),
@@ -99,7 +109,7 @@ def feedback_term(
         return base.decode(frozen.autoencoder, base.unscale(latents)).astype(jnp.float32) * 0.5 + 0.5
 
     rewards = [
-        functools.partial(open_reward(each.name, each.path).scores, params, ids=ids)
+        functools.partial(open_trainable(each.name, each.path).model, params, ids=ids)
         for each, params, ids in zip(config.rewards, frozen.params, batch[TOKENS], strict=True)
     ]
     images, weights = decode(x0), jnp.stack([jnp.asarray(each.weight) for each in config.rewards])
@@ -117,20 +127,9 @@ def suffix(index: int) -> str:
     return f"_{index + 1}" if index else ""
 
 
-def score_images(name: str, path: str | None, images: np.ndarray, prompts: Sequence[str], batch_size: int) -> Any:
-    """Score images (N, H, W, 3) in 0..1 on the host, (N,) float32; the last batch is filled up."""
-    reward = open_reward(name, path)
-    ids, found = reward.tokenize(prompts), []
-    for start in range(0, len(images), batch_size):
-        chosen = np.minimum(np.arange(start, start + batch_size), len(images) - 1)
-        part = jax.tree.map(lambda leaf, chosen=chosen: np.asarray(leaf)[chosen], ids)
-        found.append(np.asarray(_jitted(name, path)(reward.params, images[chosen], part)))
-    return np.concatenate(found)[: len(images)]
-
-
-@functools.cache
-def _jitted(name: str, path: str | None) -> Any:
-    return jax.jit(open_reward(name, path).scores)
+def score_images(name: str, path: str | None, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
+    """Score images (N, H, W, 3) in 0..1 on the host, (N,) float64."""
+    return np.asarray(open_reward(name, path)(images, prompts), np.float64)
 
 
 def fixed_prompts(run: Run, images: int) -> tuple[list[str], int]:
@@ -152,7 +151,6 @@ def _margins(run: Run, stage: GeneratorStage, config: FeedbackConfig) -> list[fl
         found: list[float] = json.loads(path.read_text(encoding="utf-8"))
         return found
     prompts, count = fixed_prompts(run, config.guards.images if config.guards else 32)
-    batch_size = run.config.evaluation.batch_size
     images = np.asarray(
         run.pipe(
             prompts,
@@ -161,15 +159,13 @@ def _margins(run: Run, stage: GeneratorStage, config: FeedbackConfig) -> list[fl
             sampler="ddim",
             guidance=float(stage.guidance),
             output="np",
-            batch_size=batch_size,
+            batch_size=run.config.evaluation.batch_size,
             stepwise=True,
         )
     )
     texts = repeated(prompts, count)
     found = [
-        float(np.mean(score_images(each.name, each.path, images, texts, batch_size)))
-        if each.margin is None
-        else each.margin
+        float(np.mean(score_images(each.name, each.path, images, texts))) if each.margin is None else each.margin
         for each in config.rewards
     ]
     if jax.process_index() == 0:

@@ -44,10 +44,10 @@ class FeedbackWatch:
         images = self.sample(self.run, self.stage, exported_weights(self.stage, state), prompts, count)
         noise = self.guards.perturbation * np.random.default_rng(0).standard_normal(images.shape, np.float32)
         perturbed = np.clip(images + noise, 0.0, 1.0)
-        texts, batch_size = repeated(prompts, count), self.run.config.evaluation.batch_size
+        texts = repeated(prompts, count)
 
         def scores(scorer: Any, images: np.ndarray) -> np.ndarray:
-            return np.asarray(score_images(scorer.name, scorer.path, images, texts, batch_size), np.float64)
+            return score_images(scorer.name, scorer.path, images, texts)
 
         metrics = {}
         for index, reward in enumerate(self.rewards.rewards):

@@ -93,6 +93,12 @@ def looked(images: np.ndarray) -> np.ndarray:
     return features(images, batch_size=4)
 
 
+def middles(images: np.ndarray) -> np.ndarray:
+    """The middle quarters of 16 px images, enlarged to 16 px."""
+    large = jax.image.resize(images[:, 4:12, 4:12].astype(np.float32), (len(images), 16, 16, 3), "cubic")
+    return np.clip(np.asarray(large) / 255.0, 0.0, 1.0)
+
+
 def generated(model: Path, seeds: list[int], **settings: Any) -> np.ndarray:
     """The list's prompts from these seeds, uint8, from latents made here."""
     pipe = settings.pop("pipe", None) or Pipeline.from_pretrained(model)
@@ -121,11 +127,16 @@ def test_the_rows_by_hand(model: Path, lora: Path, rows: dict[str, dict[str, Any
     assert row["distance"] == pytest.approx(apart.mean(), **close)
     assert row["distance_se"] == pytest.approx(apart.std(ddof=1) / np.sqrt(N), **close)
     mine, theirs = looked(student), looked(many)
-    real = [looked(images) for images in training_images(N, None, 16)[:2]]
+    training = training_images(N, None, 16)[:2]
+    real = [looked(images) for images in training]
     assert row["fid_teacher"] == pytest.approx(frechet_distance(mine, theirs), rel=2e-3)
     assert row["kid"] == pytest.approx(kernel_distance(mine, theirs).mean, rel=5e-3, abs=1e-3)
     assert row["fid_train"] == pytest.approx(frechet_distance(mine, real[0]), rel=2e-3)
     assert row["diversity"] == pytest.approx(diversity(np.stack([mine, looked(other)], axis=1)).mean(), rel=2e-3)
+    patches = [looked(middles(images)) for images in (student, *training)]
+    assert row["patch_kid_train"] == pytest.approx(kernel_distance(*patches[:2]).mean, rel=5e-3, abs=1e-3)
+    assert rows["floor"]["patch_kid_train"] == pytest.approx(kernel_distance(*patches[:0:-1]).mean, rel=1e-4, abs=1e-4)
+    assert not {"precision", "recall"} & row.keys(), "four images have no three neighbours each without one of them"
     assert row["seconds_per_image"] > 0
     assert rows["reference"]["distance"] == rows["reference"]["fid_teacher"] == 0.0
     assert rows["reference"]["calls"] == 2 * MANY

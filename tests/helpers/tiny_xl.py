@@ -36,7 +36,9 @@ def tiny_xl(folder: Path) -> Path:
     ):
         for old in (folder / name).glob("*"):
             old.unlink()
-        save_params(folder / name, network.init(len(name)), config=config, component_kind=kind)
+        # The UNet's weights are larger, so that what conditions it matters more.
+        params = network.init(len(name), gain=2.0 if kind == "unet" else 1.0)
+        save_params(folder / name, params, config=config, component_kind=kind)
     (folder / "tokenizer_2").symlink_to(folder / "tokenizer")
     index = {"_class_name": "StableDiffusionXLPipeline", "force_zeros_for_empty_prompt": True}
     (folder / "model_index.json").write_text(json.dumps(index))

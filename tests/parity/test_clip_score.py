@@ -20,6 +20,7 @@ transformers = pytest.importorskip("transformers")
 
 from transformers.models.clip.image_processing_pil_clip import CLIPImageProcessorPil
 
+from tests.helpers.quick import quick_jit
 from tests.helpers.torch_weights import perturb, relative_error
 
 PROMPTS = ["red apple", "blue cat on a green field, fluent flat style", ""]
@@ -75,25 +76,26 @@ def test_embeddings_logits_and_gradients(pair):
     nchw = torch.tensor(np.asarray(pixels).transpose(0, 3, 1, 2), requires_grad=True)
     theirs = model(input_ids=ids, pixel_values=nchw)
 
-    seen, read = (
-        embed_images(score.model, score.params, images),
-        embed_texts(score.model, score.params, jnp.asarray(ids)),
-    )
-    assert relative_error(seen, theirs.image_embeds) < 1e-5
-    assert relative_error(read, theirs.text_embeds) < 1e-5
-    logits = jnp.exp(score.params["logit_scale"]) * jnp.matmul(seen, read.T, precision="highest")
-    assert relative_error(logits, theirs.logits_per_image) < 1e-5
-
     cosines = (theirs.image_embeds * theirs.text_embeds).sum(-1)
-    ours = clip_scores(score.model, score.params, images, jnp.asarray(ids))
-    np.testing.assert_allclose(ours, 100 * cosines.detach().numpy(), atol=2e-4)
     (100 * cosines.sum()).backward()
     wanted = np.asarray(nchw.grad).transpose(0, 2, 3, 1)
-    # Back through the same preparation of images.
-    floats = images.astype(jnp.float32) / 255
-    _, back = jax.vjp(lambda x: preprocess(x, score.model.steps), floats)
-    found = jax.grad(lambda x: jnp.sum(clip_scores(score.model, score.params, x, jnp.asarray(ids))))(floats)
-    assert relative_error(found, back(jnp.asarray(wanted))[0]) < 1e-4
+
+    @quick_jit
+    def ours(params, images, ids, wanted):
+        seen, read = embed_images(score.model, params, images), embed_texts(score.model, params, ids)
+        logits = jnp.exp(params["logit_scale"]) * jnp.matmul(seen, read.T, precision="highest")
+        floats = images.astype(jnp.float32) / 255
+        gradient = jax.grad(lambda x: jnp.sum(clip_scores(score.model, params, x, ids)))(floats)
+        # Back through the same preparation of images.
+        _, back = jax.vjp(lambda x: preprocess(x, score.model.steps), floats)
+        return seen, read, logits, clip_scores(score.model, params, images, ids), gradient, back(wanted)[0]
+
+    seen, read, logits, scores, gradient, wanted = ours(score.params, images, jnp.asarray(ids), wanted)
+    assert relative_error(seen, theirs.image_embeds) < 1e-5
+    assert relative_error(read, theirs.text_embeds) < 1e-5
+    assert relative_error(logits, theirs.logits_per_image) < 1e-5
+    np.testing.assert_allclose(scores, 100 * cosines.detach().numpy(), atol=2e-4)
+    assert relative_error(gradient, wanted) < 1e-4
 
 
 def test_scores_of_bytes_as_the_processor_prepares_them(pair):

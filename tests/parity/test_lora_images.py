@@ -42,7 +42,7 @@ KINDS = {
 @pytest.fixture(scope="module", params=["sd", "sdxl"])
 def loaded(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Both:
     make = {"sd": tiny_sd, "sdxl": tiny_sdxl}[request.param]
-    return Both(make(tmp_path_factory.mktemp(request.param)))
+    return Both(make(tmp_path_factory.mktemp(request.param), attentive=True))
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ SCALE_OF_FILE = 0.3
 
 @pytest.fixture(scope="module")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_sd(tmp_path_factory.mktemp("tiny"))
+    return tiny_sd(tmp_path_factory.mktemp("tiny"), attentive=True)
 
 
 @pytest.fixture(scope="module")

@@ -49,7 +49,7 @@ INDEX: dict[str, Any] = {
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The tiny model with the index that diffusers asks for."""
-    folder = smaller(tiny_model(tmp_path_factory.mktemp("model")), middle=True)
+    folder = smaller(tiny_model(tmp_path_factory.mktemp("model")))
     (folder / "model_index.json").write_text(json.dumps(INDEX))
     return folder
 

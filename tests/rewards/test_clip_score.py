@@ -14,7 +14,7 @@ from PIL import Image
 
 import hypersd_jax as hs
 from hypersd_jax.errors import UserError
-from hypersd_jax.rewards import clip_score
+from hypersd_jax.rewards import LoadedReward, clip_score, reward
 from hypersd_jax.weights.tensors import save_tensors
 from tests.helpers.tiny_clip import CONFIG, tiny_clip, tiny_tensors
 
@@ -28,11 +28,11 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def score(folder: Path) -> clip_score.ClipScore:
+def score(folder: Path) -> LoadedReward:
     return hs.rewards.load("clip", folder)
 
 
-def test_scores_are_cosines_times_100(score: clip_score.ClipScore) -> None:
+def test_scores_are_cosines_times_100(score: LoadedReward) -> None:
     found = score(IMAGES, PROMPTS)
     assert (found.shape, found.dtype) == ((4,), np.float32)
     seen = clip_score.embed_images(score.model, score.params, jnp.asarray(IMAGES))
@@ -44,20 +44,20 @@ def test_scores_are_cosines_times_100(score: clip_score.ClipScore) -> None:
     assert found.min() < 0 < found.max()  # not cut off at 0
 
 
-def test_bytes_floats_and_pil_images_score_alike(score: clip_score.ClipScore) -> None:
+def test_bytes_floats_and_pil_images_score_alike(score: LoadedReward) -> None:
     wanted = score(IMAGES, PROMPTS)
     np.testing.assert_allclose(score(IMAGES / np.float32(255), PROMPTS), wanted, atol=1e-4)
     np.testing.assert_array_equal(score([Image.fromarray(image) for image in IMAGES], PROMPTS), wanted)
 
 
-def test_the_last_batch_is_filled_up(score: clip_score.ClipScore, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_last_batch_is_filled_up(score: LoadedReward, monkeypatch: pytest.MonkeyPatch) -> None:
     wanted = score(IMAGES, PROMPTS)
-    monkeypatch.setattr(clip_score, "BATCH", 3)
+    monkeypatch.setattr(reward, "BATCH", 3)
     np.testing.assert_allclose(score(IMAGES, PROMPTS), wanted, atol=1e-4)
     assert score(IMAGES[:0], []).shape == (0,)
 
 
-def test_gradients_in_the_images(score: clip_score.ClipScore) -> None:
+def test_gradients_in_the_images(score: LoadedReward) -> None:
     """Against finite differences along one direction, and each image's score by its own pixels only."""
     images = jnp.asarray(IMAGES[:2], jnp.float32) / 255
     ids = jnp.asarray(score.tokenize(PROMPTS[:2]))
@@ -70,7 +70,7 @@ def test_gradients_in_the_images(score: clip_score.ClipScore) -> None:
     assert float(slope) > 0.1
 
 
-def test_long_prompts_are_cut_with_a_warning(score: clip_score.ClipScore) -> None:
+def test_long_prompts_are_cut_with_a_warning(score: LoadedReward) -> None:
     with pytest.warns(UserWarning, match="the prompt is longer than 22 tokens"):
         ids = score.tokenize(["red apple " * 40])
     assert ids.shape == (1, 24)
@@ -91,7 +91,7 @@ def test_long_prompts_are_cut_with_a_warning(score: clip_score.ClipScore) -> Non
         ([Image.new("RGB", (4, 4)), Image.new("RGB", (5, 4))], PROMPTS[:2], "images are of several sizes"),
     ],
 )
-def test_what_it_is_given_is_checked(score: clip_score.ClipScore, images, prompts, message) -> None:
+def test_what_it_is_given_is_checked(score: LoadedReward, images, prompts, message) -> None:
     with pytest.raises(UserError, match=message):
         score(images, prompts)
 

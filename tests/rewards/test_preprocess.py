@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,7 +11,7 @@ import pytest
 from PIL import Image
 
 from hypersd_jax.errors import UserError
-from hypersd_jax.rewards.preprocess import MEAN, STD, ImageSteps, preprocess, resize_weights
+from hypersd_jax.rewards.preprocess import MEAN, STD, ImageSteps, pad, preprocess, resize_weights, torchvision_crop
 
 SHAPES = [(64, 64), (45, 80), (83, 37), (24, 24), (9, 11), (24, 61)]
 STEPS = ImageSteps(size=24)
@@ -65,6 +67,29 @@ def test_what_eight_bits_change(shape):
     top, left = (to[0] - 24) // 2, (to[1] - 24) // 2
     ours = np.asarray(preprocess(jnp.asarray(image)[None], PLAIN))[0]
     assert np.median(np.abs(ours - theirs[top : top + 24, left : left + 24] / 255)) < 0.6 / 255
+
+
+@pytest.mark.parametrize(("shape", "apart"), [((24, 27), 1), ((24, 25), 0), ((24, 61), 0), ((31, 24), 1)])
+def test_where_torchvision_crops(shape, apart):
+    """Margins of 3, 1, 37 and 7 pixels: half of it, rounded to even by torchvision and down by transformers."""
+    image = np.arange(np.prod(shape), dtype=np.float32).reshape(1, *shape, 1).repeat(3, -1) / 1000
+    seen = preprocess(jnp.asarray(image), dataclasses.replace(PLAIN, fit=torchvision_crop))[0, 0, 0, 0]
+    step = 1 if shape[1] > 24 else shape[1]
+    np.testing.assert_allclose(seen - preprocess(jnp.asarray(image), PLAIN)[0, 0, 0, 0], apart * step / 1000, atol=1e-6)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_padding_as_pillow_resizes(shape):
+    """The longest side fits, and what is left is black on both sides, one pixel more of it behind the image."""
+    image = _random_image(*shape)
+    ours = np.asarray(preprocess(jnp.asarray(image), dataclasses.replace(PLAIN, fit=pad)))[0]
+    rows, columns = (max(round(side * (24 / max(shape))), 1) for side in shape)
+    channels = [Image.fromarray(image[0, ..., c].astype(np.float32)) for c in range(3)]
+    small = [np.asarray(channel.resize((columns, rows), Image.Resampling.BICUBIC)) / 255 for channel in channels]
+    wanted = np.zeros((24, 24, 3))
+    top, left = (24 - rows) // 2, (24 - columns) // 2
+    wanted[top : top + rows, left : left + columns] = np.stack(small, axis=-1)
+    np.testing.assert_allclose(ours, wanted, rtol=0, atol=1e-5)
 
 
 def test_bytes_are_floats_times_255():

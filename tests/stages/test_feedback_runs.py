@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,7 @@ from hypersd_jax import adapters
 from hypersd_jax.config import FeedbackStage, GuardConfig, JudgeConfig, ScoreStage
 from hypersd_jax.distill import draw_trajectory
 from hypersd_jax.errors import UserError
-from hypersd_jax.rewards import REWARDS
+from hypersd_jax.rewards import REWARDS, LoadedReward
 from hypersd_jax.stages import feedback as feedback_stage
 from hypersd_jax.stages import rewards, train, watching
 from hypersd_jax.stages.kinds import STUDENT, kind_of
@@ -45,22 +45,21 @@ DMD_STAGE = ScoreStage(kind="dmd", name="scored", updates=1, batch_size=4, guida
 class Bright:
     """A reward that needs no network: how bright the first row is, times what the prompt's length says."""
 
-    params: ClassVar = {"scale": np.float32(3.0)}
-
-    def __call__(self, images: Any, prompts: Sequence[str]) -> np.ndarray:
-        return np.asarray(self.scores(self.params, jnp.asarray(images), self.tokenize(prompts)))
-
-    def tokenize(self, prompts: Sequence[str]) -> np.ndarray:
-        return np.asarray([[len(prompt) % 3 + 1] for prompt in prompts], np.int32)
-
-    def scores(self, params: Any, images: jax.Array, ids: Any) -> jax.Array:
+    def __call__(self, params: Any, images: jax.Array, ids: jax.Array) -> jax.Array:
         return params["scale"] * jnp.mean(images[:, 0], axis=(1, 2)) * ids[:, 0] / 3
+
+
+def _tokens(prompts: Sequence[str]) -> np.ndarray:
+    return np.asarray([[len(prompt) % 3 + 1] for prompt in prompts], np.int32)
+
+
+BRIGHT = LoadedReward(model=Bright(), params={"scale": jnp.float32(3.0)}, tokenize=_tokens)
 
 
 @pytest.fixture(scope="module", autouse=True)
 def _rewards() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setitem(REWARDS, "bright", lambda path: Bright())
+        patch.setitem(REWARDS, "bright", lambda path: BRIGHT)
         patch.setitem(REWARDS, "mute", lambda path: lambda images, prompts: np.zeros(len(images)))
         yield
 
@@ -119,7 +118,7 @@ def test_the_gradient_is_that_of_the_whole_chain(opened: Opened, first: Step) ->
         inside = (images >= 0) & (images <= 1)
         # Outside 0..1 a brighter pixel is pulled in from below, and left alone above.
         seen = jnp.where(inside, images, jnp.where(images < 0, images - clip(images), clip(jnp.clip(images, 0, 1))))
-        return jnp.mean(jax.nn.relu(MARGIN - Bright().scores(Bright.params, seen, ids)))
+        return jnp.mean(jax.nn.relu(MARGIN - BRIGHT.model(BRIGHT.params, seen, ids)))
 
     before = first.before.trainable[STUDENT]
     wanted = jax.jit(jax.grad(loss))(before)
@@ -266,7 +265,7 @@ def test_a_margin_is_measured_once(opened: Opened, monkeypatch: pytest.MonkeyPat
     found = rewards._margins(opened.run, opened.stage, open_margin)
     prompts, count = rewards.fixed_prompts(opened.run, 8)
     texts = rewards.repeated(prompts, count)
-    wanted = Bright()(np.full((len(texts), 4, 4, 3), 0.25), texts).mean()
+    wanted = BRIGHT(np.full((len(texts), 4, 4, 3), 0.25), texts).mean()
     assert found == pytest.approx([wanted, MARGIN])
     assert (pipe.calls[0]["steps"], pipe.calls[0]["guidance"]) == (rewards.TEACHER_STEPS, 1.0)
     assert rewards._margins(opened.run, opened.stage, open_margin) == found  # read back, not measured again
@@ -284,9 +283,9 @@ def test_what_is_measured(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> No
     prompts, count = rewards.fixed_prompts(opened.run, 8)
     texts = rewards.repeated(prompts, count)
     measured = watch("the student")  # type: ignore[arg-type]
-    plain = Bright()(images, texts)
+    plain = BRIGHT(images, texts)
     noise = 0.1 * np.random.default_rng(0).standard_normal(images.shape, np.float32)
-    changed = Bright()(np.clip(images + noise, 0, 1), texts)
+    changed = BRIGHT(np.clip(images + noise, 0, 1), texts)
     assert measured.judged is not None
     np.testing.assert_allclose(measured.judged, plain, rtol=1e-5)
     assert measured.metrics == pytest.approx(

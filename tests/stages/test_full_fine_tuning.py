@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import train
 from hypersd_jax.stages.autoencoder import reconstructed
 from hypersd_jax.weights.tensors import open_tensors
-from tests.helpers.tiny_model import tiny_model
+from tests.helpers.short_runs import share_steps
 
 RECIPE = """
 output_dir: {output}
@@ -34,9 +35,11 @@ WEIGHTS = {
 }
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tiny_model(tmp_path_factory.mktemp("model"))
+@pytest.fixture(scope="module", autouse=True)
+def quick() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        share_steps(patch)
+        yield
 
 
 def recipe(folder: Path, model: Path, kind: str, *, fresh: str = "[]", updates: int = 4) -> Config:

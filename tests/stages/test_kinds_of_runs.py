@@ -202,7 +202,7 @@ def test_what_conditions_sdxl(finished: Finished, first: FirstUpdate) -> None:
     # The logged loss is that of the right ids and pooled text: others give another.
     logged = finished.lines[0]["loss"]
     for changed in (
-        cond._replace(time_ids=cond.time_ids + np.asarray([[0, 0, 8, 8, 0, 0]], np.float32)),
+        cond._replace(time_ids=cond.time_ids + np.asarray([[0, 0, 64, 64, 0, 0]], np.float32)),
         cond._replace(pooled=cond.pooled[::-1]),
     ):
         loss = first.loss(changed, _unconditional(first, changed, None))

@@ -24,7 +24,6 @@ from hypersd_jax.training import Checkpointer, abstract
 from hypersd_jax.training.output import Output, create_output
 from hypersd_jax.weights.tensors import open_tensors
 from tests.helpers.score_runs import (
-    MIDDLE,
     TOLERANCE,
     ByHand,
     Opened,
@@ -46,8 +45,9 @@ DMD = """
   - {name: dmd, kind: dmd, updates: 4, batch_size: 4, learning_rate: 1.0e-2, ema: 0.5, guidance: 30.0, weight: 0.7,
      fake_learning_rate: 1.0e-2, fake_updates: 1, regression: {steps: 3, weight: 0.2, teacher: early},
      anchor: {solver_steps: 4, weight: 0.6}, steps: [2],
-     adversarial: {features: mid, weight: 0.3, learning_rate: 1.0e-2, r1_weight: 0.1, r1_sigma: 0.1}}
+     adversarial: {features: encoder, weight: 0.3, learning_rate: 1.0e-2, r1_weight: 0.1, r1_sigma: 0.1}}
 """
+TAP = "down_blocks.0"
 # The fake model hardly moves, so that its second update is seen from where the first began.
 TDM = """
   - {name: tdm, kind: tdm, times: [999, 499], updates: 2, batch_size: 4, learning_rate: 1.0e-2, fake_updates: 2,
@@ -119,7 +119,7 @@ class ScoreByHand(ByHand):
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return smaller(tiny_model(tmp_path_factory.mktemp("model")), middle=True)
+    return smaller(tiny_model(tmp_path_factory.mktemp("model")))
 
 
 @pytest.fixture(scope="module")
@@ -134,7 +134,7 @@ def first(dmd: Opened) -> Step:
 
 @pytest.fixture(scope="module")
 def by_hand(dmd: Opened) -> ScoreByHand:
-    return ScoreByHand(dmd, [MIDDLE])
+    return ScoreByHand(dmd, [TAP])
 
 
 def test_the_first_losses_of_the_fake_score_step_by_hand(dmd: Opened, first: Step, by_hand: ScoreByHand) -> None:
@@ -201,10 +201,8 @@ def test_the_adversarial_gradient_runs_through_the_frozen_features(
 
         eps = unet(drawn.noise, jnp.full(4, 999), adapter=by_hand.adapter(start))
         x_t = a * (drawn.noise - deviation * eps) / last + s * drawn.eps
-        found = discriminator.logits(
-            alone.after.trainable[DISCRIMINATOR], unet(x_t, t, adapter=fake, taps=(MIDDLE,))[1]
-        )
-        return jnp.mean(jax.nn.relu(1 - found[MIDDLE]))
+        found = discriminator.logits(alone.after.trainable[DISCRIMINATOR], unet(x_t, t, adapter=fake, taps=(TAP,))[1])
+        return jnp.mean(jax.nn.relu(1 - found[TAP]))
 
     value, wanted = jax.jit(jax.value_and_grad(term))(dmd.start)
     assert alone.metrics["loss"] == pytest.approx(float(value), rel=TOLERANCE)

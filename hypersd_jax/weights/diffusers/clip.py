@@ -1,26 +1,26 @@
-"""A CLIP, both towers, as transformers' `CLIPModel` keeps it: a folder, or its safetensors file alone."""
+"""A CLIP, both towers or the image tower alone, in transformers' layout or OpenCLIP's: a folder, or its file alone."""
 
 from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from hypersd_jax.errors import UserError, shown
 from hypersd_jax.models.clip_text import ClipTextConfig, clip_text
 from hypersd_jax.models.clip_vision import ClipVisionConfig, clip_vision
-from hypersd_jax.models.functional import Network, Params, Shapes
+from hypersd_jax.models.functional import Network, Params
 from hypersd_jax.paths import expanded
-from hypersd_jax.weights.diffusers.component import STEMS, cast, component_files, read_finite, read_json, require_fit
-from hypersd_jax.weights.keys import from_torch, torch_key, torch_shape
-from hypersd_jax.weights.single_file.clip import guess_config
+from hypersd_jax.weights.diffusers.component import STEMS, component_files, read_json
+from hypersd_jax.weights.located import Locate, Shapes, read_located
+from hypersd_jax.weights.single_file.clip import from_open_clip, guess_config
+from hypersd_jax.weights.single_file.keys import Stored, is_open_clip, open_clip_place
 from hypersd_jax.weights.tensors import TensorFile, open_tensors
 from hypersd_jax.weights.tokenizers import CLIP_TOKENS, END, TokenizerFiles, clip_tokenizer
 
@@ -37,8 +37,18 @@ TOKENIZER_FILES = (
 LOGIT_SCALE = "logit_scale"
 """Path of the logarithm of what cosines are multiplied by, a scalar beside the towers' parameters."""
 
-# Buffers that transformers wrote before 4.31.
-PASSENGERS = re.compile(r"^(text|vision)_model\.embeddings\.position_ids$")
+OPEN_CLIP = "open_clip_model"
+OPEN_CLIP_CONFIG = "open_clip_config.json"
+"""The names of OpenCLIP's files on the hub."""
+
+# Buffers that transformers wrote before 4.31, and OpenCLIP's causal mask.
+BUFFERS = r"^(text|vision)_model\.embeddings\.position_ids$|^attn_mask$"
+PASSENGERS = re.compile(BUFFERS)
+# What an image tower is not read with, in both layouts.
+TEXT_SIDE = re.compile(
+    BUFFERS + r"|^text_model\.|^text_projection(\.weight)?$|^logit_scale$"
+    r"|^(token_embedding\.weight|positional_embedding)$|^(transformer|ln_final)\."
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -61,43 +71,58 @@ class LoadedClip:
     tokenizer: TokenizerFiles
 
 
-def load_clip_model(source: str | os.PathLike[str], *, dtype: Any) -> LoadedClip:
+@dataclass(frozen=True, kw_only=True, eq=False)
+class LoadedVision:
+    """A CLIP's image tower, and what its folder says about images, as in `LoadedClip`."""
+
+    origin: Path
+    config: ClipVisionConfig
+    network: Network
+    params: Params
+    image_processor: Mapping[str, Any]
+
+
+def load_clip_model(source: str | os.PathLike[str], *, dtype: Any, activation: str | None = None) -> LoadedClip:
     """Read a CLIP with both its towers.
 
     Args:
-        source: a folder with ``config.json`` and ``model.safetensors`` (or its shards), or a .safetensors file, which
-            is read as its ``config.json`` beside it says, else as `clip_file.guess_config` does. Tokenizer and
+        source: a folder with ``config.json`` and ``model.safetensors`` (or its shards), or with OpenCLIP's
+            ``open_clip_model.safetensors``; or a .safetensors file of either layout, which is read as its
+            ``config.json`` (``open_clip_config.json``) beside it says, else as `guess_config` does. Tokenizer and
             ``preprocessor_config.json`` are looked for in the same folder.
         dtype: of parameters and computation.
+        activation: the `hidden_act` of a file without a configuration; None guesses, with a warning.
 
     Raises:
         UserError: one line naming the file or key that is missing, damaged, unsupported or fits nothing; pickled
             weights are refused.
     """
-    origin = expanded(Path(source))
-    if not origin.exists():
-        raise UserError(f"{origin}: no such file or folder")
-    folder = origin if origin.is_dir() else origin.parent
-    files = [open_tensors(path) for path in (component_files(origin, STEMS["clip"]) if origin.is_dir() else [origin])]
-    location = folder / "config.json"
-    stated = read_json(location) if origin.is_dir() or location.is_file() else guess_config(files[0])
-    try:
-        text_config, vision_config = read_configs(stated)
-    except UserError as error:
-        raise UserError(f"{location if location.is_file() else origin}: {error}") from None
-    text = clip_text(text_config, dtype=dtype, projection=True)
-    vision = clip_vision(vision_config, dtype=dtype)
+    stored = _open(source, activation)
+    text = clip_text(stored.text_config, dtype=dtype, projection=True)
+    vision = clip_vision(stored.vision_config, dtype=dtype)
     shapes = {**text.shapes, **vision.shapes, LOGIT_SCALE: jax.ShapeDtypeStruct((), jnp.float32)}
-    placed = {path: jnp.asarray(array) for path, array in _read(origin, files, shapes)}
     return LoadedClip(
-        origin=origin,
-        text_config=text_config,
-        vision_config=vision_config,
+        origin=stored.origin,
+        text_config=stored.text_config,
+        vision_config=stored.vision_config,
         text=text,
         vision=vision,
-        params={path: placed[path] for path in shapes},
-        image_processor=_image_processor(folder),
-        tokenizer=_tokenizer(folder, text_config),
+        params=stored.read(shapes, PASSENGERS),
+        image_processor=stored.image_processor,
+        tokenizer=_tokenizer(stored.folder, stored.text_config),
+    )
+
+
+def load_vision_tower(source: str | os.PathLike[str], *, dtype: Any, activation: str | None = None) -> LoadedVision:
+    """Read the image tower of a CLIP, without its text tower; arguments and errors are those of `load_clip_model`."""
+    stored = _open(source, activation)
+    network = clip_vision(stored.vision_config, dtype=dtype)
+    return LoadedVision(
+        origin=stored.origin,
+        config=stored.vision_config,
+        network=network,
+        params=stored.read(network.shapes, TEXT_SIDE),
+        image_processor=stored.image_processor,
     )
 
 
@@ -119,28 +144,65 @@ def read_configs(values: Mapping[str, Any]) -> tuple[ClipTextConfig, ClipVisionC
     return ClipTextConfig.from_dict(parts[0]), ClipVisionConfig.from_dict(parts[1])
 
 
-def _read(origin: Path, files: Sequence[TensorFile], shapes: Shapes) -> Iterator[tuple[str, np.ndarray]]:
-    """The parameters in the order of the files; one UserError with all that does not fit comes before the first."""
-    paths = {torch_key(path): path for path in shapes}
-    locations: dict[str, TensorFile] = {}
-    misfits = []
-    for file in files:
-        for key in (key for key in file.keys() if not PASSENGERS.match(key)):  # noqa: SIM118 - not a mapping
-            if key in locations:
-                misfits.append(f"{key} stored twice")
-            locations[key] = file
-    for key in locations.keys() & paths.keys():
-        found, wanted = locations[key].shape(key), torch_shape(paths[key], shapes[paths[key]].shape)
-        if found != wanted:
-            misfits.append(f"{key} {list(found)} instead of {list(wanted)}")
-        elif not jnp.issubdtype(locations[key].dtype(key), jnp.floating):
-            misfits.append(f"{key} of type {locations[key].dtype(key)}")
-    require_fit(
-        origin, [key for key in paths if key not in locations], sorted(locations.keys() - paths.keys()), sorted(misfits)
+@dataclass(frozen=True, kw_only=True, eq=False)
+class _StoredClip:
+    """The open files of a CLIP and what is known without reading a tensor."""
+
+    origin: Path
+    folder: Path
+    files: Sequence[TensorFile]
+    locate: Locate
+    text_config: ClipTextConfig
+    vision_config: ClipVisionConfig
+    image_processor: Mapping[str, Any]
+
+    def read(self, shapes: Shapes, extras: re.Pattern[str]) -> Params:
+        """The parameters of these paths, on the default device."""
+        read = read_located(self.origin, self.files, shapes, self.locate, extras)
+        return {path: jnp.asarray(array) for path, array in read}
+
+
+def _open(source: str | os.PathLike[str], activation: str | None) -> _StoredClip:
+    origin = expanded(Path(source))
+    if not origin.exists():
+        raise UserError(f"{origin}: no such file or folder")
+    folder = origin if origin.is_dir() else origin.parent
+    files = [open_tensors(path) for path in (_weight_files(origin) if origin.is_dir() else [origin])]
+    other = is_open_clip(files[0].keys())
+    location = folder / (OPEN_CLIP_CONFIG if other else "config.json")
+    stated: Mapping[str, Any] | None = None
+    if location.is_file() or (origin.is_dir() and not other):
+        stated = read_json(location)
+    if stated is None:
+        text_config, vision_config = read_configs(guess_config(files[0], activation))
+    else:
+        try:
+            text_config, vision_config = read_configs(from_open_clip(stated) if other else stated)
+        except UserError as error:
+            raise UserError(f"{location}: {error}") from None
+    return _StoredClip(
+        origin=origin,
+        folder=folder,
+        files=files,
+        locate=open_clip_place if other else Stored.named,
+        text_config=text_config,
+        vision_config=vision_config,
+        image_processor=_open_clip_processor(stated or {}) if other else _image_processor(folder),
     )
-    for key, file in locations.items():
-        path = paths[key]
-        yield path, cast(from_torch(path, read_finite(file, key)), shapes[path].dtype, file.path, key)
+
+
+def _weight_files(folder: Path) -> list[Path]:
+    alone = folder / f"{OPEN_CLIP}.safetensors"
+    if alone.is_file() and not any(folder.glob(f"{STEMS['clip']}*.safetensors")):
+        return [alone]
+    return component_files(folder, STEMS["clip"])
+
+
+def _open_clip_processor(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What OpenCLIP's configuration says about images, in the words of transformers'."""
+    found = config.get("preprocess_cfg")
+    found = found if isinstance(found, dict) else {}
+    return {f"image_{key}": found[key] for key in ("mean", "std") if key in found}
 
 
 def _image_processor(folder: Path) -> dict[str, Any]:

@@ -18,6 +18,8 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
+import numpy as np
+
 from hypersd_jax.models.unet import UNetConfig
 
 UNET = "model.diffusion_model."
@@ -80,6 +82,7 @@ VAE_MODULES: tuple[tuple[str, str], ...] = (
 
 OPEN_CLIP_MODULES: tuple[tuple[str, str], ...] = (
     (r"^text_model\.encoder\.layers\.", "transformer.resblocks."),
+    (r"^vision_model\.encoder\.layers\.", "visual.transformer.resblocks."),
     (r"\.self_attn\.([qkv])_proj\.", r".attn.in_proj_"),
     (r"\.self_attn\.", ".attn."),
     (r"\.layer_norm([12])\.", r".ln_\1."),
@@ -89,8 +92,14 @@ OPEN_CLIP_MODULES: tuple[tuple[str, str], ...] = (
     (r"^text_model\.embeddings\.token_embedding\.", "token_embedding."),
     (r"^text_model\.embeddings\.position_embedding\.weight$", "positional_embedding"),
     (r"^text_projection\.weight$", "text_projection"),
+    (r"^vision_model\.pre_layrnorm\.", "visual.ln_pre."),
+    (r"^vision_model\.post_layernorm\.", "visual.ln_post."),
+    (r"^vision_model\.embeddings\.class_embedding$", "visual.class_embedding"),
+    (r"^vision_model\.embeddings\.patch_embedding\.", "visual.conv1."),
+    (r"^vision_model\.embeddings\.position_embedding\.weight$", "visual.positional_embedding"),
+    (r"^visual_projection\.weight$", "visual.proj"),
 )
-"""Modules of a text encoder: transformers -> OpenCLIP."""
+"""Modules of a CLIP's towers: transformers -> OpenCLIP."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -109,6 +118,11 @@ class Stored:
     transposed: bool = False
     pointwise: bool = False
 
+    @classmethod
+    def named(cls, key: str) -> Stored:
+        """A tensor that the file keeps as transformers or diffusers does."""
+        return cls(key=key)
+
     def shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape in the file of a tensor that has this one in diffusers."""
         if self.part is not None:
@@ -116,6 +130,11 @@ class Stored:
         if self.transposed:
             return shape[::-1]
         return (*shape, 1, 1) if self.pointwise else shape
+
+    def take(self, stored: np.ndarray) -> np.ndarray:
+        """The tensor as diffusers has it, but for a 1x1 window, out of what the file holds."""
+        part = stored if self.part is None else np.split(stored, 3)[self.part]
+        return part.T if self.transposed else part
 
 
 def unet_modules(config: UNetConfig) -> dict[str, str]:
@@ -189,16 +208,23 @@ def clip_locations(keys: Iterable[str], prefix: str) -> dict[str, Stored]:
 
 
 def open_clip_locations(keys: Iterable[str], prefix: str) -> dict[str, Stored]:
-    """Canonical transformers keys of OpenCLIP's text encoder -> where the file has them."""
-    locations = {}
-    for key in keys:
-        fused = re.search(r"\.self_attn\.([qkv])_proj\.", key)
-        locations[key] = Stored(
-            key=prefix + _renamed(key, OPEN_CLIP_MODULES),
-            part="qkv".index(fused[1]) if fused else None,
-            transposed=key == "text_projection.weight",
-        )
-    return locations
+    """Canonical transformers keys of OpenCLIP's towers -> where the file has them."""
+    return {key: open_clip_place(key, prefix) for key in keys}
+
+
+def open_clip_place(key: str, prefix: str = "") -> Stored:
+    """The location in OpenCLIP's layout of a canonical transformers key of either tower."""
+    fused = re.search(r"\.self_attn\.([qkv])_proj\.", key)
+    return Stored(
+        key=prefix + _renamed(key, OPEN_CLIP_MODULES),
+        part="qkv".index(fused[1]) if fused else None,
+        transposed=key in ("text_projection.weight", "visual_projection.weight"),
+    )
+
+
+def is_open_clip(keys: Iterable[str]) -> bool:
+    """Tell whether these are the tensors of a whole CLIP in OpenCLIP's layout."""
+    return "visual.conv1.weight" in keys
 
 
 def canonical(key: str) -> str:

@@ -281,9 +281,7 @@ def _read(file: TensorFile, names: Mapping[str, str], shapes: Shapes, locations:
         stored = stored.T if key == keys.FLIPPED else stored
         for path in users[name]:
             location = locations[path]
-            array = stored if location.part is None else np.split(stored, 3)[location.part]
-            array = array.T if location.transposed else array
-            array = array.reshape(torch_shape(path, shapes[path].shape))
+            array = location.take(stored).reshape(torch_shape(path, shapes[path].shape))
             yield path, cast(from_torch(path, array), dtype, file.path, key)
 
 
