@@ -110,10 +110,11 @@ def run(updates: int) -> dict[str, np.ndarray]:
     dmd = ScoreStage(kind="dmd", guidance=1.0, updates=updates // 2, fake_updates=4, fake_learning_rate=2e-2, **common)
     times = np.asarray([[20, 980], [0, LAST]], np.int32)
     settings: dict[str, Any] = {"regression": {}, "regulariser": {}, "tables": generator.Tables()}
+    settings |= {"bounds": times[0], "fake_bounds": times[1], "fake_scales": scales}
     matched = train(
         base,
         dmd,
-        generator.Frozen(base.weights, uncond, scales, **settings, bounds=times[0], fake_bounds=times[1]),
+        generator.Frozen(base.weights, uncond, scales, **settings),
         {STUDENT: consistent, FAKE: fake},
     )
 

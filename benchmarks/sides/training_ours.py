@@ -148,6 +148,7 @@ def make_run(
         step=training_step(base, model.mesh),
         stop=StopSignals(),
         scales=scales,
+        fresh_scales=scales,
         student=student,
     )
 

@@ -7,6 +7,11 @@ from hypersd_jax.config.adversarial import AdversarialConfig as AdversarialConfi
 from hypersd_jax.config.building import build as build
 from hypersd_jax.config.consistency import ConsistencyStage as ConsistencyStage
 from hypersd_jax.config.data import DataConfig as DataConfig
+from hypersd_jax.config.feedback import FeedbackConfig as FeedbackConfig
+from hypersd_jax.config.feedback import GuardConfig as GuardConfig
+from hypersd_jax.config.feedback import JudgeConfig as JudgeConfig
+from hypersd_jax.config.feedback import RewardConfig as RewardConfig
+from hypersd_jax.config.feedback_stage import FeedbackStage as FeedbackStage
 from hypersd_jax.config.files import first_difference as first_difference
 from hypersd_jax.config.files import load_config as load_config
 from hypersd_jax.config.files import save_config as save_config

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Literal
 
 from hypersd_jax.config.adversarial import AdversarialConfig
+from hypersd_jax.config.feedback import FeedbackConfig
 from hypersd_jax.config.fields import derived, outside, static
 from hypersd_jax.config.stage import Sampling, StageConfig
 
@@ -72,18 +73,20 @@ class RegressionConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RegulariserConfig:
-    """The consistency regulariser: TSCD's loss of one segment, next to score distillation's.
+    """The consistency regulariser: TSCD's loss, next to score distillation's or feedback's.
 
-    It keeps the student good at more steps.
+    It keeps the student good at more steps, and near the teacher.
 
     Attributes:
-        weight: of the consistency regulariser, next to the matching loss.
+        weight: of the consistency regulariser, next to the stage's own loss.
         solver_steps: size of its grid.
+        k: its segments: as many as the student has steps that it is to keep.
         teacher: of its solver steps, as in `RegressionConfig`.
     """
 
     weight: float = 1.0
     solver_steps: int = 50
+    k: int = outside(1)
     teacher: str = outside("base")
 
     def __post_init__(self) -> None:
@@ -91,6 +94,8 @@ class RegulariserConfig:
             raise ValueError(f"weight must be above 0, not {self.weight}")
         if self.solver_steps < 1:
             raise ValueError(f"solver_steps must be at least 1, not {self.solver_steps}")
+        if self.k < 1 or self.solver_steps % self.k:
+            raise ValueError(f"solver_steps ({self.solver_steps}) must be a multiple of k ({self.k})")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -151,6 +156,16 @@ class GeneratorStage(StageConfig):
         return len(self.times) > 1
 
     @derived
+    def deterministic(self) -> bool:
+        """Whether the student's steps follow its deterministic trajectory, and not fresh noise."""
+        return False
+
+    @derived
+    def gradient_steps(self) -> int:
+        """How many of its last steps may carry the gradient; one is chosen at random."""
+        return len(self.times)
+
+    @derived
     def guided(self) -> bool:
         """Whether the base, as a teacher, is guided."""
         return self.guidance > 1.0
@@ -207,6 +222,7 @@ class ScoreStage(GeneratorStage):
         fake_updates: steps of the fake score model, a LoRA of its own, for one of the student.
         fake_learning_rate: the fake score model's learning rate.
         adversarial: the adversarial term (DMD2); null: none.
+        feedback: rewards that the student's samples are to reach, as a term of its loss; null: none.
     """
 
     kind: Literal["dmd", "tdm"]
@@ -215,6 +231,7 @@ class ScoreStage(GeneratorStage):
     fake_updates: int = static(5)
     fake_learning_rate: float = 1e-4
     adversarial: AdversarialConfig | None = None
+    feedback: FeedbackConfig | None = None
 
     def __post_init__(self) -> None:
         low, high = self.time_range
@@ -242,6 +259,11 @@ class ScoreStage(GeneratorStage):
     def noises_afresh(self) -> bool:
         """DMD2's steps, unlike TDM's."""
         return self.kind == "dmd" and len(self.times) > 1
+
+    @derived
+    def deterministic(self) -> bool:
+        """TDM's steps, unlike DMD2's."""
+        return self.kind == "tdm"
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

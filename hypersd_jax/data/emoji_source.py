@@ -73,7 +73,11 @@ class EmojiSource:
 
     def prompts(self, positions: np.ndarray) -> list[str]:
         """The captions at these positions (B,) alone."""
-        return [caption(self._emoji.records[item], colour) for item, colour in _split_keys(self.keys(positions))]
+        return self.captions(self.keys(positions))
+
+    def captions(self, keys: np.ndarray) -> list[str]:
+        """The captions of these keys (B,)."""
+        return [caption(self._emoji.records[item], colour) for item, colour in _split_keys(keys)]
 
     def keys(self, positions: np.ndarray) -> np.ndarray:
         """Index in the emoji set times the number of backgrounds, plus the background's index, int64 (B,)."""
@@ -93,7 +97,7 @@ class EmojiSource:
         pairs = _split_keys(keys)
         pixels = [on_background(self._emoji.images[item], colour, self._resolution) for item, colour in pairs]
         images = np.stack(pixels).astype(np.float32) / np.float32(127.5) - np.float32(1.0)
-        captions = [caption(self._emoji.records[item], colour) for item, colour in pairs]
+        captions = self.captions(keys)
         size = (*self._emoji.images.shape[1:3], 0, 0, self._resolution, self._resolution)
         return Batch(images, captions, np.tile(np.asarray(size, np.float32), (len(pairs), 1)))
 

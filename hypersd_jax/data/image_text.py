@@ -154,6 +154,10 @@ class ImageTextSource:
         groups, offsets = self._stream.locate(positions)
         return np.asarray([self._row(int(g), int(p)) for g, p in zip(groups, offsets, strict=True)], np.int64)
 
+    def captions(self, keys: np.ndarray) -> list[str]:
+        """Read the captions in these rows (B,) of the table."""
+        return [self._rows.caption_of(int(row)) for row in keys]
+
     def variants(self) -> np.ndarray:
         """List the rows of the table that can be read."""
         self._check_all()

@@ -68,6 +68,10 @@ class Source(Protocol):
         """Find the keys of the examples at these positions, (B,) int64, without making the images."""
         ...
 
+    def captions(self, keys: np.ndarray) -> list[str]:
+        """Read the captions of these keys, (B,) int64, without making the images."""
+        ...
+
     def variants(self) -> np.ndarray:
         """List every key that the stream can come to, (V,) int64, ascending."""
         ...

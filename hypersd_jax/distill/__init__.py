@@ -16,6 +16,9 @@ from hypersd_jax.distill.denoising import denoising_loss as denoising_loss
 from hypersd_jax.distill.distances import Distance as Distance
 from hypersd_jax.distill.distances import mse as mse
 from hypersd_jax.distill.distances import pseudo_huber as pseudo_huber
+from hypersd_jax.distill.feedback import Feedback as Feedback
+from hypersd_jax.distill.feedback import feedback_gradient as feedback_gradient
+from hypersd_jax.distill.feedback import feedback_loss as feedback_loss
 from hypersd_jax.distill.lcm import boundary_scalings as boundary_scalings
 from hypersd_jax.distill.lcm import lcm_pair as lcm_pair
 from hypersd_jax.distill.matching import fake_loss as fake_loss

@@ -43,8 +43,13 @@ class Sample(NamedTuple):
     high: jax.Array  # () int32, and the last
 
 
-def draw_trajectory(key: jax.Array, shape: tuple[int, ...], steps: int, indices: ArrayLike | None = None) -> Drawn:
-    """Draw for latents of ``shape`` (B, h, w, C) and a student of ``steps`` steps; ``indices`` as in `tscd.draw`."""
+def draw_trajectory(
+    key: jax.Array, shape: tuple[int, ...], steps: int, indices: ArrayLike | None = None, *, last: int | None = None
+) -> Drawn:
+    """Draw for latents of ``shape`` (B, h, w, C) and a student of ``steps`` steps; ``indices`` as in `tscd.draw`.
+
+    The step with the gradient is one of the ``last``; None: of all.
+    """
     step_key, samples_key = jax.random.split(key)
 
     def one(index: jax.Array) -> tuple[jax.Array, ...]:
@@ -52,9 +57,10 @@ def draw_trajectory(key: jax.Array, shape: tuple[int, ...], steps: int, indices:
         noise, eps = (jax.random.normal(each, shape[1:]) for each in keys[:2])
         return noise, eps, jax.random.uniform(keys[2]), keys[3]
 
+    first = 0 if last is None else steps - last
     indices = jnp.arange(shape[0]) if indices is None else jnp.asarray(indices)
     noise, eps, uniform, keys = jax.vmap(one)(indices)
-    return Drawn(jax.random.randint(step_key, (), 0, steps), noise, eps, uniform, keys)
+    return Drawn(jax.random.randint(step_key, (), first, steps), noise, eps, uniform, keys)
 
 
 class Trajectory(NamedTuple):

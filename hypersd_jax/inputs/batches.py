@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 import warnings
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,6 +28,13 @@ Load = Callable[[np.ndarray], Any]
 """(positions (A, B) in the data's stream) -> tree of arrays (A, B, ...) on the host; runs in the background."""
 Finish = Callable[[int, Any], dict[str, Any]]
 """(step, counted from 0; what was loaded, on the devices) -> the step's batch."""
+Reading = Callable[[Sequence[str]], Mapping[str, Any]]
+"""(captions of N samples) -> what else a step reads of them, arrays (N, ...) by their name in the batch."""
+
+
+def nothing(captions: Sequence[str]) -> dict[str, Any]:
+    """Read nothing else of the captions."""
+    return {}
 
 
 class LoadedBatch(NamedTuple):
@@ -68,23 +76,32 @@ def images_only(source: Source) -> Load:
     return load
 
 
-def examples(source: Source, prompts: PromptEncoder, *, sizes: bool) -> Load:
-    """Load images, token ids and sizes, where the model reads these: {"images", "ids": (A, B, S) each, "sizes"}."""
+def examples(source: Source, prompts: PromptEncoder, read: Reading, *, sizes: bool) -> Load:
+    """Load images, token ids, sizes where the model reads these, and what else is read of the captions.
+
+    {"images", "ids": (A, B, S) each, "sizes", "read"}.
+    """
 
     def load(positions: np.ndarray) -> Any:
         batch = source.batch(positions.reshape(-1))
         ids = tuple(_split(tokens, positions) for tokens in prompts.tokenize_captions(batch.captions))
         found = _split(batch.sizes, positions) if sizes else None
-        return {"images": _split(batch.images, positions), "ids": ids, "sizes": found}
+        return {
+            "images": _split(batch.images, positions),
+            "ids": ids,
+            "sizes": found,
+            "read": split_all(read(batch.captions), positions),
+        }
 
     return load
 
 
-def cached(source: Source, cache: Cache, *, sizes: bool, encoders: int) -> Load:
-    """Load encoded examples from a cache: {"mean", "logvar", "ids", "context", "pooled", "sizes"}."""
+def cached(source: Source, cache: Cache, read: Reading, *, sizes: bool, encoders: int) -> Load:
+    """Load encoded examples from a cache: {"mean", "logvar", "ids", "context", "pooled", "sizes", "read"}."""
 
     def load(positions: np.ndarray) -> Any:
-        found = {k: _split(v, positions) for k, v in cache.rows(source.keys(positions.reshape(-1))).items()}
+        keys = source.keys(positions.reshape(-1))
+        found = split_all(cache.rows(keys), positions)
         return {
             "mean": found["mean"],
             "logvar": found["logvar"],
@@ -92,6 +109,7 @@ def cached(source: Source, cache: Cache, *, sizes: bool, encoders: int) -> Load:
             "context": found["context"],
             "pooled": found.get("pooled"),
             "sizes": found["sizes"] if sizes else None,
+            "read": {} if read is nothing else split_all(read(source.captions(keys)), positions),
         }
 
     return load
@@ -118,7 +136,7 @@ class Inputs:
         sharding = batch_sharding(mesh, axis=1)
         bare = base.without_weights()
         if config.data.cache is None:
-            self._load = examples(source, base.prompts, sizes=base.reads_size)
+            self._loader = partial(examples, source, base.prompts, sizes=base.reads_size)
             self._encode = make_encoder(bare, sharding)
             self._encode_images = make_latents(bare, sharding)
         else:
@@ -130,12 +148,17 @@ class Inputs:
                 cache.require_rows(source.variants())
             except UserError as error:
                 raise UserError(f"data.cache: {error}") from None
-            self._load = cached(source, cache, sizes=base.reads_size, encoders=len(base.text_encoders))
+            self._loader = partial(cached, source, cache, sizes=base.reads_size, encoders=len(base.text_encoders))
         self._from_cache = config.data.cache is not None
         self._sample = make_sampler(bare, sharding)
 
-    def conditioned(self, stage: StageConfig, *, before: int, done: int, key: jax.Array) -> Iterator[LoadedBatch]:
-        """Load batches {"latents", "cond", "indices"} of a stage that trains adapters, as `load_batches`."""
+    def conditioned(
+        self, stage: StageConfig, *, before: int, done: int, key: jax.Array, read: Reading = nothing
+    ) -> Iterator[LoadedBatch]:
+        """Load batches {"latents", "cond", "indices"} of a stage that trains adapters, as `load_batches`.
+
+        They also hold what ``read`` makes of the captions.
+        """
         params = self._base.params
         texts = {name: params[name] for name in self._base.text_encoders}
         autoencoder = dict(params[self._base.autoencoder])
@@ -144,12 +167,14 @@ class Inputs:
             drawn = jax.random.fold_in(key, number)
             if self._from_cache:
                 cond = Conditioning(loaded["context"], loaded["pooled"], loaded["sizes"])
-                return {"latents": self._sample(loaded["mean"], loaded["logvar"], drawn), "cond": cond}
+                latents = self._sample(loaded["mean"], loaded["logvar"], drawn)
+                return {"latents": latents, "cond": cond, **loaded["read"]}
             images, ids, sizes = loaded["images"], loaded["ids"], loaded["sizes"]
             encoded: dict[str, Any] = self._encode(texts, autoencoder, images, ids, sizes, drawn)
-            return encoded
+            return {**encoded, **loaded["read"]}
 
-        return load_batches(stage, before=before, done=done, mesh=self._mesh, load=self._load, finish=finish)
+        load = self._loader(read)
+        return load_batches(stage, before=before, done=done, mesh=self._mesh, load=load, finish=finish)
 
     def captioned(self, stage: StageConfig, *, before: int, done: int, key: jax.Array) -> Iterator[LoadedBatch]:
         """Load batches {"latents", "ids", "time_ids", "indices"} of a stage that trains the text encoders too."""
@@ -163,7 +188,8 @@ class Inputs:
                 latents = self._encode_images(autoencoder, loaded["images"], drawn)
             return {"latents": latents, "ids": loaded["ids"], "time_ids": loaded["sizes"]}
 
-        return load_batches(stage, before=before, done=done, mesh=self._mesh, load=self._load, finish=finish)
+        load = self._loader(nothing)
+        return load_batches(stage, before=before, done=done, mesh=self._mesh, load=load, finish=finish)
 
 
 @contextmanager
@@ -184,6 +210,12 @@ def warn_about_cut_captions(prompts: PromptEncoder) -> None:
     line = prompts.caption_cuts.report()
     if line is not None and jax.process_index() == 0:
         warnings.warn(line, LongPromptWarning, stacklevel=2)
+
+
+def split_all(samples: Mapping[str, Any], positions: np.ndarray) -> dict[str, Any]:
+    """Split all arrays (N, ...) of a flat batch into micro-batches (A, B, ...)."""
+    found: dict[str, Any] = jax.tree.map(lambda leaf: _split(leaf, positions), dict(samples))
+    return found
 
 
 def _split(samples: np.ndarray, positions: np.ndarray) -> np.ndarray:

@@ -13,7 +13,7 @@ from hypersd_jax.bases import TextToImage
 from hypersd_jax.conditioning import size_ids
 from hypersd_jax.config import StageConfig
 from hypersd_jax.data import Prompts
-from hypersd_jax.inputs.batches import LoadedBatch, load_batches
+from hypersd_jax.inputs.batches import LoadedBatch, Reading, load_batches, nothing, split_all
 from hypersd_jax.training import batch_sharding
 
 
@@ -33,18 +33,20 @@ class PromptInputs:
 
         self._encode = jax.jit(encode, out_shardings=batch_sharding(mesh, axis=1))
 
-    def prompted(self, stage: StageConfig, *, before: int, done: int) -> Iterator[LoadedBatch]:
-        """Load batches {"cond", "indices"} of a stage, as `load_batches`."""
+    def prompted(self, stage: StageConfig, *, before: int, done: int, read: Reading = nothing) -> Iterator[LoadedBatch]:
+        """Load batches {"cond", "indices"} of a stage, and what ``read`` makes of the prompts, as `load_batches`."""
 
         def load(positions: np.ndarray) -> Any:
-            tokens = self._prompts.tokenize_captions(self._source.prompts(positions.reshape(-1)))
+            prompts = self._source.prompts(positions.reshape(-1))
+            tokens = self._prompts.tokenize_captions(prompts)
             sizes = None
             if self._resolution:
                 sizes = size_ids(self._resolution, self._resolution, positions.size).reshape(*positions.shape, -1)
-            return tuple(ids.reshape(*positions.shape, *ids.shape[1:]) for ids in tokens), sizes
+            ids = tuple(each.reshape(*positions.shape, *each.shape[1:]) for each in tokens)
+            return ids, sizes, split_all(read(prompts), positions)
 
         def finish(_number: int, loaded: Any) -> dict[str, Any]:
-            ids, sizes = loaded
-            return {"cond": self._encode(self._texts, ids, sizes)}
+            ids, sizes, also = loaded
+            return {"cond": self._encode(self._texts, ids, sizes), **also}
 
         return load_batches(stage, before=before, done=done, mesh=self._mesh, load=load, finish=finish)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -55,7 +56,7 @@ def finish(run: Run, stage: StageConfig, student: Any, *, trained: bool) -> None
     run.student = student
     later = run.config.adapter_stages[[each.name for each in run.config.adapter_stages].index(stage.name) + 1 :]
     if any(stage.name in each.teachers for each in later):
-        run.students[stage.name] = student
+        run.students[stage.name] = adapters.join(student, run.scales)
 
 
 def preview(run: Run, stage: StageConfig, student: Any, name: str, *, last: bool = False) -> None:
@@ -86,10 +87,20 @@ def preview(run: Run, stage: StageConfig, student: Any, name: str, *, last: bool
 
 
 def _sampled(run: Run, stage: StageConfig, student: Any) -> np.ndarray:
-    """Sample the preview prompts with a student's LoRA factors or UNet, or with the base (None)."""
-    prompts = list(run.preview_prompts)
+    """Sample the preview prompts once each."""
+    return sample(run, stage, student, run.preview_prompts, 1)
+
+
+def sample(run: Run, stage: StageConfig, student: Any, prompts: Sequence[str], count: int) -> np.ndarray:
+    """Sample ``count`` images of each prompt with a student's LoRA factors or UNet, or with the base (None).
+
+    Returns:
+        (N, H, W, 3) in 0..1, a prompt's images side by side.
+    """
+    prompts = list(prompts)
     # The comparison's batch size, so that both share their compiled programs.
     settings: dict[str, Any] = {"output": "np", "batch_size": run.config.evaluation.batch_size, "stepwise": True}
+    settings["num_images"] = count
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", NotFiniteWarning)  # `require_finite_images` says it with the stage's name
         if stage.exports_model:

@@ -13,7 +13,7 @@ from hypersd_jax import adapters
 from hypersd_jax.adapters import Adapter
 from hypersd_jax.bases import TextToImage
 from hypersd_jax.conditioning import Conditioning
-from hypersd_jax.config import BASE, PREVIOUS, Config
+from hypersd_jax.config import BASE, PREVIOUS, Config, LoraConfig
 from hypersd_jax.data import Source
 from hypersd_jax.inputs.batches import Inputs
 from hypersd_jax.inputs.prompts import PromptInputs
@@ -43,8 +43,9 @@ class Run:
         source: images and captions, where a stage reads them.
         prompt_inputs: conditioning from prompts alone, where a stage reads no images.
         scales: of the student's LoRA factors.
+        fresh_scales: of factors that `fresh_factors` draws at the run's own rank; the student's may have grown.
         student: the factors that the next stage starts from.
-        students: factors of earlier stages, by name, as far as a later stage names them.
+        students: adapters of earlier stages, by name, as far as a later stage names them.
         step: the training step of all stages.
         stop: the signals that have come.
     """
@@ -61,8 +62,9 @@ class Run:
     step: Step
     stop: StopSignals
     scales: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
+    fresh_scales: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     student: Factors = dataclasses.field(default_factory=dict)
-    students: dict[str, Factors] = dataclasses.field(default_factory=dict)
+    students: dict[str, Adapter] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def pipe(self) -> Pipeline:
@@ -94,9 +96,14 @@ class Run:
         """Length of the run's longest solver grid; shorter ones are padded to it, so that stages share one program."""
         return max((stage.grid or 1 for stage in self.config.adapter_stages), default=1)
 
-    def fresh_factors(self, name: Stream, index: int) -> tuple[Factors, dict[str, jax.Array]]:
-        """Draw new LoRA factors, whose output is zero, and their scales, from a random stream of stage ``index``."""
-        lora = self.config.lora
+    def fresh_factors(
+        self, name: Stream, index: int, *, rank: int | None = None
+    ) -> tuple[Factors, dict[str, jax.Array]]:
+        """Draw new LoRA factors, whose output is zero, and their scales, from a random stream of stage ``index``.
+
+        They have the run's rank and alpha, or another rank and scales of 1.
+        """
+        lora = self.config.lora if rank is None else LoraConfig(rank=rank)
         adapter = self.base.fresh_adapter(stream(self.config.seed, name, index), rank=lora.rank, alpha=lora.alpha)
         factors, scales = jax.tree.map(jax.numpy.asarray, adapters.split(adapter))
         return factors, scales
@@ -105,7 +112,7 @@ class Run:
         """Return the adapter of a teacher: BASE, PREVIOUS, or the name of an earlier stage. The base's is empty."""
         if name == BASE:
             return {}
-        return adapters.join(self.student if name == PREVIOUS else self.students[name], self.scales)
+        return adapters.join(self.student, self.scales) if name == PREVIOUS else self.students[name]
 
     def images_before(self, index: int) -> int:
         """Count the images that the stages before stage ``index`` have read."""

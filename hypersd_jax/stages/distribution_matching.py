@@ -7,32 +7,36 @@ fake score model's features, then one generator step.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 
 from hypersd_jax.adapters import join
-from hypersd_jax.bases import Base, Networks, in_one_call
+from hypersd_jax.bases import Base, Networks, TextToImage, in_one_call
 from hypersd_jax.config import ScoreStage
 from hypersd_jax.diffusion import add_noise
 from hypersd_jax.distill import alpha_sigma, fake_loss, noised, score_term
+from hypersd_jax.inputs.batches import LoadedBatch
 from hypersd_jax.stages import adapter_student, generator
 from hypersd_jax.stages.adversarial import make_discriminator
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.generator import Frozen
 from hypersd_jax.stages.kinds import DISCRIMINATOR, FAKE, STUDENT, naming
+from hypersd_jax.stages.rewards import feedback_term, frozen_feedback, require_rewards, tokens_of
 from hypersd_jax.stages.streams import Draw, Stream, drawn_from, normal
-from hypersd_jax.training import LossFunction, Metrics, Phase
+from hypersd_jax.stages.watching import make_watch
+from hypersd_jax.training import LossFunction, Metrics, Phase, Watch
 
-batches = generator.batches
 preview, finish = adapter_student.preview, adapter_student.finish
 
 
 def check(run: Run, stage: ScoreStage, earlier: Sequence[str]) -> None:
     """Refuse a base without the discriminator's features, or a run without the teachers."""
     generator.check(run, stage, earlier)
+    if stage.feedback:
+        require_rewards(stage, stage.feedback)
     with naming(f"stages.{stage.name}"):
         make_discriminator(run.base, stage.adversarial)
 
@@ -51,10 +55,25 @@ def frozen(run: Run, stage: ScoreStage) -> Frozen:
     everywhere = np.asarray([0, run.base.schedule.num_train_timesteps - 1], np.int32)
     # The points of a deterministic student lie on its trajectory, so the fake score is needed from each of them on.
     fake_bounds = bounds if stage.kind == "tdm" else everywhere
-    return generator.frozen(run, stage)._replace(bounds=bounds, fake_bounds=fake_bounds)
+    return generator.frozen(run, stage)._replace(
+        bounds=bounds,
+        fake_bounds=fake_bounds,
+        fake_scales=run.fresh_scales,
+        feedback=frozen_feedback(run, stage, stage.feedback) if stage.feedback else None,
+    )
 
 
-def phases(base: Base, stage: ScoreStage) -> list[Phase]:
+def batches(run: Run, index: int, stage: ScoreStage, frozen: Frozen, done: int) -> Iterator[LoadedBatch]:
+    """Load the batches of a generator stage, and the captions' tokens for each reward."""
+    return generator.batches(run, index, stage, frozen, done, tokens_of(stage.feedback))
+
+
+def watch(run: Run, stage: ScoreStage) -> Watch | None:
+    """Make the guard's measurement, where the stage has feedback."""
+    return make_watch(run, stage, stage.feedback, adapter_student.sample)
+
+
+def phases(base: TextToImage, stage: ScoreStage) -> list[Phase]:
     """List the phases: fake-score steps, which train the discriminator too, then a generator step."""
     fake_models = {FAKE: stage.fake_learning_rate}
     if stage.adversarial:
@@ -75,7 +94,7 @@ def make_fake_loss(base: Base, stage: ScoreStage) -> LossFunction:
         drawn, sample = generator.fake_sample(nets, stage, models, frozen, batch, key)
         x_t, t, b = noised(sample, drawn, base.schedule)
         x_t, cond = jax.lax.stop_gradient(x_t), batch["cond"]
-        fake = join(models[FAKE], frozen.scales)
+        fake = join(models[FAKE], frozen.fake_scales)
         output, features = nets.tapped(x_t, t, cond, taps, fake)
         value = fake_loss(output, x_t, t, b, drawn.eps, schedule=base.schedule)
         metrics: Metrics = {"fake_mse": value}
@@ -95,8 +114,8 @@ def make_fake_loss(base: Base, stage: ScoreStage) -> LossFunction:
     return loss
 
 
-def make_student_loss(base: Base, stage: ScoreStage) -> LossFunction:
-    """Make the loss of a generator step: score difference, generator loss, regression, consistency regulariser."""
+def make_student_loss(base: TextToImage, stage: ScoreStage) -> LossFunction:
+    """Make the loss of a generator step: score difference, generator loss, regression, regulariser, feedback."""
     discriminator = make_discriminator(base, stage.adversarial)
     taps = discriminator.taps if discriminator is not None else ()
 
@@ -104,7 +123,7 @@ def make_student_loss(base: Base, stage: ScoreStage) -> LossFunction:
         nets = Networks(base=base, weights=frozen.weights)
         drawn, sample, solver_step = generator.student_sample(nets, stage, models, frozen, batch, key)
         real_fn, real_calls = generator.guided_base(nets, stage, frozen)
-        fake = join(models[FAKE], frozen.scales)
+        fake = join(models[FAKE], frozen.fake_scales)
         # The base's solver step, if it is the regulariser's teacher too, shares the real score's call.
         joined = [solver_step.inputs] if solver_step is not None and not frozen.regulariser else []
 
@@ -125,6 +144,9 @@ def make_student_loss(base: Base, stage: ScoreStage) -> LossFunction:
         if discriminator is not None:
             metrics["generator"] = discriminator.student_term(models[DISCRIMINATOR], features)
             value = value + discriminator.config.weight * metrics["generator"]
+        if stage.feedback is not None:
+            rewarded, gained = feedback_term(base, stage.feedback, frozen.feedback, sample.x0, batch)
+            value, metrics = value + rewarded, metrics | gained
         if solver_step is not None and others:
             solver_step = solver_step._replace(teacher=others[0])
         terms, more, calls = generator.teacher_terms(

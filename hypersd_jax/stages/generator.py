@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypersd_jax import distill
-from hypersd_jax.adapters import Adapter, join
+from hypersd_jax.adapters import Adapter, concatenate, join
 from hypersd_jax.bases import Networks, in_one_call
 from hypersd_jax.config import BASE, PREVIOUS, GeneratorStage
 from hypersd_jax.diffusion import solver_table
@@ -28,7 +28,7 @@ from hypersd_jax.distill import (
     path_loss,
 )
 from hypersd_jax.errors import UserError
-from hypersd_jax.inputs.batches import LoadedBatch
+from hypersd_jax.inputs.batches import LoadedBatch, Reading, nothing
 from hypersd_jax.inputs.ode_pairs import make_ode_pairs, repeat_batches
 from hypersd_jax.stages import adapter_student
 from hypersd_jax.stages.consistency import segments_of
@@ -58,6 +58,9 @@ class Frozen(NamedTuple):
     tables: Tables
     bounds: Any = None  # (2,) int32, the times that samples are noised to
     fake_bounds: Any = None  # likewise, for the fake score model
+    fake_scales: Any = None  # of the fake score model's factors
+    under: Adapter | None = None  # on the base beneath the student's factors
+    feedback: Any = None  # what the rewards' term reads
 
 
 def check(run: Run, stage: GeneratorStage, earlier: Sequence[str]) -> None:
@@ -93,7 +96,7 @@ def tables(run: Run, stage: GeneratorStage) -> Tables:
         )
     if stage.anchor:
         with naming("anchor"):
-            found = found._replace(segments=segments_of(run, stage.anchor.solver_steps, 1))
+            found = found._replace(segments=segments_of(run, stage.anchor.solver_steps, stage.anchor.k))
     return found
 
 
@@ -120,14 +123,21 @@ def first_student(run: Run, stage: GeneratorStage) -> Any:
     return run.base.masters(run.teacher(PREVIOUS)) if stage.exports_model else run.student
 
 
-def batches(run: Run, index: int, stage: GeneratorStage, frozen: Frozen, done: int) -> Iterator[LoadedBatch]:
-    """Load batches {"cond", "indices"}, "latents" where images are read, and "noise" and "endpoint" of ODE pairs."""
+def batches(
+    run: Run, index: int, stage: GeneratorStage, frozen: Frozen, done: int, read: Reading = nothing
+) -> Iterator[LoadedBatch]:
+    """Load batches {"cond", "indices"}, "latents" where images are read, and "noise" and "endpoint" of ODE pairs.
+
+    They also hold what ``read`` makes of the captions.
+    """
     if stage.regression is None or not stage.regression.paired:
-        return _batches(run, index, stage, done)
-    return _paired_batches(run, index, stage, frozen, done)
+        return _batches(run, index, stage, done, read)
+    return _paired_batches(run, index, stage, frozen, done, read)
 
 
-def _paired_batches(run: Run, index: int, stage: GeneratorStage, frozen: Frozen, done: int) -> Iterator[LoadedBatch]:
+def _paired_batches(
+    run: Run, index: int, stage: GeneratorStage, frozen: Frozen, done: int, read: Reading
+) -> Iterator[LoadedBatch]:
     """Compute the ODE pairs of the stage's first batches, and repeat these batches."""
     assert stage.regression is not None
     few = dataclasses.replace(stage, updates=stage.regression.pairs // stage.batch_size)
@@ -137,25 +147,26 @@ def _paired_batches(run: Run, index: int, stage: GeneratorStage, frozen: Frozen,
         return regression_endpoint(Networks(base=run.base, weights=frozen.weights), stage, frozen, noise, cond)
 
     settings: dict[str, Any] = {"batches": few.updates, "latent_shape": run.base.latent_shape, "mesh": run.mesh}
-    pairs = make_ode_pairs(_batches(run, index, few, 0), rollout, frozen, key=key, name=stage.name, **settings)
+    pairs = make_ode_pairs(_batches(run, index, few, 0, read), rollout, frozen, key=key, name=stage.name, **settings)
     yield from repeat_batches(pairs, updates=stage.updates, done=done, key=order)
 
 
-def _batches(run: Run, index: int, stage: GeneratorStage, done: int) -> Iterator[LoadedBatch]:
+def _batches(run: Run, index: int, stage: GeneratorStage, done: int, read: Reading = nothing) -> Iterator[LoadedBatch]:
     before = run.images_before(index)
     if not stage.reads_images:
         assert run.prompt_inputs is not None
-        return run.prompt_inputs.prompted(stage, before=before, done=done)
+        return run.prompt_inputs.prompted(stage, before=before, done=done, read=read)
     assert run.inputs is not None
     key = stream(run.config.seed, Stream.ENCODER, index)
-    return run.inputs.conditioned(stage, before=before, done=done, key=key)
+    return run.inputs.conditioned(stage, before=before, done=done, key=key, read=read)
 
 
 def predictor(nets: Networks, stage: GeneratorStage, weights: Any, frozen: Frozen) -> Model:
     """Return the student's prediction function, from LoRA factors or the weights of a fully fine-tuned UNet."""
     if stage.exports_model:
         return nets.predictor(weights=weights)
-    return nets.predictor(join(weights, frozen.scales))
+    own = join(weights, frozen.scales)
+    return nets.predictor(concatenate([frozen.under, own]) if frozen.under else own)
 
 
 def guided_base(nets: Networks, stage: GeneratorStage, frozen: Frozen) -> tuple[Model, float]:
@@ -216,7 +227,8 @@ def _frozen_student(nets: Networks, stage: GeneratorStage, models: Any, frozen: 
 def draws(nets: Networks, stage: GeneratorStage, batch: Any, key: jax.Array) -> Drawn:
     """Draw the random numbers of the student's samples."""
     latents = batch["latents"].shape[1:] if stage.reads_images else nets.base.latent_shape
-    return draw_trajectory(key, (batch["indices"].shape[0], *latents), len(stage.times), batch["indices"])
+    shape, steps = (batch["indices"].shape[0], *latents), len(stage.times)
+    return draw_trajectory(key, shape, steps, batch["indices"], last=stage.gradient_steps)
 
 
 def _trajectory(nets: Networks, stage: GeneratorStage, bounds: Any) -> Trajectory:
@@ -225,7 +237,7 @@ def _trajectory(nets: Networks, stage: GeneratorStage, bounds: Any) -> Trajector
         times=jnp.asarray(stage.times),
         bounds=jnp.zeros(2, jnp.int32) if bounds is None else jnp.asarray(bounds),
         schedule=nets.base.schedule,
-        deterministic=stage.kind == "tdm",
+        deterministic=stage.deterministic,
     )
 
 

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from hypersd_jax.bases import Base
 from hypersd_jax.config import StageConfig
 from hypersd_jax.errors import UserError
-from hypersd_jax.training import Phase, Step, TrainState, make_step, step_argument
+from hypersd_jax.training import Phase, Step, TrainState, Watch, make_step, step_argument
 
 if TYPE_CHECKING:
     from hypersd_jax.inputs.batches import LoadedBatch
@@ -71,6 +71,13 @@ def register(settings: type[StageConfig], kind: Any) -> None:
 def kind_of(stage: StageConfig) -> Kind:
     """Return the module of a stage."""
     return KINDS[type(stage)]
+
+
+def watch_of(run: Run, stage: StageConfig) -> Watch | None:
+    """Make what measures a stage on the way: its module's ``watch(run, stage)``; None where it has none."""
+    make = getattr(kind_of(stage), "watch", None)
+    found: Watch | None = make(run, stage) if make else None
+    return found
 
 
 def exported_weights(stage: StageConfig, state: TrainState) -> Any:

@@ -59,4 +59,5 @@ def open_run(config: Config, output: Output, stop: StopSignals | None = None) ->
     )
     if config.adapter_stages:
         run.student, run.scales = run.fresh_factors(Stream.ADAPTER, 0)
+        run.fresh_scales = run.scales
     return run

@@ -16,7 +16,7 @@ from hypersd_jax.evaluation.run_comparison import compare_run
 from hypersd_jax.inputs.batches import reporting_cut_captions
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.export import sampling_table
-from hypersd_jax.stages.kinds import STUDENT, exported_weights, kind_of, naming
+from hypersd_jax.stages.kinds import STUDENT, exported_weights, kind_of, naming, watch_of
 from hypersd_jax.stages.opening import open_run
 from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import StopSignals, init_state, newest_step
@@ -130,6 +130,7 @@ def run_stage(run: Run, index: int, stage: StageConfig) -> None:
         ),
         mesh=run.mesh,
         stop=run.stop,
+        watch=watch_of(run, stage),
     )
     student = exported_weights(stage, state)
     del state  # the optimizer's part, before anything is sampled

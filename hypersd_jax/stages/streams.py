@@ -15,6 +15,7 @@ class Stream(enum.IntEnum):
     ENCODER = 2  # the latents' posterior
     FAKE = 3  # the fake score model's first factors
     ODE_PAIR = 4  # noise and order of ODE pairs
+    FEEDBACK = 5  # the feedback LoRA's first factors
 
 
 class Draw(enum.IntEnum):

@@ -11,6 +11,8 @@ from hypersd_jax.training.checkpoints import Checkpointer as Checkpointer
 from hypersd_jax.training.checkpoints import check_metadata as check_metadata
 from hypersd_jax.training.checkpoints import newest_step as newest_step
 from hypersd_jax.training.gradients import Metrics as Metrics
+from hypersd_jax.training.guard import Measured as Measured
+from hypersd_jax.training.guard import Watch as Watch
 from hypersd_jax.training.logging import MetricsLog as MetricsLog
 from hypersd_jax.training.mesh import make_mesh as make_mesh
 from hypersd_jax.training.mesh import process_indices as process_indices

@@ -58,7 +58,7 @@ class MetricsLog:
         self._events: _Events | None = None
         with self._disk_errors():
             self._path.parent.mkdir(parents=True, exist_ok=True)
-            _drop_lines(self._path, stage, resume_step)
+            _drop_lines(self._path, stage, resume_step or -1)  # step 0 is a measurement before the first step
             self._file = self._path.open("a", encoding="utf-8")
         if tensorboard:
             with self._disk_errors():

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -13,6 +15,7 @@ from hypersd_jax.config import LogConfig, StageConfig
 from hypersd_jax.errors import Interrupted, Terminated, UserError
 from hypersd_jax.training.agreement import LAG, Agreement
 from hypersd_jax.training.checkpoints import Checkpointer, check_metadata
+from hypersd_jax.training.guard import STOPPED, Guard, Watch
 from hypersd_jax.training.logging import MetricsLog
 from hypersd_jax.training.shardings import abstract
 from hypersd_jax.training.skips import SkipWatch
@@ -48,6 +51,7 @@ def run_updates(
     preview: Callable[[TrainState, int], None],
     mesh: jax.sharding.Mesh,
     stop: StopSignals,
+    watch: Watch | None = None,
 ) -> tuple[TrainState, int]:
     """Resume from the newest checkpoint and take the stage's training steps to the last one.
 
@@ -68,23 +72,26 @@ def run_updates(
         preview: samples with a state after a step that is not the last.
         mesh: of the state.
         stop: the signals that have come.
+        watch: measures states on the way, and may end the stage, which then has the best of them.
 
     Returns:
-        (the state after the last step, how many steps had been done before).
+        (the state after the last step, or the best where the stage was ended; how many steps had been done before).
 
     Raises:
         UserError: the checkpoint is another run's, too many steps in a row were not finite, or the disk is full.
     """
-    with Checkpointer(folder) as checkpoints:
-        row = 0
+    with contextlib.ExitStack() as opened:
+        checkpoints = opened.enter_context(Checkpointer(folder))
+        row, like = 0, abstract(mesh, state)
         if checkpoints.latest() is not None:
             found = checkpoints.metadata()
             check_metadata(found, metadata(saved_updates(found, stage.updates)))
             row = int(found.get(SKIPPED_ROW, 0))
-            like = abstract(mesh, state)
             # The caller still holds it: without this, two states would be in memory for the whole stage.
             jax.tree.map(lambda leaf: leaf.delete(), state)
             state, _ = checkpoints.restore(None, like)
+            if STOPPED in found:
+                return state, stage.updates
         done = int(state.step)
         stop.where = _where(stage, done, done)
         if done >= stage.updates:
@@ -99,6 +106,9 @@ def run_updates(
             in_a_row=row,
         )
         agreement, clock = Agreement(), _Clock(log.checkpoint_minutes)
+        guard = Guard(watch, folder / "best", updates=stage.updates) if watch else None
+        if guard:
+            opened.enter_context(guard)
         saved = made = done
         with MetricsLog(root, stage.updates, stage.name, done, tensorboard=log.tensorboard) as metrics_log:
 
@@ -110,6 +120,28 @@ def run_updates(
                 saved = made
                 clock.restart()
 
+            def ended() -> bool:
+                """Tell whether the guard ends the stage, whose last checkpoint then has the best state."""
+                nonlocal state
+                assert guard is not None
+                facts = metadata(stage.updates)
+                reason = guard.settle(made, state, facts)
+                if reason is None:
+                    return False
+                if jax.process_index() == 0:
+                    print(f"{stage.name}: stopped after update {made} of {stage.updates}: {reason}", file=sys.stderr)
+                state = guard.best(like)
+                # Under the number of the last step, for the stage is finished.
+                checkpoints.save(stage.updates, state, {**facts, SKIPPED_ROW: 0, STOPPED: reason})
+                return True
+
+            if guard and guard.is_due(done):
+                watched = guard.measure(state)
+                if not done:
+                    metrics_log.write(0, watched)
+                if ended():
+                    checkpoints.wait()
+                    return state, done
             if jax.process_count() > 1:
                 stop.hold()  # to the end: no process may leave before the others know
             try:
@@ -121,11 +153,14 @@ def run_updates(
                     made, last = number, number == stage.updates
                     stop.where = _where(stage, made, done)
                     skips.add(number, metrics["skipped"])
-                    if number % log.every == 0 or last:
-                        metrics_log.write(number, {**metrics, "input_wait": data_loading_seconds})
+                    watched = guard.measure(state) if guard and guard.is_due(number) else {}
+                    if number % log.every == 0 or last or watched:
+                        metrics_log.write(number, {**metrics, **watched, "input_wait": data_loading_seconds})
                     signalled, due = agreement.largest(stop.signal or 0, clock.due())
-                    if number % log.checkpoint_every == 0 or last or (due and number - saved > LAG):
+                    if number % log.checkpoint_every == 0 or last or watched or (due and number - saved > LAG):
                         save()
+                    if watched and ended():
+                        break
                     if signalled:
                         raise stop.error(signalled)
                     if jax.process_count() == 1:

@@ -48,6 +48,10 @@ class Output:
         """Return the path of a stage's student: a LoRA file, or a model folder."""
         return self.models / stage.name if stage.exports_model else self.loras / f"{stage.name}.safetensors"
 
+    def part(self, stage: str, name: str) -> Path:
+        """Return the path of a part of a stage's student, beside the LoRA file that has all of it."""
+        return self.loras / f"{stage}.{name}.safetensors"
+
     def made_by(self, stage: str) -> list[Path]:
         """List the existing files of a stage: its checkpoints and its student."""
         paths = (self.checkpoints(stage), self.loras / f"{stage}.safetensors", self.models / stage)

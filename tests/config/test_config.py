@@ -62,7 +62,10 @@ def test_the_three_recipes_are_there() -> None:
     assert {f"{name}{part}" for name in ("emoji", "sd15", "sdxl") for part in ("", "/hyper")} <= set(RECIPES)
 
 
-@pytest.mark.parametrize(("later", "earlier"), [("emoji/unified", "emoji/hyper"), ("emoji/one-step-unet", "emoji")])
+@pytest.mark.parametrize(
+    ("later", "earlier"),
+    [("emoji/unified", "emoji/hyper"), ("emoji/one-step-unet", "emoji"), ("emoji/feedback", "emoji/hyper")],
+)
 def test_a_recipe_that_reuses_another_run_has_its_stages(later: str, earlier: str) -> None:
     assert load_config(RECIPES[later]).stages[:4] == load_config(RECIPES[earlier]).stages[:4]
 

@@ -123,7 +123,7 @@ def test_keys_find_the_pairs_again(white_fraction: float) -> None:
     keys = source.keys(positions)
     batch, again = source.batch(positions), source.variant_batch(keys)
     np.testing.assert_array_equal(batch.images, again.images)
-    assert batch.captions == again.captions
+    assert batch.captions == again.captions == source.captions(keys)
     variants = source.variants()
     assert len(variants) == len(source) * {0.0: 7, 0.5: 8, 1.0: 1}[white_fraction]
     assert np.all(np.diff(variants) > 0)

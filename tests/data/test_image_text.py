@@ -188,6 +188,7 @@ def test_keys_find_the_pairs_again(damaged: Path) -> None:
     keys = source.keys(positions)
     assert keys.dtype == np.int64
     same(source.variant_batch(keys), source.batch(positions))
+    assert source.captions(keys) == source.batch(positions).captions
     same(opened(damaged).batch(positions), source.batch(positions))
     with pytest.raises(UserError, match=f"{damaged}: 3.png cannot be read"):
         source.variant_batch(np.asarray([3]))

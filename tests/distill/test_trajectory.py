@@ -208,6 +208,8 @@ def test_every_step_is_drawn_alike():
     counts = np.bincount(steps, minlength=4)
     assert len(counts) == 4
     assert np.abs(counts - 500).max() < 80  # four standard deviations
+    late = jax.vmap(lambda key: draw_trajectory(key, (1, 1, 1, 1), 4, last=2).step)(jax.random.split(KEY, 100))
+    assert set(map(int, late)) == {2, 3}
 
 
 def made_of(x, alpha, sigma, low, high, x0=None):

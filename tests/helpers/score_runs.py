@@ -132,11 +132,12 @@ def open_stage(config: Config, *before: str) -> Opened:
     output = open_output(config)
     run = stage_run.open_run(config, output)
     create_output(output, config)
-    run.students = {name: randomised(run.student, seed) for seed, name in enumerate(before)}
+    students = {name: randomised(run.student, seed) for seed, name in enumerate(before)}
+    run.students = {name: adapters.join(factors, run.scales) for name, factors in students.items()}
     if before:
-        run.student = run.students[before[-1]]
+        run.student = students[before[-1]]
     (stage,) = config.adapter_stages
-    return Opened(run=run, stage=stage, start=run.student, students=dict(run.students))
+    return Opened(run=run, stage=stage, start=run.student, students=students)
 
 
 def randomised(tree: Any, seed: int, scale: float = 0.05) -> Any:

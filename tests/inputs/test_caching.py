@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -54,8 +55,14 @@ def batches(config: Config, way: str) -> list[Any]:
     source = open_source(config.data, resolution=16, seed=config.seed)
     inputs = Inputs(config, source, base, make_mesh(1, 1))
     stage = config.stages[0]
-    loaded = getattr(inputs, way)(stage, before=6, done=1, key=jax.random.key(5))
+    also = {"read": _lengths} if way == "conditioned" else {}
+    loaded = getattr(inputs, way)(stage, before=6, done=1, key=jax.random.key(5), **also)
     return [(number, jax.device_get(batch)) for number, batch, _ in itertools.islice(loaded, 2)]
+
+
+def _lengths(captions: Sequence[str]) -> dict[str, Any]:
+    """What a step may read of the captions besides the model's conditioning."""
+    return {"lengths": np.asarray([[len(caption)] for caption in captions])}
 
 
 @pytest.mark.parametrize("way", ["conditioned", "captioned"])
@@ -65,6 +72,7 @@ def test_a_stage_gets_the_same_numbers_either_way(way, model, cache, tmp_path):
     assert [number for number, _ in encoded] == [number for number, _ in read] == [2, 3]
     assert jax.tree.structure(encoded) == jax.tree.structure(read)
     assert encoded[0][1]["latents"].shape == (2, 2, 8, 8, 4)
+    assert way == "captioned" or encoded[0][1]["lengths"].shape == (2, 2, 1)
     assert not np.array_equal(encoded[0][1]["latents"], encoded[1][1]["latents"])
     for a, b in zip(jax.tree.leaves(encoded), jax.tree.leaves(read), strict=True):
         np.testing.assert_allclose(b, a, rtol=1e-5, atol=1e-5)

@@ -1,0 +1,140 @@
+"""Feedback stages: a second LoRA on a distilled student, trained on rewards of its images (Hyper-SD, section 3.2).
+
+The student without gradient up to a late step, that step with gradient, the decoder, the rewards. The distilled LoRA is
+frozen; the two are one adapter by concatenation of their ranks, while training and in the exported file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from hypersd_jax import adapters
+from hypersd_jax.adapters import Adapter
+from hypersd_jax.bases import Networks, TextToImage
+from hypersd_jax.config import PREVIOUS, FeedbackStage
+from hypersd_jax.errors import UserError
+from hypersd_jax.inputs.batches import LoadedBatch
+from hypersd_jax.stages import adapter_student, generator
+from hypersd_jax.stages.context import Factors, Run
+from hypersd_jax.stages.export import export_student
+from hypersd_jax.stages.generator import Frozen
+from hypersd_jax.stages.kinds import STUDENT
+from hypersd_jax.stages.rewards import feedback_term, frozen_feedback, require_rewards, tokens_of
+from hypersd_jax.stages.streams import Stream
+from hypersd_jax.stages.watching import make_watch
+from hypersd_jax.training import LossFunction, Metrics, Phase, Watch
+from hypersd_jax.weights.diffusers.component import host
+
+
+def check(run: Run, stage: FeedbackStage, earlier: Sequence[str]) -> None:
+    """Refuse rewards that cannot be loaded, or a run that has distilled no student yet."""
+    if not earlier:
+        raise UserError(f"stages.{stage.name}: kind=feedback needs a stage before it, on whose student it trains")
+    generator.check(run, stage, earlier)
+    require_rewards(stage, stage.feedback)
+
+
+def trainable(run: Run, index: int, stage: FeedbackStage) -> dict[str, Any]:
+    """Return the second LoRA's factors, the only trained model; its output begins at zero."""
+    return {STUDENT: run.fresh_factors(Stream.FEEDBACK, index, rank=_rank(run, stage))[0]}
+
+
+def frozen(run: Run, stage: FeedbackStage) -> Frozen:
+    """Collect what the loss reads, the distilled student's adapter among it."""
+    return generator.frozen(run, stage)._replace(
+        scales=_scales(run, stage),
+        under=run.teacher(PREVIOUS),
+        feedback=frozen_feedback(run, stage, stage.feedback),
+    )
+
+
+def phases(base: TextToImage, stage: FeedbackStage) -> list[Phase]:
+    """Train the second LoRA once a step."""
+    return [Phase(models={STUDENT: stage.learning_rate}, loss=make_loss(base, stage))]
+
+
+def make_loss(base: TextToImage, stage: FeedbackStage) -> LossFunction:
+    """Make the loss: the rewards' hinges (Eq. 13), and what keeps the student near its teachers."""
+
+    def loss(models: Any, ema: Any, frozen: Frozen, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        nets = Networks(base=base, weights=frozen.weights)
+        drawn, sample, solver_step = generator.student_sample(nets, stage, models, frozen, batch, key)
+        value, metrics = feedback_term(base, stage.feedback, frozen.feedback, sample.x0, batch)
+        terms, more, calls = generator.teacher_terms(
+            nets, stage, models, ema, frozen, batch, drawn, sample, solver_step
+        )
+        for term in terms:
+            value = value + term
+        return value, {**metrics, **more, "calls": drawn.step + 1.0 + calls}
+
+    return loss
+
+
+def batches(run: Run, index: int, stage: FeedbackStage, frozen: Frozen, done: int) -> Iterator[LoadedBatch]:
+    """Load the batches of a generator stage, and the captions' tokens for each reward."""
+    return generator.batches(run, index, stage, frozen, done, tokens_of(stage.feedback))
+
+
+def preview(run: Run, stage: FeedbackStage, student: Any, name: str) -> None:
+    """Sample with both LoRAs."""
+    with _merged(run, stage, student) as factors:
+        adapter_student.preview(run, stage, factors, name)
+
+
+def watch(run: Run, stage: FeedbackStage) -> Watch | None:
+    """Make the guard's measurement, of both LoRAs."""
+
+    def sample(run: Run, stage: FeedbackStage, student: Any, prompts: Sequence[str], count: int) -> np.ndarray:
+        with _merged(run, stage, student) as factors:
+            return adapter_student.sample(run, stage, factors, prompts, count)
+
+    return make_watch(run, stage, stage.feedback, sample)
+
+
+def finish(run: Run, stage: FeedbackStage, student: Any, *, trained: bool) -> None:
+    """Export both LoRAs as one file and the second one alone, and pass both on as the student."""
+    alone = run.output.part(stage.name, "feedback")
+    is_written = alone.exists() and not trained
+    own = _adapter(run, stage, student)
+    factors, run.scales = jax.tree.map(jnp.asarray, adapters.split(merged(run, stage, student)))
+    adapter_student.finish(run, stage, factors, trained=trained)
+    if not is_written and jax.process_index() == 0:
+        host_adapter = jax.tree.map(host, own)
+        export_student(alone, host_adapter, stage, run.base, base_fingerprint=run.base_fingerprint)
+
+
+def merged(run: Run, stage: FeedbackStage, student: Factors) -> Adapter:
+    """Concatenate the distilled student's adapter and the second LoRA's at its merge weight: the sum, exactly."""
+    return adapters.concatenate(
+        [run.teacher(PREVIOUS), adapters.scaled(_adapter(run, stage, student), stage.merge_weight)]
+    )
+
+
+@contextlib.contextmanager
+def _merged(run: Run, stage: FeedbackStage, student: Factors) -> Iterator[Any]:
+    """Let the run's scales be those of both LoRAs, for a block that samples with the factors of both."""
+    factors, scales = jax.tree.map(jnp.asarray, adapters.split(merged(run, stage, student)))
+    before, run.scales = run.scales, scales
+    try:
+        yield factors
+    finally:
+        run.scales = before
+
+
+def _adapter(run: Run, stage: FeedbackStage, student: Factors) -> Adapter:
+    return adapters.join(student, _scales(run, stage))
+
+
+def _scales(run: Run, stage: FeedbackStage) -> dict[str, jax.Array]:
+    """The second LoRA's scales: alpha is its rank."""
+    return {path: jnp.ones((_rank(run, stage),), jnp.float32) for path in run.scales}
+
+
+def _rank(run: Run, stage: FeedbackStage) -> int:
+    return stage.rank or run.config.lora.rank
