@@ -330,7 +330,7 @@ def test_the_home_folder_in_every_path(base: Path, tmp_path: Path, monkeypatch: 
         ("batch_size=4", "did you mean stages.*.batch_size or evaluation.batch_size?"),
         ("updates=4", "did you mean stages.*.updates?"),
         ("learning_rat=1", "did you mean stages.*.learning_rate?"),
-        ("rank=4", "did you mean lora.rank?"),
+        ("rank=4", "did you mean lora.rank or stages.*.rank?"),
         ("resolution=4", "did you mean data.resolution?"),
         ("dtype=float32", "did you mean model.dtype?"),
         ("source=x", "did you mean model.source or data.source?"),

@@ -17,7 +17,12 @@ def test_what_it_imports_of_the_package_exists(path: Path) -> None:
     missing = []
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
         if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] in ("hypersd_jax", "benchmarks"):
-            module = importlib.import_module(str(node.module))
+            try:
+                module = importlib.import_module(str(node.module))
+            except ModuleNotFoundError as error:
+                if str(error.name).split(".")[0] in ("hypersd_jax", "benchmarks"):
+                    raise
+                pytest.skip(f"{node.module} needs {error.name}")  # PyTorch, where the suite runs without
             for alias in node.names:
                 if not hasattr(module, alias.name):
                     try:
