@@ -17,7 +17,7 @@ from hypersd_jax.training import SkipWatch
 from tests.helpers.short_runs import ADAPTER, AUTOENCODER, recipe, share_steps
 
 DIVERGED = ["stages.0.learning_rate=1e6", "stages.0.updates=40", "log.stop_after_skipped=5", "log.checkpoint_every=100"]
-ADVERSARIAL = ADAPTER.replace("ema: 0.5", "ema: 0.5, adversarial: {features: mid}")
+ADVERSARIAL = ADAPTER.replace("ema: 0.5", "ema: 0.5, adversarial: {features: encoder}")
 SKIPPED = "loss or gradient is not finite"
 SCORE = """
   - {name: two, kind: dmd, updates: 40, batch_size: 4, learning_rate: 1.0e-2, ema: 0.5, fake_updates: 1, weight: 1.0}

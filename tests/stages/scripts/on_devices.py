@@ -25,7 +25,7 @@ def main() -> None:
     original = consistency.finish
 
     def spy(run, stage, student, *, trained):
-        kernel = run.base.params["unet"]["mid_block.resnets.0.conv1.kernel"]
+        kernel = run.base.params["unet"]["down_blocks.0.resnets.0.conv1.kernel"]
         seen["base"] = str(kernel.sharding.spec)
         seen["split"] = sum("fsdp" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(student))
         seen["devices"] = len(kernel.sharding.device_set)
