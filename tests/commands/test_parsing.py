@@ -32,7 +32,7 @@ WRONG = [
     ("train --stages.0.updates 4", "settings are given as stages.0.updates=4"),
     ("train --model M --config emoji", "settings are given as model=M"),
     ("train --output-dir out", "settings are given as output_dir=out"),
-    ("train --resume", "a stopped run goes on when the same command is given again"),
+    ("train --resume", "a stopped run resumes when the same command is given again"),
     ("train --zzz", "unrecognized arguments: --zzz"),
     ("train --confg emoji", "unrecognized arguments: --confg"),
     ("train configs/emoji.yaml", "a recipe is given as --config configs/emoji.yaml"),
