@@ -71,7 +71,7 @@ def main() -> None:
     save_model(dataclasses.replace(new, params=params), options.output)
     for part in RENAMED:
         same = sum(value is not new.params[part][path] for path, value in params[part].items())
-        print(f"{part}: {same} of {len(params[part])} parameters are taken over")
+        print(f"{part}: {same} of {len(params[part])} parameters keep their values")
 
 
 def kept(

@@ -1,4 +1,4 @@
-"""scripts/build_start_model.py: what is taken over from one network to another keeps its meaning."""
+"""scripts/build_start_model.py: what one network takes from another keeps its meaning."""
 
 from __future__ import annotations
 

@@ -224,7 +224,7 @@ def _interrupted(by_step: dict[int, float], at: int) -> Judged:
     return Interrupted(by_step)
 
 
-def test_the_guard_stops_it_and_hands_on_the_best(
+def test_the_guard_stops_it_and_exports_the_best(
     rising: Path, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = _train(tmp_path, model, Judged({0: 1.0, 2: 1.1, 4: 0.5}))
@@ -238,7 +238,7 @@ def test_the_guard_stops_it_and_hands_on_the_best(
     _train(tmp_path, model, nothing)
     assert not nothing.seen
     assert (output / "loras" / "liked.safetensors").stat().st_mtime_ns == written
-    # What it hands on is the student of update 2 of a run that was never stopped.
+    # What it exports is the student of update 2 of a run that was never stopped.
     short = _train(tmp_path / "short", model, None, "stages.liked.updates=2")
     same_tensors(output / "loras" / "liked.safetensors", short / "loras" / "liked.safetensors")
 
