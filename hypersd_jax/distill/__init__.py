@@ -27,6 +27,7 @@ from hypersd_jax.distill.matching import score_term as score_term
 from hypersd_jax.distill.reconstruction import psnr as psnr
 from hypersd_jax.distill.reconstruction import reconstruction_loss as reconstruction_loss
 from hypersd_jax.distill.regression import endpoint as endpoint
+from hypersd_jax.distill.regression import endpoint_and_calls as endpoint_and_calls
 from hypersd_jax.distill.regression import path_loss as path_loss
 from hypersd_jax.distill.regression import second_estimate as second_estimate
 from hypersd_jax.distill.score import dmd_gradient as dmd_gradient

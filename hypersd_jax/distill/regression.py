@@ -6,12 +6,13 @@ which it is to find the same endpoint, makes more steps correct the first.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from hypersd_jax.diffusion.prediction import add_noise
+from hypersd_jax.diffusion.prediction import add_noise, to_x0_eps
 from hypersd_jax.diffusion.schedule import Schedule
 from hypersd_jax.distill.distances import mse
 from hypersd_jax.distill.target_timesteps import uniform_integer
@@ -21,16 +22,49 @@ from hypersd_jax.distill.tscd import Model, alpha_sigma
 
 def endpoint(model_fn: Model, noise: jax.Array, cond: Any, times: jax.Array, *, schedule: Schedule) -> jax.Array:
     """Compute the endpoint x_0 (B, h, w, C) of a model's DDIM rollout from noise through ``times`` (K,), constant."""
+    return endpoint_and_calls(model_fn, noise, cond, times, (), schedule=schedule)[0]
+
+
+def endpoint_and_calls(
+    model_fn: Model,
+    noise: jax.Array,
+    cond: Any,
+    times: jax.Array,
+    calls: Sequence[tuple[jax.Array, jax.Array, Any]],
+    *,
+    schedule: Schedule,
+) -> tuple[jax.Array, list[jax.Array]]:
+    """Compute `endpoint`, and what the model gives elsewhere, with the model once in the program to compile.
+
+    Args:
+        model_fn: (x, t (B,), cond) -> raw prediction.
+        noise: where the rollout begins (B, h, w, C).
+        cond: conditioning of B samples.
+        times: (K,) int32, descending.
+        calls: arguments of the other calls, of the same structure and shapes as the rollout's.
+        schedule: the model's.
+
+    Returns:
+        (endpoint, the raw prediction of each other call), without gradient.
+    """
     batch_size, count = noise.shape[0], times.shape[0]
 
-    def one_step(index: jax.Array, carry: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        x0, eps = estimate(model_fn, carry[0], times[index], cond, schedule)
-        after = jnp.broadcast_to(times[jnp.minimum(index + 1, count - 1)], (batch_size,))
-        return add_noise(x0, eps, *alpha_sigma(schedule, after, x0)), x0
+    def one_call(latents: tuple[jax.Array, jax.Array], index: jax.Array) -> tuple[Any, jax.Array]:
+        step = jnp.minimum(index, count - 1)
+        own = latents[0], jnp.broadcast_to(times[step], (batch_size,)), cond
+        which = jnp.maximum(index - count + 1, 0)
+        x, t, given = jax.lax.switch(which, [lambda inputs=inputs: inputs for inputs in (own, *calls)])
+        output = model_fn(x, t, given)
+        x0, eps = to_x0_eps(output, x, *alpha_sigma(schedule, t, x), schedule.prediction_type)
+        after = jnp.broadcast_to(times[jnp.minimum(step + 1, count - 1)], (batch_size,))
+        # The last step's noised latents are not used, but it is in the loop too: the model is compiled once.
+        found = add_noise(x0, eps, *alpha_sigma(schedule, after, x0)), x0
+        if calls:
+            found = jax.tree.map(lambda new, old: jnp.where(which == 0, new, old), found, latents)
+        return found, output
 
-    # The last step's noised latents are not used, but it is in the loop too: the model is compiled once.
-    _, x0 = jax.lax.fori_loop(0, count, one_step, (noise, noise))
-    return jax.lax.stop_gradient(x0)
+    (_, x0), outputs = jax.lax.scan(one_call, (noise, noise), jnp.arange(count + len(calls)))
+    return jax.lax.stop_gradient((x0, [outputs[count + number] for number in range(len(calls))]))
 
 
 def second_estimate(

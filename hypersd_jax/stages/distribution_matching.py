@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from hypersd_jax.adapters import join
-from hypersd_jax.bases import Base, Networks, TextToImage, in_one_call
+from hypersd_jax.bases import Base, Networks, TextToImage
 from hypersd_jax.config import ScoreStage
 from hypersd_jax.diffusion import add_noise
 from hypersd_jax.distill import alpha_sigma, fake_loss, noised, score_term
@@ -122,20 +122,28 @@ def make_student_loss(base: TextToImage, stage: ScoreStage) -> LossFunction:
     def loss(models: Any, ema: Any, frozen: Frozen, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         nets = Networks(base=base, weights=frozen.weights)
         drawn, sample, solver_step = generator.student_sample(nets, stage, models, frozen, batch, key)
-        real_fn, real_calls = generator.guided_base(nets, stage, frozen)
+        real_calls = 2.0 if stage.guided else 1.0
         fake = join(models[FAKE], frozen.fake_scales)
         # The base's solver step, if it is the regulariser's teacher too, shares the real score's call.
         joined = [solver_step.inputs] if solver_step is not None and not frozen.regulariser else []
 
-        def real_scores(*inputs: Any) -> tuple[jax.Array, list[jax.Array]]:
-            output, *others = in_one_call(real_fn, inputs, *joined)
-            return output, others
+        def real_scores(*inputs: Any) -> tuple[jax.Array, tuple[list[jax.Array], jax.Array | None]]:
+            calls = [inputs, *joined]
+            (output, *others), target = generator.base_calls(nets, stage, frozen, drawn.noise, batch["cond"], calls)
+            return output, (others, target)
 
-        matching, metrics, features, others = score_term(
+        def fake_scores(x: jax.Array, t: jax.Array, cond: Any) -> tuple[jax.Array, tuple[Any, jax.Array | None]]:
+            if discriminator is not None:  # which reads the features with their gradient
+                output, features = nets.tapped(x, t, cond, taps, fake)
+                return output, (features, None)
+            output, target = generator.adapter_call(nets, stage, frozen, drawn.noise, fake, (x, t, cond))
+            return output, (None, target)
+
+        matching, metrics, (features, from_adapter), (others, from_base) = score_term(
             sample,
             drawn,
             real_scores,
-            lambda x, t, cond: nets.tapped(x, t, cond, taps, fake),
+            fake_scores,
             batch["cond"],
             schedule=base.schedule,
             with_features=discriminator is not None,
@@ -147,10 +155,11 @@ def make_student_loss(base: TextToImage, stage: ScoreStage) -> LossFunction:
         if stage.feedback is not None:
             rewarded, gained = feedback_term(base, stage.feedback, frozen.feedback, sample.x0, batch)
             value, metrics = value + rewarded, metrics | gained
+        target = from_base if from_adapter is None else from_adapter
         if solver_step is not None and others:
             solver_step = solver_step._replace(teacher=others[0])
         terms, more, calls = generator.teacher_terms(
-            nets, stage, models, ema, frozen, batch, drawn, sample, solver_step
+            nets, stage, models, ema, frozen, batch, drawn, sample, solver_step, target
         )
         for term in terms:
             value = value + term

@@ -23,6 +23,7 @@ from hypersd_jax.distill import (
     Trajectory,
     draw_trajectory,
     endpoint,
+    endpoint_and_calls,
     frozen_sample,
     mse,
     path_loss,
@@ -251,18 +252,72 @@ def regression_endpoint(
     return endpoint(model, noise, cond, times, schedule=nets.base.schedule)
 
 
+def base_calls(
+    nets: Networks, stage: GeneratorStage, frozen: Frozen, noise: jax.Array, cond: Any, calls: Sequence[Any]
+) -> tuple[list[jax.Array], jax.Array | None]:
+    """Call the guided base, in one loop with the regression's rollout where that is the base's too.
+
+    Args:
+        nets, stage, frozen: the step's.
+        noise, cond: where the rollout begins, and its conditioning.
+        calls: arguments of each call, of equal structure and shapes.
+
+    Returns:
+        (the prediction of each call, without gradient; the rollout's endpoint, None where it is not computed).
+    """
+    model, regression = guided_base(nets, stage, frozen)[0], stage.regression
+    if regression is None or regression.paired or not regression.from_base:
+        return in_one_call(model, *calls), None
+    times = jnp.asarray(frozen.tables.regression_times)
+    target, found = endpoint_and_calls(model, noise, cond, times, calls, schedule=nets.base.schedule)
+    return found, target
+
+
+def adapter_call(
+    nets: Networks, stage: GeneratorStage, frozen: Frozen, noise: jax.Array, adapter: Adapter, call: Any
+) -> tuple[jax.Array, jax.Array | None]:
+    """Call the base under an adapter as in `base_calls`: with the rollout of a teacher whose adapter has its shapes.
+
+    Both have the conditioning of ``call``, (x, t, cond).
+    """
+    (x, t, cond), regression = call, stage.regression
+
+    def model(x: jax.Array, t: jax.Array, given: tuple[Any, Adapter]) -> jax.Array:
+        return nets.predictor(given[1])(x, t, given[0])
+
+    alike = jax.tree.map(jnp.shape, adapter) == jax.tree.map(jnp.shape, frozen.regression)
+    if regression is None or regression.paired or regression.from_base or not alike:
+        return model(x, t, (cond, adapter)), None
+    times = jnp.asarray(frozen.tables.regression_times)
+    target, (found,) = endpoint_and_calls(
+        model, noise, (cond, frozen.regression), times, [(x, t, (cond, adapter))], schedule=nets.base.schedule
+    )
+    return found, target
+
+
 def regression_term(
-    nets: Networks, stage: GeneratorStage, student: Model, frozen: Frozen, batch: Any, drawn: Drawn, sampled: Sample
+    nets: Networks,
+    stage: GeneratorStage,
+    student: Model,
+    frozen: Frozen,
+    batch: Any,
+    drawn: Drawn,
+    sampled: Sample,
+    target: jax.Array | None,
 ) -> tuple[jax.Array, Metrics, float]:
-    """Compute the weighted distance to the teacher's endpoint, its metrics, and the calls that it takes."""
+    """Compute the weighted distance to the teacher's endpoint, its metrics, and the calls that it takes.
+
+    ``target`` is that endpoint where it is known.
+    """
     config, cond = stage.regression, batch["cond"]
     assert config is not None
     calls = 0.0
     if config.paired:
         target = batch["endpoint"]
     else:
-        target = regression_endpoint(nets, stage, frozen, drawn.noise, cond)
         calls = config.steps * (2.0 if config.from_base and stage.guided else 1.0)
+        if target is None:
+            target = regression_endpoint(nets, stage, frozen, drawn.noise, cond)
     metrics = {"regression": jnp.mean(mse(sampled.x0, target))}
     loss = config.weight * metrics["regression"]
     if config.follows_path:
@@ -298,14 +353,18 @@ def teacher_terms(
     drawn: Drawn,
     sampled: Sample,
     solver_step: SolverStep | None,
+    target: jax.Array | None = None,
 ) -> tuple[list[jax.Array], Metrics, jax.Array]:
-    """Compute the terms of regression and consistency regulariser, where the stage has them, metrics and calls."""
+    """Compute the terms of regression and consistency regulariser, where the stage has them, metrics and calls.
+
+    ``target`` is the regression's where it is known.
+    """
     terms: list[jax.Array] = []
     metrics = Metrics()
     calls = jnp.float32(0.0)
     if stage.regression is not None:
         student = predictor(nets, stage, models[STUDENT], frozen)
-        term, more, cost = regression_term(nets, stage, student, frozen, batch, drawn, sampled)
+        term, more, cost = regression_term(nets, stage, student, frozen, batch, drawn, sampled, target)
         terms, metrics, calls = [*terms, term], metrics | more, calls + cost
     if solver_step is not None:
         term, more, spent = regulariser_term(nets, stage, ema, frozen, solver_step)

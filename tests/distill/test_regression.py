@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from hypersd_jax.diffusion import Schedule, solver_table
-from hypersd_jax.distill import Sample, draw_trajectory, endpoint, path_loss, second_estimate
+from hypersd_jax.distill import Sample, draw_trajectory, endpoint, endpoint_and_calls, path_loss, second_estimate
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULES = {kind: Schedule(**BETAS, prediction_type=kind) for kind in ("epsilon", "v_prediction")}
@@ -72,6 +72,34 @@ def test_the_end_of_a_trajectory_takes_one_call_a_step():
     jax.block_until_ready(endpoint(counted, DRAWN.noise, jnp.asarray(COND), TIMES, schedule=SCHEDULE))
     jax.effects_barrier()
     assert sorted(calls, reverse=True) == TIMES.tolist()
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_other_calls_share_the_rollouts_program(count):
+    """The endpoint is the same, and so is what the model gives elsewhere."""
+    traced = []
+
+    def counted(x, t, cond):
+        traced.append(x.shape)
+        return network(x, t, cond)
+
+    keys = jax.random.split(jax.random.key(8), count)
+    others = [
+        (jax.random.normal(key, SHAPE), jnp.asarray([7, 500, 999]), jnp.asarray(COND) + i) for i, key in enumerate(keys)
+    ]
+
+    @jax.jit
+    def run(noise, others):
+        return endpoint_and_calls(counted, noise, jnp.asarray(COND), TIMES, others, schedule=SCHEDULE)
+
+    end, outputs = run(DRAWN.noise, others)
+    assert len(traced) == 1
+    close(
+        end, jax.jit(lambda noise: endpoint(network, noise, jnp.asarray(COND), TIMES, schedule=SCHEDULE))(DRAWN.noise)
+    )
+    assert len(outputs) == count
+    for output, (x, t, cond) in zip(outputs, others, strict=True):
+        close(output, network(*map(np.asarray, (x, t, cond)), np), rtol=1e-6, atol=1e-6)
 
 
 def test_the_end_of_a_trajectory_has_no_gradient():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -53,12 +54,14 @@ TDM = """
   - {name: tdm, kind: tdm, times: [999, 499], updates: 2, batch_size: 4, learning_rate: 1.0e-2, fake_updates: 2,
      fake_learning_rate: 1.0e-9, data_free: true, guidance: 30.0, anchor: {solver_steps: 4}, steps: [2], sampler: ddim}
 """
+# The regression's rollout is one loop with the real scores here, and with the fake score below.
 XL = """
-  - {name: xl, kind: dmd, updates: 1, batch_size: 4, learning_rate: 1.0e-2, fake_updates: 1, guidance: 30.0}
+  - {name: xl, kind: dmd, updates: 1, batch_size: 4, learning_rate: 1.0e-2, fake_updates: 1, guidance: 30.0,
+     regression: {steps: 2, weight: 0.2, teacher: base}}
 """
 UNET = """
   - {name: unet, kind: dmd, student: unet, times: [800], updates: 2, batch_size: 4, learning_rate: 1.0e-3,
-     fake_updates: 1, guidance: 1.0}
+     fake_updates: 1, guidance: 1.0, regression: {steps: 2, weight: 0.2, teacher: before}}
 """
 
 
@@ -105,6 +108,16 @@ class ScoreByHand(ByHand):
         real = self.clean(x_t, self.guided(x_t, t, self.opened.stage.guidance), t)
         false = self.clean(x_t, self.unet(x_t, t, fake)[0], t)
         return (false - real) / np.abs(x0 - real).mean((1, 2, 3), keepdims=True), drawn, x0, x_t, t
+
+    def regression(self, drawn: Any, x0: np.ndarray, predict: Callable[[np.ndarray, np.ndarray], np.ndarray]) -> float:
+        """The mean squared distance of x_0 to the endpoint of a teacher's rollout."""
+        x, times = np.asarray(drawn.noise, np.float64), self.opened.frozen.tables.regression_times
+        for index, time in enumerate(times):
+            t = np.full(len(x), time)
+            eps = predict(x, t)
+            end = self.clean(x, eps, t)
+            x = self.noise(end, eps, np.full(len(x), times[min(index + 1, len(times) - 1)]))
+        return float(np.mean((x0 - end) ** 2))
 
     def regulariser(self, key: jax.Array, student: Any, average: Any, latents: Any) -> float:
         """TSCD's loss of one segment under the guided base."""
@@ -169,13 +182,9 @@ def test_the_students_first_losses_by_hand(dmd: Opened, first: Step, by_hand: Sc
     generator = np.maximum(1 - fake_logits, 0).mean()
     assert generator == pytest.approx(first.metrics["generator"], rel=TOLERANCE)
 
+    assert list(dmd.frozen.tables.regression_times) == [999, 666, 332]
     early = by_hand.adapter(dmd.students["early"])
-    x, times = np.asarray(drawn.noise, np.float64), (999, 666, 332)
-    for index, time in enumerate(times):
-        eps = by_hand.unet(x, time, early)[0]
-        end = by_hand.clean(x, eps, time)
-        x = by_hand.noise(end, eps, times[min(index + 1, 2)])
-    regression = np.mean((x0 - end) ** 2)
+    regression = by_hand.regression(drawn, x0, lambda x, t: by_hand.unet(x, t, early)[0])
     assert regression == pytest.approx(first.metrics["regression"], rel=TOLERANCE)
     regulariser = by_hand.regulariser(key, student, student, by_hand.batch["latents"])
     assert regulariser == pytest.approx(first.metrics["anchor"], rel=TOLERANCE)
@@ -329,8 +338,11 @@ def test_a_round_of_sdxls_shape_by_hand(tmp_path: Path) -> None:
     fake = hand.adapter(first.before.trainable[FAKE])
     assert hand.fake_loss(opened.key(0), student, fake)[0] == pytest.approx(first.metrics["fake_mse"], rel=TOLERANCE)
     fake = hand.adapter(first.after.trainable[FAKE])
-    gap = np.abs(hand.gap(opened.key(1), student, fake)[0]).mean()
+    gradient, drawn, x0, _, _ = hand.gap(opened.key(1), student, fake)
+    gap = np.abs(gradient).mean()
     assert gap == pytest.approx(first.metrics["score_gap"], rel=TOLERANCE)
+    regression = hand.regression(drawn, x0, lambda x, t: hand.guided(x, t, opened.stage.guidance))
+    assert regression == pytest.approx(first.metrics["regression"], rel=TOLERANCE)
     # Zeros are the unconditional, with the images' own time ids; text gives another number, as other ids do.
     assert not np.any(hand.uncond.context)
     assert not np.any(hand.uncond.pooled)
@@ -348,6 +360,13 @@ def test_a_round_of_sdxls_shape_by_hand(tmp_path: Path) -> None:
 def test_a_fully_fine_tuned_student(tmp_path: Path, model: Path) -> None:
     opened = open_stage(recipe(tmp_path, model, UNET), "before")
     components = opened.run.base.components
+    first, hand = opened.step(), ScoreByHand(opened)
+    # The student begins as the base with the LoRA before it merged in.
+    before, fake = (hand.adapter(each) for each in (opened.students["before"], first.after.trainable[FAKE]))
+    gradient, drawn, x0, _, _ = hand.gap(opened.key(1), before, fake)
+    assert np.abs(gradient).mean() == pytest.approx(first.metrics["score_gap"], rel=TOLERANCE)
+    regression = hand.regression(drawn, x0, lambda x, t: hand.unet(x, t, before)[0])
+    assert regression == pytest.approx(first.metrics["regression"], rel=TOLERANCE)
     masters = opened.state().trainable[STUDENT]
     assert {leaf.dtype for leaf in masters.values()} == {np.dtype(np.float32)}
     merged = {path for path, leaf in masters.items() if np.any(leaf != components.params["unet"][path])}
