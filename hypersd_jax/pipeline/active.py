@@ -87,6 +87,13 @@ class ActiveModel:
         """Decode latents (B, h, w, C) to images (B, H, W, 3) in 0..1."""
         return self.programs.decode(self.params[self.base.autoencoder], latents, tiled=tiled)
 
+    def compile_decoder(self, shape: tuple[int, ...], *, tiled: bool) -> None:
+        """Compile `decode` for latents of this shape (B, h, w, C), unless that was done before."""
+        programs, latents = self.programs, jax.ShapeDtypeStruct(shape, np.float32)
+        if (shape, tiled) not in programs.decoders:
+            programs.decode.lower(self.params[self.base.autoencoder], latents, tiled=tiled).compile()
+            programs.decoders.add((shape, tiled))
+
     def predict(
         self, x: jax.Array, t: jax.Array, cond: Conditioning, uncond: Conditioning | None, scale: Any
     ) -> jax.Array:

@@ -50,14 +50,16 @@ class Programs:
         decode: (params, latents (B, h, w, C), tiled) -> images (B, H, W, 3) in 0..1.
         encode_images: (params, images (B, H, W, 3) in 0..1, tiled) -> latents (B, h, w, C).
         noise: see `noise`.
+        decoders: the (latents' shape, tiled) that `decode` was compiled for before it was called.
     """
 
     encode_prompts: Callable[..., Conditioning]
     predict: Callable[..., jax.Array]
     scan: Callable[..., State]
-    decode: Callable[..., jax.Array]
+    decode: jax.stages.Wrapped
     encode_images: Callable[..., jax.Array]
     noise: Callable[..., jax.Array]
+    decoders: set[tuple[tuple[int, ...], bool]] = dataclasses.field(default_factory=set)
 
 
 def compile_programs(base: TextToImage) -> Programs:
@@ -78,7 +80,7 @@ def compile_programs(base: TextToImage) -> Programs:
 def with_autoencoder(programs: Programs, base: TextToImage) -> Programs:
     """Replace the programs of the autoencoder by those of another."""
     bare = base.without_weights()
-    return dataclasses.replace(programs, **_autoencoder_programs(bare, _compiler(bare)))
+    return dataclasses.replace(programs, decoders=set(), **_autoencoder_programs(bare, _compiler(bare)))
 
 
 def _compiler(base: TextToImage) -> Callable[..., Any]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -30,13 +32,30 @@ def run(plan: Plan, model: ActiveModel, *, decode: bool, stepwise: bool, callbac
     """
     progress = None if callback is None else Progress(callback, len(plan.rounds) * len(plan.noise))
     found = []
-    for each in plan.rounds:
-        latents = _sample(plan, each, model, stepwise=stepwise, progress=progress)
-        result = model.decode(latents, tiled=plan.settings.tiled) if decode else latents
-        if progress is not None:
-            progress.finish()
-        found.append(np.asarray(result))
+    with _decoder_ahead(plan, model) if decode else contextlib.nullcontext():
+        for each in plan.rounds:
+            latents = _sample(plan, each, model, stepwise=stepwise, progress=progress)
+            result = model.decode(latents, tiled=plan.settings.tiled) if decode else latents
+            if progress is not None:
+                progress.finish()
+            found.append(np.asarray(result))
     return in_order(plan.rounds, found)
+
+
+@contextlib.contextmanager
+def _decoder_ahead(plan: Plan, model: ActiveModel) -> Iterator[None]:
+    """Compile the decoder in a thread while the steps are compiled and taken.
+
+    What fails there fails again, and is reported, where the decoder is called. On a mesh the latents' sharding is not
+    known before.
+    """
+    if model.base.mesh is not None:
+        yield
+        return
+    with ThreadPoolExecutor(max_workers=1) as thread:
+        shape = len(plan.rounds[0].indices), *plan.latents.shape[1:]
+        thread.submit(model.compile_decoder, shape, tiled=plan.settings.tiled)
+        yield
 
 
 def _sample(plan: Plan, each: Round, model: ActiveModel, *, stepwise: bool, progress: Progress | None) -> jax.Array:

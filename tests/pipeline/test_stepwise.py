@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
@@ -75,3 +77,22 @@ def test_what_a_callback_raises_ends_the_call(pipe: Pipeline) -> None:
     seen: list[int] = []
     pipe(PROMPT, callback=lambda step, _total: seen.append(step), steps=2, guidance=0.0)
     assert seen == [1, 2]
+
+
+def test_the_decoder_is_compiled_beside_the_steps(folder: Path) -> None:
+    """Once for each shape, in a thread of its own; the call finds it compiled."""
+    threads: list[threading.Thread] = []
+
+    def note(name: str, _seconds: float, **about: Any) -> None:
+        if name == "/jax/core/compile/backend_compile_duration" and about["fun_name"] == "jit(decode)":
+            threads.append(threading.current_thread())
+
+    jax.monitoring.register_event_duration_secs_listener(note)
+    pipe = Pipeline.from_pretrained(folder / "model")
+    for _ in range(2):
+        pipe(PROMPT, steps=2, guidance=0.0)
+        assert len(threads) == 1
+    pipe(PROMPT, steps=2, guidance=0.0, num_images=2)
+    pipe(PROMPT, steps=2, guidance=0.0, output="latent", num_images=3)
+    assert len(threads) == 2
+    assert threading.main_thread() not in threads
