@@ -102,7 +102,11 @@ class StableDiffusion(StableDiffusionUNet):
         """Add SDXL's time ids, of uncropped images of this size."""
         if not self.reads_size:
             return cond
-        return cond._replace(time_ids=jnp.asarray(size_ids(height, width, len(cond.context))))
+        return self.with_sizes(cond, jnp.asarray(size_ids(height, width, len(cond.context))))
+
+    def with_sizes(self, cond: Conditioning, sizes: jax.Array | None) -> Conditioning:
+        """Add SDXL's time ids (..., 6) of each image; None: none."""
+        return cond._replace(time_ids=sizes)
 
     def posterior(self, params: Mapping[str, Any], images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Encode images (B, H, W, 3) in -1..1 to mean and log variance, (B, h, w, C) float32 each."""

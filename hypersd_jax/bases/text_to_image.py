@@ -158,6 +158,9 @@ class TextToImage(Base, Protocol):
     def with_size(self, cond: Conditioning, height: int, width: int) -> Conditioning:
         """Add the images' size in pixels to conditioning, where the model reads it."""
 
+    def with_sizes(self, cond: Conditioning, sizes: jax.Array | None) -> Conditioning:
+        """Add each training image's sizes and crop (..., 6), None where the model reads none (`reads_size`)."""
+
     def posterior(self, params: Any, images: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Encode images (B, H, W, 3) in -1..1 to a posterior's mean and log variance, (B, h, w, C) float32 each."""
 

@@ -177,7 +177,7 @@ class Inputs:
         return load_batches(stage, before=before, done=done, mesh=self._mesh, load=load, finish=finish)
 
     def captioned(self, stage: StageConfig, *, before: int, done: int, key: jax.Array) -> Iterator[LoadedBatch]:
-        """Load batches {"latents", "ids", "time_ids", "indices"} of a stage that trains the text encoders too."""
+        """Load batches {"latents", "ids", "sizes", "indices"} of a stage that trains the text encoders too."""
 
         def finish(number: int, loaded: Any) -> dict[str, Any]:
             drawn = jax.random.fold_in(key, number)
@@ -186,7 +186,7 @@ class Inputs:
             else:
                 autoencoder = dict(self._base.params[self._base.autoencoder])
                 latents = self._encode_images(autoencoder, loaded["images"], drawn)
-            return {"latents": latents, "ids": loaded["ids"], "time_ids": loaded["sizes"]}
+            return {"latents": latents, "ids": loaded["ids"], "sizes": loaded["sizes"]}
 
         load = self._loader(nothing)
         return load_batches(stage, before=before, done=done, mesh=self._mesh, load=load, finish=finish)

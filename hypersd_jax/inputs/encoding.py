@@ -14,20 +14,20 @@ from hypersd_jax.training import replicated
 
 
 def make_encoder(base: TextToImage, out_shardings: Any) -> Any:
-    """Make a jitted ``(text params, autoencoder params, images, ids, time_ids, key) -> {"latents", "cond"}``.
+    """Make a jitted ``(text params, autoencoder params, images, ids, sizes, key) -> {"latents", "cond"}``.
 
-    Every leaf has a leading micro-batch axis: images (A, B, H, W, 3) in -1..1, ids a tuple of (A, B, S), time_ids
+    Every leaf has a leading micro-batch axis: images (A, B, H, W, 3) in -1..1, ids a tuple of (A, B, S), sizes
     (A, B, 6) or None; latents (A, B, h, w, C) float32, times the scaling factor. The posterior is sampled, each image
     with its own key, so that the mesh and the micro-batches change nothing.
     """
 
-    def encode(text_params: Any, params: Any, images: Any, ids: Any, time_ids: Any, key: jax.Array) -> Any:
+    def encode(text_params: Any, params: Any, images: Any, ids: Any, sizes: Any, key: jax.Array) -> Any:
         def micro_batch(part: Any) -> Any:
-            images, tokens, sizes, keys = part
+            images, tokens, own_sizes, keys = part
             latents = sampled(base, *base.posterior(params, images), keys)
-            return {"latents": latents, "cond": base.encode_prompts(text_params, tokens)._replace(time_ids=sizes)}
+            return {"latents": latents, "cond": base.with_sizes(base.encode_prompts(text_params, tokens), own_sizes)}
 
-        return jax.lax.map(micro_batch, (images, ids, time_ids, _sample_keys(key, images)))
+        return jax.lax.map(micro_batch, (images, ids, sizes, _sample_keys(key, images)))
 
     return jax.jit(encode, out_shardings=out_shardings)
 
@@ -68,7 +68,7 @@ def _sample_keys(key: jax.Array, batch: jax.Array) -> jax.Array:
 def unconditional(base: TextToImage, mesh: Mesh) -> Conditioning:
     """Encode the unconditional of guidance for one sample (1, ...): zeros where the model says so (SDXL), else ``""``.
 
-    Its time ids are the conditional's own, which `Base.unconditional` fills in.
+    Its sizes are the conditional's own, which `Base.unconditional` fills in.
     """
     params = {name: base.params[name] for name in base.text_encoders}
     encode = jax.jit(base.without_weights().encode_prompts, out_shardings=replicated(mesh))

@@ -18,7 +18,7 @@ from hypersd_jax.training import batch_sharding
 
 
 class PromptInputs:
-    """Conditioning for a run's data-free stages; SDXL's time ids are of uncropped images of the run's resolution."""
+    """Conditioning for a run's data-free stages; sizes are of uncropped images of the run's resolution."""
 
     def __init__(self, source: Prompts, base: TextToImage, mesh: Mesh, *, resolution: int) -> None:
         """Prepare without compiling."""
@@ -29,7 +29,7 @@ class PromptInputs:
 
         def encode(params: Any, ids: Any, sizes: Any) -> Any:
             cond = jax.lax.map(lambda tokens: bare.encode_prompts(params, tokens), ids)
-            return cond._replace(time_ids=sizes)
+            return bare.with_sizes(cond, sizes)
 
         self._encode = jax.jit(encode, out_shardings=batch_sharding(mesh, axis=1))
 

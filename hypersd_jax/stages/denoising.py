@@ -60,7 +60,7 @@ def make_loss(base: TextToImage, stage: TeacherStage) -> LossFunction:
         cond = base.encode_prompts(trained, ids)
         if base.zero_unconditional:
             cond = with_dropped(cond, jax.tree.map(jnp.zeros_like, cond), drawn.dropped)
-        cond = cond._replace(time_ids=batch["time_ids"])
+        cond = base.with_sizes(cond, batch["sizes"])
 
         def predict(x: jax.Array, t: jax.Array, given: Conditioning) -> jax.Array:
             return base.predict(trained[base.denoiser], x, t, given)[0]
@@ -71,7 +71,7 @@ def make_loss(base: TextToImage, stage: TeacherStage) -> LossFunction:
 
 
 def batches(run: Run, index: int, stage: TeacherStage, frozen: Any, done: int) -> Iterator[LoadedBatch]:
-    """Load batches {"latents", "ids", "time_ids", "indices"}."""
+    """Load batches {"latents", "ids", "sizes", "indices"}."""
     assert run.inputs is not None
     key = stream(run.config.seed, Stream.ENCODER, index)
     return run.inputs.captioned(stage, before=run.images_before(index), done=done, key=key)

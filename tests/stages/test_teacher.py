@@ -32,7 +32,7 @@ def test_the_loss_by_hand(make, tmp_path):
     latents = jax.random.normal(jax.random.key(4), (ROWS, 8, 8, 4))
     sizes = jnp.tile(jnp.asarray([[64.0, 64, 0, 0, 16, 16]]), (ROWS, 1)) if components.is_xl else None
     ids = tuple(map(jnp.asarray, base.prompts.tokenize(CAPTIONS)))
-    batch = {"latents": latents, "ids": ids, "time_ids": sizes, "indices": jnp.arange(ROWS)}
+    batch = {"latents": latents, "ids": ids, "sizes": sizes, "indices": jnp.arange(ROWS)}
     empty = tuple(map(jnp.asarray, base.prompts.tokenize([""])))
     loss = denoising.make_loss(base, STAGE)
     trained = {name: params[name] for name in ("unet", *components.text_encoders)}
