@@ -94,14 +94,13 @@ def make_step(
         optimizer = make_optimizer(settings)
         latest = {name: phase for phase in taken for name in phase.models}  # whose gradient norm is logged
 
-        def take(phase: Phase, weights: Any, moments: Any, key: jax.Array) -> Any:
+        def take(phase: Phase, others: Any, weights: Any, moments: Any, key: jax.Array) -> Any:
             """Take one phase's update: new weights and moments, its metrics, and whether it was finite."""
 
             def loss_of(trained: Any, micro_batch: Any) -> tuple[jax.Array, Metrics]:
-                return phase.loss({**weights, **trained}, state.ema, frozen, micro_batch, key)
+                return phase.loss({**others, **trained}, state.ema, frozen, micro_batch, key)
 
-            trained = {name: weights[name] for name in phase.models}
-            grads, (loss, metrics) = mean_gradient(loss_of, trained, batch, mesh=mesh, accumulate=settings.accumulate)
+            grads, (loss, metrics) = mean_gradient(loss_of, weights, batch, mesh=mesh, accumulate=settings.accumulate)
             finite, own = jnp.isfinite(loss), Metrics()
             for index, (name, peak) in enumerate(phase.models.items()):
                 norm = optax.tree.norm(grads[name])
@@ -123,18 +122,26 @@ def make_step(
         for index, phase in enumerate(taken):
             phase_key = key if alone else jax.random.fold_in(key, index)
 
-            def once(carry: Any, number: jax.Array, phase: Phase = phase, phase_key: jax.Array = phase_key) -> Any:
-                weights, moments, finite = carry
+            def once(
+                carry: Any,
+                number: jax.Array,
+                phase: Phase = phase,
+                phase_key: jax.Array = phase_key,
+                others: Any = weights,
+            ) -> Any:
+                own, own_moments, finite = carry
                 here = phase_key if alone else jax.random.fold_in(phase_key, number)
-                weights, moments, metrics, good = take(phase, weights, moments, here)
-                return (weights, moments, finite & good), metrics
+                own, own_moments, metrics, good = take(phase, others, own, own_moments, here)
+                return (own, own_moments, finite & good), metrics
 
-            carry = (weights, moments, finite)
+            # A loop carries what it changes alone: every other leaf would cost time to compile.
+            carry = (*({name: tree[name] for name in phase.models} for tree in (weights, moments)), finite)
             if phase.repeats == 1:
-                (weights, moments, finite), metrics = once(carry, jnp.int32(0))
+                (own, own_moments, finite), metrics = once(carry, jnp.int32(0))
             else:  # a loop, so that the phase is compiled once
-                (weights, moments, finite), all_of_them = jax.lax.scan(once, carry, jnp.arange(phase.repeats))
+                (own, own_moments, finite), all_of_them = jax.lax.scan(once, carry, jnp.arange(phase.repeats))
                 metrics = jax.tree.map(lambda each: each[-1], all_of_them)
+            weights, moments = {**weights, **own}, {**moments, **own_moments}
             logged = _joined(logged, metrics)
         ema = moving_average(state.ema, {name: weights[name] for name in state.ema}, settings.ema)
         in_memory = {name for name, phase in latest.items() if phase.repeats > 1 or phase is not taken[-1]}
