@@ -8,9 +8,10 @@ network is `network(params, *args, adapter=None)` where `params` maps dotted pat
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,3 +91,12 @@ def build(make: Callable[[], nnx.Module]) -> Network:
     graphdef, state = nnx.split(make())
     shapes = {dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
     return Network(graphdef=graphdef, shapes=shapes)
+
+
+@functools.lru_cache(maxsize=64)
+def describe(kind: Callable[..., nnx.Module], *args: Hashable, **kwargs: Hashable) -> Network:
+    """Build the network of a module class; equal arguments give one and the same network.
+
+    NNX takes up to a second to put a large UNet together, and one model is opened, converted and measured in turn.
+    """
+    return build(functools.partial(kind, *args, **kwargs))
