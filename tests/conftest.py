@@ -51,7 +51,7 @@ gc.set_threshold(50_000, 20, 50)
 
 # A worker that is larger than this forgets its programs before the next file; below it, files share them. One that has
 # imported PyTorch and its company begins with a gigabyte.
-_LARGE = 2.5 * 2**30
+_LARGE = 4 * 2**30
 
 
 SLOW = Path(__file__).parent / "slow.txt"
