@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -71,7 +70,8 @@ class Network:
         norms the identity, embeddings and all else N(0, 0.02). A gain of 1 is PyTorch's; with sqrt(3) a kernel keeps
         the variance of its input (LeCun et al., Efficient BackProp, section 4.6).
         """
-        return {path: jnp.asarray(_generate(seed, path, leaf, gain)) for path, leaf in self.shapes.items()}
+        # `jnp.asarray` would compile a program for every shape.
+        return {path: jax.device_put(_generate(seed, path, leaf, gain)) for path, leaf in self.shapes.items()}
 
 
 def _generate(seed: int, path: str, leaf: jax.ShapeDtypeStruct, gain: float) -> np.ndarray:
