@@ -46,12 +46,13 @@ else:
     torch.set_num_threads(1)
 
 # Tracing makes many objects that are in no cycle, and a worker holds millions more: the collector would go through all
-# of them time and again.
+# of them time and again. It rests until the tests and what they import are there, which stay.
 gc.set_threshold(50_000, 20, 50)
+gc.disable()
 
 # A worker that is larger than this forgets its programs before the next file; below it, files share them. One that has
 # imported PyTorch and its company begins with a gigabyte.
-_LARGE = 2.5 * 2**30
+_LARGE = 4 * 2**30
 
 
 SLOW = Path(__file__).parent / "slow.txt"
@@ -66,7 +67,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             if fnmatch.fnmatchcase(item.nodeid, f"tests/{pattern}".replace("[", "[[]")):
                 item.add_marker("slow")
                 named.add(pattern)
-    gc.freeze()  # the tests themselves and what they import stay
+    gc.freeze()
+    gc.enable()
     if config.args == config.getini("testpaths") and (unknown := sorted({*patterns} - named)):
         raise pytest.UsageError(f"{SLOW}: no test is called {unknown[0]}")
 

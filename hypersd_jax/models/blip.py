@@ -10,7 +10,7 @@ from flax import nnx
 
 from hypersd_jax.models.bert import BertConfig, BertEncoder
 from hypersd_jax.models.blip_vision import BlipVisionConfig, VisionEncoder
-from hypersd_jax.models.functional import Network, build
+from hypersd_jax.models.functional import Network, describe
 
 PADDING = 0
 """The token id that fills prompts up and is not seen."""
@@ -36,4 +36,4 @@ def blip(vision: BlipVisionConfig, text: BertConfig, *, dtype: Any = jnp.float32
         text: sizes of the text encoder.
         dtype: of parameters and computation; norms and softmax are float32 whatever it is.
     """
-    return build(lambda: Blip(vision, text, dtype=dtype))
+    return describe(Blip, vision, text, dtype=dtype)

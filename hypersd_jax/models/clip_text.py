@@ -19,7 +19,7 @@ from flax import nnx
 from hypersd_jax.errors import UserError, shown
 from hypersd_jax.models.config_reading import LARGEST, natural, number, require, require_layers
 from hypersd_jax.models.dot_product import attention
-from hypersd_jax.models.functional import Network, build
+from hypersd_jax.models.functional import Network, describe
 from hypersd_jax.models.layers import Embedding, LayerNorm, Linear
 
 NAME = "CLIPTextModel"
@@ -252,4 +252,4 @@ def clip_text(config: ClipTextConfig, *, dtype: Any = jnp.float32, projection: b
         dtype: of parameters and computation; norms and softmax are float32 whatever it is.
         projection: whether `pooled` is projected (`CLIPTextModelWithProjection`) or not (`CLIPTextModel`).
     """
-    return build(lambda: ClipText(config, projection=projection, dtype=dtype))
+    return describe(ClipText, config, projection=projection, dtype=dtype)

@@ -17,7 +17,7 @@ from flax import nnx
 from hypersd_jax.errors import UserError
 from hypersd_jax.models.clip_text import Encoder, TowerConfig, read_tower
 from hypersd_jax.models.config_reading import LARGEST, require
-from hypersd_jax.models.functional import Network, build
+from hypersd_jax.models.functional import Network, describe
 from hypersd_jax.models.layers import Conv, Embedding, LayerNorm, Linear, parameter
 
 NAME = "CLIPVisionModel"
@@ -139,4 +139,4 @@ def clip_vision(config: ClipVisionConfig, *, dtype: Any = jnp.float32) -> Networ
         config: the tower's own configuration.
         dtype: of parameters and computation; norms and softmax are float32 whatever it is.
     """
-    return build(lambda: ClipVision(config, dtype=dtype))
+    return describe(ClipVision, config, dtype=dtype)

@@ -14,7 +14,7 @@ from jax.sharding import NamedSharding
 
 from hypersd_jax.models.controlnet_config import ControlNetConfig
 from hypersd_jax.models.execution import Execution
-from hypersd_jax.models.functional import Network, build
+from hypersd_jax.models.functional import Network, describe
 from hypersd_jax.models.unet_encoder import UNetEncoder
 
 Residuals = tuple[tuple[jax.Array, ...], jax.Array]
@@ -157,4 +157,4 @@ def controlnet(
 ) -> Network:
     """Describe the ControlNet as a function of its parameters; see `ControlNet.__call__`."""
     how = Execution(dtype=jnp.dtype(dtype), batch_sharding=batch_sharding)
-    return build(lambda: ControlNet(config, how=how))
+    return describe(ControlNet, config, how=how)

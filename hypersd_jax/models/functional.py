@@ -8,14 +8,14 @@ network is `network(params, *args, adapter=None)` where `params` maps dotted pat
 
 from __future__ import annotations
 
+import functools
 import math
 import zlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
@@ -70,7 +70,8 @@ class Network:
         norms the identity, embeddings and all else N(0, 0.02). A gain of 1 is PyTorch's; with sqrt(3) a kernel keeps
         the variance of its input (LeCun et al., Efficient BackProp, section 4.6).
         """
-        return {path: jnp.asarray(_generate(seed, path, leaf, gain)) for path, leaf in self.shapes.items()}
+        # `jnp.asarray` would compile a program for every shape.
+        return {path: jax.device_put(_generate(seed, path, leaf, gain)) for path, leaf in self.shapes.items()}
 
 
 def _generate(seed: int, path: str, leaf: jax.ShapeDtypeStruct, gain: float) -> np.ndarray:
@@ -90,3 +91,12 @@ def build(make: Callable[[], nnx.Module]) -> Network:
     graphdef, state = nnx.split(make())
     shapes = {dotted(path): variable.get_value() for path, variable in nnx.to_flat_state(state)}
     return Network(graphdef=graphdef, shapes=shapes)
+
+
+@functools.lru_cache(maxsize=64)
+def describe(kind: Callable[..., nnx.Module], *args: Hashable, **kwargs: Hashable) -> Network:
+    """Build the network of a module class; equal arguments give one and the same network.
+
+    NNX takes up to a second to put a large UNet together, and one model is opened, converted and measured in turn.
+    """
+    return build(functools.partial(kind, *args, **kwargs))

@@ -11,7 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from hypersd_jax.models.execution import Execution
-from hypersd_jax.models.functional import Network, build
+from hypersd_jax.models.functional import Network, describe
 from hypersd_jax.models.layers import GroupNorm, activation
 from hypersd_jax.models.unet_blocks import UpBlock
 from hypersd_jax.models.unet_config import UNetConfig
@@ -97,4 +97,4 @@ def unet(
 ) -> Network:
     """Describe the UNet as a function of its parameters; see `UNet.__call__` and `Execution`."""
     how = Execution(dtype=jnp.dtype(dtype), remat=remat, batch_sharding=batch_sharding)
-    return build(lambda: UNet(config, how=how))
+    return describe(UNet, config, how=how)

@@ -11,7 +11,7 @@ from flax import nnx
 
 from hypersd_jax.models.attention import Attention
 from hypersd_jax.models.execution import Execution
-from hypersd_jax.models.functional import Network, build
+from hypersd_jax.models.functional import Network, describe
 from hypersd_jax.models.layers import GroupNorm
 from hypersd_jax.models.resnet import Downsample, ResnetBlock
 from hypersd_jax.models.upsample import Upsample
@@ -159,4 +159,4 @@ class Vae(nnx.Module):
 def vae(config: VaeConfig, *, dtype: Any = jnp.float32) -> Network:
     """Describe the autoencoder as a function of its parameters, with the methods "encode" and "decode"."""
     how = Execution(dtype=jnp.dtype(dtype))
-    return build(lambda: Vae(config, how=how))
+    return describe(Vae, config, how=how)

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hypersd_jax.models.execution import Execution
-from hypersd_jax.models.functional import Network, build
+from hypersd_jax.models.functional import Network, describe
 from hypersd_jax.models.layers import activation
 from hypersd_jax.models.vae import LOGVAR_RANGE
 from hypersd_jax.models.vae_tiny_config import TinyVaeConfig
@@ -114,4 +114,4 @@ class TinyVae(nnx.Module):
 def tiny_vae(config: TinyVaeConfig, *, dtype: Any = jnp.float32) -> Network:
     """Describe the tiny autoencoder as a function of its parameters, with the methods "encode" and "decode"."""
     how = Execution(dtype=jnp.dtype(dtype))
-    return build(lambda: TinyVae(config, how=how))
+    return describe(TinyVae, config, how=how)

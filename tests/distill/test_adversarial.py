@@ -9,16 +9,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hypersd_jax import distill
 from hypersd_jax.diffusion import Schedule
-from hypersd_jax.distill import (
-    ADVERSARIAL_LOSSES,
-    accuracy,
-    discriminator_loss,
-    finite_difference_r1,
-    generator_loss,
-    renoise,
-)
+from hypersd_jax.distill import ADVERSARIAL_LOSSES
 from hypersd_jax.errors import UserError
+
+# One program each: operation by operation, every one of them would be a program of its own.
+accuracy = jax.jit(distill.accuracy)
+discriminator_loss = jax.jit(distill.discriminator_loss, static_argnums=0)
+finite_difference_r1 = jax.jit(distill.finite_difference_r1)
+generator_loss = jax.jit(distill.generator_loss, static_argnums=0)
+renoise = jax.jit(distill.renoise, static_argnums=0)
 
 RANDOM = np.random.default_rng(0)
 # Two heads of different size: neither the number of places nor a head's share of them may count.
@@ -84,8 +85,8 @@ def test_gradients_are_the_slopes(kind: str) -> None:
         }
 
     logits = jax.tree.map(lambda head: jnp.asarray(head, jnp.float32), (REAL, FAKE))
-    found = jax.grad(lambda pair: discriminator_loss(kind, *pair))(logits)
-    student = jax.grad(lambda head: generator_loss(kind, head))(logits[1])
+    found = jax.jit(jax.grad(lambda pair: discriminator_loss(kind, *pair)))(logits)
+    student = jax.jit(jax.grad(lambda head: generator_loss(kind, head)))(logits[1])
     wanted = (slopes(REAL, real), slopes(FAKE, fake))
     for ours, theirs in ((found[0], wanted[0]), (found[1], wanted[1]), (student, slopes(FAKE, generator))):
         for name, slope in theirs.items():
@@ -96,7 +97,7 @@ def test_gradients_are_the_slopes(kind: str) -> None:
 def test_large_logits_stay_finite(kind: str) -> None:
     far = {"a": jnp.array([[1e4], [-1e4]])}
     for loss in (lambda d: discriminator_loss(kind, d, d), lambda d: generator_loss(kind, d)):
-        value, gradient = jax.value_and_grad(loss)(far)
+        value, gradient = jax.jit(jax.value_and_grad(loss))(far)
         assert np.isfinite(value)
         assert np.isfinite(gradient["a"]).all()
         assert np.any(gradient["a"])
@@ -160,7 +161,7 @@ def test_renoise_against_numpy() -> None:
     s, t = np.array(TIMES).T
     x, noise = (RANDOM.standard_normal((len(s), 2, 3, 4)).astype(np.float32) for _ in range(2))
     ratio = (STABLE_DIFFUSION.alphas_cumprod[t] / STABLE_DIFFUSION.alphas_cumprod[s])[:, None, None, None]
-    moved = jax.jit(renoise, static_argnums=0)(STABLE_DIFFUSION, x, s, t, noise)
+    moved = renoise(STABLE_DIFFUSION, x, s, t, noise)
     assert moved.dtype == jnp.float32
     np.testing.assert_allclose(moved, np.sqrt(ratio) * x + np.sqrt(1 - ratio) * noise, rtol=1e-5, atol=1e-5)
     same = s == t

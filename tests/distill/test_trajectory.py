@@ -9,8 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from hypersd_jax import distill
 from hypersd_jax.diffusion import Schedule
-from hypersd_jax.distill import Sample, Trajectory, draw_trajectory, frozen_sample, noised, student_sample
+from hypersd_jax.distill import Sample, Trajectory, frozen_sample, student_sample
 
 BETAS = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 SCHEDULE = Schedule(**BETAS)
@@ -23,6 +24,11 @@ BOUNDS = jnp.asarray([20, 979])
 ALMOST_ONE = np.nextafter(np.float32(1), np.float32(0))  # the last that `jax.random.uniform` may return
 # float32 through x_0 at t = 999, where the prediction's rounding is divided by alpha = 0.068; elsewhere 1e-6 holds
 RTOL = ATOL = 1e-4
+
+# One program each: operation by operation, every one of them would be a program of its own.
+draw_trajectory = jax.jit(distill.draw_trajectory, static_argnums=(1, 2), static_argnames="last")
+noised = jax.jit(distill.noised, static_argnums=2)
+standard_normal = jax.jit(lambda key, number: jax.random.normal(jax.random.fold_in(key, number), SHAPE[1:]))
 
 MODES = pytest.mark.parametrize("deterministic", [False, True], ids=["dmd", "tdm"])
 
@@ -66,8 +72,7 @@ def sample(drawn, times, deterministic, scales=(1.0, 1.0), bounds=BOUNDS):
 
 
 def fresh_noise(drawn, step):
-    keys = [jax.random.fold_in(key, step) for key in drawn.keys]
-    return np.stack([jax.random.normal(key, SHAPE[1:]) for key in keys]).astype(np.float64)
+    return np.stack([standard_normal(key, step) for key in drawn.keys]).astype(np.float64)
 
 
 def input_by_hand(drawn, step, deterministic):
@@ -195,6 +200,7 @@ def test_draws_depend_on_key_and_index_only():
 def test_a_sample_is_the_same_in_any_part_of_the_batch(deterministic):
     """The noise between the steps included."""
 
+    @jax.jit
     def run(indices):
         drawn = draw_trajectory(KEY, (len(indices), 2, 2, 4), 3, indices)._replace(step=jnp.int32(2))
         trajectory = Trajectory(TIMES, BOUNDS, SCHEDULE, deterministic)

@@ -50,6 +50,7 @@ from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages.export import export_student
 from hypersd_jax.training.output import Output, create_output
 from tests.helpers.lora_files import random_adapter
+from tests.helpers.small_features import small_features
 from tests.helpers.tiny_model import tiny_model
 
 SAMPLES, BATCH, GUIDANCE, MANY, DIVERSE = 6, 4, 4.0, 12, 4
@@ -116,7 +117,7 @@ def looked(images: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
+    with small_features() as patch:
         patch.setattr(generator, "MANY_STEPS", MANY)
         patch.setattr(generator, "DIVERSE_PROMPTS", DIVERSE)
         patch.setattr(samples_module, "SEEN_AT_A_TIME", 8)  # few images need no batches of 32

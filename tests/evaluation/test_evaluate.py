@@ -39,6 +39,7 @@ from hypersd_jax.evaluation.sources import folder_images, training_images
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.weights.lora import write_lora
 from tests.helpers.lora_files import random_adapter
+from tests.helpers.small_features import small_features
 from tests.helpers.tiny_model import tiny_model
 
 N, STEPS, MANY, FURTHER = 4, 2, 3, 1_000_000
@@ -47,7 +48,7 @@ FILES = ["cache", "grid.png", "report.html", "results.json", "results.md", "run.
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
+    with small_features() as patch:
         patch.setattr(generator, "MANY_STEPS", MANY)
         patch.setattr(generator, "FURTHER_SEEDS", (FURTHER,))
         patch.setattr(samples_module, "CHUNK", 2)

@@ -28,7 +28,8 @@ from hypersd_jax.stages import train
 from hypersd_jax.stages.export import export_model, export_student
 from hypersd_jax.training.output import Output, create_output
 from tests.helpers.lora_files import random_adapter
-from tests.helpers.tiny_model import tiny_model
+from tests.helpers.short_runs import share_steps
+from tests.helpers.small_features import small_features
 from tests.helpers.tiny_xl import tiny_xl
 
 CAPTIONS = ("a red <b>square</b>", "b " * 300, "$5_to_$6 \N{GRINNING FACE} & more", "\N{ARABIC LETTER SEEN} d", "plain")
@@ -42,7 +43,7 @@ lora: {{{{rank: 4}}}}
 log: {{{{tensorboard: false, compilation_cache: false, sample_every: 1}}}}
 evaluation: {{{{samples: {SAMPLES}, batch_size: 4}}}}
 stages:
-  - {{{{name: tscd-16, k: 2, solver_steps: 4, updates: 3, batch_size: 2, learning_rate: 1.0e-2, ema: 0.5}}}}
+  - {{{{name: tscd-16, k: 2, solver_steps: 4, updates: 3, batch_size: 4, learning_rate: 1.0e-2, ema: 0.5}}}}
 """
 # One of the captions is as long as captions get.
 pytestmark = pytest.mark.filterwarnings("ignore:.* longer than")
@@ -54,7 +55,7 @@ def looked(images: np.ndarray) -> np.ndarray:
 
 @pytest.fixture(scope="module", autouse=True)
 def small() -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
+    with small_features() as patch:
         patch.setattr(generator, "MANY_STEPS", MANY)
         patch.setattr(samples_module, "SEEN_AT_A_TIME", 8)
         yield
@@ -86,13 +87,14 @@ def own_folder(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory, small: None) -> Trained:
+def trained(tmp_path_factory: pytest.TempPathFactory, small: None, model: Path) -> Trained:
     root = tmp_path_factory.mktemp("own")
-    model, data = tiny_model(root / "model"), own_folder(root / "my images")
+    data = own_folder(root / "my images")
     (root / "recipe.yaml").write_text(RECIPE.format(output=root / "out", model=model, data=data))
     arguments = ["train", "--config", str(root / "recipe.yaml"), "log.every=1"]
     printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
+    with contextlib.redirect_stdout(printed), pytest.MonkeyPatch.context() as patch:
+        share_steps(patch)
         main(arguments)
     return Trained(root / "out", model, printed.getvalue(), arguments)
 

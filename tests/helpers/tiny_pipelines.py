@@ -48,7 +48,7 @@ def _text_config(tokenizer: CLIPTokenizer, **more: Any) -> CLIPTextConfig:
 def _unet(cross: int, **more: Any) -> UNet2DConditionModel:
     return UNet2DConditionModel(
         sample_size=8,
-        block_out_channels=(32, 64),
+        block_out_channels=(16, 32),
         layers_per_block=1,
         norm_num_groups=8,
         cross_attention_dim=cross,
@@ -58,7 +58,7 @@ def _unet(cross: int, **more: Any) -> UNet2DConditionModel:
 
 def _vae() -> AutoencoderKL:
     return AutoencoderKL(
-        block_out_channels=(16, 32),
+        block_out_channels=(8, 16),
         down_block_types=("DownEncoderBlock2D",) * 2,
         up_block_types=("UpDecoderBlock2D",) * 2,
         layers_per_block=1,

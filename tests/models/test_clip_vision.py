@@ -9,6 +9,7 @@ import pytest
 
 from hypersd_jax.errors import UserError
 from hypersd_jax.models.clip_vision import ClipVisionConfig, clip_vision
+from tests.helpers.quick import quick_jit
 
 TINY = {
     "hidden_size": 12,
@@ -84,8 +85,8 @@ def test_every_token_sees_every_patch():
 def test_bfloat16_stays_close():
     full, half = _network(), _network(jnp.bfloat16)
     params = full.init(3)
-    wanted = full(params, jnp.asarray(PIXELS)).projected
-    found = half({path: value.astype(jnp.bfloat16) for path, value in params.items()}, jnp.asarray(PIXELS)).projected
+    rounded = {path: value.astype(jnp.bfloat16) for path, value in params.items()}
+    wanted, found = (quick_jit(f)(p, PIXELS).projected for f, p in ((full, params), (half, rounded)))
     assert found.dtype == jnp.bfloat16
     np.testing.assert_allclose(found.astype(jnp.float32), wanted, atol=0.03 * float(jnp.abs(wanted).max()))
 

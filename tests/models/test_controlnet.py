@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 from pathlib import Path
 from typing import Any
@@ -56,6 +57,7 @@ def relative(a: Any, b: Any) -> float:
     return float(np.linalg.norm(a - b) / np.linalg.norm(b))
 
 
+@functools.cache
 def steer(network: Any, steered: Any) -> Any:
     """The UNet's output with what the ControlNet adds."""
 

@@ -45,10 +45,12 @@ def shrink(x: jax.Array) -> tuple[jax.Array, jax.Array]:
 @pytest.mark.parametrize("sides", [(8, 9), (9, 8), (5, 20), (14, 14), (15, 17), (20, 33)])
 def test_what_is_local_is_unchanged(sides: tuple[int, int]) -> None:
     z = normal(2, *sides, 3)
-    for name, whole in enlarge(z).items():
-        np.testing.assert_allclose(decode_tiled(enlarge, z, **SIZE)[name], whole, rtol=1e-5, atol=1e-6)
+    decoded = quick_jit(lambda z: decode_tiled(enlarge, z, **SIZE))(z)
+    for name, whole in quick_jit(enlarge)(z).items():
+        np.testing.assert_allclose(decoded[name], whole, rtol=1e-5, atol=1e-6)
     x = normal(2, 2 * sides[0], 2 * sides[1], 3)
-    for tiled, whole in zip(encode_tiled(shrink, x, **SIZE), shrink(x), strict=True):
+    encoded = quick_jit(lambda x: encode_tiled(shrink, x, **SIZE))(x)
+    for tiled, whole in zip(encoded, quick_jit(shrink)(x), strict=True):
         np.testing.assert_allclose(tiled, whole, rtol=1e-5, atol=1e-6)
 
 
@@ -101,7 +103,7 @@ def test_memory_is_that_of_a_tile() -> None:
 
 def test_gradients_pass_through() -> None:
     z = normal(1, 9, 10, 2)
-    gradient = jax.grad(lambda z: jnp.sum(decode_tiled(enlarge, z, **SIZE)["sum"]))(z)
+    gradient = quick_jit(jax.grad(lambda z: jnp.sum(decode_tiled(enlarge, z, **SIZE)["sum"])))(z)
     np.testing.assert_allclose(gradient, np.full_like(z, 4.0), rtol=1e-5)
 
 

@@ -30,6 +30,19 @@ CONFIG = UNetConfig.from_dict(
     }
 )
 NETWORK = unet(CONFIG)
+# One level, with attention in one of its blocks: its gradient compiles in a fraction of the time.
+ONE_LEVEL = UNetConfig.from_dict(
+    {
+        "block_out_channels": [16],
+        "down_block_types": ["CrossAttnDownBlock2D"],
+        "up_block_types": ["UpBlock2D"],
+        "mid_block_type": None,
+        "layers_per_block": 1,
+        "norm_num_groups": 4,
+        "cross_attention_dim": 12,
+        "attention_head_dim": 4,
+    }
+)
 RANDOM = np.random.default_rng(0)
 SAMPLE = RANDOM.standard_normal((2, 8, 8, 4)).astype(np.float32)
 CONTEXT = RANDOM.standard_normal((2, 3, 12)).astype(np.float32)
@@ -61,19 +74,21 @@ def test_half_precision_is_near_float32(dtype: Any, params: dict[str, jax.Array]
     assert relative(out, expected) < 3e-2
 
 
-def test_remat_changes_neither_values_nor_gradients(params: dict[str, jax.Array]) -> None:
+def test_remat_changes_neither_values_nor_gradients() -> None:
+    params = unet(ONE_LEVEL).init(0)
+
     def loss(network: Any) -> Any:
         return quick_jit(
             jax.value_and_grad(lambda p, x: jnp.sum(jnp.square(network(p, x, TIMES, CONTEXT))), argnums=(0, 1))
         )
 
-    value, (grads, dx) = loss(NETWORK)(params, SAMPLE)
-    again, (regrads, redx) = loss(unet(CONFIG, remat=True))(params, SAMPLE)
+    value, (grads, dx) = loss(unet(ONE_LEVEL))(params, SAMPLE)
+    again, (regrads, redx) = loss(unet(ONE_LEVEL, remat=True))(params, SAMPLE)
     assert relative(again, value) < 1e-6
     assert relative(redx, dx) < 1e-5
     for path, gradient in grads.items():
-        scale = max(float(jnp.linalg.norm(gradient)), 1e-2)
-        assert float(jnp.linalg.norm(regrads[path] - gradient)) < 1e-5 * scale, path
+        scale = max(float(np.linalg.norm(gradient)), 1e-2)
+        assert float(np.linalg.norm(np.asarray(regrads[path]) - gradient)) < 1e-5 * scale, path
 
 
 def test_remat_recomputes(params: dict[str, jax.Array]) -> None:

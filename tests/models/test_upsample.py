@@ -12,6 +12,7 @@ from hypersd_jax.models import upsample
 from hypersd_jax.models.execution import Execution
 from hypersd_jax.models.functional import build
 from hypersd_jax.models.layers import convolve
+from tests.helpers.quick import quick_jit
 
 
 def plain(x: jax.Array, kernel: jax.Array) -> jax.Array:
@@ -28,9 +29,11 @@ def test_values_and_gradients(shape: tuple[int, ...]) -> None:
     def loss(f):
         return lambda x, kernel: jnp.sum(jnp.sin(f(x, kernel)))
 
-    np.testing.assert_allclose(upsample.convolve_doubled(x, kernel), plain(x, kernel), rtol=1e-5, atol=1e-5)
-    found = jax.grad(loss(upsample.convolve_doubled), argnums=(0, 1))(x, kernel)
-    expected = jax.grad(loss(plain), argnums=(0, 1))(x, kernel)
+    doubled, wanted = (quick_jit(f)(x, kernel) for f in (upsample.convolve_doubled, plain))
+    np.testing.assert_allclose(doubled, wanted, rtol=1e-5, atol=1e-5)
+    found, expected = (
+        quick_jit(jax.grad(loss(f), argnums=(0, 1)))(x, kernel) for f in (upsample.convolve_doubled, plain)
+    )
     for ours, theirs in zip(found, expected, strict=True):
         np.testing.assert_allclose(ours, theirs, rtol=1e-4, atol=1e-4)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import shutil
 from pathlib import Path
@@ -35,10 +36,13 @@ def score(folder: Path) -> LoadedReward:
 def test_scores_are_cosines_times_100(score: LoadedReward) -> None:
     found = score(IMAGES, PROMPTS)
     assert (found.shape, found.dtype) == ((4,), np.float32)
-    seen = clip_score.embed_images(score.model, score.params, jnp.asarray(IMAGES))
-    read = clip_score.embed_texts(score.model, score.params, jnp.asarray(score.tokenize(PROMPTS)))
-    np.testing.assert_allclose(jnp.linalg.norm(seen, axis=1), 1.0, rtol=1e-6)
-    np.testing.assert_allclose(jnp.linalg.norm(read, axis=1), 1.0, rtol=1e-6)
+    embed_images, embed_texts = (
+        jax.jit(functools.partial(embed, score.model)) for embed in (clip_score.embed_images, clip_score.embed_texts)
+    )
+    seen = embed_images(score.params, jnp.asarray(IMAGES))
+    read = embed_texts(score.params, jnp.asarray(score.tokenize(PROMPTS)))
+    np.testing.assert_allclose(np.linalg.norm(seen, axis=1), 1.0, rtol=1e-6)
+    np.testing.assert_allclose(np.linalg.norm(read, axis=1), 1.0, rtol=1e-6)
     np.testing.assert_allclose(found, 100 * np.sum(np.asarray(seen) * np.asarray(read), axis=1), rtol=1e-5, atol=1e-4)
     assert len(set(found.round(3))) == 4
     assert found.min() < 0 < found.max()  # not cut off at 0

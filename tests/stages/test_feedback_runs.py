@@ -225,7 +225,7 @@ def _interrupted(by_step: dict[int, float], at: int) -> Judged:
 
 
 def test_the_guard_stops_it_and_exports_the_best(
-    rising: Path, tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     output = _train(tmp_path, model, Judged({0: 1.0, 2: 1.1, 4: 0.5}))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "stopped after" in line]

@@ -27,7 +27,7 @@ def quick() -> Iterator[None]:
 
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> Path:
-    return train(recipe(tmp_path_factory.mktemp("undisturbed"), model))
+    return train(recipe(tmp_path_factory.mktemp("undisturbed"), model, "log.checkpoint_every=100"))
 
 
 @pytest.fixture

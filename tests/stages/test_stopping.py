@@ -50,7 +50,7 @@ def quick() -> Iterator[None]:
 def undisturbed(tmp_path_factory: pytest.TempPathFactory, model: Path) -> dict[str, Path]:
     folder = tmp_path_factory.mktemp("undisturbed")
     return {
-        name: train(recipe(folder / name, model, stages=stages))
+        name: train(recipe(folder / name, model, "log.checkpoint_every=100", stages=stages))
         for name, stages in (("two", ADAPTER), ("s", AUTOENCODER))
     }
 
