@@ -141,6 +141,14 @@ def lora(text: str) -> str:
     return f"{file}@{scale}" if at and file == expanded(Path(name)) else str(file)
 
 
+def reward(text: str) -> tuple[str, Path]:
+    """The type of ``NAME=PATH``."""
+    name, _, file = text.partition("=")
+    if not (name and file):
+        raise argparse.ArgumentTypeError(f"must be NAME=PATH, such as pickscore=models/PickScore_v1, not {text!r}")
+    return name, path(file)
+
+
 def add_settings(group: Any) -> None:
     """The options that say how to sample."""
     group.add_argument("--preset", metavar="NAME", help="settings by name, listed below")

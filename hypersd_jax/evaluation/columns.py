@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import numpy as np
@@ -42,6 +42,7 @@ class Measured:
         is_reference: these images are the reference's own.
         match: text match by the reporting scorer.
         clip_match: the same by a CLIP of the user's.
+        rewards: scores (N,) by the user's rewards, by name.
     """
 
     prompts: Sequence[str]
@@ -56,6 +57,7 @@ class Measured:
     is_reference: bool = False
     match: TextMatch | None = None
     clip_match: TextMatch | None = None
+    rewards: Mapping[str, np.ndarray] | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -182,6 +184,8 @@ _MATCH = (
 )
 for _column in (
     Column(key="model", heading="Model"),
+    Column(key="source", heading="Source"),
+    Column(key="type", heading="Type"),
     Column(key="steps", heading="Steps"),
     Column(key="guidance", heading="Guidance", digits=1),
     Column(key="calls", heading="Calls", note="Calls: UNet calls an image; guidance doubles them."),
@@ -293,6 +297,10 @@ for _column in (
         measure=_diversity,
         needs=("seeds",),
     ),
+    Column(key="clip_score", heading="CLIP score", digits=2, better="higher"),
+    Column(key="aesthetic_score", heading="Aesthetic score", digits=2, better="higher"),
+    Column(key="image_reward", heading="ImageReward", digits=2, better="higher"),
+    Column(key="pickscore_100", heading="PickScore/100", digits=3, better="higher"),
     Column(key="seconds_per_image", heading="Seconds per image", digits=3, better="lower"),
     Column(key="baseline", heading="Nearest teacher"),
     Column(key="sampler", heading="Sampler"),

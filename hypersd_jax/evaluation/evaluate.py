@@ -17,25 +17,29 @@ from hypersd_jax.config import EMBEDDED_GUIDANCE
 from hypersd_jax.errors import UserError
 from hypersd_jax.evaluation import generator, sources
 from hypersd_jax.evaluation.columns import column_notes
-from hypersd_jax.evaluation.evaluator import Evaluator, Row, known_scorer
-from hypersd_jax.evaluation.files import write_results
+from hypersd_jax.evaluation.evaluator import CLIP, Evaluator, Row, known_scorer
+from hypersd_jax.evaluation.files import write_results, write_rows
 from hypersd_jax.evaluation.generator import Model, further_items, make_model, with_loras
 from hypersd_jax.evaluation.grid import GRID_ROWS, image_grid
+from hypersd_jax.evaluation.hyper_sd import paper_table, require_family
 from hypersd_jax.evaluation.provenance import device_line, duration, made_line, typed_command
 from hypersd_jax.evaluation.quality import Series
 from hypersd_jax.evaluation.report import Report
+from hypersd_jax.evaluation.reported_rewards import ReportedReward, load_reported
 from hypersd_jax.evaluation.samples import generate, load_run, save_run, with_features
 from hypersd_jax.evaluation.scorer import load_card
 from hypersd_jax.evaluation.tables import write_markdown
 from hypersd_jax.paths import parse_lora
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.png_text import name_of
-from hypersd_jax.rewards import load_clip
+from hypersd_jax.rewards import contents_digest, load_clip
 from hypersd_jax.training import make_mesh
 from hypersd_jax.weights.components import EMBEDDED
 from hypersd_jax.weights.lora import weights_file
 
 TITLE = "Evaluation"
+PAPER_FILE = "paper.json"
+"""The rows of a protocol's paper with one's own, in the paper's units."""
 
 
 def run_evaluate(options: argparse.Namespace) -> list[Row]:
@@ -47,12 +51,14 @@ def run_evaluate(options: argparse.Namespace) -> list[Row]:
     begin = time.perf_counter()
     _check(options)
     references = sources.read_references(options.reference or [sources.BASE])
-    clip = None if options.clip is None else load_clip(options.clip)
+    clip = None if options.clip is None else _load_clip(options.clip)
+    rewards = load_reported(options.reward)
     loras = [parse_lora(text) for text in options.lora]
     embedded = options.prompts_file is None
     listed = None if embedded else sources.file_items(options.prompts_file, options.n)
     mesh = make_mesh() if jax.device_count() > 1 else None
     pipe = Pipeline.from_pretrained(options.model, dtype=options.dtype, mesh=mesh)
+    family = None if options.protocol is None else require_family(pipe)
     items = listed or sources.embedded_items(options.n, options.groups)
     prompts = [item.prompt for item in items]
     warn_of_cuts(pipe.base.prompts.cuts(prompts))
@@ -61,15 +67,18 @@ def run_evaluate(options: argparse.Namespace) -> list[Row]:
     model = _model(pipe, options, loras, base.identity)
     real = _real_images(options, references.data, embedded, pipe.native_size)
 
+    cache = options.cache or options.output / "cache"
     evaluator = Evaluator(
-        items=items, further=further_items(items), size=pipe.native_size, scorer=known_scorer(items), clip=clip
+        items=items,
+        further=further_items(items),
+        size=pipe.native_size,
+        scorer=known_scorer(items),
+        clip=clip,
+        rewards=rewards,
+        cache=cache,
     )
     evaluator = evaluator if real is None else evaluator.with_real(real)
-    keeping: dict[str, Any] = {
-        "batch_size": options.batch_size,
-        "cache": options.cache or options.output / "cache",
-        "progress": True,
-    }
+    keeping: dict[str, Any] = {"batch_size": options.batch_size, "cache": cache, "progress": True}
     samples = generate(model, items, evaluator.further, **keeping)
     pipe.unload_lora()
     many = None
@@ -97,6 +106,7 @@ def run_evaluate(options: argparse.Namespace) -> list[Row]:
     save_run(options.output, samples)
     shown = {title: images[:GRID_ROWS] for title, images in columns.items()}
     notes = column_notes([key for row in rows for key in row])
+    tables = [] if family is None else [paper_table(family, rows)]
     report = Report(
         title=TITLE,
         made=made_line(),
@@ -105,12 +115,15 @@ def run_evaluate(options: argparse.Namespace) -> list[Row]:
         command=typed_command(options.arguments),
         rows=rows,
         notes=notes,
+        tables=tables,
         quality=([Series(name=row["model"], rows=(row,)) for row in rows if "steps" in row], None),
         prompts=prompts[:GRID_ROWS],
         grids={"The same latents along each row, except the real image's": image_grid(shown, prompts[:GRID_ROWS])},
     )
     write_results(options.output, report)
-    write_markdown(options.output / "results.md", TITLE, rows, notes)
+    write_markdown(options.output / "results.md", TITLE, rows, notes, tables)
+    for table in tables:
+        write_rows(options.output / PAPER_FILE, table.rows)
     return rows
 
 
@@ -122,6 +135,10 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--groups chooses among the embedded prompts, but --prompts-file gives others")
     if options.output.exists() and not options.output.is_dir():
         raise UserError(f"--output {options.output}: is a file, expected a folder")
+
+
+def _load_clip(path: Path) -> ReportedReward:
+    return ReportedReward(name=CLIP, reward=load_clip(path), digest=contents_digest(path))
 
 
 def _base_model(pipe: Pipeline, options: argparse.Namespace) -> Model:

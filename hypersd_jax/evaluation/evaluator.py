@@ -6,7 +6,8 @@ import dataclasses
 import functools
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +20,7 @@ from hypersd_jax.evaluation.generator import Item, Model
 from hypersd_jax.evaluation.lite0 import NATIVE, SMALL, load_lite0
 from hypersd_jax.evaluation.metrics import Estimate, mean_estimate, units_of
 from hypersd_jax.evaluation.patches import patch_features
+from hypersd_jax.evaluation.reported_rewards import ReportedReward
 from hypersd_jax.evaluation.samples import Samples, image_features
 from hypersd_jax.evaluation.scorer import Scorer, load_scorer
 from hypersd_jax.evaluation.sources import RealImages
@@ -26,7 +28,9 @@ from hypersd_jax.evaluation.text_match import TextMatch, derangement, knows, tex
 from hypersd_jax.weights.diffusers.component import fingerprint
 
 Row = dict[str, Any]
-ClipScorer = Callable[[np.ndarray, Sequence[str]], Any]
+
+CLIP = "--clip"
+"""Names the user's CLIP among the rewards, of which one may be called clip as well."""
 
 LEAST = 3
 """Of fewer images there is no KID with a standard error, and no distance between sets is given."""
@@ -52,6 +56,8 @@ class Evaluator:
         real_name: names those images, as plain data.
         scorer: the reporting one, where it knows the prompts' words.
         clip: a CLIP of the user's.
+        rewards: the user's, each a column.
+        cache: folder that keeps what both score; None: nothing is kept.
         reference: the teacher's samples at many steps.
         reference_metadata: how those were sampled.
         least: of fewer images no distance between sets is given.
@@ -65,7 +71,9 @@ class Evaluator:
     real_patches: np.ndarray | None = None
     real_name: Any = None
     scorer: Scorer | None = None
-    clip: ClipScorer | None = None
+    clip: ReportedReward | None = None
+    rewards: tuple[ReportedReward, ...] = ()
+    cache: Path | None = None
     reference: Samples | None = None
     reference_metadata: Any = None
     least: int = LEAST
@@ -78,7 +86,7 @@ class Evaluator:
         It covers prompts and seeds, the reference's sampler settings, the real images, the images' size, the networks
         that look at them, and the constants of the metrics; not the model of a row, nor how that samples.
         """
-        parts = {
+        parts: dict[str, Any] = {
             "items": [list(item) for item in self.items],
             "further": [[list(item) for item in items] for items in self.further],
             "reference": self.reference_metadata,
@@ -88,7 +96,10 @@ class Evaluator:
             "scorer": None if self.scorer is None else scorer_digest(self.scorer),
             "constants": {column.key: column.constants for column in COLUMNS.values() if column.constants},
         }
-        return digest(parts)[:12]
+        given = {reward.name: reward.digest for reward in self.rewards}
+        given |= {} if self.clip is None else {CLIP: self.clip.digest}
+        # A table without the user's networks keeps the name that it had before there were any.
+        return digest({**parts, "rewards": given} if given else parts)[:12]
 
     def with_reference(self, samples: Samples, metadata: Any) -> Evaluator:
         """Return a copy with a reference that was sampled as ``metadata`` say; its features are rounded to float16.
@@ -166,11 +177,20 @@ class Evaluator:
         if self.scorer is not None:
             fields["match"] = text_match(self.scorer, samples.seen, prompts)
         if self.clip is not None:
-            fields["clip_match"] = _clip_match(self.clip, samples.images, prompts)
+            fields["clip_match"] = self._clip_match(self.clip, samples.images, prompts)
+        if self.rewards:
+            fields["rewards"] = {each.name: each.scores(samples.images, prompts, self.cache) for each in self.rewards}
         seeds = self._seeds(samples, prompts)
         return Measured(
             prompts=prompts, images=samples.images, features=samples.features, seeds=seeds or None, **fields
         )
+
+    def _clip_match(self, clip: ReportedReward, images: np.ndarray, prompts: Sequence[str]) -> TextMatch | None:
+        order = derangement(prompts)
+        if order is None:
+            return None
+        others = [prompts[index] for index in order]
+        return TextMatch(clip.scores(images, prompts, self.cache), clip.scores(images, others, self.cache))
 
     def _against_real(self, images: np.ndarray) -> dict[str, Any]:
         """Return the fields of `Measured` that compare with real images; none where either are too few."""
@@ -224,11 +244,3 @@ def digest(parts: Any) -> str:
 @functools.cache
 def _digest_of_lite0() -> str:
     return fingerprint(jax.tree.map(jnp.asarray, load_lite0()))
-
-
-def _clip_match(clip: ClipScorer, images: np.ndarray, prompts: Sequence[str]) -> TextMatch | None:
-    order = derangement(prompts)
-    if order is None:
-        return None
-    own, shuffled = (np.asarray(clip(images, texts), np.float64) for texts in (prompts, [prompts[i] for i in order]))
-    return TextMatch(own, shuffled)

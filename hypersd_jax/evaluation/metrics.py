@@ -79,10 +79,12 @@ def image_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     Raises:
         ValueError: when the shapes differ.
     """
-    a, b = unit_range(a), unit_range(b)
+    a, b = np.asarray(a), np.asarray(b)
     if a.shape != b.shape:
         raise ValueError(f"pairs must have one shape, not {a.shape} and {b.shape}")
-    return np.sqrt(np.mean((a - b) ** 2, axis=(1, 2, 3)))
+    # One pair at a time: in float64 thousands of large images would not fit into memory.
+    pairs = zip(a, b, strict=True)
+    return np.asarray([np.sqrt(np.mean((unit_range(x) - unit_range(y)) ** 2)) for x, y in pairs], np.float64)
 
 
 def feature_distance(a: np.ndarray, b: np.ndarray) -> np.ndarray:

@@ -16,7 +16,7 @@ from PIL import Image
 from hypersd_jax.evaluation.curves import stage_curves
 from hypersd_jax.evaluation.grid import Sample
 from hypersd_jax.evaluation.quality import Floor, Series, quality_section
-from hypersd_jax.evaluation.tables import is_number, number_text, table_cell, table_heading, table_keys
+from hypersd_jax.evaluation.tables import Table, is_number, number_text, table_cell, table_heading, table_keys
 
 CURVES = {"loss": "Loss", "grad_norm": "Gradient norm", "update_norm": "Update norm", "lr": "Learning rate"}
 # Beyond so many bytes an image is embedded as JPEG where that is smaller.
@@ -36,6 +36,7 @@ class Report:
         command: what started the run.
         rows: the rows of results.json. ``KEY_se`` is shown behind ``KEY`` as its standard error.
         notes: what the reader must know about the columns of the table.
+        tables: further tables below that.
         quality: rows that are plotted against steps and calls, and the level that they are read against.
         metrics: the records of metrics.jsonl.
         grids: caption -> image.
@@ -50,6 +51,7 @@ class Report:
     command: str = ""
     rows: Sequence[Mapping[str, Any]] = ()
     notes: Sequence[str] = ()
+    tables: Sequence[Table] = ()
     quality: tuple[Sequence[Series], Floor | None] = ((), None)
     metrics: Sequence[Mapping[str, Any]] = ()
     grids: Mapping[str, Image.Image] = dataclasses.field(default_factory=dict)
@@ -72,6 +74,7 @@ def render(report: Report) -> str:
     parts = [
         _header(report),
         _section("Results", _table(report.rows) + _paragraphs(report.notes, "note")) if report.rows else "",
+        *(_section(each.heading, _table(each.rows) + _paragraphs(each.notes, "note")) for each in report.tables),
         _section("Quality against cost", quality_section(*report.quality)),
         _section("Images", grids + _prompts(report.prompts)) if grids else "",
         _section("Samples", "".join(_strip(*item) for item in report.strips.items())),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -16,7 +17,16 @@ MISSING = "\N{EN DASH}"
 # What a terminal shows after training; the files hold all.
 COMPACT = ("model", "steps", "guidance", "calls", "distance", "margin", "clip_gain", "diversity", "seconds_per_image")
 TERMINAL = 120
-TERMINAL_HEADINGS = {"seconds_per_image": "s/image", "n": "images"}
+TERMINAL_HEADINGS = {"seconds_per_image": "s/image", "n": "images", "pickscore_100": "pickscore/100"}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Table:
+    """A table beside that of the results: its heading, its rows, and what the reader must know about it."""
+
+    heading: str
+    rows: Sequence[Mapping[str, Any]]
+    notes: Sequence[str] = ()
 
 
 def table_keys(rows: Sequence[Mapping[str, Any]]) -> list[str]:
@@ -69,10 +79,15 @@ def markdown_table(rows: Sequence[Mapping[str, Any]]) -> str:
     return "".join(f"| {' | '.join(text.replace('|', '/') for text in line)} |\n" for line in lines)
 
 
-def write_markdown(path: Path, title: str, rows: Sequence[Mapping[str, Any]], notes: Sequence[str]) -> None:
-    """Title, table and notes, atomically."""
+def write_markdown(
+    path: Path, title: str, rows: Sequence[Mapping[str, Any]], notes: Sequence[str], tables: Sequence[Table] = ()
+) -> None:
+    """Title, table and notes, and further tables below, atomically."""
+    parts = [f"# {title}", markdown_table(rows).strip(), *notes]
+    for table in tables:
+        parts += [f"## {table.heading}", markdown_table(table.rows).strip(), *table.notes]
     with replacing(path) as temporary:
-        text = "\n\n".join([f"# {title}", markdown_table(rows).strip(), *notes])
+        text = "\n\n".join(parts)
         temporary.write_text(text + "\n", encoding="utf-8")
 
 
