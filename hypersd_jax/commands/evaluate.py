@@ -148,7 +148,7 @@ def _check_protocol(options: argparse.Namespace) -> None:
     """Name all that the protocol needs and that is not given."""
     if options.model == checks.EMBEDDED:
         raise UserError(
-            f"--protocol {options.protocol} is for SD 1.5 and SDXL, not for the embedded model: name --model"
+            f"--protocol {options.protocol} measures SD 1.5 or SDXL, and the embedded model is neither; name --model"
         )
     given = {name for name, _ in options.reward}
     missing = [] if options.prompts_file else ["--prompts-file FILE"]

@@ -1,4 +1,4 @@
-"""The protocol of the Hyper-SD paper (arXiv 2404.13686, Sec. 4): which models it is for, and one's rows beside its own."""
+"""The protocol of the Hyper-SD paper (arXiv 2404.13686, Sec. 4): its models, and our rows beside the paper's."""
 
 from __future__ import annotations
 

@@ -87,6 +87,17 @@ WRONG = [
     ("evaluate --output out --reference nowhere", "--reference nowhere: is neither base, none nor a folder"),
     ("evaluate --output out --clip nowhere", "--clip nowhere: no such file or folder"),
     ("evaluate --output out --prompts-file nothing.txt", "--prompts-file nothing.txt: no such file"),
+    ("evaluate --output out --reward pickscore", "--reward: must be NAME=PATH, such as pickscore=models/PickScore_v1"),
+    ("evaluate --output out --reward pickscore=nowhere", "--reward pickscore=nowhere: no such file or folder"),
+    ("evaluate --output out --protocol hyper", "invalid choice: 'hyper'"),
+    (
+        "evaluate --output out --protocol hyper-sd",
+        "hyper-sd measures SD 1.5 or SDXL, and the embedded model",
+    ),
+    (
+        "evaluate --output out --protocol hyper-sd --model FILE --prompts-file FILE --reward aesthetic=FILE",
+        "hyper-sd also needs --clip PATH, --reward imagereward=PATH, --reward pickscore=PATH",
+    ),
     ("evaluate --output out --preset hyper", "preset='hyper' is not known"),
     ("convert lora nowhere out.safetensors --to peft", "nowhere: no such file or folder"),
     ("convert lora FILE EMPTY --to peft", "EMPTY: is a folder, so no file of that name"),

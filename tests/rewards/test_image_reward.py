@@ -9,32 +9,8 @@ import pytest
 
 import hypersd_jax as hs
 from hypersd_jax.errors import UserError
-from hypersd_jax.models.bert import BertConfig
 from hypersd_jax.models.blip import blip
-from hypersd_jax.models.blip_vision import BlipVisionConfig
-from hypersd_jax.weights.keys import to_torch, torch_key
-from hypersd_jax.weights.tensors import save_tensors
-
-VISION = BlipVisionConfig(width=64, inner=8, layers=1, heads=1, image_size=8, patch_size=4)
-TEXT = BertConfig(vocabulary=110, positions=40, width=128, inner=8, layers=2, heads=2, context_width=64)
-WIDTHS = (128, 5, 4, 3, 2, 1)
-
-
-def tensors() -> dict[str, np.ndarray]:
-    """Random weights as the published file names them."""
-    found = {f"blip.{torch_key(path)}": to_torch(path, np.asarray(x)) for path, x in blip(VISION, TEXT).init(0).items()}
-    for index, before, after in zip((0, 2, 4, 6, 7), WIDTHS, WIDTHS[1:], strict=False):
-        found[f"mlp.layers.{index}.weight"] = np.ones((after, before), np.float32)
-        found[f"mlp.layers.{index}.bias"] = np.ones(after, np.float32)
-    return found
-
-
-def write(folder: Path, **changes: np.ndarray | None) -> Path:
-    changed = {**tensors(), **{key.replace("__", "."): value for key, value in changes.items()}}
-    save_tensors(folder / "model.safetensors", {key: value for key, value in changed.items() if value is not None})
-    words = ["[PAD]", *(f"[unused{i}]" for i in range(99)), "[UNK]", "[CLS]", "[SEP]", "[MASK]", "red", "app", "##le"]
-    (folder / "vocab.txt").write_text("\n".join(words) + "\n")
-    return folder
+from tests.helpers.tiny_image_reward import TEXT, VISION, tiny_image_reward
 
 
 def test_a_folder_and_its_file(tmp_path: Path) -> None:
@@ -44,7 +20,7 @@ def test_a_folder_and_its_file(tmp_path: Path) -> None:
         "blip.text_proj.bias": np.zeros(4, np.float32),
         "blip.text_encoder.embeddings.position_ids": np.arange(40)[None],
     }
-    write(tmp_path, **passengers)
+    tiny_image_reward(tmp_path, **passengers)
     for path in (tmp_path, tmp_path / "model.safetensors"):
         reward = hs.rewards.load("imagereward", path)
         assert reward.params.keys() == {*blip(VISION, TEXT).shapes, "head.0.kernel", "head.0.bias"}
@@ -81,11 +57,11 @@ def test_a_folder_and_its_file(tmp_path: Path) -> None:
 )
 def test_files_that_do_not_fit(tmp_path: Path, changes: dict[str, np.ndarray | None], message: str) -> None:
     with pytest.raises(UserError, match=message):
-        hs.rewards.load("imagereward", write(tmp_path, **changes))
+        hs.rewards.load("imagereward", tiny_image_reward(tmp_path, **changes))
 
 
 def test_without_a_tokenizer(tmp_path: Path) -> None:
-    write(tmp_path)
+    tiny_image_reward(tmp_path)
     (tmp_path / "vocab.txt").unlink()
     with pytest.raises(UserError, match=r"no tokenizer files \(vocab\.txt of bert-base-uncased\)$"):
         hs.rewards.load("imagereward", tmp_path)
