@@ -50,7 +50,7 @@ def require_family(pipe: Pipeline) -> Family:
 
 def paper_table(family: Family, rows: Sequence[Row]) -> Table:
     """Make the table of the paper's rows and, below them, of our own that have the paper's columns, in its units."""
-    table = [
+    table: list[Row] = [
         {
             "model": each.model,
             "source": "paper",
@@ -70,7 +70,7 @@ def paper_table(family: Family, rows: Sequence[Row]) -> Table:
 
 def _in_units(row: Mapping[str, Any]) -> Row:
     """The paper's columns of one of our rows, with standard errors; what the row lacks is left out."""
-    found = {}
+    found: Row = {}
     for key, (own, factor) in UNITS.items():
         for end in ("", ERROR_SUFFIX):
             if own + end in row:
