@@ -99,7 +99,7 @@ def evaluate(work: Path, name: str, *more: object) -> Evaluation:
 
 @pytest.fixture(scope="module")
 def done(work: Path) -> Evaluation:
-    return evaluate(work, "out", "--steps", 2, "--guidance", 1, *given(work))
+    return evaluate(work, "out", "--steps", 2, *given(work))
 
 
 def test_the_columns_by_hand(work: Path, done: Evaluation) -> None:
