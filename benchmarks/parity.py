@@ -26,10 +26,21 @@ import pytest
 TOLERATED = 1e-3
 
 SUBJECTS = {
-    "Networks": ("unet", "vae", "vae_tiny", "clip_text", "controlnet", "lite0", "tiling", "long_prompts"),
+    "Networks": (
+        "unet",
+        "vae",
+        "vae_tiny",
+        "clip_text",
+        "clip_vision",
+        "controlnet",
+        "lite0",
+        "tiling",
+        "long_prompts",
+    ),
     "Solvers": ("solvers", "solvers_levels", "solvers_parts"),
     "Files": ("folder_roundtrip", "single_file", "vae_file", "controlnet_file", "lora_files"),
-    "Pipelines": ("pipeline", "pipeline_loras", "lora_images", "image_pipelines", "control_pipelines"),
+    "Pipelines": ("pipeline", "pipeline_loras", "lora_images", "image_pipelines", "control_pipelines", "score_exports"),
+    "Rewards": ("clip_score", "heads", "rewards", "convert_reward"),
 }
 PACKAGES = ("jax", "flax", "torch", "diffusers", "transformers", "peft", "numpy")
 
@@ -123,7 +134,7 @@ def main() -> None:
     options = parser.parse_args()
     recorder = Recorder()
     recorder.listen()
-    status = pytest.main(["-q", "--rootdir", str(ROOT), *options.tests], plugins=[recorder])
+    status = pytest.main(["-q", "--rootdir", str(ROOT), "-m", "slow or not slow", *options.tests], plugins=[recorder])
     found = rows(recorder)
     versions = {name: version(name) for name in PACKAGES}
     text = table(found)
