@@ -13,6 +13,7 @@ from hypersd_jax.bases.base import Base as Base
 from hypersd_jax.bases.base import Features as Features
 from hypersd_jax.bases.base import Networks as Networks
 from hypersd_jax.bases.base import in_one_call as in_one_call
+from hypersd_jax.bases.base import in_one_loop as in_one_loop
 from hypersd_jax.bases.base import with_dropped as with_dropped
 from hypersd_jax.bases.stable_diffusion import StableDiffusion as StableDiffusion
 from hypersd_jax.bases.text_to_image import ControlInputs as ControlInputs

@@ -126,6 +126,22 @@ def in_one_call(model: Callable[..., Any], *inputs: tuple[Any, ...]) -> list[Any
     return [jax.tree.map(partial(part, number=number), outputs) for number in range(len(inputs))]
 
 
+def in_one_loop(model: Callable[..., Any], *inputs: tuple[Any, ...]) -> list[Any]:
+    """Call a model on several batches of one size, one after the other, and return what it gives for each.
+
+    As `in_one_call` it is one program to compile, and for a batch size that other calls have too.
+
+    Args:
+        model: of arrays and trees of arrays.
+        inputs: the arguments of each call, of equal structure and shapes.
+    """
+    if len(inputs) == 1:
+        return [model(*inputs[0])]
+    stacked = jax.tree.map(lambda *leaves: jnp.stack(leaves), *inputs)
+    outputs = jax.lax.map(lambda each: model(*each), stacked)
+    return [jax.tree.map(lambda leaf, number=number: leaf[number], outputs) for number in range(len(inputs))]
+
+
 def with_dropped(cond: Any, uncond: Any, dropped: jax.Array) -> Any:
     """Replace ``cond`` by the unconditional in the samples that ``dropped`` (B,) marks."""
 

@@ -12,7 +12,7 @@ import numpy as np
 
 from hypersd_jax import distill
 from hypersd_jax.adapters import Adapter, concatenate, join
-from hypersd_jax.bases import Networks, in_one_call
+from hypersd_jax.bases import Networks, in_one_call, in_one_loop
 from hypersd_jax.config import BASE, PREVIOUS, GeneratorStage
 from hypersd_jax.diffusion import solver_table
 from hypersd_jax.distill import (
@@ -267,7 +267,7 @@ def base_calls(
     """
     model, regression = guided_base(nets, stage, frozen)[0], stage.regression
     if regression is None or regression.paired or not regression.from_base:
-        return in_one_call(model, *calls), None
+        return in_one_loop(model, *calls), None
     times = jnp.asarray(frozen.tables.regression_times)
     target, found = endpoint_and_calls(model, noise, cond, times, calls, schedule=nets.base.schedule)
     return found, target

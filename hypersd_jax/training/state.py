@@ -81,27 +81,28 @@ def moving_average(ema: Any, params: Any, decay: ArrayLike) -> Any:
 
 
 def next_state(
-    state: TrainState, trainable: Any, opt_state: Any, ema: Any, finite: jax.Array, in_memory: Collection[str]
+    state: TrainState, trainable: Any, opt_state: Any, finite: jax.Array, decay: ArrayLike, early: Collection[str]
 ) -> TrainState:
-    """Make the state after an update; one that was not ``finite`` changes nothing but the two counters.
+    """Make the state after a step; one that was not ``finite`` changes nothing but the two counters.
 
-    ``in_memory`` are the models whose new weights a later phase reads, or a loop gives.
+    ``early`` are the models that may have been updated before something was not finite.
     """
 
-    def keep_if_bad(new: Mapping[str, Any], old: Mapping[str, Any]) -> dict[str, Any]:
-        return {name: kept(name, new[name], old[name]) for name in new}
+    def of_early(trees: Any) -> Any:
+        return {name: trees[name] for name in early}
 
-    def kept(name: str, new: Any, old: Any) -> Any:
-        # A select is part of the update's own kernel and needs no memory. Of weights that are in memory already it
-        # would be a kernel of its own for every leaf, all to be compiled.
-        if name in in_memory:
-            return jax.lax.cond(finite, lambda: new, lambda: old)
-        return jax.tree.map(lambda after, before: jnp.where(finite, after, before), new, old)
+    def moved() -> tuple[Any, Any, Any]:
+        ema = moving_average(state.ema, {name: trainable[name] for name in state.ema}, decay)
+        return of_early(trainable), of_early(opt_state), ema
 
+    def kept() -> tuple[Any, Any, Any]:
+        return of_early(state.trainable), of_early(state.opt_state), dict(state.ema)
+
+    own, own_moments, ema = jax.lax.cond(finite, moved, kept)
     return TrainState(
         step=state.step + 1,
-        trainable=keep_if_bad(trainable, state.trainable),
-        opt_state=keep_if_bad(opt_state, state.opt_state),
-        ema=keep_if_bad(ema, state.ema),
+        trainable={**trainable, **own},
+        opt_state={**opt_state, **own_moments},
+        ema=ema,
         skipped=state.skipped + jnp.where(finite, 0, 1),
     )

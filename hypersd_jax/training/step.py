@@ -22,7 +22,7 @@ from hypersd_jax.training.mesh import replicated
 from hypersd_jax.training.optimizer import learning_rate_at, make_optimizer
 from hypersd_jax.training.settings import Settings
 from hypersd_jax.training.shardings import tree_shardings
-from hypersd_jax.training.state import TrainState, moving_average, next_state
+from hypersd_jax.training.state import TrainState, next_state
 
 
 class LossFunction(Protocol):
@@ -94,27 +94,33 @@ def make_step(
         optimizer = make_optimizer(settings)
         latest = {name: phase for phase in taken for name in phase.models}  # whose gradient norm is logged
 
-        def take(phase: Phase, others: Any, weights: Any, moments: Any, key: jax.Array) -> Any:
-            """Take one phase's update: new weights and moments, its metrics, and whether it was finite."""
+        def take(phase: Phase, others: Any, weights: Any, moments: Any, finite: jax.Array, key: jax.Array) -> Any:
+            """Take one phase's update: new weights and moments, whether all was finite so far, and its metrics."""
 
             def loss_of(trained: Any, micro_batch: Any) -> tuple[jax.Array, Metrics]:
                 return phase.loss({**others, **trained}, state.ema, frozen, micro_batch, key)
 
+            def updated() -> tuple[Any, Any, jax.Array]:
+                updates, new_moments = {}, {}
+                for name, rate in rates.items():
+                    directions, new_moments[name] = optimizer.update(grads[name], moments[name], weights[name])
+                    updates[name] = jax.tree.map(lambda direction, rate=rate: -rate * direction, directions)
+                return optax.apply_updates(weights, updates), new_moments, optax.tree.norm(updates[first])
+
+            first = next(iter(phase.models))
+            rates = {name: learning_rate_at(settings, peak, state.step) for name, peak in phase.models.items()}
             grads, (loss, metrics) = mean_gradient(loss_of, weights, batch, mesh=mesh, accumulate=settings.accumulate)
-            finite, own = jnp.isfinite(loss), Metrics()
-            for index, (name, peak) in enumerate(phase.models.items()):
-                norm = optax.tree.norm(grads[name])
-                finite &= jnp.isfinite(norm)
-                rate = learning_rate_at(settings, peak, state.step)
-                directions, new_moments = optimizer.update(grads[name], moments[name], weights[name])
-                updates = jax.tree.map(lambda direction, rate=rate: -rate * direction, directions)
-                weights = {**weights, name: optax.apply_updates(weights[name], updates)}
-                moments = {**moments, name: new_moments}
-                if phase is taken[-1] and index == 0:
-                    own |= {"loss": loss, "grad_norm": norm, "update_norm": optax.tree.norm(updates), "lr": rate}
-                elif phase is latest[name]:
-                    own[f"{name}_grad_norm"] = norm
-            return weights, moments, _joined(own, metrics), finite
+            norms = {name: optax.tree.norm(each) for name, each in grads.items()}
+            for value in (loss, *norms.values()):
+                finite &= jnp.isfinite(value)
+            # A branch, and no select of every leaf: the backend plans a branch by itself, and its planning takes time
+            # that grows with the square of what it plans.
+            weights, moments, moved = jax.lax.cond(finite, updated, lambda: (weights, moments, jnp.float32(0.0)))
+            own = {f"{name}_grad_norm": norm for name, norm in norms.items() if phase is latest[name]}
+            if phase is taken[-1]:
+                norm = own.pop(f"{first}_grad_norm")
+                own |= {"loss": loss, "grad_norm": norm, "update_norm": moved, "lr": rates[first]}
+            return weights, moments, finite, _joined(own, metrics)
 
         key = jax.random.fold_in(key, state.step)
         weights, moments = state.trainable, state.opt_state
@@ -131,8 +137,8 @@ def make_step(
             ) -> Any:
                 own, own_moments, finite = carry
                 here = phase_key if alone else jax.random.fold_in(phase_key, number)
-                own, own_moments, metrics, good = take(phase, others, own, own_moments, here)
-                return (own, own_moments, finite & good), metrics
+                own, own_moments, finite, metrics = take(phase, others, own, own_moments, finite, here)
+                return (own, own_moments, finite), metrics
 
             # A loop carries what it changes alone: every other leaf would cost time to compile.
             carry = (*({name: tree[name] for name in phase.models} for tree in (weights, moments)), finite)
@@ -143,12 +149,11 @@ def make_step(
                 metrics = jax.tree.map(lambda each: each[-1], all_of_them)
             weights, moments = {**weights, **own}, {**moments, **own_moments}
             logged = _joined(logged, metrics)
-        ema = moving_average(state.ema, {name: weights[name] for name in state.ema}, settings.ema)
-        in_memory = {name for name, phase in latest.items() if phase.repeats > 1 or phase is not taken[-1]}
-        new_state = next_state(state, weights, moments, ema, finite, in_memory)
+        # Models that may have been updated before something was not finite.
+        early = sorted({name for name, phase in latest.items() if phase.repeats > 1 or phase is not taken[-1]})
+        new_state = next_state(state, weights, moments, finite, settings.ema, early)
         new_state = jax.lax.with_sharding_constraint(new_state, tree_shardings(mesh, new_state))
         first = next(iter(taken[-1].models))
-        logged["update_norm"] = jnp.where(finite, logged["update_norm"], 0.0)
         own = {"param_norm": optax.tree.norm(new_state.trainable[first]), "skipped": new_state.skipped}
         return new_state, jax.lax.with_sharding_constraint(_joined(own, logged), replicated(mesh))
 
