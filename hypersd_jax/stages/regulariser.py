@@ -1,7 +1,7 @@
 """The consistency regulariser of score distillation and regression: TSCD's loss with one segment.
 
 The stage computes the predictions of student and teacher where the solver step begins, since it joins them with
-other calls of the same models (`networks.in_one_call`).
+other calls of the same models (`bases.in_one_call`, `bases.in_one_loop`).
 """
 
 from __future__ import annotations
