@@ -8,7 +8,7 @@ from hypersd_jax.config.building import PathText
 from hypersd_jax.config.fields import OUTSIDE, ROLE, outside
 from hypersd_jax.paths import expanded
 
-EMBEDDED_JUDGE = "embedded:report"
+EMBEDDED_JUDGES = ("embedded:report", "embedded:pixels")
 EMBEDDED_REWARD = "embedded:reward"
 
 
@@ -58,25 +58,30 @@ class JudgeConfig:
 class GuardConfig:
     """What watches that a stage improves images, and not the reward alone.
 
-    The same images (prompts and noise) are sampled again and again; rewards, their sharpness and the judge are logged.
-    The stage ends when the judge has fallen, and exports the student that it liked best.
+    The same images (prompts and noise) are sampled again and again. Logged are rewards, their sharpness, the judges,
+    the images' diversity, and their KID and recall against the teacher's of the same prompts. The stage ends when a
+    judge has fallen, and exports the student that the judges together liked best.
 
     Attributes:
         every: training steps from one measurement to the next.
-        images: how many images, at least; as many of each preview prompt.
-        judge: scores them too; null: ``embedded:report`` beside ``embedded:reward``, else none, and nothing stops the
-            stage.
-        tolerance: standard errors by which the judge may fall below its best before the stage ends.
+        images: how many images, at least; as many of each prompt.
+        prompts: a file of prompts, one a line; null: the run's preview prompts.
+        judges: score them too; empty: ``embedded:report`` and ``embedded:pixels`` beside ``embedded:reward``, else
+            none, and nothing stops the stage.
+        tolerance: standard errors by which a judge may fall below its highest before the stage ends.
         perturbation: deviation of the noise that sharpness is measured with, on images in 0..1.
     """
 
     every: int = 20
     images: int = 32
-    judge: JudgeConfig | None = None
+    prompts: PathText | None = None
+    judges: tuple[JudgeConfig, ...] = ()
     tolerance: float = 2.0
     perturbation: float = 0.02
 
     def __post_init__(self) -> None:
+        if self.prompts is not None:
+            object.__setattr__(self, "prompts", expanded(self.prompts))
         if self.every < 1 or self.images < 2:
             raise ValueError("every must be at least 1 and images at least 2")
         if self.tolerance <= 0 or self.perturbation <= 0:
@@ -105,11 +110,25 @@ class FeedbackConfig:
     def __post_init__(self) -> None:
         if not self.rewards:
             raise ValueError("rewards must name at least one reward")
-        names = {reward.name for reward in self.rewards}
-        if self.guards and self.guards.judge is None and EMBEDDED_REWARD in names:
-            judge = JudgeConfig(name=EMBEDDED_JUDGE)  # settled here, so that the run's record says which
-            object.__setattr__(self, "guards", dataclasses.replace(self.guards, judge=judge))
-        if self.guards and self.guards.judge:
-            judged = (self.guards.judge.name, self.guards.judge.path)
-            if judged in {(reward.name, reward.path) for reward in self.rewards}:
-                raise ValueError("guards.judge: it is trained on, so it cannot judge")
+        trained = {(reward.name, reward.path) for reward in self.rewards}
+        if self.guards and not self.guards.judges and (EMBEDDED_REWARD, None) in trained:
+            judges = tuple(JudgeConfig(name=name) for name in EMBEDDED_JUDGES if (name, None) not in trained)
+            # Settled here, so that the run's record says which.
+            object.__setattr__(self, "guards", dataclasses.replace(self.guards, judges=judges))
+        for index, judge in enumerate(self.guards.judges if self.guards else ()):
+            if (judge.name, judge.path) in trained:
+                raise ValueError(f"guards.judges.{index}: {judge.name} is trained on, so it cannot judge")
+
+    @property
+    def guarded(self) -> dict[str, str]:
+        """What the measurements of the guards are called, by key of metrics.jsonl."""
+        if self.guards is None:
+            return {}
+        rewards = {f"fixed_reward{suffix(i)}": f"reward {each.name}" for i, each in enumerate(self.rewards)}
+        judges = {f"judge{suffix(i)}": f"judge {each.name}" for i, each in enumerate(self.guards.judges)}
+        return {**rewards, **judges}
+
+
+def suffix(index: int) -> str:
+    """Name the metrics of several rewards or judges: the first one's have no suffix, then come ``_2``, ``_3``, ..."""
+    return f"_{index + 1}" if index else ""

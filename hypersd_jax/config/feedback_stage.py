@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from hypersd_jax.config.feedback import FeedbackConfig
@@ -27,6 +28,8 @@ class FeedbackStage(GeneratorStage):
         merge_weight: scale of the second LoRA in the exported student.
         anchor: the consistency regulariser, here on, at the weight 0.1; null: none.
         late_steps: the gradient runs through one of this many last steps of ``times``, chosen at random; 1: the last.
+        redraws: how often the sample is noised to the last of ``times`` again and predicted from there, with gradient:
+            the low-variance estimate of DRaFT-LV (arXiv 2309.17400).
     """
 
     kind: Literal["feedback"]
@@ -34,6 +37,7 @@ class FeedbackStage(GeneratorStage):
     rank: int | None = outside(None)
     merge_weight: float = outside(1.0)
     late_steps: int = static(1)
+    redraws: int = static(0)
     anchor: RegulariserConfig | None = REGULARISER
 
     def __post_init__(self) -> None:
@@ -46,6 +50,8 @@ class FeedbackStage(GeneratorStage):
             raise ValueError(f"merge_weight must be above 0, not {self.merge_weight}")
         if not 1 <= self.late_steps <= len(self.times):
             raise ValueError(f"late_steps must lie in 1..{len(self.times)}, not {self.late_steps}")
+        if self.redraws < 0 or (self.redraws and self.late_steps > 1):
+            raise ValueError("redraws must not be negative, and go with late_steps=1")
         if self.eta:
             raise ValueError("eta must be 0 with kind=feedback: the student is trained without fresh noise")
 
@@ -53,6 +59,11 @@ class FeedbackStage(GeneratorStage):
     def noises_afresh(self) -> bool:
         """No fresh noise, unless the sampler adds it."""
         return False
+
+    @property
+    def guarded(self) -> Mapping[str, str]:
+        """Those of its feedback."""
+        return self.feedback.guarded
 
     @derived
     def deterministic(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Literal
 
 from hypersd_jax.config.adversarial import AdversarialConfig
@@ -254,6 +255,11 @@ class ScoreStage(GeneratorStage):
             raise ValueError("data_free: an adversarial term needs images")
         if self.kind == "tdm" and self.student == "unet":
             raise ValueError("kind=tdm: its steps are deterministic, and a UNet's are sampled with lcm")
+
+    @property
+    def guarded(self) -> Mapping[str, str]:
+        """Those of its feedback."""
+        return self.feedback.guarded if self.feedback else {}
 
     @property
     def noises_afresh(self) -> bool:

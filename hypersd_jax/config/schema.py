@@ -39,16 +39,21 @@ class LoraConfig:
     Attributes:
         rank: of every adapted module.
         alpha: the scale is alpha / rank; null: alpha = rank, scale 1.
+        start: the LoRA that the first stage starts from, a file or a hub id; null: a new one. Rank and alpha are then
+            of the modules alone that it does not adapt.
     """
 
     rank: int = 64
     alpha: float | None = None
+    start: PathText | None = None
 
     def __post_init__(self) -> None:
         if self.rank < 1:
             raise ValueError(f"rank must be at least 1, not {self.rank}")
         if self.alpha is not None and self.alpha <= 0:
             raise ValueError(f"alpha must be above 0, not {self.alpha}")
+        if self.start is not None:
+            object.__setattr__(self, "start", expanded(self.start))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,7 +185,7 @@ class Config:
         if self.reuse is not None and not self.adapter_stages:
             raise ValueError("reuse: only stages that start from a complete model are reused")
         first = self.active_stages[0]
-        if reason := first.learns_nothing:
+        if self.lora.start is None and (reason := first.learns_nothing):
             raise ValueError(f"stages.{first.name}: {reason}")
         for stage in self.adapter_stages[:-1]:
             if stage.exports_model:

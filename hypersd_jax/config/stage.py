@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import ClassVar, Literal, TypedDict
 
 from hypersd_jax.config.fields import outside, static
@@ -111,3 +112,8 @@ class StageConfig:
     def samplings(self) -> tuple[Sampling, ...]:
         """The samplings of its student to compare, the first as in its file; empty where it has no student."""
         return ()
+
+    @property
+    def guarded(self) -> Mapping[str, str]:
+        """What the measurements of its guards are called, by key of metrics.jsonl; empty where it has none."""
+        return {}

@@ -14,6 +14,7 @@ from typing import Any
 from PIL import Image
 
 from hypersd_jax.evaluation.curves import stage_curves
+from hypersd_jax.evaluation.feedback_curves import Names, feedback_section
 from hypersd_jax.evaluation.grid import Sample
 from hypersd_jax.evaluation.quality import Floor, Series, quality_section
 from hypersd_jax.evaluation.tables import Table, is_number, number_text, table_cell, table_heading, table_keys
@@ -39,6 +40,7 @@ class Report:
         tables: further tables below that.
         quality: rows that are plotted against steps and calls, and the level that they are read against.
         metrics: the records of metrics.jsonl.
+        feedback: names of what guards measured, by stage and key of ``metrics``.
         grids: caption -> image.
         prompts: those of the grids' rows, from above, for who cannot read them in the image.
         strips: caption -> samples with their prompts.
@@ -54,6 +56,7 @@ class Report:
     tables: Sequence[Table] = ()
     quality: tuple[Sequence[Series], Floor | None] = ((), None)
     metrics: Sequence[Mapping[str, Any]] = ()
+    feedback: Mapping[str, Names] = dataclasses.field(default_factory=dict)
     grids: Mapping[str, Image.Image] = dataclasses.field(default_factory=dict)
     prompts: Sequence[str] = ()
     strips: Mapping[str, Sequence[Sample]] = dataclasses.field(default_factory=dict)
@@ -78,6 +81,7 @@ def render(report: Report) -> str:
         _section("Quality against cost", quality_section(*report.quality)),
         _section("Images", grids + _prompts(report.prompts)) if grids else "",
         _section("Samples", "".join(_strip(*item) for item in report.strips.items())),
+        _section("Feedback", feedback_section(report.metrics, report.feedback)),
         _section("Training", _training(report.metrics)),
         _section("Run", _command(report.command) + _details({**report.details, **_protocols(report.rows)})),
     ]

@@ -96,6 +96,7 @@ def run_report(config: Config, output: Output, outcome: Outcome, command: str | 
         notes=notes if config.on_emoji else [*own_notes(outcome.rows), *notes],
         quality=quality_series(outcome.rows),
         metrics=metrics,
+        feedback={stage.name: stage.guarded for stage in config.adapter_stages},
         grids={f"{shown}, the same latents along each row": image_grid(outcome.columns, outcome.prompts)},
         prompts=outcome.prompts,
         strips=_strips(output.samples, [stage.name for stage in config.adapter_stages]),

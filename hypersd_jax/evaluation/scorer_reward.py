@@ -1,4 +1,4 @@
-"""The scorers of the embedded images as rewards: ``embedded:reward`` to train on, ``embedded:report`` to judge."""
+"""The embedded images' rewards: ``embedded:reward`` to train on, ``embedded:report``, ``embedded:pixels`` to judge."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from typing import Any
 import jax
 
 from hypersd_jax.evaluation.lite0 import load_lite0
+from hypersd_jax.evaluation.pixel_judge import PixelJudge, classes_of, load_pixel_judge
 from hypersd_jax.evaluation.scorer import ScorerName, ScorerSpec, load_scorer, score
 from hypersd_jax.rewards import LoadedReward
 
 PREFIX = "embedded:"
-EMBEDDED_REWARDS: tuple[str, ...] = tuple(f"{PREFIX}{name}" for name in typing.get_args(ScorerName))
+PIXELS = f"{PREFIX}pixels"
+EMBEDDED_REWARDS: tuple[str, ...] = (*(f"{PREFIX}{name}" for name in typing.get_args(ScorerName)), PIXELS)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -28,7 +30,10 @@ class ScorerModel:
 
 
 def embedded_reward(name: str) -> LoadedReward:
-    """Load the scorer of one of `EMBEDDED_REWARDS` as a reward."""
+    """Load one of `EMBEDDED_REWARDS`."""
+    if name == PIXELS:
+        judge: Any = load_pixel_judge()
+        return LoadedReward(model=PixelJudge(), params=judge, tokenize=classes_of)
     scorer = load_scorer(typing.cast(ScorerName, name.removeprefix(PREFIX)))
-    params: Any = {"scorer": dict(scorer.params), "trunk": load_lite0()}
-    return LoadedReward(model=ScorerModel(spec=scorer.spec), params=params, tokenize=scorer.tokens)
+    parts: Any = {"scorer": dict(scorer.params), "trunk": load_lite0()}
+    return LoadedReward(model=ScorerModel(spec=scorer.spec), params=parts, tokenize=scorer.tokens)

@@ -62,7 +62,7 @@ def trainable(run: Run, index: int, stage: ConsistencyStage) -> dict[str, Any]:
 def frozen(run: Run, stage: ConsistencyStage) -> Frozen:
     """Collect what the losses read."""
     # The first stage's teacher is the base under both readings of the paper: its student is the unchanged base.
-    first = stage.name == run.config.adapter_stages[0].name
+    first = not run.has_student(()) and stage.name == run.config.adapter_stages[0].name
     return Frozen(
         weights=run.base.weights,
         uncond=run.uncond,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -90,6 +91,10 @@ class Run:
         for made in ("inputs", "pipe"):
             self.__dict__.pop(made, None)
         self.step = training_step(self.base, self.mesh)
+
+    def has_student(self, earlier: Sequence[str]) -> bool:
+        """Tell whether a stage finds a student: that of an ``earlier`` one, or the LoRA that the run starts from."""
+        return bool(earlier) or self.config.lora.start is not None
 
     @property
     def grid_length(self) -> int:

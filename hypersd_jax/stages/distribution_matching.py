@@ -153,7 +153,7 @@ def make_student_loss(base: TextToImage, stage: ScoreStage) -> LossFunction:
             metrics["generator"] = discriminator.student_term(models[DISCRIMINATOR], features)
             value = value + discriminator.config.weight * metrics["generator"]
         if stage.feedback is not None:
-            rewarded, gained = feedback_term(base, stage.feedback, frozen.feedback, sample.x0, batch)
+            rewarded, gained = feedback_term(base, stage.feedback, frozen.feedback, [sample.x0], batch)
             value, metrics = value + rewarded, metrics | gained
         target = from_base if from_adapter is None else from_adapter
         if solver_step is not None and others:

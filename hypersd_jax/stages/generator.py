@@ -77,10 +77,10 @@ def _check(run: Run, stage: GeneratorStage, earlier: Sequence[str]) -> None:
     if stage.times[0] >= last:
         raise UserError(f"times: {stage.times[0]} is not below the {last} training times")
     for key, settings in (("regression", stage.regression), ("anchor", stage.anchor)):
-        if settings is None or settings.teacher == BASE or (settings.teacher == PREVIOUS and earlier):
+        if settings is None or settings.teacher == BASE or (settings.teacher == PREVIOUS and run.has_student(earlier)):
             continue
         if settings.teacher not in earlier:
-            named = ", ".join((BASE, PREVIOUS, *earlier)) if earlier else BASE
+            named = ", ".join((BASE, PREVIOUS, *earlier)) if run.has_student(earlier) else BASE
             raise UserError(f"{key}.teacher={settings.teacher!r}: only {named} can be it here")
 
 

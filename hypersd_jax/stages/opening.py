@@ -4,20 +4,25 @@ from __future__ import annotations
 
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 
-from hypersd_jax.bases import load_base
-from hypersd_jax.config import Config
+from hypersd_jax import adapters
+from hypersd_jax.adapters import Adapter
+from hypersd_jax.bases import TextToImage, load_base
+from hypersd_jax.config import PREVIOUS, Config
 from hypersd_jax.data import open_prompts, open_source
 from hypersd_jax.errors import UserError
 from hypersd_jax.inputs.encoding import unconditional
 from hypersd_jax.inputs.prompts import PromptInputs
 from hypersd_jax.pipeline import parse_dtype
-from hypersd_jax.stages.context import Run, fingerprints
-from hypersd_jax.stages.kinds import training_step
+from hypersd_jax.stages.context import Factors, Run, fingerprints
+from hypersd_jax.stages.kinds import naming, training_step
 from hypersd_jax.stages.streams import Stream
 from hypersd_jax.training import StopSignals, make_mesh
 from hypersd_jax.training.output import Output
+from hypersd_jax.weights.hub import fetch_lora
+from hypersd_jax.weights.lora import read_lora
 
 
 def open_run(config: Config, output: Output, stop: StopSignals | None = None) -> Run:
@@ -60,4 +65,24 @@ def open_run(config: Config, output: Output, stop: StopSignals | None = None) ->
     if config.adapter_stages:
         run.student, run.scales = run.fresh_factors(Stream.ADAPTER, 0)
         run.fresh_scales = run.scales
+        if config.lora.start is not None:
+            run.student, run.scales = start_factors(base, config.lora.start, run.teacher(PREVIOUS))
     return run
+
+
+def start_factors(base: TextToImage, start: str, fresh: Adapter) -> tuple[Factors, dict[str, jax.Array]]:
+    """Read the LoRA that a run starts from: its factors and scales, and fresh ones where it adapts nothing.
+
+    Raises:
+        UserError: the file cannot be read, is of another base, or holds more than a LoRA on the denoiser.
+    """
+    with naming("lora"):
+        file = read_lora(fetch_lora(start), base.shapes)
+        others = [*(name for name in file.adapters if name != base.denoiser), *file.differences]
+        if others or base.denoiser not in file.adapters:
+            what = "".join(f"{kind} " for kind in file.report.kinds)
+            raise UserError(
+                f"start: {file.report.file}: can be sampled with, but is no start for training: only plain LoRAs on "
+                f"the {base.denoiser} are ({what}on {', '.join(file.report.modules)})"
+            )
+    return jax.tree.map(jnp.asarray, adapters.split({**fresh, **file.adapters[base.denoiser]}))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import functools
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
@@ -13,10 +13,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from hypersd_jax.bases import TextToImage
-from hypersd_jax.config import FeedbackConfig, GeneratorStage
+from hypersd_jax.config import FeedbackConfig, GeneratorStage, GuardConfig
+from hypersd_jax.config.feedback import suffix
 from hypersd_jax.distill import feedback_gradient, feedback_loss
 from hypersd_jax.errors import UserError
+from hypersd_jax.evaluation.samples import image_features
 from hypersd_jax.evaluation.scorer_reward import EMBEDDED_REWARDS, PREFIX, embedded_reward
+from hypersd_jax.files import prompt_lines
 from hypersd_jax.inputs.batches import Reading, nothing
 from hypersd_jax.rewards import LoadedReward, Reward, load
 from hypersd_jax.stages.context import Run
@@ -65,15 +68,21 @@ def open_trainable(name: str, path: str | None) -> LoadedReward:
 
 
 def require_rewards(stage: GeneratorStage, config: FeedbackConfig) -> None:
-    """Refuse (UserError) rewards, or a judge, that cannot be loaded."""
-    needed: list[tuple[str, Any, Any]] = [
-        (f"rewards.{index}", open_trainable, each) for index, each in enumerate(config.rewards)
+    """Refuse (UserError) rewards, judges or prompts that cannot be loaded."""
+    needed: list[tuple[str, Callable[[], Any]]] = [
+        (f"rewards.{index}", functools.partial(open_trainable, each.name, each.path))
+        for index, each in enumerate(config.rewards)
     ]
-    if config.guards and config.guards.judge:
-        needed.append(("guards.judge", open_reward, config.guards.judge))
-    for key, opened, settings in needed:
+    if config.guards:
+        needed += [
+            (f"guards.judges.{index}", functools.partial(open_reward, each.name, each.path))
+            for index, each in enumerate(config.guards.judges)
+        ]
+        if config.guards.prompts is not None:
+            needed.append(("guards.prompts", functools.partial(prompt_lines, Path(config.guards.prompts))))
+    for key, opened in needed:
         try:
-            opened(settings.name, settings.path)
+            opened()
         except UserError as error:
             raise UserError(f"stages.{stage.name}.feedback.{key}: {error}") from None
 
@@ -91,15 +100,17 @@ def frozen_feedback(run: Run, stage: GeneratorStage, config: FeedbackConfig) -> 
     params = tuple(open_trainable(each.name, each.path).params for each in config.rewards)
     return FrozenFeedback(
         params=jax.device_put(params, replicated(run.mesh)),  # once, not at every step
-        margins=np.asarray(_margins(run, stage, config), np.float32),
+        margins=margins(run, stage, config),
         autoencoder=dict(run.base.params[run.base.autoencoder]),
     )
 
 
 def feedback_term(
-    base: TextToImage, config: FeedbackConfig, frozen: FrozenFeedback, x0: jax.Array, batch: Any
+    base: TextToImage, config: FeedbackConfig, frozen: FrozenFeedback, x0: Sequence[jax.Array], batch: Any
 ) -> tuple[jax.Array, Metrics]:
-    """Compute the rewards' term of the loss and its metrics, from the student's clean latents x0 (B, h, w, C).
+    """Compute the rewards' term of the loss and its metrics, the mean over the student's clean latents.
+
+    ``x0`` are one or several estimates (B, h, w, C) of each sample.
 
     The decoder's activations are computed again in the backward pass: at 1024 px they are larger than the UNet's.
     """
@@ -109,10 +120,12 @@ def feedback_term(
         return base.decode(frozen.autoencoder, base.unscale(latents)).astype(jnp.float32) * 0.5 + 0.5
 
     rewards = [
-        functools.partial(open_trainable(each.name, each.path).model, params, ids=ids)
+        functools.partial(open_trainable(each.name, each.path).model, params, ids=jnp.repeat(ids, len(x0), axis=0))
         for each, params, ids in zip(config.rewards, frozen.params, batch[TOKENS], strict=True)
     ]
-    images, weights = decode(x0), jnp.stack([jnp.asarray(each.weight) for each in config.rewards])
+    latents = jnp.stack(x0, axis=1)  # a sample's estimates side by side, as a split batch wants them
+    latents = latents.reshape(-1, *latents.shape[2:])
+    images, weights = decode(latents), jnp.stack([jnp.asarray(each.weight) for each in config.rewards])
     found = feedback_gradient(rewards, images, frozen.margins, weights, balanced=config.balanced)
     metrics: Metrics = {"feedback": found.hinge}
     for index in range(len(rewards)):
@@ -122,19 +135,16 @@ def feedback_term(
     return feedback_loss(images, found), metrics
 
 
-def suffix(index: int) -> str:
-    """Name the metrics of the rewards: the first one's have no suffix, then come ``_2``, ``_3``, ..."""
-    return f"_{index + 1}" if index else ""
-
-
 def score_images(name: str, path: str | None, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:
     """Score images (N, H, W, 3) in 0..1 on the host, (N,) float64."""
     return np.asarray(open_reward(name, path)(images, prompts), np.float64)
 
 
-def fixed_prompts(run: Run, images: int) -> tuple[list[str], int]:
-    """List the run's preview prompts, and how many images of each make ``images`` or more."""
-    return list(run.preview_prompts), math.ceil(images / len(run.preview_prompts))
+def fixed_prompts(run: Run, guards: GuardConfig | None) -> tuple[list[str], int]:
+    """List the guard's prompts, else the run's preview prompts, and how many images are sampled of each."""
+    guards = guards or GuardConfig()
+    prompts = list(run.preview_prompts) if guards.prompts is None else prompt_lines(Path(guards.prompts))
+    return prompts, math.ceil(guards.images / len(prompts))
 
 
 def repeated(prompts: Sequence[str], count: int) -> list[str]:
@@ -142,15 +152,30 @@ def repeated(prompts: Sequence[str], count: int) -> list[str]:
     return [prompt for prompt in prompts for _ in range(count)]
 
 
-def _margins(run: Run, stage: GeneratorStage, config: FeedbackConfig) -> list[float]:
-    """Return the margins: the recipe's, else the mean reward of the teacher's images, kept with the checkpoints."""
-    if all(each.margin is not None for each in config.rewards):
-        return [float(each.margin) for each in config.rewards if each.margin is not None]
-    path = run.output.checkpoints(stage.name) / "margins.json"
+class TeacherFigures(NamedTuple):
+    """What is measured once, before the stage, on the teacher's images of the fixed prompts."""
+
+    rewards: np.ndarray  # (R,) float32, the mean of each
+    features: np.ndarray  # (N, 1280) float32
+
+
+def margins(run: Run, stage: GeneratorStage, config: FeedbackConfig) -> np.ndarray:
+    """Return the margins (R,) float32: the recipe's, else the mean reward of the teacher's images."""
+    given = [each.margin for each in config.rewards]
+    if None not in given:
+        return np.asarray(given, np.float32)
+    measured = teacher_figures(run, stage, config).rewards
+    found = [mean if margin is None else margin for margin, mean in zip(given, measured, strict=True)]
+    return np.asarray(found, np.float32)
+
+
+def teacher_figures(run: Run, stage: GeneratorStage, config: FeedbackConfig) -> TeacherFigures:
+    """Sample and measure the teacher; the figures are kept with the checkpoints."""
+    path = run.output.checkpoints(stage.name) / "teacher.npz"
     if path.exists():
-        found: list[float] = json.loads(path.read_text(encoding="utf-8"))
-        return found
-    prompts, count = fixed_prompts(run, config.guards.images if config.guards else 32)
+        with np.load(path, allow_pickle=False) as file:
+            return TeacherFigures(*(file[name] for name in TeacherFigures._fields))
+    prompts, count = fixed_prompts(run, config.guards)
     images = np.asarray(
         run.pipe(
             prompts,
@@ -164,12 +189,14 @@ def _margins(run: Run, stage: GeneratorStage, config: FeedbackConfig) -> list[fl
         )
     )
     texts = repeated(prompts, count)
-    found = [
-        float(np.mean(score_images(each.name, each.path, images, texts))) if each.margin is None else each.margin
-        for each in config.rewards
-    ]
+    means = [np.mean(score_images(each.name, each.path, images, texts)) for each in config.rewards]
+    found = TeacherFigures(np.asarray(means, np.float32), image_features(to_bytes(images)))
     if jax.process_index() == 0:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as temporary:
-            temporary.write_text(json.dumps(found), encoding="utf-8")
+        with replacing(path) as temporary, temporary.open("wb") as file:
+            np.savez(file, **found._asdict())
     return found
+
+
+def to_bytes(images: np.ndarray) -> np.ndarray:
+    """Round images (N, H, W, 3) in 0..1 to uint8."""
+    return np.round(np.clip(images, 0.0, 1.0) * 255.0).astype(np.uint8)

@@ -26,6 +26,7 @@ class Draw(enum.IntEnum):
     REGULARISER = 2**32 - 3
     REAL = 2**32 - 4
     R1 = 2**32 - 5
+    REDRAW = 2**32 - 6
 
 
 def stream(seed: int, name: Stream, index: int) -> jax.Array:

@@ -1,17 +1,20 @@
-"""The guard of a stage with feedback: the same images again and again, for rewards, their sharpness and a judge."""
+"""The guard of a stage with feedback: the same images again and again, for rewards, their sharpness and judges."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 
 from hypersd_jax.config import FeedbackConfig, GeneratorStage, GuardConfig
+from hypersd_jax.config.feedback import suffix
+from hypersd_jax.evaluation.metrics import diversity, kernel_distance
+from hypersd_jax.evaluation.neighbours import FEWEST, covered_share
+from hypersd_jax.evaluation.samples import image_features
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.kinds import exported_weights
-from hypersd_jax.stages.rewards import fixed_prompts, repeated, score_images, suffix
+from hypersd_jax.stages.rewards import fixed_prompts, repeated, score_images, teacher_figures, to_bytes
 from hypersd_jax.training import Measured, TrainState, Watch
 
 Sampled = Callable[..., np.ndarray]
@@ -35,29 +38,39 @@ class FeedbackWatch:
 
     @property
     def tolerance(self) -> float:
-        """Standard errors by which the judge may fall."""
+        """Standard errors by which a judge may fall."""
         return self.guards.tolerance
 
     def __call__(self, state: TrainState) -> Measured:
-        """Sample the fixed prompts and score the images; sharpness is the mean change of a reward under noise."""
-        prompts, count = fixed_prompts(self.run, self.guards.images)
+        """Sample the fixed prompts and measure the images; sharpness is the mean change of a reward under noise."""
+        prompts, count = fixed_prompts(self.run, self.guards)
         images = self.sample(self.run, self.stage, exported_weights(self.stage, state), prompts, count)
         noise = self.guards.perturbation * np.random.default_rng(0).standard_normal(images.shape, np.float32)
         perturbed = np.clip(images + noise, 0.0, 1.0)
         texts = repeated(prompts, count)
-
-        def scores(scorer: Any, images: np.ndarray) -> np.ndarray:
-            return score_images(scorer.name, scorer.path, images, texts)
-
         metrics = {}
         for index, reward in enumerate(self.rewards.rewards):
-            found = scores(reward, images)
+            found = score_images(reward.name, reward.path, images, texts)
+            changed = score_images(reward.name, reward.path, perturbed, texts)
             metrics[f"fixed_reward{suffix(index)}"] = float(found.mean())
-            metrics[f"sharpness{suffix(index)}"] = float(np.abs(scores(reward, perturbed) - found).mean())
-        if self.guards.judge is None:
-            return Measured(metrics, None)
-        judged = scores(self.guards.judge, images)
-        return Measured({**metrics, "judge": float(judged.mean())}, judged)
+            metrics[f"sharpness{suffix(index)}"] = float(np.abs(changed - found).mean())
+        judged = {}
+        for index, judge in enumerate(self.guards.judges):
+            scores = score_images(judge.name, judge.path, images, texts)
+            metrics[f"judge{suffix(index)}"] = float(scores.mean())
+            judged[f"{judge.name}{suffix(index)}" if judge.name in judged else judge.name] = scores
+        return Measured({**metrics, **self._variety(images, len(prompts), count)}, judged)
+
+    def _variety(self, images: np.ndarray, prompts: int, count: int) -> dict[str, float]:
+        """How different the images of a prompt are, and how much of the teacher's images they stand for."""
+        seen, teacher = image_features(to_bytes(images)), teacher_figures(self.run, self.stage, self.rewards).features
+        found = {}
+        if count > 1:
+            found["diversity"] = float(diversity(seen.reshape(prompts, count, -1)).mean())
+        if min(len(seen), len(teacher)) >= FEWEST:
+            found["kid"] = kernel_distance(seen, teacher).mean
+            found["recall"] = covered_share(teacher, seen).mean
+        return found
 
 
 def make_watch(run: Run, stage: GeneratorStage, config: FeedbackConfig | None, sample: Sampled) -> Watch | None:

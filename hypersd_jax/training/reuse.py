@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
@@ -16,19 +17,32 @@ from hypersd_jax.config import Config, StageConfig, to_dict
 from hypersd_jax.errors import UserError, short
 from hypersd_jax.training.checkpoints import HALF_WRITTEN, Checkpointer
 from hypersd_jax.training.output import Output
+from hypersd_jax.weights.hub import fetch_lora
+from hypersd_jax.weights.lora import weights_file
 from hypersd_jax.weights.tensors import replacing
 
 
 def history(config: Config, count: int, base: str) -> str:
     """Compute the digest of all that decides the student of the ``count``-th stage.
 
-    Base (the fingerprint of its UNet), data, seed and adapter of the run, and the settings of every stage up to it.
+    Base (the fingerprint of its UNet), data, seed and adapter of the run, what it starts from, and the settings of
+    every stage up to it.
     """
     tree = to_dict(config)
     parts = {name: tree[name] for name in ("model", "data", "lora", "seed")}
+    start = parts["lora"].pop("start")
+    if start is not None:  # by its content; runs without are called as they were before there was such a key
+        file = weights_file(fetch_lora(start))
+        parts["start"] = _content(file, file.stat().st_mtime_ns)
     stages = [stage for stage in tree["stages"] if not stage["skip"]][:count]
     text = json.dumps([base, parts, stages], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
+
+
+@functools.lru_cache(maxsize=4)
+def _content(file: Path, changed: int) -> str:
+    with file.open("rb") as opened:
+        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def of_length(config: Config, stage: StageConfig, updates: int) -> Config:

@@ -11,7 +11,7 @@ PROMPTS = ["a red apple on a white background", "a sleeping cat"]
 
 
 def test_both_read_prompts() -> None:
-    assert EMBEDDED_REWARDS == ("embedded:report", "embedded:reward")
+    assert EMBEDDED_REWARDS == ("embedded:report", "embedded:reward", "embedded:pixels")
     assert all(embedded_reward(name).tokenize(PROMPTS).shape[0] == 2 for name in EMBEDDED_REWARDS)
 
 

@@ -1,4 +1,4 @@
-"""Exports of score distillation, sampled by diffusers: a one-step UNet's folder, and a LoRA of any step count."""
+"""Exports of score distillation and feedback, sampled by diffusers: a one-step UNet's folder, and LoRAs."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ pytest.importorskip("peft")
 
 from hypersd_jax import adapters
 from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.stages import feedback
 from hypersd_jax.stages import run as stage_run
 from hypersd_jax.stages.export import export_student
-from tests.helpers.score_runs import open_stage, recipe
+from hypersd_jax.stages.kinds import STUDENT
+from tests.helpers.score_runs import open_stage, randomised, recipe
+from tests.helpers.short_runs import sample_cheaply
 from tests.helpers.tiny_model import smaller, tiny_model
 from tests.helpers.torch_weights import relative_error
 
@@ -32,6 +35,10 @@ UNET = """
      fake_updates: 1, guidance: 1.0}
 """
 UNIFIED = "  - {name: unified, kind: dmd, updates: 1, batch_size: 4, steps: [1, 2, 4]}"
+FEEDBACK = """
+  - {name: liked, kind: feedback, updates: 1, batch_size: 4, rank: 2, merge_weight: 0.5, guidance: 1.0, anchor: null,
+     feedback: {rewards: [{name: "embedded:reward", margin: 9.0}], guards: null}}
+"""
 INDEX: dict[str, Any] = {
     "_class_name": "StableDiffusionPipeline",
     "_diffusers_version": "0.42.1",
@@ -109,3 +116,48 @@ def test_the_unified_lora(unified: tuple[Pipeline, Any, Path], latents: np.ndarr
     expected = sample_theirs(pipe, latents, num_inference_steps=steps, eta=0.0)
     assert relative_error(ours(PROMPTS, **call), expected) < TOLERANCE
     assert relative_error(base, expected) > ANOTHER
+
+
+def test_feedback_is_one_file_or_two_or_merged_by_hand(
+    tmp_path: Path, model: Path, latents: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both LoRAs as one file, as two at scales of their own, and in the weights: one image, here and in diffusers."""
+    sample_cheaply(monkeypatch)
+    opened = open_stage(recipe(tmp_path, model, FEEDBACK), "distilled")
+    run, stage = opened.run, opened.stage
+    first = adapters.join(run.student, run.scales)
+    second = randomised(opened.kind.trainable(run, 0, stage)[STUDENT], 3, scale=0.2)
+    folder = run.output.loras
+    export_student(folder / "first.safetensors", first, stage, run.base, base_fingerprint=run.base_fingerprint)
+    feedback.finish(run, stage, second, trained=True)
+    one, two = ["liked"], ["first", "liked.feedback"]
+
+    ours, pipe = Pipeline(run.base), theirs(model, "TCDScheduler")
+    call: dict[str, Any] = {"steps": 2, "latents": latents, "output": "np", "stepwise": True}
+    call |= {"sampler": "tcd", "eta": 0.0, "guidance": 0.0}
+    distilled_alone = _of_files(ours, pipe, folder, ["first"], [1.0], latents, call)[0]
+    images = [*_of_files(ours, pipe, folder, one, [1.0], latents, call)]
+    images += _of_files(ours, pipe, folder, two, [1.0, stage.merge_weight], latents, call)
+    both = adapters.concatenate([first, adapters.scaled(adapters.join(second, _ones(second)), stage.merge_weight)])
+    merged = run.base.with_weights({"unet": adapters.merge(dict(run.base.params["unet"]), both)})
+    expected = Pipeline(merged)(PROMPTS, **call)
+    assert [relative_error(image, expected) < TOLERANCE for image in images] == [True] * 4
+    assert relative_error(distilled_alone, expected) > ANOTHER
+
+
+def _ones(factors: Any) -> dict[str, Any]:
+    return {path: np.ones(entry["down"].shape[-1], np.float32) for path, entry in factors.items()}
+
+
+def _of_files(
+    ours: Pipeline, pipe: Any, folder: Path, names: list[str], scales: list[float], latents: np.ndarray, call: Any
+) -> tuple[np.ndarray, np.ndarray]:
+    """Images of these files at these scales, ours and diffusers'."""
+    ours.unload_lora()
+    pipe.unload_lora_weights()
+    keys = [name.replace(".", "_") for name in names]
+    for name, key, scale in zip(names, keys, scales, strict=True):
+        ours.load_lora(folder / f"{name}.safetensors", name=key, scale=scale)
+        pipe.load_lora_weights(folder, weight_name=f"{name}.safetensors", adapter_name=key)
+    pipe.set_adapters(keys, scales)
+    return ours(PROMPTS, **call), sample_theirs(pipe, latents, num_inference_steps=call["steps"], eta=0.0)

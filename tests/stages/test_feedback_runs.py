@@ -16,12 +16,17 @@ from hypersd_jax import adapters
 from hypersd_jax.config import FeedbackStage, GuardConfig, JudgeConfig, ScoreStage
 from hypersd_jax.distill import draw_trajectory
 from hypersd_jax.errors import UserError
+from hypersd_jax.evaluation.lite0 import features
+from hypersd_jax.evaluation.metrics import diversity, kernel_distance
 from hypersd_jax.rewards import REWARDS, LoadedReward
 from hypersd_jax.stages import feedback as feedback_stage
 from hypersd_jax.stages import rewards, train, watching
 from hypersd_jax.stages.kinds import STUDENT, kind_of
+from hypersd_jax.stages.rewards import TeacherFigures, teacher_figures
+from hypersd_jax.stages.streams import Draw, drawn_from, normal
 from hypersd_jax.training import Measured
 from hypersd_jax.weights.lora import read_lora
+from tests.helpers.quick import quick_jit
 from tests.helpers.score_runs import TOLERANCE, ByHand, Opened, Step, open_stage, randomised, recipe, relative_error
 from tests.helpers.short_runs import recipe as short_recipe
 from tests.helpers.short_runs import records, same_tensors, sample_cheaply, share_steps
@@ -37,8 +42,9 @@ RUN = """
   - {name: liked, kind: feedback, updates: 6, batch_size: 4, learning_rate: 1.0e-2, rank: 2,
      ema: 0.5, merge_weight: 0.5, guidance: 1.0, anchor: {weight: 0.1, solver_steps: 8},
      feedback: {rewards: [{name: bright, path: x}],
-                guards: {every: 2, images: 4, judge: {name: bright, path: judge}}}}
+                guards: {every: 2, images: 4, judges: [{name: bright, path: judge}]}}}
 """
+FIGURES = TeacherFigures(np.float32([2.0]), np.zeros((0, 1280), np.float32))
 DMD_STAGE = ScoreStage(kind="dmd", name="scored", updates=1, batch_size=4, guidance=1.0)
 
 
@@ -126,6 +132,30 @@ def test_the_gradient_is_that_of_the_whole_chain(opened: Opened, first: Step) ->
     assert relative_error(found, wanted) < TOLERANCE
 
 
+def test_redraws_are_the_last_step_from_fresh_noise(opened: Opened) -> None:
+    """DRaFT-LV: the mean hinge of the sample and of predictions from it, noised to the last time by other noise."""
+    stage = dataclasses.replace(opened.stage, redraws=2)
+    (loss,) = (phase.loss for phase in opened.kind.phases(opened.run.base, stage))
+    hand, key = ByHand(opened), opened.key(None)
+    models = opened.kind.trainable(opened.run, 0, opened.stage)
+    value, metrics = quick_jit(loss)(models, models, opened.frozen, opened.batch, key)
+    drawn, student = draw_trajectory(key, hand.shape, 2, hand.batch["indices"], last=1), hand.adapter(opened.start)
+    start = np.asarray(drawn.noise, np.float64)
+    x = hand.ddim(start, hand.unet(start, 999, student)[0], 999, 499)
+    found = [hand.clean(x, hand.unet(x, 499, student)[0], 499)]
+    noises = normal(drawn_from(key, Draw.REDRAW), hand.batch["indices"], (2, *hand.shape[1:]))
+    for number in range(2):
+        x = hand.noise(found[0], np.asarray(noises[:, number], np.float64), 499)
+        found.append(hand.clean(x, hand.unet(x, 499, student)[0], 499))
+    base, ids = opened.run.base, hand.batch["reward_tokens"][0]
+    decode = quick_jit(lambda x: base.decode(dict(base.params["vae"]), base.unscale(x)))
+    images = [np.asarray(decode(each.astype(np.float32)), np.float64) * 0.5 + 0.5 for each in found]
+    scores = np.stack([3.0 * np.clip(each, 0, 1)[:, 0].mean((1, 2)) * ids[:, 0] / 3 for each in images])
+    assert np.maximum(MARGIN - scores, 0).mean() == pytest.approx(float(value), rel=TOLERANCE)
+    assert scores.mean() == pytest.approx(float(metrics["reward"]), rel=TOLERANCE)
+    assert metrics["calls"] == 4.0
+
+
 def test_only_the_second_lora_is_trained(opened: Opened, first: Step) -> None:
     assert first.after.trainable.keys() == first.after.opt_state.keys() == {STUDENT}
     ranks = {entry["down"].shape[-1] for entry in first.after.trainable[STUDENT].values()}
@@ -177,14 +207,14 @@ class Judged:
         step = int(state.step)
         self.seen.append(step)
         judged = self._by_step[step] + np.array([0.0, 5.0, -3.0]) + 0.01 * step * np.array([1.0, 0.0, -1.0])
-        return Measured({"judge": float(judged.mean())}, judged)
+        return Measured({"judge": float(judged.mean())}, {"strict": judged})
 
 
 def _train(folder: Path, model: Path, judged: Judged | None, *overrides: str) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         share_steps(patch)
         sample_cheaply(patch)
-        patch.setattr(rewards, "_margins", lambda run, stage, config: [2.0])
+        patch.setattr(rewards, "teacher_figures", lambda run, stage, config: FIGURES)
         patch.setattr(feedback_stage, "make_watch", lambda *args: judged)
         return train(short_recipe(folder, model, *overrides, stages=RUN))
 
@@ -229,8 +259,8 @@ def test_the_guard_stops_it_and_exports_the_best(
 ) -> None:
     output = _train(tmp_path, model, Judged({0: 1.0, 2: 1.1, 4: 0.5}))
     (line,) = [line for line in capsys.readouterr().err.splitlines() if "stopped after" in line]
-    assert "liked: stopped after update 4 of 6: the held-out judge has fallen by 0.6" in line
-    assert "since update 2" in line
+    assert "liked: stopped after update 4 of 6: the held-out judge strict has fallen by 0.6" in line
+    assert "since update 2; the student of update 2 is exported" in line
     assert [line["step"] for line in records(output) if line["stage"] == "liked"] == [0, 1, 2, 3, 4]
     # The same command finds it finished; nothing is measured, trained or written again.
     written = (output / "loras" / "liked.safetensors").stat().st_mtime_ns
@@ -262,35 +292,49 @@ def test_a_margin_is_measured_once(opened: Opened, monkeypatch: pytest.MonkeyPat
     monkeypatch.setitem(opened.run.__dict__, "pipe", pipe)
     (liked,) = opened.stage.feedback.rewards
     open_margin = dataclasses.replace(opened.stage.feedback, rewards=(dataclasses.replace(liked, margin=None), liked))
-    found = rewards._margins(opened.run, opened.stage, open_margin)
-    prompts, count = rewards.fixed_prompts(opened.run, 8)
+    (opened.run.output.checkpoints("liked") / "teacher.npz").unlink(missing_ok=True)
+    found = rewards.margins(opened.run, opened.stage, open_margin)
+    prompts, count = rewards.fixed_prompts(opened.run, GuardConfig(images=8))
     texts = rewards.repeated(prompts, count)
     wanted = BRIGHT(np.full((len(texts), 4, 4, 3), 0.25), texts).mean()
     assert found == pytest.approx([wanted, MARGIN])
     assert (pipe.calls[0]["steps"], pipe.calls[0]["guidance"]) == (rewards.TEACHER_STEPS, 1.0)
-    assert rewards._margins(opened.run, opened.stage, open_margin) == found  # read back, not measured again
+    # Read back, not measured again; and the recipe's margin counts, not the one of then.
+    other = dataclasses.replace(open_margin, rewards=(open_margin.rewards[0], dataclasses.replace(liked, margin=7.0)))
+    assert rewards.margins(opened.run, opened.stage, other) == pytest.approx([wanted, 7.0])
+    assert teacher_figures(opened.run, opened.stage, other).features.shape == (8, 1280)
     assert len(pipe.calls) == 1
 
 
 def test_what_is_measured(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
     judge = JudgeConfig(name="bright", path="judge")
-    guards = GuardConfig(every=2, images=8, judge=judge, perturbation=0.1)
+    guards = GuardConfig(every=2, images=8, judges=(judge,), perturbation=0.1)
     config = dataclasses.replace(opened.stage.feedback, guards=guards)
     images = np.random.default_rng(0).uniform(0.3, 0.7, (8, 4, 4, 3)).astype(np.float32)
     monkeypatch.setattr(watching, "exported_weights", lambda stage, state: state)
+    teacher = TeacherFigures(np.float32([MARGIN]), features(rewards.to_bytes(images[::-1])))
+    monkeypatch.setattr(watching, "teacher_figures", lambda *args: teacher)
     watch = watching.make_watch(opened.run, opened.stage, config, lambda *args: images)
     assert watch is not None
-    prompts, count = rewards.fixed_prompts(opened.run, 8)
+    prompts, count = rewards.fixed_prompts(opened.run, GuardConfig(images=8))
     texts = rewards.repeated(prompts, count)
     measured = watch("the student")  # type: ignore[arg-type]
     plain = BRIGHT(images, texts)
     noise = 0.1 * np.random.default_rng(0).standard_normal(images.shape, np.float32)
     changed = BRIGHT(np.clip(images + noise, 0, 1), texts)
-    assert measured.judged is not None
-    np.testing.assert_allclose(measured.judged, plain, rtol=1e-5)
-    assert measured.metrics == pytest.approx(
-        {"fixed_reward": plain.mean(), "judge": plain.mean(), "sharpness": np.abs(changed - plain).mean()}, rel=1e-4
-    )
+    assert measured.judged.keys() == {"bright"}
+    np.testing.assert_allclose(measured.judged["bright"], plain, rtol=1e-5)
+    seen = features(rewards.to_bytes(images))
+    wanted = {
+        "fixed_reward": plain.mean(),
+        "judge": plain.mean(),
+        "sharpness": np.abs(changed - plain).mean(),
+        "kid": kernel_distance(seen, seen[::-1]).mean,
+        "recall": 1.0,
+    }
+    if count > 1:
+        wanted["diversity"] = diversity(seen.reshape(len(prompts), count, -1)).mean()
+    assert measured.metrics == pytest.approx(wanted, rel=1e-4)
 
 
 def test_score_distillation_with_a_reward(opened: Opened) -> None:
@@ -320,7 +364,10 @@ def test_score_distillation_with_a_reward(opened: Opened) -> None:
         ({"name": "brihgt", "path": "x"}, "'brihgt' is not a reward; did you mean bright?"),
         ({"name": "clip", "path": "nowhere"}, "rewards.0: nowhere"),
         ({"name": "mute", "path": "x"}, "'mute' scores images but cannot be trained on"),
-        ({"name": "embedded:rewrad", "path": None}, "the embedded ones are embedded:report, embedded:reward"),
+        (
+            {"name": "embedded:rewrad", "path": None},
+            "the embedded ones are embedded:report, embedded:reward, emb",
+        ),
         ({"name": "embedded:reward", "path": "x"}, "path=x: embedded:reward has weights of its own"),
     ],
 )
@@ -333,8 +380,20 @@ def test_a_reward_that_cannot_be_trained_on(opened: Opened, change: dict[str, An
     assert "\n" not in str(raised.value)
 
 
+def test_prompts_of_ones_own_are_watched(opened: Opened, tmp_path: Path) -> None:
+    file = tmp_path / "prompts.txt"
+    guards = GuardConfig(images=8, prompts=str(file), judges=(JudgeConfig(name="bright", path="judge"),))
+    config = dataclasses.replace(opened.stage.feedback, guards=guards)
+    with pytest.raises(UserError, match=r"stages\.liked\.feedback\.guards\.prompts: .*prompts.txt: cannot be read"):
+        opened.kind.check(opened.run, dataclasses.replace(opened.stage, feedback=config), ["distilled"])
+    file.write_text("a tower\n\n  a boat \nsnow\n", encoding="utf-8")
+    assert rewards.fixed_prompts(opened.run, guards) == (["a tower", "a boat", "snow"], 3)
+
+
 def test_a_stage_without_a_student_is_refused(opened: Opened) -> None:
-    with pytest.raises(UserError, match=r"stages\.liked: kind=feedback needs a stage before it"):
+    with pytest.raises(
+        UserError, match=r"stages\.liked: kind=feedback needs a student to train on: a stage before it, or lora"
+    ):
         opened.kind.check(opened.run, opened.stage, [])
 
 
@@ -343,9 +402,13 @@ def test_a_stage_without_a_student_is_refused(opened: Opened) -> None:
     [
         ("feedback.rewards=[]", "rewards must name at least one reward"),
         ("late_steps=3", "late_steps must lie in 1..2, not 3"),
+        ("redraws=-1", "redraws must not be negative, and go with late_steps=1"),
         ("eta=0.5", "eta must be 0 with kind=feedback"),
         ("student=unet", "student"),
-        ("feedback.guards.judge={name: bright, path: x}", "guards.judge: it is trained on, so it cannot judge"),
+        (
+            "feedback.guards.judges=[{name: bright, path: x}]",
+            "guards.judges.0: bright is trained on, so it cannot judge",
+        ),
         ("anchor={solver_steps: 5, k: 2}", "solver_steps (5) must be a multiple of k (2)"),
     ],
 )
@@ -360,4 +423,4 @@ def test_the_embedded_scorer_judges_its_own_training(tmp_path: Path) -> None:
     (stage,) = recipe(tmp_path, tmp_path, STAGE, change).stages
     assert isinstance(stage, FeedbackStage)
     assert stage.feedback.guards is not None
-    assert stage.feedback.guards.judge == JudgeConfig(name="embedded:report")
+    assert stage.feedback.guards.judges == (JudgeConfig(name="embedded:report"), JudgeConfig(name="embedded:pixels"))

@@ -1,0 +1,114 @@
+"""What is compared: ways to raise a reward, each under the same number of UNet calls a seed."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+FOUR = [999, 749, 499, 249]
+"""The student's times at four steps."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Arm:
+    """One stage on the distilled student.
+
+    Attributes:
+        title: in the table.
+        settings: of the stage, without name, updates, batch size and learning rate.
+        calls: UNet calls an update, on average.
+        rate: factor on the learning rate.
+    """
+
+    title: str
+    settings: dict[str, Any]
+    calls: float
+
+    def stage(self, name: str, calls: float, batch_size: int, learning_rate: float) -> dict[str, Any]:
+        """Return the stage as a recipe has it, for a budget of UNet calls."""
+        return {
+            "name": name,
+            "updates": round(calls / self.calls),
+            "batch_size": batch_size,
+            "learning_rate": learning_rate,
+            "warmup": 5,
+            "guidance": 4.0,
+            "ema": 0.9,
+            "steps": [1, 4],
+            **self.settings,
+        }
+
+
+def _feedback(*, guards: dict[str, Any] | None = None) -> dict[str, Any]:
+    return {"rewards": [{"name": "embedded:reward"}], "guards": guards}
+
+
+GUARDS = {"every": 10, "images": 64, "prompts": str(Path(__file__).with_name("prompts.txt"))}
+"""Held-out prompts that no table uses."""
+
+ARMS = {
+    # Student 1 or 2 (1.5), and the regulariser's student, guided teacher and target.
+    "feedback": Arm(
+        title="feedback stage (reward at either of two steps, distillation loss on, guarded)",
+        settings={
+            "kind": "feedback",
+            "rank": 16,
+            "times": [999, 499],
+            "late_steps": 2,
+            "anchor": {"weight": 0.1, "solver_steps": 8},
+            "feedback": _feedback(guards=GUARDS),
+        },
+        calls=5.5,
+    ),
+    "refl": Arm(
+        title="ReFL: reward at a random one of four steps",
+        settings={
+            "kind": "feedback",
+            "rank": 16,
+            "times": FOUR,
+            "late_steps": 4,
+            "anchor": None,
+            "feedback": _feedback(),
+        },
+        calls=2.5,
+    ),
+    "draft-1": Arm(
+        title="DRaFT-1: reward after four steps, gradient through the last",
+        settings={
+            "kind": "feedback",
+            "rank": 16,
+            "times": FOUR,
+            "late_steps": 1,
+            "anchor": None,
+            "feedback": _feedback(),
+        },
+        calls=4.0,
+    ),
+    "draft-lv": Arm(
+        title="DRaFT-LV: the same, the last step from two further noises",
+        settings={
+            "kind": "feedback",
+            "rank": 16,
+            "times": FOUR,
+            "late_steps": 1,
+            "redraws": 2,
+            "anchor": None,
+            "feedback": _feedback(),
+        },
+        calls=6.0,
+    ),
+    # Student 1, real score 2, fake score 1, and the fake model's update 2.
+    "dmd": Arm(
+        title="DMD with the reward as a term",
+        settings={
+            "kind": "dmd",
+            "times": [999],
+            "weight": 0.1,
+            "fake_updates": 1,
+            "fake_learning_rate": 2.0e-3,
+            "feedback": _feedback(),
+        },
+        calls=6.0,
+    ),
+}
