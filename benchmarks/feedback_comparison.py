@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--student", type=Path, default=assets() / "loras" / "unified.safetensors")
     parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
     parser.add_argument("--calls", type=float, default=300, help="UNet calls of an arm and seed, for a batch")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--images", type=int, default=256)
     parser.add_argument("--best-of", type=int, nargs="*", default=list(TRIES))

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from hypersd_jax.diffusion import SOLVERS
 from hypersd_jax.errors import UserError
-from hypersd_jax.files import prompt_lines
+from hypersd_jax.files import decoded, lines_of
 from hypersd_jax.paths import parse_lora
 from hypersd_jax.pipeline import CallSettings, Pipeline, to_pil
 from hypersd_jax.pipeline.arguments import NotFiniteWarning, about_not_finite, not_finite
@@ -159,9 +159,13 @@ def read_prompts(given: list[str] | None, file: Path | None, *, embedded: bool) 
     prompts = list(given or [])
     if file is not None:
         try:
-            prompts += prompt_lines(file)
-        except UserError as error:
-            raise UserError(f"--prompts-file {error}") from None
+            lines = lines_of(decoded(file.read_bytes()))
+        except (OSError, ValueError) as error:
+            raise UserError(f"--prompts-file {file}: cannot be read ({error})") from None
+        found = [line.strip() for line in lines if line.strip()]
+        if not found:
+            raise UserError(f"--prompts-file {file}: holds no prompt")
+        prompts += found
     if not prompts and embedded:
         return list(EMBEDDED_PROMPTS)
     if not prompts:

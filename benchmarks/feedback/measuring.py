@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jax.numpy as jnp
 import numpy as np
 
 from hypersd_jax.bases import load_base
@@ -48,7 +49,7 @@ class Measuring:
     """The base model, the held-out prompts, and their real images."""
 
     def __init__(self, model: str, groups: Any, count: int) -> None:
-        self.pipe = Pipeline(load_base(model))
+        self.pipe = Pipeline(load_base(model, dtype=jnp.float32))
         self.items = embedded_items(count, groups)
         side = self.pipe.native_size[0]
         self._real = image_features(training_images(count, groups, side).first)

@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import codecs
 import re
-from pathlib import Path
-
-from hypersd_jax.errors import UserError
 
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
@@ -37,19 +34,3 @@ def lines_of(text: str) -> list[str]:
     """Split text into lines at line feeds and carriage returns alone: a caption may hold other separators."""
     lines = _LINE_BREAK.split(text)
     return lines if lines[-1] else lines[:-1]
-
-
-def prompt_lines(path: Path) -> list[str]:
-    """Read a file of prompts, one a line; empty lines are left out.
-
-    Raises:
-        UserError: naming the file that cannot be read, or holds none.
-    """
-    try:
-        lines = lines_of(decoded(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    found = [line.strip() for line in lines if line.strip()]
-    if not found:
-        raise UserError(f"{path}: holds no prompt")
-    return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Sequence
@@ -19,7 +20,7 @@ from hypersd_jax.distill import feedback_gradient, feedback_loss
 from hypersd_jax.errors import UserError
 from hypersd_jax.evaluation.samples import image_features
 from hypersd_jax.evaluation.scorer_reward import EMBEDDED_REWARDS, PREFIX, embedded_reward
-from hypersd_jax.files import prompt_lines
+from hypersd_jax.files import decoded, lines_of
 from hypersd_jax.inputs.batches import Reading, nothing
 from hypersd_jax.rewards import LoadedReward, Reward, load
 from hypersd_jax.stages.context import Run
@@ -79,7 +80,7 @@ def require_rewards(stage: GeneratorStage, config: FeedbackConfig) -> None:
             for index, each in enumerate(config.guards.judges)
         ]
         if config.guards.prompts is not None:
-            needed.append(("guards.prompts", functools.partial(prompt_lines, Path(config.guards.prompts))))
+            needed.append(("guards.prompts", functools.partial(_prompts_of, Path(config.guards.prompts))))
     for key, opened in needed:
         try:
             opened()
@@ -143,8 +144,19 @@ def score_images(name: str, path: str | None, images: np.ndarray, prompts: Seque
 def fixed_prompts(run: Run, guards: GuardConfig | None) -> tuple[list[str], int]:
     """List the guard's prompts, else the run's preview prompts, and how many images are sampled of each."""
     guards = guards or GuardConfig()
-    prompts = list(run.preview_prompts) if guards.prompts is None else prompt_lines(Path(guards.prompts))
+    prompts = list(run.preview_prompts) if guards.prompts is None else _prompts_of(Path(guards.prompts))
     return prompts, math.ceil(guards.images / len(prompts))
+
+
+def _prompts_of(path: Path) -> list[str]:
+    """Read a file of prompts, one a line; UserError where it cannot be read or holds none."""
+    try:
+        lines = lines_of(decoded(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error})") from None
+    if prompts := [line.strip() for line in lines if line.strip()]:
+        return prompts
+    raise UserError(f"{path}: holds no prompt")
 
 
 def repeated(prompts: Sequence[str], count: int) -> list[str]:
@@ -153,10 +165,10 @@ def repeated(prompts: Sequence[str], count: int) -> list[str]:
 
 
 class TeacherFigures(NamedTuple):
-    """What is measured once, before the stage, on the teacher's images of the fixed prompts."""
+    """What is measured once, before the stage, on the teacher's images."""
 
-    rewards: np.ndarray  # (R,) float32, the mean of each
-    features: np.ndarray  # (N, 1280) float32
+    rewards: np.ndarray  # (R,) float32, the mean of each, of the run's preview prompts
+    features: np.ndarray  # (N, 1280) float32, of the prompts that are watched
 
 
 def margins(run: Run, stage: GeneratorStage, config: FeedbackConfig) -> np.ndarray:
@@ -175,26 +187,33 @@ def teacher_figures(run: Run, stage: GeneratorStage, config: FeedbackConfig) -> 
     if path.exists():
         with np.load(path, allow_pickle=False) as file:
             return TeacherFigures(*(file[name] for name in TeacherFigures._fields))
-    prompts, count = fixed_prompts(run, config.guards)
-    images = np.asarray(
-        run.pipe(
-            prompts,
-            num_images=count,
-            steps=TEACHER_STEPS,
-            sampler="ddim",
-            guidance=float(stage.guidance),
-            output="np",
-            batch_size=run.config.evaluation.batch_size,
-            stepwise=True,
-        )
-    )
-    texts = repeated(prompts, count)
+    watched, images = _teacher_images(run, stage, config.guards)
+    texts, features = watched, image_features(to_bytes(images))
+    if config.guards is not None and config.guards.prompts is not None:
+        # A margin is of what the stage is trained on, whatever is watched.
+        texts, images = _teacher_images(run, stage, dataclasses.replace(config.guards, prompts=None))
     means = [np.mean(score_images(each.name, each.path, images, texts)) for each in config.rewards]
-    found = TeacherFigures(np.asarray(means, np.float32), image_features(to_bytes(images)))
+    found = TeacherFigures(np.asarray(means, np.float32), features)
     if jax.process_index() == 0:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **found._asdict())
     return found
+
+
+def _teacher_images(run: Run, stage: GeneratorStage, guards: GuardConfig | None) -> tuple[list[str], np.ndarray]:
+    """Sample the teacher: (the prompt of each image, images (N, H, W, 3) in 0..1)."""
+    prompts, count = fixed_prompts(run, guards)
+    images = run.pipe(
+        prompts,
+        num_images=count,
+        steps=TEACHER_STEPS,
+        sampler="ddim",
+        guidance=float(stage.guidance),
+        output="np",
+        batch_size=run.config.evaluation.batch_size,
+        stepwise=True,
+    )
+    return repeated(prompts, count), np.asarray(images)
 
 
 def to_bytes(images: np.ndarray) -> np.ndarray:
