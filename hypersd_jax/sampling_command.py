@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from hypersd_jax import files
 from hypersd_jax.diffusion import SOLVERS
 from hypersd_jax.errors import UserError
-from hypersd_jax.files import decoded, lines_of
 from hypersd_jax.paths import parse_lora
 from hypersd_jax.pipeline import CallSettings, Pipeline, to_pil
 from hypersd_jax.pipeline.arguments import NotFiniteWarning, about_not_finite, not_finite
@@ -155,17 +155,13 @@ def used_line(
 
 
 def read_prompts(given: list[str] | None, file: Path | None, *, embedded: bool) -> list[str]:
-    """The prompts of the command line and of a file, one a line; empty lines are left out."""
+    """The prompts of the command line and of a file, see `files.read_prompts`."""
     prompts = list(given or [])
     if file is not None:
         try:
-            lines = lines_of(decoded(file.read_bytes()))
-        except (OSError, ValueError) as error:
-            raise UserError(f"--prompts-file {file}: cannot be read ({error})") from None
-        found = [line.strip() for line in lines if line.strip()]
-        if not found:
-            raise UserError(f"--prompts-file {file}: holds no prompt")
-        prompts += found
+            prompts += files.read_prompts(file)
+        except ValueError as error:
+            raise UserError(f"--prompts-file {file}: {error}") from None
     if not prompts and embedded:
         return list(EMBEDDED_PROMPTS)
     if not prompts:

@@ -53,7 +53,10 @@ def add_parser(commands: Any) -> None:
 
     group = parser.add_argument_group("on what")
     group.add_argument(
-        "--prompts-file", type=parsing.path, metavar="FILE", help="one prompt a line (default: the embedded list)"
+        "--prompts-file",
+        type=parsing.path,
+        metavar="FILE",
+        help="one prompt a line, or a benchmark's .tsv or .jsonl (default: the embedded list)",
     )
     group.add_argument(
         "--n",

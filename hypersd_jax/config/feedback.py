@@ -65,7 +65,8 @@ class GuardConfig:
     Attributes:
         every: training steps from one measurement to the next.
         images: how many images, at least; as many of each prompt.
-        prompts: a file of prompts, one a line; null: the run's preview prompts.
+        prompts: a file of prompts, one a line, or a .tsv or .jsonl as ``--prompts-file`` takes it; null: the run's
+            preview prompts.
         judges: score them too; empty: ``embedded:report`` and ``embedded:pixels`` beside ``embedded:reward``, else
             none, and nothing stops the stage.
         tolerance: standard errors by which a judge may fall below its highest before the stage ends.

@@ -8,3 +8,4 @@ from hypersd_jax.files.images import read_image as read_image
 from hypersd_jax.files.images import read_mask as read_mask
 from hypersd_jax.files.text import decoded as decoded
 from hypersd_jax.files.text import lines_of as lines_of
+from hypersd_jax.files.text import read_prompts as read_prompts

@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import codecs
+import csv
+import json
 import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
 
 _LINE_BREAK = re.compile(r"\r\n|\r|\n")
 
@@ -34,3 +39,47 @@ def lines_of(text: str) -> list[str]:
     """Split text into lines at line feeds and carriage returns alone: a caption may hold other separators."""
     lines = _LINE_BREAK.split(text)
     return lines if lines[-1] else lines[:-1]
+
+
+def read_prompts(path: Path) -> list[str]:
+    """Read the prompts of a file: one a line, or those of a table as benchmarks publish them; empty ones are left out.
+
+    ``.tsv`` is a table with a column ``Prompt`` (PartiPrompts), ``.jsonl`` has an object a line with a key ``prompt``
+    (GenEval).
+
+    Raises:
+        ValueError: what is wrong with the file, in a line that does not name it.
+    """
+    try:
+        lines = lines_of(decoded(path.read_bytes()))
+    except (OSError, ValueError) as error:
+        raise ValueError(f"cannot be read ({error})") from None
+    read = {".tsv": _column, ".jsonl": _objects}.get(path.suffix.lower(), list)
+    found = [prompt.strip() for prompt in read(lines) if prompt.strip()]
+    if not found:
+        raise ValueError("holds no prompt")
+    return found
+
+
+def _column(lines: Iterable[str]) -> list[str]:
+    table = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
+    name = next((name for name in table.fieldnames or () if name.lower() == "prompt"), None)
+    if name is None:
+        raise ValueError(f"has no column Prompt, only {', '.join(table.fieldnames or ('none',))}")
+    return [row[name] or "" for row in table]
+
+
+def _objects(lines: Iterable[str]) -> list[str]:
+    found = []
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            record: Any = json.loads(line)
+        except json.JSONDecodeError:
+            record = None
+        prompt = record.get("prompt") if isinstance(record, dict) else None
+        if not isinstance(prompt, str):
+            raise ValueError(f"line {number} is no object with a text under the key prompt")
+        found.append(prompt)
+    return found

@@ -20,7 +20,7 @@ from hypersd_jax.distill import feedback_gradient, feedback_loss
 from hypersd_jax.errors import UserError
 from hypersd_jax.evaluation.samples import image_features
 from hypersd_jax.evaluation.scorer_reward import EMBEDDED_REWARDS, PREFIX, embedded_reward
-from hypersd_jax.files import decoded, lines_of
+from hypersd_jax.files import read_prompts
 from hypersd_jax.inputs.batches import Reading, nothing
 from hypersd_jax.rewards import LoadedReward, Reward, load
 from hypersd_jax.stages.context import Run
@@ -149,14 +149,10 @@ def fixed_prompts(run: Run, guards: GuardConfig | None) -> tuple[list[str], int]
 
 
 def _prompts_of(path: Path) -> list[str]:
-    """Read a file of prompts, one a line; UserError where it cannot be read or holds none."""
     try:
-        lines = lines_of(decoded(path.read_bytes()))
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read ({error})") from None
-    if prompts := [line.strip() for line in lines if line.strip()]:
-        return prompts
-    raise UserError(f"{path}: holds no prompt")
+        return read_prompts(path)
+    except ValueError as error:
+        raise UserError(f"{path}: {error}") from None
 
 
 def repeated(prompts: Sequence[str], count: int) -> list[str]:
