@@ -70,6 +70,8 @@ class GuardConfig:
         judges: score them too; empty: ``embedded:report`` and ``embedded:pixels`` beside ``embedded:reward``, else
             none, and nothing stops the stage.
         tolerance: standard errors by which a judge may fall below its highest before the stage ends.
+        least: standard deviations over the images, of the first measurement, by which it must have fallen, too: early
+            on a change may be certain and of no account.
         perturbation: deviation of the noise that sharpness is measured with, on images in 0..1.
     """
 
@@ -78,6 +80,7 @@ class GuardConfig:
     prompts: PathText | None = None
     judges: tuple[JudgeConfig, ...] = ()
     tolerance: float = 2.0
+    least: float = 0.1
     perturbation: float = 0.02
 
     def __post_init__(self) -> None:
@@ -85,8 +88,8 @@ class GuardConfig:
             object.__setattr__(self, "prompts", expanded(self.prompts))
         if self.every < 1 or self.images < 2:
             raise ValueError("every must be at least 1 and images at least 2")
-        if self.tolerance <= 0 or self.perturbation <= 0:
-            raise ValueError("tolerance and perturbation must be above 0")
+        if self.tolerance <= 0 or self.perturbation <= 0 or self.least < 0:
+            raise ValueError("tolerance and perturbation must be above 0, and least not below")
 
 
 GUARDS = GuardConfig()

@@ -41,6 +41,11 @@ class FeedbackWatch:
         """Standard errors by which a judge may fall."""
         return self.guards.tolerance
 
+    @property
+    def least(self) -> float:
+        """Standard deviations that it must have fallen by, too."""
+        return self.guards.least
+
     def __call__(self, state: TrainState) -> Measured:
         """Sample the fixed prompts and measure the images; sharpness is the mean change of a reward under noise."""
         prompts, count = fixed_prompts(self.run, self.guards)

@@ -48,6 +48,10 @@ class Watch(Protocol):
     def tolerance(self) -> float:
         """Standard errors by which a judge may fall below its highest before the stage ends."""
 
+    @property
+    def least(self) -> float:
+        """Standard deviations of a judge over the samples that it must have fallen by, too."""
+
     def __call__(self, state: TrainState) -> Measured:
         """Measure a state; the same state gives the same numbers."""
 
@@ -56,9 +60,10 @@ class Guard:
     """The best state so far by held-out judges, on disk, and the decision to stop. A context manager.
 
     A judge has turned when it has fallen by more than the tolerated standard errors of the mean difference to its own
-    highest, sample by sample: prompts differ far more than one student from the next. One judge is enough to end the
-    stage, so that no gain of one pays for another's loss. A state is better than the best so far when the judges'
-    rises, each in its standard errors, add up to more than zero.
+    highest, sample by sample: prompts differ far more than one student from the next. So small a change can be certain,
+    while a student has hardly moved, that it must be a part of the judge's spread over the samples, too. One judge is
+    enough to end the stage, so that no gain of one pays for another's loss. A state is better than the best so far when
+    the judges' rises, each in its standard errors, add up to more than zero.
     """
 
     def __init__(self, watch: Watch, folder: Path, *, updates: int) -> None:
@@ -97,7 +102,8 @@ class Guard:
         for name, scores in judged.items():
             highest = max(before, key=lambda update: before[update][name].mean(), default=number)
             rise, error = _difference(scores, self._history[highest][name])
-            if -rise > self._watch.tolerance * error:
+            spread = float(self._history[min(self._history)][name].std())
+            if -rise > max(self._watch.tolerance * error, self._watch.least * spread):
                 return (
                     f"the held-out judge {name} has fallen by {-rise:.3g} (standard error {error:.2g}) since update "
                     f"{highest}; the student of update {best} is exported"

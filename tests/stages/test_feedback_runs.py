@@ -200,7 +200,7 @@ class Judged:
     """A measurement that needs no sampling: the judge's scores by step."""
 
     def __init__(self, by_step: dict[int, float]) -> None:
-        self.every, self.tolerance, self._by_step = 2, 2.0, by_step
+        self.every, self.tolerance, self.least, self._by_step = 2, 2.0, 0.1, by_step
         self.seen: list[int] = []
 
     def __call__(self, state: Any) -> Measured:

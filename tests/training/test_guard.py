@@ -22,8 +22,8 @@ class Judges:
 
     every, tolerance = 1, 2.0
 
-    def __init__(self, scores: Mapping[str, Sequence[float]]) -> None:
-        self._scores = scores
+    def __init__(self, scores: Mapping[str, Sequence[float]], least: float = 0.0) -> None:
+        self._scores, self.least = scores, least
 
     def __call__(self, state: Any) -> Measured:
         step = int(state.step)
@@ -73,6 +73,19 @@ def test_what_is_kept_and_when_it_stops(
     assert reason is not None
     assert said in reason
     assert f"the student of update {best} is exported" in reason
+
+
+@pytest.mark.parametrize(("least", "stops"), [(0.0, True), (0.03, True), (0.04, False)])
+def test_a_fall_that_is_certain_and_of_no_account(tmp_path: Path, least: float, stops: bool) -> None:
+    """By 1, where the scores' standard deviation over the prompts is 28.7."""
+    run = toy.Run()
+    judges = Judges({"a": [3.0, 2.0]}, least)
+    with Guard(judges, tmp_path / "best", updates=5) as guard:
+        guard.measure(run.state)
+        assert guard.settle(0, run.state, {}) is None
+        run.go(1)
+        guard.measure(run.state)
+        assert (guard.settle(1, run.state, {}) is not None) == stops
 
 
 def test_a_resumed_run_remembers_each_judges_highest(tmp_path: Path) -> None:
