@@ -25,6 +25,7 @@ from hypersd_jax.evaluation.pixel_judge import (
 from hypersd_jax.evaluation.scorer_reward import embedded_reward
 from hypersd_jax.weights.components import assets
 from hypersd_jax.weights.tensors import open_tensors, save_tensors
+from tests.helpers.quick import quick_jit
 
 COUNT = 48
 
@@ -88,7 +89,7 @@ def test_real_images_are_told_apart(embedded: np.ndarray) -> None:
 def test_the_gradient_reaches_the_image(embedded: np.ndarray) -> None:
     judge = embedded_reward("embedded:pixels")
     ids = judge.tokenize(["red apple, noto style, blue background"])
-    slope = jax.grad(lambda image: judge.model(judge.params, image, ids).sum())(jnp.asarray(embedded[:1]))
+    slope = quick_jit(jax.grad(lambda image: judge.model(judge.params, image, ids).sum()))(embedded[:1])
     assert np.isfinite(slope).all()
     assert np.abs(slope).max() > 0
 
@@ -97,7 +98,8 @@ def test_a_file_of_something_else_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "model.safetensors"
     with pytest.raises(UserError, match=r"model\.safetensors"):
         load_pixel_judge(tmp_path)
-    params = {key: np.asarray(value) for key, value in init_judge(jax.random.key(0)).items()}
+    shapes = jax.eval_shape(init_judge, jax.random.key(0))
+    params = {key: np.zeros(value.shape, np.float32) for key, value in shapes.items()}
     save_tensors(path, params, metadata={"classes": "[]"})
     with pytest.raises(UserError, match="classes are not those of the pixel judge"):
         load_pixel_judge(tmp_path)
