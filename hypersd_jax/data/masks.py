@@ -27,9 +27,9 @@ def _filled(polygon: np.ndarray, height: int, width: int) -> np.ndarray:
     rows = np.arange(height) + 0.5
     edge, row = np.nonzero((y0[:, None] <= rows) != (y1[:, None] <= rows))
     x = x0[edge] + (rows[row] - y0[edge]) / (y1[edge] - y0[edge]) * (x1[edge] - x0[edge])
-    inverted = np.zeros((height, width + 1), np.int32)
-    np.add.at(inverted, (row, np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)), 1)
-    return np.cumsum(inverted, axis=1)[:, :width] % 2 == 1
+    inverted = np.zeros((height, width + 1), bool)
+    np.logical_xor.at(inverted, (row, np.clip(np.ceil(x - 0.5), 0, width).astype(np.int64)), True)
+    return np.logical_xor.accumulate(inverted, axis=1)[:, :width]
 
 
 def run_length_mask(counts: np.ndarray, height: int, width: int) -> np.ndarray:

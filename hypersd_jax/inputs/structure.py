@@ -101,8 +101,8 @@ def targets_of(
     def cells(count: int) -> int:
         return len(positive_cells(ordered[:count], masks[:count], **grids).cells)
 
-    # Of the counts from 0 on, each with as many cells as the last or more, the largest that there is room for.
-    most = min(len(order), instances)
-    kept = bisect.bisect_right(range(most + 1), positives, key=cells) - 1
+    kept = min(len(order), instances)
+    if cells(kept) > positives:  # fewer instances never have more cells
+        kept = bisect.bisect_right(range(kept), positives, key=cells) - 1
     found = instance_targets(ordered[:kept], masks[:kept], **grids, positives=positives, instances=instances)
     return found, np.float32(len(order) - kept)
