@@ -22,7 +22,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.inputs.instance_targets import instance_targets
 from hypersd_jax.models.solov2 import SoloV2Output, resize
 from hypersd_jax.rewards import REWARDS, LoadedReward
-from hypersd_jax.rewards.solov2 import LoadedSoloV2, load_solov2
+from hypersd_jax.rewards.solov2 import LoadedSoloV2
 from hypersd_jax.stages import structure, train
 from hypersd_jax.stages.kinds import STUDENT
 from hypersd_jax.stages.streams import Draw, drawn_from
@@ -93,9 +93,13 @@ def opened(tmp_path_factory: pytest.TempPathFactory, model: Path, folder: Path) 
     return open_stage(recipe(where, model, stages, source=str(folder / "images")), "distilled")
 
 
-@pytest.fixture(scope="module")
-def real(opened: Opened, folder: Path) -> Opened:
-    """With a tiny SOLOv2."""
+@pytest.fixture(params=["cheap", "solov2"])
+def given(opened: Opened, folder: Path, request: pytest.FixtureRequest) -> Opened:
+    """With the cheap network, and with a tiny SOLOv2, which takes far longer to compile."""
+    return opened if request.param == "cheap" else with_solov2(opened, folder)
+
+
+def with_solov2(opened: Opened, folder: Path) -> Opened:
     config = dataclasses.replace(opened.stage.structure, path=str(folder / "solo"))
     return dataclasses.replace(opened, stage=dataclasses.replace(opened.stage, structure=config))
 
@@ -145,17 +149,17 @@ def term(opened: Opened) -> Any:
     return value
 
 
-def test_its_loss_by_hand(real: Opened, key: jax.Array, folder: Path) -> None:
-    hand, base, drawn = ByHand(real), real.run.base, drawn_step(real, key)
-    x = trajectory(hand, hand.adapter(real.start), drawn)  # the second LoRA begins at zero
-    x0 = hand.clean(x, hand.unet(x, TIMES[1], hand.adapter(real.start))[0], TIMES[1])
+def test_its_loss_by_hand(given: Opened, key: jax.Array) -> None:
+    hand, base, drawn = ByHand(given), given.run.base, drawn_step(given, key)
+    x = trajectory(hand, hand.adapter(given.start), drawn)  # the second LoRA begins at zero
+    x0 = hand.clean(x, hand.unet(x, TIMES[1], hand.adapter(given.start))[0], TIMES[1])
     decode = quick_jit(lambda params, x: base.decode(params, base.unscale(x)))
     images = np.clip(np.asarray(decode(dict(base.params["vae"]), x0.astype(np.float32))) * 0.5 + 0.5, 0, 1)
-    loaded = load_solov2(folder / "solo", NETWORK)
-    seen = quick_jit(loaded.network)(loaded.params, resize(jnp.asarray(images), (32, 32)))
-    wanted = instance_loss(seen.categories, seen.kernels, seen.features, targets(real))
-    factors = real.kind.trainable(real.run, 0, real.stage)[STUDENT]
-    value, metrics = quick_jit(term(real))(factors, real.frozen, real.batch, key)
+    loaded = structure.open_network(given.stage.structure.path)
+    seen = quick_jit(loaded.network)(dict(loaded.params), resize(jnp.asarray(images), (32, 32)))
+    wanted = instance_loss(seen.categories, seen.kernels, seen.features, targets(given))
+    factors = given.kind.trainable(given.run, 0, given.stage)[STUDENT]
+    value, metrics = quick_jit(term(given))(factors, given.frozen, given.batch, key)
     assert float(value) == pytest.approx(0.5 * float(wanted.total), rel=TOLERANCE)
     for name, number in (("", wanted.total), ("_category", wanted.category), ("_mask", wanted.mask)):
         assert float(metrics[f"structure{name}"]) == pytest.approx(float(number), rel=TOLERANCE)
@@ -164,12 +168,8 @@ def test_its_loss_by_hand(real: Opened, key: jax.Array, folder: Path) -> None:
     assert metrics["calls"] == 2.0
 
 
-@pytest.mark.parametrize("network", ["cheap", "solov2"])
-def test_the_gradient_is_that_of_the_whole_chain(
-    network: str, opened: Opened, key: jax.Array, request: pytest.FixtureRequest
-) -> None:
+def test_the_gradient_is_that_of_the_whole_chain(given: Opened, key: jax.Array) -> None:
     """Of one step, the decoder and the network; the steps before it have none, nor has the first LoRA."""
-    given: Opened = opened if network == "cheap" else request.getfixturevalue("real")
     hand, base, drawn = ByHand(given), given.run.base, drawn_step(given, key)
     own = randomised(given.kind.trainable(given.run, 0, given.stage)[STUDENT], 3)
     scales = {path: jnp.ones(2) for path in own}
@@ -204,20 +204,26 @@ def test_its_calls_are_counted(opened: Opened) -> None:
         assert (metrics["calls"], half) == (whole, 0)
 
 
-def test_a_single_step_is_the_first(opened: Opened, key: jax.Array) -> None:
-    """No time but the last is at or below its start, whose step alone is taken."""
-    assert opened.stage.structure is not None
-    stage = dataclasses.replace(opened.stage, structure=dataclasses.replace(opened.stage.structure, start=300))
-    models = opened.kind.trainable(opened.run, 0, stage)
-    found = jax.eval_shape(
-        lambda *given: structure.structure_term(opened.run.base, stage, *given),
-        models,
-        opened.frozen,
-        opened.batch,
-        key,
-    )
-    assert found[0].shape == ()
-    assert (opened.stage.structure_steps, stage.structure_steps) == (3, 1)
+def traced(opened: Opened, stage: Any, key: jax.Array) -> Any:
+    """Shapes of the term and its metrics."""
+    opened = dataclasses.replace(opened, stage=stage)
+    factors = opened.kind.trainable(opened.run, 0, stage)[STUDENT]
+    return jax.eval_shape(term(opened), factors, opened.frozen, opened.batch, key)
+
+
+def test_the_steps_are_those_from_its_start_on(opened: Opened, key: jax.Array) -> None:
+    for start, steps in ((999, 4), (800, 3), (749, 3), (300, 1)):
+        stage = dataclasses.replace(opened.stage, structure=dataclasses.replace(opened.stage.structure, start=start))
+        assert stage.structure_steps == steps
+    assert traced(opened, stage, key)[0].shape == ()  # of one step, though there are two late ones
+
+
+def test_a_file_of_solov2_is_read_and_looked_with(opened: Opened, folder: Path, key: jax.Array) -> None:
+    given = with_solov2(opened, folder)
+    given.kind.check(given.run, given.stage, ["distilled"])
+    assert structure.open_network(str(folder / "solo")).config == NETWORK
+    value, metrics = traced(given, given.stage, key)
+    assert value.shape == metrics["structure_mask"].shape == ()
 
 
 # MARK: a whole run
