@@ -23,6 +23,7 @@ BOXES = [
     [(4, 4, 20, 16), (20, 24, 12, 28)],
     [(10, 30, 24, 20)],
     [(0, 0, 40, 14), (8, 20, 24, 24)],
+    [],
 ]
 ROOM = {"positives": 128, "instances": 4}
 
@@ -69,7 +70,7 @@ def test_the_masks_lie_where_the_pixels_are(tmp_path: Path, changes: dict[str, A
                 seen += 1
             cells = targets.classes[index][targets.weights[index] > 0]
             assert set(cells) <= {channel for channel in range(2) if shares[channel].any()}
-    assert seen > 15
+    assert seen > 12
     assert any(mirrored) == bool(changes.get("flip"))
 
 

@@ -16,6 +16,8 @@ import numpy as np
 import pytest
 
 from hypersd_jax import adapters
+from hypersd_jax.config import DataConfig
+from hypersd_jax.data import open_source
 from hypersd_jax.distill import draw_trajectory
 from hypersd_jax.distill.structure import InstanceTargets, instance_loss
 from hypersd_jax.errors import UserError
@@ -271,15 +273,24 @@ def test_what_is_left_out_is_said(opened: Opened, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("changes", "line"),
+    ("key", "content", "line"),
     [
-        ({"path": "nowhere"}, "stages.liked.structure.path: nowhere"),
-        ({"annotations": "nowhere.json"}, "stages.liked.structure.annotations: nowhere.json: no such file"),
+        ("path", None, "no such file"),
+        ("path", "{", "not a safetensors file"),
+        ("annotations", None, "no such file"),
+        ("annotations", "{", "not valid JSON"),
+        ("annotations", "{}", "is not in COCO's format: 'categories' is missing"),
     ],
 )
-def test_files_that_are_missing(opened: Opened, changes: dict[str, str], line: str) -> None:
+def test_files_that_are_missing_or_broken(
+    opened: Opened, tmp_path: Path, key: str, content: str | None, line: str
+) -> None:
+    file = tmp_path / "given"
+    if content is not None:
+        file.write_text(content)
     with pytest.raises(UserError) as raised:
-        checked(opened, **changes)
+        checked(opened, **{key: str(file)})
+    assert str(raised.value).startswith(f"stages.liked.structure.{key}: {file}")
     assert line in str(raised.value)
     assert "\n" not in str(raised.value)
 
@@ -297,7 +308,7 @@ def test_annotations_of_other_images_or_categories(opened: Opened, tmp_path: Pat
 
 
 def test_data_that_has_no_image_files(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(opened.run, "source", None)
+    monkeypatch.setattr(opened.run, "source", open_source(DataConfig(), resolution=16, seed=0))
     with pytest.raises(UserError, match=r"liked.structure.annotations: the images of data.source=.* are no files"):
         checked(opened)
     cached = dataclasses.replace(opened.run.config.data, cache="cache")
