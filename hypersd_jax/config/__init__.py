@@ -39,3 +39,4 @@ from hypersd_jax.config.schema import MeshConfig as MeshConfig
 from hypersd_jax.config.schema import ModelConfig as ModelConfig
 from hypersd_jax.config.stage import Sampling as Sampling
 from hypersd_jax.config.stage import StageConfig as StageConfig
+from hypersd_jax.config.structure import StructureConfig as StructureConfig

@@ -9,6 +9,7 @@ from typing import Literal
 from hypersd_jax.config.feedback import FeedbackConfig
 from hypersd_jax.config.fields import derived, outside, static
 from hypersd_jax.config.generator import GeneratorStage, RegulariserConfig
+from hypersd_jax.config.structure import StructureConfig
 
 REGULARISER = RegulariserConfig(weight=0.1)
 """The consistency regulariser where a recipe names none."""
@@ -30,6 +31,7 @@ class FeedbackStage(GeneratorStage):
         late_steps: the gradient runs through one of this many last steps of ``times``, chosen at random; 1: the last.
         redraws: how often the sample is noised to the last of ``times`` again and predicted from there, with gradient:
             the low-variance estimate of DRaFT-LV (arXiv 2309.17400).
+        structure: the structure term; null: none.
     """
 
     kind: Literal["feedback"]
@@ -38,6 +40,7 @@ class FeedbackStage(GeneratorStage):
     merge_weight: float = outside(1.0)
     late_steps: int = static(1)
     redraws: int = static(0)
+    structure: StructureConfig | None = None
     anchor: RegulariserConfig | None = REGULARISER
 
     def __post_init__(self) -> None:
@@ -54,6 +57,10 @@ class FeedbackStage(GeneratorStage):
             raise ValueError("redraws must not be negative, and go with late_steps=1")
         if self.eta:
             raise ValueError("eta must be 0 with kind=feedback: the student is trained without fresh noise")
+        if self.structure and self.data_free:
+            raise ValueError("data_free: the structure term needs images")
+        if self.structure and not self.structure_steps:
+            raise ValueError(f"structure.start={self.structure.start}: below all of times {list(self.times)}")
 
     @property
     def noises_afresh(self) -> bool:
@@ -74,3 +81,8 @@ class FeedbackStage(GeneratorStage):
     def gradient_steps(self) -> int:
         """The last steps, one of which carries the gradient."""
         return self.late_steps
+
+    @derived
+    def structure_steps(self) -> int:
+        """How many of the last steps the structure term takes."""
+        return sum(time <= self.structure.start for time in self.times) if self.structure else 0

@@ -67,6 +67,11 @@ class EmojiSource:
         """None: there are but a few backgrounds."""
         return None
 
+    @property
+    def files(self) -> None:
+        """None: the images are one file."""
+        return None
+
     def batch(self, positions: np.ndarray) -> Batch:
         """Make the examples at these positions (B,) of the stream: images (B, resolution, resolution, 3) in -1..1."""
         return self.variant_batch(self.keys(positions))

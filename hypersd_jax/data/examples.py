@@ -99,7 +99,7 @@ class Examples:
                 return -1
             return int.from_bytes(hashlib.sha256(text.encode()).digest()[:7], "big")
 
-        if not len(self) or not self._is_path(0):
+        if not self.has_files:
             return np.zeros(len(self), np.int64)
         with ThreadPoolExecutor(READERS) as pool:
             return np.fromiter(pool.map(look, range(len(self))), np.int64, len(self))
@@ -108,6 +108,11 @@ class Examples:
     def contents(self) -> str:
         """A digest that changes when one of the files does: the table's, or an image's."""
         return hashlib.sha256(f"{self.version} ".encode() + self.stamps.tobytes()).hexdigest()
+
+    @property
+    def has_files(self) -> bool:
+        """Whether the images are files that the table names, and not in the table itself."""
+        return len(self) > 0 and self._is_path(0)
 
     def _is_path(self, row: int) -> bool:
         if self.image is None:

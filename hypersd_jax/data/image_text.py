@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
@@ -33,6 +34,16 @@ class _Found(NamedTuple):
     row: int
     group: int
     image: Image.Image
+
+
+class _Made(NamedTuple):
+    """One example of a `Batch`."""
+
+    pixels: np.ndarray
+    caption: str
+    sizes: np.ndarray
+    row: int
+    mirrored: bool
 
 
 class ImageTextSource:
@@ -126,6 +137,13 @@ class ImageTextSource:
             return f"data.{'crop=random' if self._random_crop else 'flip=true'} makes every epoch's images different"
         return "data.bucket_step makes images of several sizes" if self._step else None
 
+    @functools.cached_property
+    def files(self) -> Mapping[int, str] | None:
+        """The name of each image's file, by its row of the table; None where the table itself holds the images."""
+        if not self._rows.has_files:
+            return None
+        return {row: self._rows.name_of(row) for row in map(int, np.concatenate(self._members))}
+
     def batch(self, positions: np.ndarray) -> Batch:
         """Read the examples at these positions (B,), in several threads; with buckets they must be of one batch.
 
@@ -137,7 +155,7 @@ class ImageTextSource:
         if len(np.unique(groups)) > 1:
             raise UserError("data.bucket_step: aspect buckets serve whole batches only, of stages with one batch_size")
 
-        def make(index: int) -> tuple[np.ndarray, str, np.ndarray]:
+        def make(index: int) -> _Made:
             found = self._find(int(groups[index]), int(offsets[index]))
             return self._fit(found, int(positions[index]))
 
@@ -173,7 +191,7 @@ class ImageTextSource:
         if self.uncacheable:
             raise UserError(self.uncacheable)
 
-        def make(index: int) -> tuple[np.ndarray, str, np.ndarray]:
+        def make(index: int) -> _Made:
             row = int(keys[index])
             try:
                 found = _Found(row, 0, self._open(row))
@@ -184,16 +202,17 @@ class ImageTextSource:
 
         return self._made(make, len(keys))
 
-    def _made(self, make: Callable[[int], tuple[np.ndarray, str, np.ndarray]], count: int) -> Batch:
-        pixels, captions, sizes = zip(*self._pool.map(make, range(count)), strict=True)
-        return Batch(np.stack(pixels), list(captions), np.stack(sizes))
+    def _made(self, make: Callable[[int], _Made], count: int) -> Batch:
+        pixels, captions, sizes, rows, mirrored = zip(*self._pool.map(make, range(count)), strict=True)
+        keys = np.asarray(rows, np.int64)
+        return Batch(np.stack(pixels), list(captions), np.stack(sizes), keys, np.asarray(mirrored, bool))
 
-    def _fit(self, found: _Found, position: int) -> tuple[np.ndarray, str, np.ndarray]:
+    def _fit(self, found: _Found, position: int) -> _Made:
         random = {what: float(fraction(mix(self._seed, what, position))[0]) for what in (DOWN, ACROSS, FLIP)}
         corner = (random[DOWN], random[ACROSS]) if self._random_crop else None
         flip = self._flip and random[FLIP] < 0.5
         pixels, sizes = fit_image(found.image, self._targets[found.group], corner, flip=flip)
-        return pixels, self._rows.caption_of(found.row), sizes
+        return _Made(pixels, self._rows.caption_of(found.row), sizes, found.row, flip)
 
     def _open(self, row: int) -> Image.Image:
         with self._rows.open_image(row) as file:

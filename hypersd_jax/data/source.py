@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple, Protocol
 
 import numpy as np
@@ -12,11 +13,14 @@ class Batch(NamedTuple):
 
     ``images`` (B, H, W, 3) float32 in -1..1; ``sizes`` (B, 6) float32, SDXL's size ids of each: the image's own
     (height, width) before anything was done to it, the crop's (top, left) in pixels of the resized image, and (H, W).
+    Of sources with image files, also the examples' ``keys`` (B,) int64, and whether each is ``mirrored``, (B,) bool.
     """
 
     images: np.ndarray
     captions: list[str]
     sizes: np.ndarray
+    keys: np.ndarray | None = None
+    mirrored: np.ndarray | None = None
 
 
 class Prompts(Protocol):
@@ -58,6 +62,11 @@ class Source(Protocol):
     @property
     def uncacheable(self) -> str | None:
         """Why examples cannot be encoded once and kept, naming the key at fault; None where they can."""
+        ...
+
+    @property
+    def files(self) -> Mapping[int, str] | None:
+        """The name of each image's file, by the example's key; None where images are no files of their own."""
         ...
 
     def batch(self, positions: np.ndarray) -> Batch:

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 from hypersd_jax.bases import TextToImage
 from hypersd_jax.conditioning import Conditioning, LongPromptWarning, PromptEncoder, already_warned
 from hypersd_jax.config import Config, StageConfig
-from hypersd_jax.data import Source, prefetch
+from hypersd_jax.data import Batch, Source, prefetch
 from hypersd_jax.data.cache import Cache
 from hypersd_jax.errors import UserError
 from hypersd_jax.inputs.cache_metadata import cache_metadata
@@ -28,13 +28,21 @@ Load = Callable[[np.ndarray], Any]
 """(positions (A, B) in the data's stream) -> tree of arrays (A, B, ...) on the host; runs in the background."""
 Finish = Callable[[int, Any], dict[str, Any]]
 """(step, counted from 0; what was loaded, on the devices) -> the step's batch."""
-Reading = Callable[[Sequence[str]], Mapping[str, Any]]
-"""(captions of N samples) -> what else a step reads of them, arrays (N, ...) by their name in the batch."""
+Reading = Callable[[Sequence[str], Batch | None], Mapping[str, Any]]
+"""(captions of N samples, and their images where these are read) -> what else a step reads of them.
+
+That is trees of arrays (N, ...) by their name in the batch.
+"""
 
 
-def nothing(captions: Sequence[str]) -> dict[str, Any]:
-    """Read nothing else of the captions."""
+def nothing(captions: Sequence[str], images: Batch | None) -> dict[str, Any]:
+    """Read nothing else of the samples."""
     return {}
+
+
+def together(*readings: Reading) -> Reading:
+    """Join readings of different names in the batch into one."""
+    return lambda captions, images: {name: tree for read in readings for name, tree in read(captions, images).items()}
 
 
 class LoadedBatch(NamedTuple):
@@ -77,7 +85,7 @@ def images_only(source: Source) -> Load:
 
 
 def examples(source: Source, prompts: PromptEncoder, read: Reading, *, sizes: bool) -> Load:
-    """Load images, token ids, sizes where the model reads these, and what else is read of the captions.
+    """Load images, token ids, sizes where the model reads these, and what else is read of the samples.
 
     {"images", "ids": (A, B, S) each, "sizes", "read"}.
     """
@@ -90,7 +98,7 @@ def examples(source: Source, prompts: PromptEncoder, read: Reading, *, sizes: bo
             "images": _split(batch.images, positions),
             "ids": ids,
             "sizes": found,
-            "read": split_all(read(batch.captions), positions),
+            "read": split_all(read(batch.captions, batch), positions),
         }
 
     return load
@@ -109,7 +117,7 @@ def cached(source: Source, cache: Cache, read: Reading, *, sizes: bool, encoders
             "context": found["context"],
             "pooled": found.get("pooled"),
             "sizes": found["sizes"] if sizes else None,
-            "read": {} if read is nothing else split_all(read(source.captions(keys)), positions),
+            "read": {} if read is nothing else split_all(read(source.captions(keys), None), positions),
         }
 
     return load
@@ -157,7 +165,7 @@ class Inputs:
     ) -> Iterator[LoadedBatch]:
         """Load batches {"latents", "cond", "indices"} of a stage that trains adapters, as `load_batches`.
 
-        They also hold what ``read`` makes of the captions.
+        They also hold what ``read`` makes of the samples.
         """
         params = self._base.params
         texts = {name: params[name] for name in self._base.text_encoders}

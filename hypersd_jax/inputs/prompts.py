@@ -43,7 +43,7 @@ class PromptInputs:
             if self._resolution:
                 sizes = size_ids(self._resolution, self._resolution, positions.size).reshape(*positions.shape, -1)
             ids = tuple(each.reshape(*positions.shape, *each.shape[1:]) for each in tokens)
-            return ids, sizes, split_all(read(prompts), positions)
+            return ids, sizes, split_all(read(prompts, None), positions)
 
         def finish(_number: int, loaded: Any) -> dict[str, Any]:
             ids, sizes, also = loaded

@@ -204,6 +204,11 @@ def solov2(config: SoloV2Config, *, dtype: Any = jnp.float32) -> Network:
     return describe(SoloV2, config, dtype=dtype)
 
 
+def whole_strides(height: int, width: int) -> tuple[int, int]:
+    """Round the sides of an image up to multiples of `STRIDE`."""
+    return -(-height // STRIDE) * STRIDE, -(-width // STRIDE) * STRIDE
+
+
 def resize(x: jax.Array, size: tuple[int, ...]) -> jax.Array:
     """Resize (B, H, W, C) to (B, *size, C): bilinear, not antialiased, as PyTorch's `align_corners=False`."""
     return jax.image.resize(x, (x.shape[0], *size, x.shape[3]), "linear", antialias=False)

@@ -1,7 +1,8 @@
 """Feedback stages: a second LoRA on a distilled student, trained on rewards of its images (Hyper-SD, section 3.2).
 
-The student without gradient up to a late step, that step with gradient, the decoder, the rewards. The distilled LoRA is
-frozen; the two are one adapter by concatenation of their ranks, while training and in the exported file.
+The student without gradient up to a late step, that step with gradient, the decoder, the rewards; and the same from
+noised images, before a network that finds their instances (`structure`). The distilled LoRA is frozen; the two are one
+adapter by concatenation of their ranks, while training and in the exported file.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from hypersd_jax.config import PREVIOUS, FeedbackStage
 from hypersd_jax.diffusion import add_noise, to_x0_eps
 from hypersd_jax.distill import alpha_sigma
 from hypersd_jax.errors import UserError
-from hypersd_jax.inputs.batches import LoadedBatch
+from hypersd_jax.inputs.batches import LoadedBatch, together
 from hypersd_jax.stages import adapter_student, generator
 from hypersd_jax.stages.context import Factors, Run
 from hypersd_jax.stages.export import export_student
@@ -29,19 +30,21 @@ from hypersd_jax.stages.generator import Frozen
 from hypersd_jax.stages.kinds import STUDENT
 from hypersd_jax.stages.rewards import feedback_term, frozen_feedback, require_rewards, tokens_of
 from hypersd_jax.stages.streams import Draw, Stream, drawn_from, normal
+from hypersd_jax.stages.structure import frozen_structure, require_structure, structure_term, targets_of
 from hypersd_jax.stages.watching import make_watch
 from hypersd_jax.training import LossFunction, Metrics, Phase, Watch
 from hypersd_jax.weights.diffusers.component import host
 
 
 def check(run: Run, stage: FeedbackStage, earlier: Sequence[str]) -> None:
-    """Refuse rewards that cannot be loaded, or a run that has distilled no student yet."""
+    """Refuse rewards or structure that cannot be computed, or a run that has distilled no student yet."""
     if not run.has_student(earlier):
         raise UserError(
             f"stages.{stage.name}: kind=feedback needs a student to train on: a stage before it, or lora.start"
         )
     generator.check(run, stage, earlier)
     require_rewards(stage, stage.feedback)
+    require_structure(run, stage)
 
 
 def trainable(run: Run, index: int, stage: FeedbackStage) -> dict[str, Any]:
@@ -55,6 +58,7 @@ def frozen(run: Run, stage: FeedbackStage) -> Frozen:
         scales=_scales(run, stage),
         under=run.teacher(PREVIOUS),
         feedback=frozen_feedback(run, stage, stage.feedback),
+        structure=frozen_structure(run, stage),
     )
 
 
@@ -64,7 +68,7 @@ def phases(base: TextToImage, stage: FeedbackStage) -> list[Phase]:
 
 
 def make_loss(base: TextToImage, stage: FeedbackStage) -> LossFunction:
-    """Make the loss: the rewards' hinges (Eq. 13), and what keeps the student near its teachers."""
+    """Make the loss: the rewards' hinges (Eq. 13), the structure term (Eq. 14), and what keeps the student near."""
 
     def loss(models: Any, ema: Any, frozen: Frozen, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         nets = Networks(base=base, weights=frozen.weights)
@@ -76,6 +80,9 @@ def make_loss(base: TextToImage, stage: FeedbackStage) -> LossFunction:
         )
         for term in terms:
             value = value + term
+        if stage.structure is not None:
+            term, found, cost = structure_term(base, stage, models, frozen, batch, key)
+            value, more, calls = value + term, {**more, **found}, calls + cost
         return value, {**metrics, **more, "calls": drawn.step + 1.0 + stage.redraws + calls}
 
     return loss
@@ -101,8 +108,9 @@ def _redrawn(
 
 
 def batches(run: Run, index: int, stage: FeedbackStage, frozen: Frozen, done: int) -> Iterator[LoadedBatch]:
-    """Load the batches of a generator stage, and the captions' tokens for each reward."""
-    return generator.batches(run, index, stage, frozen, done, tokens_of(stage.feedback))
+    """Load the batches of a generator stage, the captions' tokens for each reward, and the images' instances."""
+    read = together(tokens_of(stage.feedback), targets_of(run, stage))
+    return generator.batches(run, index, stage, frozen, done, read)
 
 
 def preview(run: Run, stage: FeedbackStage, student: Any, name: str) -> None:

@@ -62,6 +62,7 @@ class Frozen(NamedTuple):
     fake_scales: Any = None  # of the fake score model's factors
     under: Adapter | None = None  # on the base beneath the student's factors
     feedback: Any = None  # what the rewards' term reads
+    structure: Any = None  # parameters of the structure term's network
 
 
 def check(run: Run, stage: GeneratorStage, earlier: Sequence[str]) -> None:
@@ -129,7 +130,7 @@ def batches(
 ) -> Iterator[LoadedBatch]:
     """Load batches {"cond", "indices"}, "latents" where images are read, and "noise" and "endpoint" of ODE pairs.
 
-    They also hold what ``read`` makes of the captions.
+    They also hold what ``read`` makes of the samples.
     """
     if stage.regression is None or not stage.regression.paired:
         return _batches(run, index, stage, done, read)

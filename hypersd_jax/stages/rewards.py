@@ -93,7 +93,7 @@ def tokens_of(config: FeedbackConfig | None) -> Reading:
     if config is None:
         return nothing
     rewards = [open_trainable(each.name, each.path) for each in config.rewards]
-    return lambda captions: {TOKENS: tuple(reward.tokenize(captions) for reward in rewards)}
+    return lambda captions, images: {TOKENS: tuple(reward.tokenize(captions) for reward in rewards)}
 
 
 def frozen_feedback(run: Run, stage: GeneratorStage, config: FeedbackConfig) -> FrozenFeedback:
@@ -112,6 +112,26 @@ def feedback_term(
     """Compute the rewards' term of the loss and its metrics, the mean over the student's clean latents.
 
     ``x0`` are one or several estimates (B, h, w, C) of each sample.
+    """
+    rewards = [
+        functools.partial(open_trainable(each.name, each.path).model, params, ids=jnp.repeat(ids, len(x0), axis=0))
+        for each, params, ids in zip(config.rewards, frozen.params, batch[TOKENS], strict=True)
+    ]
+    latents = jnp.stack(x0, axis=1)  # a sample's estimates side by side, as a split batch wants them
+    latents = latents.reshape(-1, *latents.shape[2:])
+    images = decoded_images(base, frozen, latents)
+    weights = jnp.stack([jnp.asarray(each.weight) for each in config.rewards])
+    found = feedback_gradient(rewards, images, frozen.margins, weights, balanced=config.balanced)
+    metrics: Metrics = {"feedback": found.hinge}
+    for index in range(len(rewards)):
+        mark = suffix(index)
+        metrics[f"reward{mark}"] = jnp.mean(found.scores[index])
+        metrics[f"below_margin{mark}"] = jnp.mean(found.below[index].astype(jnp.float32))
+    return feedback_loss(images, found), metrics
+
+
+def decoded_images(base: TextToImage, frozen: FrozenFeedback, latents: jax.Array) -> jax.Array:
+    """Decode clean latents (B, h, w, C) to images (B, H, W, 3), 0..1 but for what the decoder overshoots.
 
     The decoder's activations are computed again in the backward pass: at 1024 px they are larger than the UNet's.
     """
@@ -120,20 +140,7 @@ def feedback_term(
     def decode(latents: jax.Array) -> jax.Array:
         return base.decode(frozen.autoencoder, base.unscale(latents)).astype(jnp.float32) * 0.5 + 0.5
 
-    rewards = [
-        functools.partial(open_trainable(each.name, each.path).model, params, ids=jnp.repeat(ids, len(x0), axis=0))
-        for each, params, ids in zip(config.rewards, frozen.params, batch[TOKENS], strict=True)
-    ]
-    latents = jnp.stack(x0, axis=1)  # a sample's estimates side by side, as a split batch wants them
-    latents = latents.reshape(-1, *latents.shape[2:])
-    images, weights = decode(latents), jnp.stack([jnp.asarray(each.weight) for each in config.rewards])
-    found = feedback_gradient(rewards, images, frozen.margins, weights, balanced=config.balanced)
-    metrics: Metrics = {"feedback": found.hinge}
-    for index in range(len(rewards)):
-        mark = suffix(index)
-        metrics[f"reward{mark}"] = jnp.mean(found.scores[index])
-        metrics[f"below_margin{mark}"] = jnp.mean(found.below[index].astype(jnp.float32))
-    return feedback_loss(images, found), metrics
+    return decode(latents)
 
 
 def score_images(name: str, path: str | None, images: np.ndarray, prompts: Sequence[str]) -> np.ndarray:

@@ -27,6 +27,7 @@ class Draw(enum.IntEnum):
     REAL = 2**32 - 4
     R1 = 2**32 - 5
     REDRAW = 2**32 - 6
+    STRUCTURE = 2**32 - 7
 
 
 def stream(seed: int, name: Stream, index: int) -> jax.Array:

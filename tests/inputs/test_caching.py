@@ -13,7 +13,7 @@ import pytest
 
 from hypersd_jax.bases import load_base
 from hypersd_jax.config import Config, load_config
-from hypersd_jax.data import open_source
+from hypersd_jax.data import Batch, open_source
 from hypersd_jax.data.cache import Cache
 from hypersd_jax.errors import UserError
 from hypersd_jax.inputs.batches import Inputs
@@ -60,7 +60,7 @@ def batches(config: Config, way: str) -> list[Any]:
     return [(number, jax.device_get(batch)) for number, batch, _ in itertools.islice(loaded, 2)]
 
 
-def _lengths(captions: Sequence[str]) -> dict[str, Any]:
+def _lengths(captions: Sequence[str], images: Batch | None) -> dict[str, Any]:
     """What a step may read of the captions besides the model's conditioning."""
     return {"lengths": np.asarray([[len(caption)] for caption in captions])}
 
