@@ -11,8 +11,9 @@ from hypersd_jax.config.fields import derived, outside, static
 from hypersd_jax.config.generator import GeneratorStage, RegulariserConfig
 from hypersd_jax.config.structure import StructureConfig
 
-REGULARISER = RegulariserConfig(weight=0.1)
-"""The consistency regulariser where a recipe names none."""
+REGULARISER = RegulariserConfig(weight=0.1, teacher="previous")
+"""The consistency regulariser where a recipe names none. Its teacher is the student as it was: the base would pull a
+student that more than TSCD has trained back to what TSCD alone reaches."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -27,7 +28,8 @@ class FeedbackStage(GeneratorStage):
         feedback: the rewards, and the guards.
         rank: of the second LoRA; null: ``lora.rank``.
         merge_weight: scale of the second LoRA in the exported student.
-        anchor: the consistency regulariser, here on, at the weight 0.1; null: none.
+        anchor: the consistency regulariser, here on, at the weight 0.1, with the student as it was for its teacher;
+            null: none.
         late_steps: the gradient runs through one of this many last steps of ``times``, chosen at random; 1: the last.
         redraws: how often the sample is noised to the last of ``times`` again and predicted from there, with gradient:
             the low-variance estimate of DRaFT-LV (arXiv 2309.17400).
