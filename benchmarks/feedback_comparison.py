@@ -34,6 +34,7 @@ from hypersd_jax.stages import train
 from hypersd_jax.weights.components import assets
 
 STEPS = (1, 2, 4)
+COMPARED = ("feedback", "refl", "draft-1", "draft-lv", "dmd")
 TRIES = (2, 4)
 QUIET = ("evaluation.samples=0", "log.sample_every=0", "log.tensorboard=false")
 
@@ -44,7 +45,7 @@ def main() -> None:
     parser.add_argument("--name", default="comparison", help="of the results")
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--student", type=Path, default=assets() / "loras" / "unified.safetensors")
-    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(ARMS))
+    parser.add_argument("--arms", nargs="+", choices=ARMS, default=list(COMPARED))
     parser.add_argument("--calls", type=float, default=200, help="UNet calls of an arm and seed, for a batch")
     parser.add_argument("--batch-size", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=3e-4)

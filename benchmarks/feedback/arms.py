@@ -49,15 +49,15 @@ def _feedback(*, guards: dict[str, Any] | None = None) -> dict[str, Any]:
 GUARDS = {"every": 15, "images": 64, "prompts": str(Path(__file__).with_name("prompts.txt"))}
 """Held-out prompts that no table uses."""
 
+ONE_STEP: dict[str, Any] = {"kind": "feedback", "rank": 16, "times": [999]}
+
 ARMS = {
     # Student 1, and the regulariser's student, teacher and target. The teacher is the student as it was: the base would
     # pull it away from what its distillation has reached, which no reward at this rate makes good.
     "feedback": Arm(
         title="feedback stage (one step, distillation loss on, guarded)",
         settings={
-            "kind": "feedback",
-            "rank": 16,
-            "times": [999],
+            **ONE_STEP,
             "anchor": {"weight": 0.03, "solver_steps": 8, "teacher": "previous"},
             "feedback": _feedback(guards=GUARDS),
         },
@@ -99,6 +99,16 @@ ARMS = {
             "feedback": _feedback(),
         },
         calls=6.0,
+    ),
+    "unguarded": Arm(
+        title="one step, reward alone, no guard",
+        settings={**ONE_STEP, "anchor": None, "feedback": _feedback()},
+        calls=1.0,
+    ),
+    "guarded": Arm(
+        title="one step, reward alone, guarded",
+        settings={**ONE_STEP, "anchor": None, "feedback": _feedback(guards=GUARDS)},
+        calls=1.0,
     ),
     # Student 1, real score 2, fake score 1, and the fake model's update 2.
     "dmd": Arm(

@@ -70,6 +70,6 @@ def markdown(rows: Sequence[Mapping[str, Any]]) -> str:
                 f"{row[key]:.3f}" if key != "diversity" else f"{row[key]:.2f}" if key in row else "" for key in SETS
             ]
             cells.append(f"{row['joint_collapse']:.1%}" if "joint_collapse" in row else "")
-            cells += [str(row.get("calls", "")), str(row.get("updates", ""))]
+            cells += [str(row.get("calls", "")), ", ".join(str(count) for count in row.get("made", ()))]
             parts.append(f"| {' | '.join(cells)} |\n")
     return "".join(parts)

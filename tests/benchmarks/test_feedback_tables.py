@@ -49,7 +49,7 @@ def test_a_collapse_is_clear_and_by_all_judges() -> None:
 
 def test_a_table_for_each_number_of_steps() -> None:
     row = summarise([found(np.zeros(4))], [found(np.ones(4))])
-    page = markdown([{"title": "an arm", "steps": steps, "calls": 200, "updates": 36, **row} for steps in (2, 1)])
+    page = markdown([{"title": "an arm", "steps": steps, "calls": 200, "made": [36, 30], **row} for steps in (2, 1)])
     assert page.index("## 1 step\n") < page.index("## 2 steps\n")
     assert page.count("| an arm | 16.00 (+1.00 ± 0.00) |") == 2
 
