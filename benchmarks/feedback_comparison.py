@@ -13,6 +13,7 @@ import datetime
 import hashlib
 import json
 import os
+import shlex
 import sys
 from pathlib import Path
 from typing import Any
@@ -119,13 +120,22 @@ def _plain(found: list[Found]) -> dict[str, float]:
     return {**scores, **{key: float(np.mean([each.sets[key] for each in found])) for key in SETS}}
 
 
+def _arguments(options: argparse.Namespace) -> list[str]:
+    """The command line, without folders."""
+    lists = {"--seeds": options.seeds, "--arms": options.arms, "--best-of": options.best_of}
+    single = {"--name": options.name, "--calls": f"{options.calls:g}", "--batch-size": options.batch_size}
+    single |= {"--learning-rate": f"{options.learning_rate:g}", "--images": options.images}
+    found = [str(part) for name, values in lists.items() for part in (name, *values)]
+    return [*found, *(str(part) for item in single.items() for part in item)]
+
+
 def _write(options: argparse.Namespace, rows: list[dict[str, Any]], shown: Any, measuring: Measuring) -> None:
     folder = options.results / options.name
     folder.mkdir(parents=True, exist_ok=True)
     made = f"{datetime.date.today()}, jax {jax.__version__}, {os.cpu_count()} CPU cores"
-    seeds = " ".join(str(seed) for seed in options.seeds)
+    command = shlex.join(["python", "benchmarks/feedback_comparison.py", *_arguments(options)])
     text = (
-        f"# Feedback: ways to raise a reward\n\n`python benchmarks/feedback_comparison.py --seeds {seeds}`, {made}.\n\n"
+        f"# Feedback: ways to raise a reward\n\n`{command}`, {made}.\n\n"
         f"{options.calls:g} UNet calls for a batch of {options.batch_size} in each arm and seed, learning rate "
         f"{options.learning_rate:g}; {options.images} held-out prompts. In brackets: the change, with its standard "
         f"error over prompts of the mean over {len(options.seeds)} seeds. An image counts as clearly lower when it "
