@@ -66,7 +66,7 @@ def read_annotations(path: str) -> Annotations:
         return _annotations(read_json(path))
     except KeyError as error:
         raise UserError(f"{path}: is not in COCO's format: {error} is missing, or is no id that it lists") from None
-    except (AttributeError, TypeError, ValueError) as error:
+    except (AttributeError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"{path}: is not in COCO's format: {short(error)}") from None
 
 

@@ -84,7 +84,7 @@ def class_names() -> dict[str, tuple[str, ...]]:
 def classes_of(prompts: Sequence[str]) -> np.ndarray:
     """Read what captions of the embedded images say of each part: int32 (B, 3), `UNSAID` where they say nothing.
 
-    A caption without a background means white, as in training.
+    A caption with a style or a known name, but without a background, means white, as in training.
     """
     numbers = {part: {name: number for number, name in enumerate(names)} for part, names in class_names().items()}
     found = []
@@ -92,10 +92,12 @@ def classes_of(prompts: Sequence[str]) -> np.ndarray:
         rest, background = _split(prompt, "background", numbers["background"])
         label, style = _split(rest, "style", numbers["style"])
         known = _subgroups().get(label)
+        if background is None and (style or known):
+            background = "white"
         found.append(
             (
                 UNSAID if style is None else numbers["style"][style],
-                numbers["background"]["white" if background is None else background],
+                UNSAID if background is None else numbers["background"][background],
                 UNSAID if known is None else numbers["subgroup"][known],
             )
         )

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import codecs
-import csv
 import json
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,12 +60,12 @@ def read_prompts(path: Path) -> list[str]:
     return found
 
 
-def _column(lines: Iterable[str]) -> list[str]:
-    table = csv.DictReader(lines, delimiter="\t", quoting=csv.QUOTE_NONE)
-    name = next((name for name in table.fieldnames or () if name.lower() == "prompt"), None)
-    if name is None:
-        raise ValueError(f"has no column Prompt, only {', '.join(table.fieldnames or ('none',))}")
-    return [row[name] or "" for row in table]
+def _column(lines: Sequence[str]) -> list[str]:
+    names, *rows = (line.split("\t") for line in lines) if lines else ([""],)
+    index = next((index for index, name in enumerate(names) if name.strip().lower() == "prompt"), None)
+    if index is None:
+        raise ValueError(f"has no column Prompt, only {', '.join(names)}")
+    return [row[index] for row in rows if len(row) > index]
 
 
 def _objects(lines: Iterable[str]) -> list[str]:
@@ -76,7 +75,7 @@ def _objects(lines: Iterable[str]) -> list[str]:
             continue
         try:
             record: Any = json.loads(line)
-        except json.JSONDecodeError:
+        except (ValueError, RecursionError):
             record = None
         prompt = record.get("prompt") if isinstance(record, dict) else None
         if not isinstance(prompt, str):

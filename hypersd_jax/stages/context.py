@@ -39,6 +39,7 @@ class Run:
         mesh: of the devices.
         base: the model as the stages see it.
         base_fingerprint: of the weights that the next stage starts from.
+        start_fingerprint: of the adapter that the run starts from; None: a new one.
         preview_prompts: the data's first prompts.
         uncond: the unconditional, of one sample.
         source: images and captions, where a stage reads them.
@@ -62,6 +63,7 @@ class Run:
     prompt_inputs: PromptInputs | None
     step: Step
     stop: StopSignals
+    start_fingerprint: str | None = None
     scales: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     fresh_scales: dict[str, jax.Array] = dataclasses.field(default_factory=dict)
     student: Factors = dataclasses.field(default_factory=dict)

@@ -21,6 +21,7 @@ from hypersd_jax.stages.kinds import naming, training_step
 from hypersd_jax.stages.streams import Stream
 from hypersd_jax.training import StopSignals, make_mesh
 from hypersd_jax.training.output import Output
+from hypersd_jax.weights.diffusers.component import fingerprint
 from hypersd_jax.weights.hub import fetch_lora
 from hypersd_jax.weights.lora import read_lora
 
@@ -67,6 +68,8 @@ def open_run(config: Config, output: Output, stop: StopSignals | None = None) ->
         run.fresh_scales = run.scales
         if config.lora.start is not None:
             run.student, run.scales = start_factors(base, config.lora.start, run.teacher(PREVIOUS))
+            leaves = {f"{path}.{name}": leaf for path, pair in run.student.items() for name, leaf in pair.items()}
+            run.start_fingerprint = fingerprint({**leaves, **run.scales})
     return run
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import hashlib
+import json
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -172,6 +174,7 @@ class TeacherFigures(NamedTuple):
 
     rewards: np.ndarray  # (R,) float32, the mean of each, of the run's preview prompts
     features: np.ndarray  # (N, 1280) float32, of the prompts that are watched
+    watched: np.ndarray  # () str, a digest of these prompts
 
 
 def margins(run: Run, stage: GeneratorStage, config: FeedbackConfig) -> np.ndarray:
@@ -187,16 +190,20 @@ def margins(run: Run, stage: GeneratorStage, config: FeedbackConfig) -> np.ndarr
 def teacher_figures(run: Run, stage: GeneratorStage, config: FeedbackConfig) -> TeacherFigures:
     """Sample and measure the teacher; the figures are kept with the checkpoints."""
     path = run.output.checkpoints(stage.name) / "teacher.npz"
+    digest = hashlib.sha256(json.dumps(fixed_prompts(run, config.guards)).encode()).hexdigest()
     if path.exists():
         with np.load(path, allow_pickle=False) as file:
-            return TeacherFigures(*(file[name] for name in TeacherFigures._fields))
+            found = TeacherFigures(*(file[name] for name in TeacherFigures._fields))
+        if str(found.watched) != digest:
+            raise UserError(f"stages.{stage.name}.feedback.guards: its prompts are not those that {path} was made of")
+        return found
     watched, images = _teacher_images(run, stage, config.guards)
     texts, features = watched, image_features(to_bytes(images))
     if config.guards is not None and config.guards.prompts is not None:
         # A margin is of what the stage is trained on, whatever is watched.
         texts, images = _teacher_images(run, stage, dataclasses.replace(config.guards, prompts=None))
     means = [np.mean(score_images(each.name, each.path, images, texts)) for each in config.rewards]
-    found = TeacherFigures(np.asarray(means, np.float32), features)
+    found = TeacherFigures(np.asarray(means, np.float32), features, np.asarray(digest))
     if jax.process_index() == 0:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **found._asdict())

@@ -64,7 +64,7 @@ def _train(config: Config, command: str | None, stop: StopSignals) -> Path:
     check_stages(run)
     require_run(config)
     create_output(output, config)
-    reused = reuse_stages(config, output, run.base_fingerprint)
+    reused = reuse_stages(config, output, run.base_fingerprint, run.start_fingerprint)
     if reused and jax.process_index() == 0:
         print(f"reused from {config.reuse}: {', '.join(reused)}", file=sys.stderr)
     with reporting_cut_captions(run.base.prompts):
@@ -109,7 +109,7 @@ def run_stage(run: Run, index: int, stage: StageConfig) -> None:
             "base": run.base_fingerprint,
             "settings": to_dict(config.active_stages[index]),
             "seed": run.config.seed,
-            "history": history(config, index + 1, run.base_fingerprint),
+            "history": history(config, index + 1, run.base_fingerprint, run.start_fingerprint),
         }
 
     if (newest_step(folder) or 0) < stage.updates:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -17,6 +18,7 @@ from hypersd_jax import distill
 from hypersd_jax.bases import Networks, TextToImage
 from hypersd_jax.config import FeedbackStage, StructureConfig
 from hypersd_jax.data.instances import AnnotatedImage, read_annotations
+from hypersd_jax.data.listing import file_name
 from hypersd_jax.diffusion import add_noise
 from hypersd_jax.distill import Trajectory, alpha_sigma, draw_trajectory
 from hypersd_jax.distill.structure import instance_loss
@@ -79,11 +81,14 @@ def annotated_images(run: Run, config: StructureConfig) -> Mapping[int, Annotate
             images are no files of their own.
     """
     annotations, classes = read_annotations(config.annotations), open_network(config.path).config.classes
-    if annotations.categories > classes:
+    if annotations.categories != classes:  # they are numbered by their order, which others would shift
         raise UserError(f"{config.annotations}: {annotations.categories} categories, but the network has {classes}")
     files = run.source.files if run.source else None
     if files is None:
         raise UserError(f"the images of data.source={run.config.data.source} are no files, so nothing can name them")
+    same, count = Counter(map(file_name, files.values())).most_common(1)[0]
+    if count > 1:
+        raise UserError(f"{config.annotations}: {count} images of data.source are called {same}")
     found = {key: annotations.image(name) for key, name in files.items()}
     if unknown := [files[key] for key, image in found.items() if image is None]:
         some = ", ".join(unknown[:SHOWN]) + (", ..." if len(unknown) > SHOWN else "")

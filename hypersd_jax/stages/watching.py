@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import warnings
 from collections.abc import Callable
 
 import numpy as np
@@ -46,10 +48,26 @@ class FeedbackWatch:
         """Standard deviations that it must have fallen by, too."""
         return self.guards.least
 
+    @functools.cached_property
+    def _fixed(self) -> tuple[list[str], int]:
+        """The prompts, read once, and how many images of each."""
+        return fixed_prompts(self.run, self.guards)
+
+    @functools.cached_property
+    def _teacher(self) -> np.ndarray:
+        """Features of the teacher's images of these."""
+        return teacher_figures(self.run, self.stage, self.rewards).features
+
     def __call__(self, state: TrainState) -> Measured:
         """Sample the fixed prompts and measure the images; sharpness is the mean change of a reward under noise."""
-        prompts, count = fixed_prompts(self.run, self.guards)
+        prompts, count = self._fixed
         images = self.sample(self.run, self.stage, exported_weights(self.stage, state), prompts, count)
+        if bad := int(np.sum(~np.isfinite(images).all(axis=(1, 2, 3)))):
+            where = f"stages.{self.stage.name}"
+            warnings.warn(
+                f"{where}: {bad} of {len(images)} watched images are not finite: nothing is judged", stacklevel=2
+            )
+            return Measured({}, {})
         noise = self.guards.perturbation * np.random.default_rng(0).standard_normal(images.shape, np.float32)
         perturbed = np.clip(images + noise, 0.0, 1.0)
         texts = repeated(prompts, count)
@@ -68,7 +86,7 @@ class FeedbackWatch:
 
     def _variety(self, images: np.ndarray, prompts: int, count: int) -> dict[str, float]:
         """How different the images of a prompt are, and how much of the teacher's images they stand for."""
-        seen, teacher = image_features(to_bytes(images)), teacher_figures(self.run, self.stage, self.rewards).features
+        seen, teacher = image_features(to_bytes(images)), self._teacher
         found = {}
         if count > 1:
             found["diversity"] = float(diversity(seen.reshape(prompts, count, -1)).mean())

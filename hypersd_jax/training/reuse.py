@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import hashlib
 import json
 import os
@@ -17,32 +16,23 @@ from hypersd_jax.config import Config, StageConfig, to_dict
 from hypersd_jax.errors import UserError, short
 from hypersd_jax.training.checkpoints import HALF_WRITTEN, Checkpointer
 from hypersd_jax.training.output import Output
-from hypersd_jax.weights.hub import fetch_lora
-from hypersd_jax.weights.lora import weights_file
 from hypersd_jax.weights.tensors import replacing
 
 
-def history(config: Config, count: int, base: str) -> str:
+def history(config: Config, count: int, base: str, start: str | None = None) -> str:
     """Compute the digest of all that decides the student of the ``count``-th stage.
 
-    Base (the fingerprint of its UNet), data, seed and adapter of the run, what it starts from, and the settings of
-    every stage up to it.
+    Base (the fingerprint of its UNet), data, seed and adapter of the run, the fingerprint of the adapter that it starts
+    from (``start``), and the settings of every stage up to it.
     """
     tree = to_dict(config)
     parts = {name: tree[name] for name in ("model", "data", "lora", "seed")}
-    start = parts["lora"].pop("start")
-    if start is not None:  # by its content; runs without are called as they were before there was such a key
-        file = weights_file(fetch_lora(start))
-        parts["start"] = _content(file, file.stat().st_mtime_ns)
+    del parts["lora"]["start"]  # a place; what counts is its content
+    if start is not None:
+        parts["start"] = start
     stages = [stage for stage in tree["stages"] if not stage["skip"]][:count]
     text = json.dumps([base, parts, stages], sort_keys=True)
     return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-@functools.lru_cache(maxsize=4)
-def _content(file: Path, changed: int) -> str:
-    with file.open("rb") as opened:
-        return hashlib.file_digest(opened, "sha256").hexdigest()
 
 
 def of_length(config: Config, stage: StageConfig, updates: int) -> Config:
@@ -52,7 +42,7 @@ def of_length(config: Config, stage: StageConfig, updates: int) -> Config:
     return dataclasses.replace(config, stages=stages)
 
 
-def reuse_stages(config: Config, output: Output, base: str) -> list[str]:
+def reuse_stages(config: Config, output: Output, base: str, start: str | None = None) -> list[str]:
     """Link the first stages of ``config.reuse`` that have the same history into this run's folder.
 
     They are links to the same files, which nothing rewrites in place, so that they cost no space. A stage that is in
@@ -67,7 +57,7 @@ def reuse_stages(config: Config, output: Output, base: str) -> list[str]:
     other = Output(Path(config.reuse))
     reused = []
     for count, stage in enumerate(config.adapter_stages, start=1):
-        digest = history(config, count, base)
+        digest = history(config, count, base, start)
         student, folder = other.student(stage), output.checkpoints(stage.name)
         if not student.exists() or not _is_finished(other.checkpoints(stage.name), stage, digest):
             break

@@ -44,7 +44,7 @@ RUN = """
      feedback: {rewards: [{name: bright, path: x}],
                 guards: {every: 2, images: 4, judges: [{name: bright, path: judge}]}}}
 """
-FIGURES = TeacherFigures(np.float32([2.0]), np.zeros((0, 1280), np.float32))
+FIGURES = TeacherFigures(np.float32([2.0]), np.zeros((0, 1280), np.float32), np.asarray(""))
 DMD_STAGE = ScoreStage(kind="dmd", name="scored", updates=1, batch_size=4, guidance=1.0)
 
 
@@ -304,6 +304,9 @@ def test_a_margin_is_measured_once(opened: Opened, monkeypatch: pytest.MonkeyPat
     assert rewards.margins(opened.run, opened.stage, other) == pytest.approx([wanted, 7.0])
     assert teacher_figures(opened.run, opened.stage, other).features.shape == (8, 1280)
     assert len(pipe.calls) == 1
+    guards = GuardConfig(every=2, images=24, judges=(JudgeConfig(name="bright", path="judge"),))
+    with pytest.raises(UserError, match=r"stages\.liked\.feedback\.guards: its prompts are not those that "):
+        teacher_figures(opened.run, opened.stage, dataclasses.replace(other, guards=guards))
 
 
 def test_what_is_measured(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -312,7 +315,7 @@ def test_what_is_measured(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> No
     config = dataclasses.replace(opened.stage.feedback, guards=guards)
     images = np.random.default_rng(0).uniform(0.3, 0.7, (8, 4, 4, 3)).astype(np.float32)
     monkeypatch.setattr(watching, "exported_weights", lambda stage, state: state)
-    teacher = TeacherFigures(np.float32([MARGIN]), features(rewards.to_bytes(images[::-1])))
+    teacher = TeacherFigures(np.float32([MARGIN]), features(rewards.to_bytes(images[::-1])), np.asarray(""))
     monkeypatch.setattr(watching, "teacher_figures", lambda *args: teacher)
     watch = watching.make_watch(opened.run, opened.stage, config, lambda *args: images)
     assert watch is not None
