@@ -298,13 +298,26 @@ def test_files_that_are_missing_or_broken(
 def test_annotations_of_other_images_or_categories(opened: Opened, tmp_path: Path) -> None:
     few, many = content(SIZE, BOXES[:2]), content(SIZE, BOXES)
     many["categories"].append({"id": 99})
+    fewer = content(SIZE, [[] for _ in BOXES])
+    fewer["categories"].pop()  # the others would be numbered anew
     for name, written, line in (
         ("few.json", few, r"few.json: 2 of 4 images are not in it: \d.png, \d.png"),
         ("many.json", many, "many.json: 4 categories, but the network has 3"),
+        ("fewer.json", fewer, "fewer.json: 2 categories, but the network has 3"),
     ):
         (tmp_path / name).write_text(json.dumps(written))
         with pytest.raises(UserError, match=f"stages.liked.structure.annotations: .*{line}"):
             checked(opened, annotations=str(tmp_path / name))
+
+
+def test_two_images_of_one_name(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In folders of their own; the annotations say nothing of these."""
+    names = dict(opened.run.source.files)
+    first = next(iter(names))
+    names[max(names) + 1] = f"elsewhere/{Path(names[first]).name}"
+    monkeypatch.setitem(opened.run.source.__dict__, "files", names)
+    with pytest.raises(UserError, match=r"annotations: .*: 2 images of data.source are called \w+\.png"):
+        checked(opened)
 
 
 def test_data_that_has_no_image_files(opened: Opened, monkeypatch: pytest.MonkeyPatch) -> None:
