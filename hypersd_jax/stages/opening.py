@@ -17,7 +17,7 @@ from hypersd_jax.inputs.encoding import unconditional
 from hypersd_jax.inputs.prompts import PromptInputs
 from hypersd_jax.pipeline import parse_dtype
 from hypersd_jax.stages.context import Factors, Run, fingerprints
-from hypersd_jax.stages.kinds import naming, training_step
+from hypersd_jax.stages.kinds import training_step
 from hypersd_jax.stages.streams import Stream
 from hypersd_jax.training import StopSignals, make_mesh
 from hypersd_jax.training.output import Output
@@ -79,13 +79,15 @@ def start_factors(base: TextToImage, start: str, fresh: Adapter) -> tuple[Factor
     Raises:
         UserError: the file cannot be read, is of another base, or holds more than a LoRA on the denoiser.
     """
-    with naming("lora"):
+    try:
         file = read_lora(fetch_lora(start), base.shapes)
-        others = [*(name for name in file.adapters if name != base.denoiser), *file.differences]
-        if others or base.denoiser not in file.adapters:
-            what = "".join(f"{kind} " for kind in file.report.kinds)
-            raise UserError(
-                f"start: {file.report.file}: can be sampled with, but is no start for training: only plain LoRAs on "
-                f"the {base.denoiser} are ({what}on {', '.join(file.report.modules)})"
-            )
+    except UserError as error:
+        raise UserError(f"lora.start: {error}") from None
+    others = [*(name for name in file.adapters if name != base.denoiser), *file.differences]
+    if others or base.denoiser not in file.adapters:
+        what = "".join(f"{kind} " for kind in file.report.kinds)
+        raise UserError(
+            f"lora.start: {file.report.file}: can be sampled with, but is no start for training: only plain LoRAs on "
+            f"the {base.denoiser} are ({what}on {', '.join(file.report.modules)})"
+        )
     return jax.tree.map(jnp.asarray, adapters.split({**fresh, **file.adapters[base.denoiser]}))
