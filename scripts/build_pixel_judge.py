@@ -121,7 +121,7 @@ def measured(params: Any) -> dict[str, float]:
     parts = np.array_split(np.arange(len(rows)), max(1, len(rows) // 128))
     found_logits = [part_logits(params, images[part] * 1.0) for part in parts]
     logits = [np.concatenate(each) for each in zip(*found_logits, strict=True)]
-    found: dict[str, float] = {"pictures": len(rows)}
+    found: dict[str, float] = {"images": len(rows)}
     for index, part in enumerate(PARTS):
         found[f"{part}_accuracy"] = round(float(np.mean(logits[index].argmax(axis=1) == classes[:, index])), 4)
     floats = images.astype(np.float32) / 255.0

@@ -8,8 +8,6 @@ from typing import Any
 
 MARGIN = 70.0
 """Above the mean reward of the teacher's images of the training captions, 52, so that nearly all images are raised."""
-FOUR = [999, 749, 499, 249]
-"""The student's times at four steps."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -20,7 +18,6 @@ class Arm:
         title: in the table.
         settings: of the stage, without name, updates, batch size and learning rate.
         calls: UNet calls an update, on average.
-        rate: factor on the learning rate.
     """
 
     title: str
@@ -50,6 +47,7 @@ GUARDS = {"every": 15, "images": 64, "prompts": str(Path(__file__).with_name("pr
 """Held-out prompts that no table uses."""
 
 ONE_STEP: dict[str, Any] = {"kind": "feedback", "rank": 16, "times": [999]}
+FOUR_STEPS = {**ONE_STEP, "times": [999, 749, 499, 249], "anchor": None, "feedback": _feedback()}
 
 ARMS = {
     # Student 1, and the regulariser's student, teacher and target. The teacher is the student as it was: the base would
@@ -65,39 +63,17 @@ ARMS = {
     ),
     "refl": Arm(
         title="ReFL: reward at a random one of four steps",
-        settings={
-            "kind": "feedback",
-            "rank": 16,
-            "times": FOUR,
-            "late_steps": 4,
-            "anchor": None,
-            "feedback": _feedback(),
-        },
+        settings={**FOUR_STEPS, "late_steps": 4},
         calls=2.5,
     ),
     "draft-1": Arm(
         title="DRaFT-1: reward after four steps, gradient through the last",
-        settings={
-            "kind": "feedback",
-            "rank": 16,
-            "times": FOUR,
-            "late_steps": 1,
-            "anchor": None,
-            "feedback": _feedback(),
-        },
+        settings={**FOUR_STEPS, "late_steps": 1},
         calls=4.0,
     ),
     "draft-lv": Arm(
         title="DRaFT-LV: the same, the last step from two further noises",
-        settings={
-            "kind": "feedback",
-            "rank": 16,
-            "times": FOUR,
-            "late_steps": 1,
-            "redraws": 2,
-            "anchor": None,
-            "feedback": _feedback(),
-        },
+        settings={**FOUR_STEPS, "late_steps": 1, "redraws": 2},
         calls=6.0,
     ),
     "unguarded": Arm(

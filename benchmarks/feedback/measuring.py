@@ -60,22 +60,19 @@ class Measuring:
     def prompts(self) -> list[str]:
         return [item.prompt for item in self.items]
 
-    def samples(self, lora: Path | None, steps: int, items: tuple[Item, ...], **settings: Any) -> Samples:
-        """Sample a student, or the base."""
-        if lora is not None:
-            self.pipe.load_lora(lora, name="student")
-            settings = {"sampler": "tcd", "eta": 0.0, "guidance": 0.0} | settings
+    def samples(self, lora: Path, steps: int, items: tuple[Item, ...]) -> Samples:
+        """Sample a student."""
+        self.pipe.load_lora(lora, name="student")
         try:
-            model = make_model("student", self.pipe, steps=steps, **settings)
+            model = make_model("student", self.pipe, steps=steps, sampler="tcd", eta=0.0, guidance=0.0)
             return generate(model, items, batch_size=BATCH)
         finally:
-            if lora is not None:
-                self.pipe.unload_lora("student")
+            self.pipe.unload_lora("student")
 
-    def measure(self, lora: Path | None, steps: int, **settings: Any) -> Found:
+    def measure(self, lora: Path, steps: int) -> Found:
         """Sample the list, and the first prompts from further seeds, and score."""
-        found = self.samples(lora, steps, self.items, **settings)
-        further = [self.samples(lora, steps, items, **settings).features for items in further_items(self.items)]
+        found = self.samples(lora, steps, self.items)
+        further = [self.samples(lora, steps, items).features for items in further_items(self.items)]
         return self.measured(found.images, found.features, further)
 
     def best_of(self, lora: Path, steps: int, count: int) -> Found:

@@ -20,7 +20,7 @@ from peft.utils import set_peft_model_state_dict
 from safetensors.torch import load_file
 
 from benchmarks.sides import feedback, rewards_torch, training
-from benchmarks.sides.training_theirs import MODULES, nchw
+from benchmarks.sides.training_theirs import MODULES, loaded, nchw
 
 DISTILLED, SECOND = "distilled", "second"
 
@@ -86,15 +86,7 @@ def load() -> training.Loaded:
         optimizer.zero_grad(set_to_none=True)
         return {"loss": loss.item(), "grad_norm": norm.item(), "reward": score.mean().item()}
 
-    def device_peak() -> float:
-        return torch.cuda.max_memory_allocated() / training.GIB
-
-    return training.Loaded(
-        update=update,
-        baseline=baseline,
-        about={"platform": "cpu" if on_cpu else "gpu", "dtype": str(dtype).removeprefix("torch.")},
-        peak=training.resident_peak if on_cpu else device_peak,
-    )
+    return loaded(update, baseline, dtype, on_cpu=on_cpu)
 
 
 if __name__ == "__main__":

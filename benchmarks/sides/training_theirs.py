@@ -153,6 +153,14 @@ def load() -> training.Loaded:
     update = make_update(unet, Path(model), given, dtype)
     gc.collect()
 
+    return loaded(update, baseline, dtype, on_cpu=on_cpu)
+
+
+def loaded(
+    update: Callable[[], dict[str, float]], baseline: float, dtype: torch.dtype, *, on_cpu: bool
+) -> training.Loaded:
+    """Say what a side computes on and in, and how its memory is measured."""
+
     def device_peak() -> float:
         return torch.cuda.max_memory_allocated() / training.GIB
 

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator, PercentFormatter
 from hypersd_jax.evaluation.svg import COLOURS, INK, plot
 
 GUARDED = ("fixed_reward", "judge", "diversity", "recall")
-"""Keys of metrics.jsonl that are drawn; the second reward's and judge's end in ``_2``, and so on."""
+"""Keys of metrics.jsonl that are plotted; the second reward's and judge's end in ``_2``, and so on."""
 
 Names = Mapping[str, str]
 """What a key of metrics.jsonl is called on the page."""
