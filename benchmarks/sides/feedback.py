@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-TIME, RANK, FEEDBACK_RANK, LEARNING_RATE, CLIP_NORM, MARGIN = 999, 64, 32, 1e-5, 1.0, 1e3
-"""One step from the noise; a margin that no score reaches, so that every image has a gradient."""
+TIME, RANK, FEEDBACK_RANK, LEARNING_RATE, CLIP_NORM, MARGIN = 999, 64, 32, 1e-5, 1.0, 1.0
+"""One step from the noise; a margin above what random weights score, so that every image has a gradient."""
 
 STAGE: dict[str, Any] = {
     "name": "timed",

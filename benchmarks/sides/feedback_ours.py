@@ -86,9 +86,8 @@ def load() -> training.Loaded:
     key = stream(run.config.seed, Stream.NOISE, INDEX)
 
     def drawn(number: int) -> np.ndarray:
-        step = jax.random.fold_in(jax.random.fold_in(key, number), 0)
-        shape = (1, *base.latent_shape)
-        return np.asarray(draw_trajectory(jax.random.fold_in(step, 0), shape, 1, np.zeros(1, np.int32)).noise)
+        step = jax.random.fold_in(key, number)  # of a step with one phase
+        return np.asarray(draw_trajectory(step, (1, *base.latent_shape), 1, np.zeros(1, np.int32)).noise)
 
     folder = Path(exchange)
     np.savez(folder / feedback.GIVEN, context=context, noise=np.stack([drawn(n) for n in range(int(updates))]))
