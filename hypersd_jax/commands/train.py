@@ -50,14 +50,18 @@ def recipe_list() -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, and print where the results are."""
+    """Train, and print where the results are; of several processes the first one does."""
     config = read_config(options)
+
+    import jax
 
     from hypersd_jax.evaluation import COMPACT, printed_table
     from hypersd_jax.evaluation.provenance import typed_command
     from hypersd_jax.stages import train
 
     folder = train(config, command=typed_command(options.arguments), alone=True)
+    if jax.process_index() != 0:
+        return
     if config.adapter_stages and config.compared_samples:
         print(printed_table(folder / "results.json", COMPACT, sys.stdout.encoding))
     for name, what in (

@@ -33,7 +33,7 @@ from hypersd_jax.stages.streams import Draw, Stream, drawn_from, normal
 from hypersd_jax.stages.structure import frozen_structure, require_structure, structure_term, targets_of
 from hypersd_jax.stages.watching import make_watch
 from hypersd_jax.training import LossFunction, Metrics, Phase, Watch
-from hypersd_jax.weights.diffusers.component import host
+from hypersd_jax.weights.placement import host, place
 
 
 def check(run: Run, stage: FeedbackStage, earlier: Sequence[str]) -> None:
@@ -134,7 +134,7 @@ def finish(run: Run, stage: FeedbackStage, student: Any, *, trained: bool) -> No
     alone = run.output.part(stage.name, "feedback")
     is_written = alone.exists() and not trained
     own = _adapter(run, stage, student)
-    factors, run.scales = jax.tree.map(jnp.asarray, adapters.split(merged(run, stage, student)))
+    factors, run.scales = place(run.mesh, adapters.split(merged(run, stage, student)))
     adapter_student.finish(run, stage, factors, trained=trained)
     if not is_written and jax.process_index() == 0:
         host_adapter = jax.tree.map(host, own)
@@ -151,7 +151,7 @@ def merged(run: Run, stage: FeedbackStage, student: Factors) -> Adapter:
 @contextlib.contextmanager
 def _merged(run: Run, stage: FeedbackStage, student: Factors) -> Iterator[Any]:
     """Let the run's scales be those of both LoRAs, for a block that samples with the factors of both."""
-    factors, scales = jax.tree.map(jnp.asarray, adapters.split(merged(run, stage, student)))
+    factors, scales = place(run.mesh, adapters.split(merged(run, stage, student)))
     before, run.scales = run.scales, scales
     try:
         yield factors
@@ -165,7 +165,8 @@ def _adapter(run: Run, stage: FeedbackStage, student: Factors) -> Adapter:
 
 def _scales(run: Run, stage: FeedbackStage) -> dict[str, jax.Array]:
     """The second LoRA's scales: alpha is its rank."""
-    return {path: jnp.ones((_rank(run, stage),), jnp.float32) for path in run.fresh_scales}
+    ones = np.ones((_rank(run, stage),), np.float32)
+    return dict(place(run.mesh, dict.fromkeys(run.fresh_scales, ones)))
 
 
 def _rank(run: Run, stage: FeedbackStage) -> int:

@@ -1,11 +1,14 @@
-"""The placement of arrays on a mesh: one rule for base weights, adapters and optimizer state."""
+"""The placement of arrays on a mesh, one rule for base weights, adapters and optimizer state; and their way back."""
 
 from __future__ import annotations
 
 import math
 from typing import Any
 
+import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 # Below this a leaf costs less to hold everywhere than to gather.
@@ -27,3 +30,38 @@ def leaf_sharding(mesh: Mesh, shape: tuple[int, ...], dtype: Any) -> NamedShardi
 def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
     """A batch is split along ``axis`` over all devices."""
     return NamedSharding(mesh, PartitionSpec(*[None] * axis, BATCH_AXES))
+
+
+def put(value: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
+    """Move an array that every process has to the devices; each hands its own ones only the parts that lie there.
+
+    ``sharding`` None is the default device.
+    """
+    if sharding is None or sharding.is_fully_addressable:
+        return jax.device_put(value, sharding)
+    # `device_put` would send every byte over the network, to see whether all processes have the same.
+    array = np.asarray(value)
+    return jax.make_array_from_callback(array.shape, sharding, lambda index: array[index])
+
+
+def place(mesh: Mesh, tree: Any) -> Any:
+    """Lay out every array of a tree on a mesh by `leaf_sharding`; one that lies there so already stays.
+
+    An array that is left on one device, however small, costs a transfer to all the others at every call of a program.
+    """
+
+    def one(leaf: Any) -> Any:
+        if not isinstance(leaf, jax.Array | np.ndarray):
+            return leaf
+        wanted = leaf_sharding(mesh, leaf.shape, leaf.dtype)
+        is_spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
+        return jax.device_put(leaf, wanted) if is_spread else put(leaf, wanted)
+
+    return jax.tree.map(one, tree)
+
+
+def host(value: Any) -> np.ndarray:
+    """Gather an array on this host, also where it is spread over several."""
+    if isinstance(value, jax.Array) and not value.is_fully_addressable:
+        value = multihost_utils.process_allgather(value, tiled=True)
+    return np.asarray(value)
