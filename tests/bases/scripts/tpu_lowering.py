@@ -58,7 +58,7 @@ def main() -> None:
     latents, times = batch(ROWS, LATENT, LATENT, 4), batch(ROWS, dtype=jnp.int32)
     cond = Conditioning(batch(ROWS, 24, 16, dtype=jnp.bfloat16))
     encode = make_encoder(base, batch_sharding(mesh, axis=1))
-    images = batch(2, ROWS, PIXELS, PIXELS, 3, axis=1)
+    images = batch(2, ROWS, PIXELS, PIXELS, 3, dtype=jnp.uint8, axis=1)
     autoencoder = base.params[base.autoencoder]
     traced = {
         "encode": encode.trace(text, autoencoder, images, (tokens,), None, jax.random.key(0)),
