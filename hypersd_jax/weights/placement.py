@@ -51,10 +51,11 @@ def place(mesh: Mesh, tree: Any) -> Any:
     """Lay out every array of a tree on a mesh by `leaf_sharding`; one that lies there so already stays.
 
     An array that is left on one device, however small, costs a transfer to all the others at every call of a program.
+    Arrays of a program that is being traced are the compiler's to lay out.
     """
 
     def one(leaf: Any) -> Any:
-        if not isinstance(leaf, jax.Array | np.ndarray):
+        if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array | np.ndarray):
             return leaf
         wanted = leaf_sharding(mesh, leaf.shape, leaf.dtype)
         is_spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
