@@ -27,8 +27,9 @@ HEADINGS = {
 def summarise(before: Sequence[Found], after: Sequence[Found], prompts: Sequence[str]) -> dict[str, Any]:
     """Compare an arm's students with those that they started from, one of each for each seed.
 
-    Every score has its mean, and the mean change with its standard error over ``prompts``, which may occur several times
-    and whose change is that of all seeds; of sets the mean over the seeds, and that of the changes with its standard error where there are several.
+    Every score has its mean, and the mean change with its standard error over ``prompts``, which may occur several
+    times and whose change is that of all seeds; of sets the mean over the seeds, and that of the changes with its
+    standard error where there are several.
     """
     row: dict[str, Any] = {}
     changes = {}

@@ -1,0 +1,1 @@
+"""Programs compiled for TPU chips that are not there."""
