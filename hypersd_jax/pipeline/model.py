@@ -110,7 +110,8 @@ class Pipeline(LoadedModel):
             tiled: encode and decode in overlapping tiles of 64 latent pixels, which bounds large images' memory.
             long_prompts: ``cut`` reads what the text encoder holds and warns of the rest, as diffusers does; ``chunk``
                 reads all of it in windows, as A1111 and ComfyUI do: as many as the prompt or its negative fills.
-            batch_size: images sampled at a time; None is all at once. It changes memory and speed, not the images.
+            batch_size: images sampled at a time; None is all at once. It changes memory and speed, not the images. On a
+                mesh it is rounded up to a multiple of the devices.
             stepwise: run one compiled step at a time instead of the whole scan, so that another step count compiles
                 nothing; the images are the same.
 
@@ -247,7 +248,7 @@ class Pipeline(LoadedModel):
             raise UserError(f"guidance={guidance:g} needs an unconditional, see encode_prompts")
         model = self._active()
         t = jnp.broadcast_to(jnp.asarray(t), shape[:1])
-        return model.predict(model.on_mesh(jnp.asarray(x)), t, conditioning, unconditional, np.float32(guidance))
+        return model.predict(jnp.asarray(x), t, conditioning, unconditional, np.float32(guidance))
 
     def encode_images(self, images: Any, *, tiled: bool = False) -> np.ndarray:
         """Encode images to latents (N, h, w, C), multiplied by the scaling factor, as a call does with ``image``.
