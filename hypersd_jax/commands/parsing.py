@@ -149,6 +149,26 @@ def reward(text: str) -> tuple[str, Path]:
     return name, path(file)
 
 
+def mesh(text: str) -> tuple[int | None, int | str]:
+    """The type of ``auto`` or ``DATAxFSDP``: the arguments of `weights.placement.mesh_of_option`."""
+    if text == "auto":
+        return None, "auto"
+    found = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be auto or DATAxFSDP, such as 8x1, not {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def add_mesh(group: Any, default: str) -> None:
+    """The option that spreads sampling over devices; `default` says what happens without it."""
+    group.add_argument(
+        "--mesh",
+        type=mesh,
+        metavar="auto|DATAxFSDP",
+        help=f"devices that share the images, such as 8x1; FSDP of them share the weights too (default: {default})",
+    )
+
+
 def add_settings(group: Any) -> None:
     """The options that say how to sample."""
     group.add_argument("--preset", metavar="NAME", help="settings by name, listed below")
