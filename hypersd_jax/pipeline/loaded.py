@@ -163,7 +163,7 @@ class LoadedModel:
         elif self._controlnets.pop(name, None) is None:
             raise UserError(f"no ControlNet named {name!r} is loaded{nearest(name, self._controlnets)}")
 
-    def _active(self) -> ActiveModel:
+    def active(self) -> ActiveModel:
         """The model with the weights, LoRAs and ControlNets of this moment."""
         fused = self._fused
         return ActiveModel(
