@@ -1,7 +1,7 @@
 """Every stage on every mesh: the same gradients and adapters: ``python benchmarks/mesh_equality.py``.
 
-A tiny model, float32, eight fake devices as 1 x 1, 8 x 1, 1 x 8 and 2 x 4 (data x fsdp), where even small leaves of
-base and state are split. Gradients are compared at the same weights, those of the first step (Adam's first moment without a
+A tiny model, float32, eight fake devices as 1 x 1, 8 x 1, 1 x 8 and 2 x 4 (data x fsdp), where small leaves of base and
+state are split too. Gradients are compared at the same weights, those of the first step (Adam's first moment without a
 memory); adapters after five steps. Writes benchmarks/results/mesh_equality.*.
 """
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from hypersd_jax import files
@@ -31,6 +32,7 @@ from hypersd_jax.png_text import (
 from hypersd_jax.progress import COMPILING, begin_clock
 from hypersd_jax.weights.components import EMBEDDED, assets
 from hypersd_jax.weights.lora import LoraReport, weights_file
+from hypersd_jax.weights.mesh import mesh_of_option
 
 EMBEDDED_PROMPTS = (
     "red apple, fluent flat style",
@@ -58,7 +60,8 @@ def run_sample(options: argparse.Namespace) -> None:
     if options.output.suffix.lower() not in SUFFIXES:
         raise UserError(f"--output {options.output}: must end in .png, .jpg or .webp")
     loras = [parse_lora(text) for text in options.lora] or _embedded_lora(options)
-    pipe = Pipeline.from_pretrained(options.model, dtype=options.dtype)
+    mesh = None if options.mesh is None else mesh_of_option(*options.mesh)
+    pipe = Pipeline.from_pretrained(options.model, dtype=options.dtype, mesh=mesh)
     if options.vae:
         pipe.load_vae(options.vae)
     # Named by number: the same file may be given twice, at two scales.
@@ -110,7 +113,7 @@ def run_sample(options: argparse.Namespace) -> None:
     for report in reports:
         print(report, file=sys.stderr)
     used = used_loras(loras, reports)
-    print(used_line(settings, options, used, len(images), seconds), file=sys.stderr)
+    print(used_line(settings, options, used, mesh, len(images), seconds), file=sys.stderr)
     save_finite(images, options, image_texts(options, settings, prompts, used), pipe.dtype)
 
 
@@ -134,6 +137,7 @@ def used_line(
     settings: CallSettings,
     options: argparse.Namespace,
     loras: Sequence[UsedLora],
+    mesh: Mesh | None,
     count: int,
     seconds: float,
 ) -> str:
@@ -149,6 +153,7 @@ def used_line(
         f"timesteps {','.join(map(str, settings.timesteps))}" if settings.timesteps else None,
         f"seed {settings.seed}",
         f"{settings.width}x{settings.height}",
+        None if mesh is None else f"mesh {'x'.join(map(str, mesh.devices.shape))}",
         f"{count} image{'s' if count != 1 else ''} in {seconds:.1f} s",
     ]
     return "sampled with " + ", ".join(part for part in parts if part)

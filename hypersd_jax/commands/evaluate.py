@@ -49,6 +49,7 @@ def add_parser(commands: Any) -> None:
         help="may be given several times",
     )
     group.add_argument("--dtype", default="auto", choices=("auto", *parsing.DTYPES))
+    parsing.add_mesh(group, "all devices, with all weights on each")
     parsing.add_settings(parser.add_argument_group("how it samples"))
 
     group = parser.add_argument_group("on what")

@@ -96,6 +96,13 @@ class _Help(argparse.RawDescriptionHelpFormatter):
     def __init__(self, prog: str) -> None:
         super().__init__(prog, max_help_position=32)
 
+    def add_argument(self, action: argparse.Action) -> None:
+        """Count a command's indentation too, without which the help of the longest name would begin a line."""
+        super().add_argument(action)
+        for command in self._iter_indented_subactions(action):
+            length = len(self._format_action_invocation(command)) + self._current_indent
+            self._action_max_length = max(self._action_max_length, length)
+
     def _get_help_string(self, action: argparse.Action) -> str | None:
         told = action.help or ""
         empty = action.default in (None, False, argparse.SUPPRESS) or action.default == []
@@ -114,6 +121,13 @@ def whole(minimum: int | None = None) -> Callable[[str], int]:
 
     parse.__name__ = "int"  # as argparse's message names it
     return parse
+
+
+def wholes(text: str) -> tuple[int, ...]:
+    """The type of an option that is a list of whole numbers, each at least 1 and named once, such as ``1,4``."""
+    if not re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", text) or len(set(parts := text.split(","))) < len(parts):
+        raise argparse.ArgumentTypeError(f"must be whole numbers from 1 on, such as 1,4, each once, not {text!r}")
+    return tuple(int(part) for part in parts)
 
 
 def decimal(text: str) -> float:
@@ -149,11 +163,31 @@ def reward(text: str) -> tuple[str, Path]:
     return name, path(file)
 
 
+def mesh(text: str) -> tuple[int | None, int | str]:
+    """The type of ``auto`` or ``DATAxFSDP``: the arguments of `weights.placement.mesh_of_option`."""
+    if text == "auto":
+        return None, "auto"
+    found = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be auto or DATAxFSDP, such as 8x1, not {text!r}")
+    return int(found[1]), int(found[2])
+
+
+def add_mesh(group: Any, default: str) -> None:
+    """The option that spreads sampling over devices; `default` says what happens without it."""
+    group.add_argument(
+        "--mesh",
+        type=mesh,
+        metavar="auto|DATAxFSDP",
+        help=f"devices that share the images, such as 8x1; FSDP of them share the weights too (default: {default})",
+    )
+
+
 def add_settings(group: Any) -> None:
     """The options that say how to sample."""
     group.add_argument("--preset", metavar="NAME", help="settings by name, listed below")
     group.add_argument("--steps", type=whole(1), help="sampling steps")
-    group.add_argument("--sampler", choices=Names(_samplers), metavar="NAME", help="%(choices)s")
+    group.add_argument("--sampler", choices=Names(samplers), metavar="NAME", help="%(choices)s")
     group.add_argument("--spacing", choices=Names(_spacings), metavar="NAME", help="%(choices)s")
     group.add_argument("--eta", type=decimal, help="share of fresh noise, 0 to 1, of the samplers that have one")
     group.add_argument("--guidance", type=decimal, metavar="SCALE", help="classifier-free guidance; 0 or 1 is off")
@@ -176,7 +210,8 @@ def preset_list() -> str:
     return "presets:\n" + "\n".join(f"  {line}" for line in lines)
 
 
-def _samplers() -> Iterable[str]:
+def samplers() -> Iterable[str]:
+    """The names of the solvers."""
     from hypersd_jax.diffusion import SOLVERS
 
     return SOLVERS

@@ -67,6 +67,7 @@ def add_parser(commands: Any) -> None:
     )
     group.add_argument("--vae", type=parsing.source, metavar="SRC", help="another autoencoder, such as a tiny one")
     group.add_argument("--dtype", default="auto", choices=("auto", *parsing.DTYPES))
+    parsing.add_mesh(group, "one device")
     group.add_argument("--tiled", action="store_true", help="work in tiles: less memory for large images")
 
     group = parser.add_argument_group("how")

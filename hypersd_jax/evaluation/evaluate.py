@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jax.sharding import Mesh
 
 from hypersd_jax.conditioning import warn_of_cuts
 from hypersd_jax.config import EMBEDDED_GUIDANCE
@@ -33,9 +34,9 @@ from hypersd_jax.paths import parse_lora
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.png_text import name_of
 from hypersd_jax.rewards import contents_digest, load_clip
-from hypersd_jax.training import make_mesh
 from hypersd_jax.weights.components import EMBEDDED
 from hypersd_jax.weights.lora import weights_file
+from hypersd_jax.weights.mesh import make_mesh, mesh_of_option
 
 TITLE = "Evaluation"
 PAPER_FILE = "paper.json"
@@ -56,8 +57,7 @@ def run_evaluate(options: argparse.Namespace) -> list[Row]:
     loras = [parse_lora(text) for text in options.lora]
     embedded = options.prompts_file is None
     listed = None if embedded else sources.file_items(options.prompts_file, options.n)
-    mesh = make_mesh() if jax.device_count() > 1 else None
-    pipe = Pipeline.from_pretrained(options.model, dtype=options.dtype, mesh=mesh)
+    pipe = Pipeline.from_pretrained(options.model, dtype=options.dtype, mesh=_mesh(options))
     family = None if options.protocol is None else require_family(pipe)
     items = listed or sources.embedded_items(options.n, options.groups)
     prompts = [item.prompt for item in items]
@@ -135,6 +135,12 @@ def _check(options: argparse.Namespace) -> None:
         raise UserError("--groups chooses among the embedded prompts, but --prompts-file gives others")
     if options.output.exists() and not options.output.is_dir():
         raise UserError(f"--output {options.output}: is a file, expected a folder")
+
+
+def _mesh(options: argparse.Namespace) -> Mesh | None:
+    if options.mesh is not None:
+        return mesh_of_option(*options.mesh)
+    return make_mesh() if jax.device_count() > 1 else None
 
 
 def _load_clip(path: Path) -> ReportedReward:

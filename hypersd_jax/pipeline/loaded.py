@@ -70,7 +70,8 @@ class LoadedModel:
             source: a diffusers folder, a single .safetensors file, the hub id of either (``owner/name``), or
                 ``embedded`` for the small model inside the package.
             dtype: of parameters and arithmetic; None is bfloat16 on TPU and GPU, float32 on a CPU.
-            mesh: devices with axes ``data`` and ``fsdp``; batches are split over both, large parameters over ``fsdp``.
+            mesh: devices with axes ``data`` and ``fsdp``; batches are split over both, and filled
+                up where they do not divide evenly, large parameters over ``fsdp``.
 
         Raises:
             UserError: one line naming the file or key that is missing, unsupported or damaged.
@@ -162,7 +163,7 @@ class LoadedModel:
         elif self._controlnets.pop(name, None) is None:
             raise UserError(f"no ControlNet named {name!r} is loaded{nearest(name, self._controlnets)}")
 
-    def _active(self) -> ActiveModel:
+    def active(self) -> ActiveModel:
         """The model with the weights, LoRAs and ControlNets of this moment."""
         fused = self._fused
         return ActiveModel(

@@ -110,7 +110,8 @@ class Pipeline(LoadedModel):
             tiled: encode and decode in overlapping tiles of 64 latent pixels, which bounds large images' memory.
             long_prompts: ``cut`` reads what the text encoder holds and warns of the rest, as diffusers does; ``chunk``
                 reads all of it in windows, as A1111 and ComfyUI do: as many as the prompt or its negative fills.
-            batch_size: images sampled at a time; None is all at once. It changes memory and speed, not the images.
+            batch_size: images sampled at a time; None is all at once. It changes memory and speed, not the images. On a
+                mesh it is rounded up to a multiple of the devices.
             stepwise: run one compiled step at a time instead of the whole scan, so that another step count compiles
                 nothing; the images are the same.
 
@@ -121,7 +122,7 @@ class Pipeline(LoadedModel):
         refuse_unknown(unknown, self.generate)
         if output not in OUTPUTS:
             raise UserError(f"output={output!r} is not valid{nearest(output, OUTPUTS)}")
-        model = self._active()
+        model = self.active()
         settings = resolve_call(
             self.settings(
                 preset,
@@ -204,7 +205,7 @@ class Pipeline(LoadedModel):
         Returns:
             `Conditioning` of batch size B; where ``negative`` is given, that and the unconditional.
         """
-        model, size = self._active(), self._size(height, width)
+        model, size = self.active(), self._size(height, width)
         texts, negatives = read_texts(prompts, negative)
         cond = model.condition(self.base.prompts.tokenize(texts), size)
         if negative is None:
@@ -245,9 +246,9 @@ class Pipeline(LoadedModel):
             raise UserError(f"t has shape {np.shape(t)}, not () or {shape[:1]}")
         if guidance > 1 and unconditional is None and not self.base.embeds_guidance:
             raise UserError(f"guidance={guidance:g} needs an unconditional, see encode_prompts")
-        model = self._active()
+        model = self.active()
         t = jnp.broadcast_to(jnp.asarray(t), shape[:1])
-        return model.predict(model.on_mesh(jnp.asarray(x)), t, conditioning, unconditional, np.float32(guidance))
+        return model.predict(jnp.asarray(x), t, conditioning, unconditional, np.float32(guidance))
 
     def encode_images(self, images: Any, *, tiled: bool = False) -> np.ndarray:
         """Encode images to latents (N, h, w, C), multiplied by the scaling factor, as a call does with ``image``.
@@ -258,7 +259,7 @@ class Pipeline(LoadedModel):
         """
         size = image_inputs.image_size("images", images, self.base.downscale)
         size = self._size(*size)
-        return self._active().encode_images(image_inputs.read_images("images", images, size), tiled=tiled)
+        return self.active().encode_images(image_inputs.read_images("images", images, size), tiled=tiled)
 
     def decode(self, latents: Any, *, tiled: bool = False) -> np.ndarray:
         """Decode latents (B, h, w, C), multiplied by the scaling factor, to images (B, H, W, 3) in 0..1.
@@ -268,4 +269,4 @@ class Pipeline(LoadedModel):
         channels, shape = self.base.latent_channels, np.shape(latents)
         if len(shape) != 4 or shape[-1] != channels:
             raise UserError(f"latents have shape {shape}, not (B, h, w, {channels})")
-        return np.asarray(self._active().decode(jnp.asarray(latents, jnp.float32), tiled=tiled))
+        return np.asarray(self.active().decode(jnp.asarray(latents, jnp.float32), tiled=tiled))

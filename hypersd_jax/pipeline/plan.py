@@ -25,7 +25,8 @@ class Round:
     """Images that are sampled at a time.
 
     Attributes:
-        indices: their indices in the call, (B,); past `count` the last is repeated, to share the other rounds' program.
+        indices: their indices in the call, (B,); past `count` the last is repeated, to share the other rounds' program
+            and to give each device equally many.
         count: how many of them are wanted.
         owners: the prompt index of each, (B,).
         prompts: token ids of the prompts.
@@ -142,7 +143,7 @@ def make_rounds(
         negatives: one for each prompt, read where guidance is on.
         settings: the call's.
         model: whose text encoders read them.
-        batch_size: images in a round; None for all at once.
+        batch_size: images in a round; None for all at once. Rounded up to a multiple of the mesh's devices.
     """
     read = [[one, other or ""] if settings.guided else [one] for one, other in zip(prompts, negatives, strict=True)]
     windows: list[int | None] = [None] * len(prompts)
@@ -154,7 +155,7 @@ def make_rounds(
         warn_of_cuts(cuts, "negative prompt", stacklevel=6)
     rounds = []
     for number, indices, count in batches(
-        [number for number in windows for _ in range(settings.num_images)], batch_size
+        [number for number in windows for _ in range(settings.num_images)], batch_size, model.devices
     ):
         owners = indices // settings.num_images
         rounds.append(
@@ -171,7 +172,9 @@ def make_rounds(
     return tuple(rounds)
 
 
-def batches(windows: Sequence[int | None], size: int | None) -> list[tuple[int | None, np.ndarray, int]]:
+def batches(
+    windows: Sequence[int | None], size: int | None, devices: int = 1
+) -> list[tuple[int | None, np.ndarray, int]]:
     """Cut the images of a call into batches of one size, each of images with equally many windows of text.
 
     Images of other windows are apart because what a prompt's context ends in depends on their number.
@@ -179,6 +182,7 @@ def batches(windows: Sequence[int | None], size: int | None) -> list[tuple[int |
     Args:
         windows: of each image's prompt; None for one reading of what fits.
         size: images in a batch; None is all of equal windows at once.
+        devices: how many each batch is split over, of which its size becomes a multiple.
 
     Returns:
         (windows, image indices, how many of these are wanted) of each batch; the last index is repeated to fill it.
@@ -186,7 +190,7 @@ def batches(windows: Sequence[int | None], size: int | None) -> list[tuple[int |
     found = []
     for number in dict.fromkeys(windows):
         indices = np.asarray([index for index, own in enumerate(windows) if own == number])
-        step = size or len(indices)
+        step = -(-(size or len(indices)) // devices) * devices
         for part in (indices[start : start + step] for start in range(0, len(indices), step)):
             found.append((number, np.pad(part, (0, step - len(part)), mode="edge"), len(part)))
     return found

@@ -19,6 +19,7 @@ from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.diffusion import Known, State, advance, guided
 from hypersd_jax.models.functional import Network
 from hypersd_jax.models.tiling import decode_tiled, encode_tiled
+from hypersd_jax.weights.placement import batch_sharding
 
 # Of tiles, in latent pixels: what diffusers has for autoencoders of 512 pixels.
 TILE = 64
@@ -84,7 +85,12 @@ def with_autoencoder(programs: Programs, base: TextToImage) -> Programs:
 
 
 def _compiler(base: TextToImage) -> Callable[..., Any]:
-    return functools.partial(jax.jit, compiler_options=dict(base.compiler_options))
+    """`jax.jit` for programs of a model, all of which return batches: on a mesh these stay split over its devices.
+
+    Left to itself, XLA splits features where parameters are split, and gives each device more of the batch.
+    """
+    where = {} if base.mesh is None else {"out_shardings": batch_sharding(base.mesh)}
+    return functools.partial(jax.jit, compiler_options=dict(base.compiler_options), **where)
 
 
 def _autoencoder_programs(base: TextToImage, compiled: Callable[..., Any]) -> dict[str, Any]:

@@ -47,12 +47,8 @@ def run(plan: Plan, model: ActiveModel, *, decode: bool, stepwise: bool, callbac
 def _decoder_ahead(plan: Plan, model: ActiveModel) -> Iterator[None]:
     """Compile the decoder in a thread while the steps are compiled and taken.
 
-    What fails there fails again, and is reported, where the decoder is called. On a mesh the latents' sharding is not
-    known before.
+    What fails there fails again, and is reported, where the decoder is called.
     """
-    if model.base.mesh is not None:
-        yield
-        return
     with ThreadPoolExecutor(max_workers=1) as thread:
         shape = len(plan.rounds[0].indices), *plan.latents.shape[1:]
         thread.submit(model.compile_decoder, shape, tiled=plan.settings.tiled)
@@ -68,7 +64,8 @@ def _sample(plan: Plan, each: Round, model: ActiveModel, *, stepwise: bool, prog
     own = plan.guides.take(each.owners)
     start = model.on_mesh(plan.latents[each.indices])
     noise = plan.noise[:, each.indices]
-    state = begin(plan.table, start, None if plan.from_noise else own.clean)
+    guides = model.on_mesh(own.for_scan(start, controls.take(each.owners)))
+    state = model.on_mesh(begin(plan.table, start, None if plan.from_noise else model.on_mesh(own.clean)))
     one_by_one = stepwise or progress is not None
     for table, added in single_steps(plan.table, noise) if one_by_one else [(plan.table, noise)]:
         state = model.programs.scan(
@@ -79,7 +76,7 @@ def _sample(plan: Plan, each: Round, model: ActiveModel, *, stepwise: bool, prog
             table,
             state,
             model.on_mesh(added, axis=1),
-            own.for_scan(start, controls.take(each.owners)),
+            guides,
             controls.params,
             controls.scales,
             controlnets=controls.networks,

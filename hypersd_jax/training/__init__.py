@@ -14,7 +14,6 @@ from hypersd_jax.training.gradients import Metrics as Metrics
 from hypersd_jax.training.guard import Measured as Measured
 from hypersd_jax.training.guard import Watch as Watch
 from hypersd_jax.training.logging import MetricsLog as MetricsLog
-from hypersd_jax.training.mesh import make_mesh as make_mesh
 from hypersd_jax.training.mesh import process_indices as process_indices
 from hypersd_jax.training.mesh import put_batch as put_batch
 from hypersd_jax.training.mesh import replicated as replicated
@@ -32,5 +31,6 @@ from hypersd_jax.training.step import Phase as Phase
 from hypersd_jax.training.step import Step as Step
 from hypersd_jax.training.step import make_step as make_step
 from hypersd_jax.training.stopping import StopSignals as StopSignals
+from hypersd_jax.weights.mesh import make_mesh as make_mesh
 from hypersd_jax.weights.placement import batch_sharding as batch_sharding
 from hypersd_jax.weights.placement import leaf_sharding as leaf_sharding

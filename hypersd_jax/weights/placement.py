@@ -38,9 +38,10 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def put(value: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """Move an array that every process has to the devices; each hands its own ones only the parts that lie there.
 
-    ``sharding`` None is the default device.
+    An array that is spread over the processes already may be spread otherwise. ``sharding`` None is the default device.
     """
-    if sharding is None or sharding.is_fully_addressable:
+    is_spread = isinstance(value, jax.Array) and not value.is_fully_addressable
+    if sharding is None or sharding.is_fully_addressable or is_spread:
         return jax.device_put(value, sharding)
     # `device_put` would send every byte over the network, to see whether all processes have the same.
     array = np.asarray(value)
@@ -57,9 +58,7 @@ def place(mesh: Mesh, tree: Any) -> Any:
     def one(leaf: Any) -> Any:
         if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array | np.ndarray):
             return leaf
-        wanted = leaf_sharding(mesh, leaf.shape, leaf.dtype)
-        is_spread = isinstance(leaf, jax.Array) and not leaf.is_fully_addressable
-        return jax.device_put(leaf, wanted) if is_spread else put(leaf, wanted)
+        return put(leaf, leaf_sharding(mesh, leaf.shape, leaf.dtype))
 
     return jax.tree.map(one, tree)
 

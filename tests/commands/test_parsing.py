@@ -18,7 +18,7 @@ from hypersd_jax.recipes import recipe_files, recipe_titles
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("train", "sample", "convert", "convert lora", "convert model", "convert merge", "convert extract")
-COMMANDS += ("cache", "evaluate", "doctor")
+COMMANDS += ("cache", "evaluate", "benchmark", "benchmark sampling", "doctor")
 
 WRONG = [
     # train
@@ -105,6 +105,20 @@ WRONG = [
     ("convert model nowhere out --to diffusers", "nowhere: no such file or folder"),
     ("convert merge out.safetensors nothing.safetensors@0.5", "nothing.safetensors: no such file or folder"),
     ("convert extract nowhere FILE out.safetensors --rank 4", "nowhere: no such file or folder"),
+    # benchmark
+    ("benchmark fly", "invalid choice: 'fly'"),
+    ("benchmark sampling --stepps 4", "did you mean --steps?"),
+    ("benchmark sampling --steps 1,0", "--steps: must be whole numbers from 1 on, such as 1,4, each once, not '1,0'"),
+    ("benchmark sampling --steps 4,4", "--steps: must be whole numbers from 1 on, such as 1,4, each once, not '4,4'"),
+    ("benchmark sampling --batch-sizes 8,", "--batch-sizes: must be whole numbers from 1 on"),
+    ("benchmark sampling --size 512", "--size: must be native or HEIGHTxWIDTH in pixels, such as 512x512, not '512'"),
+    ("benchmark sampling --apis jit,vmap", "--apis: must be some of pmap,jit,shard_map, each once, not 'jit,vmap'"),
+    ("benchmark sampling --apis jit,jit", "--apis: must be some of pmap,jit,shard_map, each once, not 'jit,jit'"),
+    ("benchmark sampling --sampler ddmi", "invalid choice: 'ddmi'"),
+    ("benchmark sampling --repeats 0", "--repeats: must be at least 1, not 0"),
+    ("benchmark sampling --model nowhere", "nowhere: no such file or folder"),
+    ("benchmark sampling --lora nothing.safetensors", "nothing.safetensors: no such file or folder"),
+    ("benchmark sampling --output FILE", "--output FILE: is a file, expected a folder"),
     ("fly", "invalid choice: 'fly'"),
 ]
 
@@ -171,7 +185,11 @@ def test_without_a_command_the_commands_are_listed(arguments: list[str], capsys:
     printed = capsys.readouterr()
     assert printed.out == ""
     assert printed.err.startswith("usage: hypersd")
-    for name in ("train", "sample", "convert", "cache", "evaluate", "doctor") if not arguments else ("lora", "merge"):
+    for name in (
+        ("train", "sample", "convert", "cache", "evaluate", "benchmark", "doctor")
+        if not arguments
+        else ("lora", "merge")
+    ):
         assert f"\n    {name} " in printed.err
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from hypersd_jax import training
 from hypersd_jax.errors import UserError
-from hypersd_jax.training.mesh import arranged
+from hypersd_jax.weights.mesh import arranged
 
 
 def test_one_device_is_one_by_one():
