@@ -41,6 +41,7 @@ ROOMS = (
     "inputs",
     "evaluation",
     "stages",
+    "machine",
     "serving",
     "commands",
     "cli",
