@@ -27,17 +27,14 @@ PROBES: dict[str, Callable[[], dict[str, Any]]] = {
 """What is looked at, by the name of its section; the libraries are imported inside."""
 
 
-def inspect_machine(probes: Mapping[str, Callable[[], dict[str, Any]]] | None = None) -> dict[str, Any]:
+def inspect_machine() -> dict[str, Any]:
     """Ask every probe, and add what a user should know of the answers.
-
-    Args:
-        probes: by section; None is `PROBES`.
 
     Returns:
         The sections of `PROBES`, in place of one that failed ``{"failed": why}``, and "warnings", a list of sentences.
         All values are JSON's.
     """
-    found: dict[str, Any] = {name: _asked(probe) for name, probe in (PROBES if probes is None else probes).items()}
+    found: dict[str, Any] = {name: _asked(probe) for name, probe in PROBES.items()}
     return {**found, "warnings": [*warnings_of(found), *_failures(found)]}
 
 

@@ -39,7 +39,7 @@ def environment() -> dict[str, Any]:
 def too_old() -> list[tuple[str, str, str]]:
     """List what is older than this package needs: (package, version there, oldest that is supported)."""
     found = []
-    for requirement in metadata.requires(OWN) or []:
+    for requirement in (version_of(OWN) and metadata.requires(OWN)) or []:  # a copy that is not installed tells nothing
         match = re.fullmatch(r"([\w.-]+)>=([\d.]+)", requirement)  # the others belong to an extra
         there = version_of(match[1]) if match else None
         if match and there is not None and _numbers(there) < _numbers(match[2]):

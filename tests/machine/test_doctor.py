@@ -129,10 +129,16 @@ def test_limits_of_an_old_control_group(tmp_path: Path) -> None:
 
 
 def test_versions_that_are_too_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    there = {"jax": "0.4.35", "flax": "99.0"}
+    there = {"hypersd_jax": "0.1.0", "jax": "0.4.35", "flax": "99.0"}
     monkeypatch.setattr(versions, "version_of", there.get)
     (line,) = warnings_of({})
     assert line.startswith("jax 0.4.35 is older than 0.")
+
+
+def test_a_copy_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(versions, "version_of", lambda _: None)
+    assert versions.too_old() == []
+    assert versions.installed()["hypersd_jax"] is None
 
 
 def test_a_full_disk_and_folders_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
