@@ -42,6 +42,7 @@ ROOMS = (
     "evaluation",
     "stages",
     "machine",
+    "planning",
     "serving",
     "commands",
     "cli",
