@@ -69,12 +69,14 @@ def main() -> None:
             stage = ARMS[arm].stage(arm, options.calls, options.batch_size, options.learning_rate)
             facts = {"arm": arm, "title": ARMS[arm].title, "steps": steps, "calls": options.calls}
             made = [_updates(options, arm, seed) for seed in options.seeds]
-            rows.append({**facts, "updates": stage["updates"], "made": made, **summarise(before, found)})
+            rows.append(
+                {**facts, "updates": stage["updates"], "made": made, **summarise(before, found, measuring.prompts)}
+            )
             shown[f"{arm}, {steps}"] = found[0].images
         for count in options.best_of:
             found = [_measured(options, measuring, options.student, steps, count)] * len(options.seeds)
             facts = {"arm": f"best of {count}", "title": f"best of {count} by the reward, untrained", "steps": steps}
-            rows.append({**facts, **summarise(before, found)})
+            rows.append({**facts, **summarise(before, found, measuring.prompts)})
         _write(options, rows, shown, measuring)
 
 

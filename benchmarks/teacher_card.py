@@ -64,8 +64,7 @@ def fidelity(pipe: Pipeline, background: str, folder: Path) -> dict[str, Any]:
     emoji = load_emoji()
     chosen = emoji.indices("test")[::2]
     embedded = np.stack([on_background(emoji.images[i], background, pipe.native_size[0]) for i in chosen])
-    images = embedded.astype(np.float32) / 127.5 - 1.0
-    pairs = [reconstructed(pipe.base, images[start : start + 32]) for start in range(0, len(images) // 32 * 32, 32)]
+    pairs = [reconstructed(pipe.base, embedded[start : start + 32]) for start in range(0, len(embedded) // 32 * 32, 32)]
     before, after = (np.concatenate(side) for side in zip(*pairs, strict=True))
     corners = np.abs(after[:, :2, :2] - before[:, :2, :2]).mean() * 255.0
     if background in ("white", "blue", "black"):

@@ -22,7 +22,7 @@ import hypersd_jax as hs
 from hypersd_jax.adapters import init, join, split
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import DataConfig
-from hypersd_jax.data import open_source
+from hypersd_jax.data import open_source, signed
 from hypersd_jax.diffusion import guided
 from hypersd_jax.distill import consistency_loss, pad_segments
 from hypersd_jax.weights import write_lora
@@ -51,8 +51,8 @@ def main() -> None:
 
     @jax.jit
     def encode(images: Any, ids: Any) -> dict[str, Any]:
-        """Images (B, H, W, 3) in -1..1 and token ids as the UNet sees them."""
-        mean, _ = base.posterior(vae, images)
+        """Images (B, H, W, 3) uint8 and token ids as the UNet sees them."""
+        mean, _ = base.posterior(vae, signed(images))
         return {"latents": base.scale(mean), "cond": base.encode_prompts(text, ids)}
 
     empty = encode(jnp.zeros((BATCH, *pipe.native_size, 3)), base.prompts.tokenize([""] * BATCH))["cond"]

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.feedback.measuring import JUDGES, REWARD, SETS, Found
+from hypersd_jax.evaluation.metrics import mean_estimate, units_of
 
 CLEARLY = 0.2
 """An image is clearly worse when it falls by so much of the judge's standard deviation over the prompts."""
@@ -23,11 +24,11 @@ HEADINGS = {
 }
 
 
-def summarise(before: Sequence[Found], after: Sequence[Found]) -> dict[str, Any]:
+def summarise(before: Sequence[Found], after: Sequence[Found], prompts: Sequence[str]) -> dict[str, Any]:
     """Compare an arm's students with those that they started from, one of each for each seed.
 
-    Every score has its mean, and the mean change with its standard error over prompts, whose change is that of all
-    seeds; of sets the mean over the seeds, and that of the changes with its standard error where there are several.
+    Every score has its mean, and the mean change with its standard error over ``prompts``, which may occur several times
+    and whose change is that of all seeds; of sets the mean over the seeds, and that of the changes with its standard error where there are several.
     """
     row: dict[str, Any] = {}
     changes = {}
@@ -36,8 +37,7 @@ def summarise(before: Sequence[Found], after: Sequence[Found]) -> dict[str, Any]
         changes[key] = (new - old) / old.std()
         change = (new - old).mean(axis=0)
         row[key] = float(new.mean())
-        row[f"{key}_change"] = float(change.mean())
-        row[f"{key}_change_se"] = float(change.std(ddof=1) / np.sqrt(len(change)))
+        row[f"{key}_change"], row[f"{key}_change_se"] = mean_estimate(change, units_of(prompts))
         row[f"{key}_by_seed"] = [float(value) for value in (new - old).mean(axis=1)]
     for key in SETS:
         if any(key not in each.sets for each in (*before, *after)):

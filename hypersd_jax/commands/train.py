@@ -52,18 +52,22 @@ def recipe_list() -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, and print where the results are; or print the plan alone."""
+    """Train, and print where the results are, of several processes in the first one; or print the plan alone."""
     config = read_config(options)
     if options.dry_run:
         dry_run.print_plan(options, config)
         return
     dry_run.require_dry_run(options)
 
+    import jax
+
     from hypersd_jax.evaluation import COMPACT, printed_table
     from hypersd_jax.evaluation.provenance import typed_command
     from hypersd_jax.stages import train
 
     folder = train(config, command=typed_command(options.arguments), alone=True)
+    if jax.process_index() != 0:
+        return
     if config.adapter_stages and config.compared_samples:
         print(printed_table(folder / "results.json", COMPACT, sys.stdout.encoding))
     for name, what in (

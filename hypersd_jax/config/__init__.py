@@ -7,6 +7,7 @@ from hypersd_jax.config.adversarial import AdversarialConfig as AdversarialConfi
 from hypersd_jax.config.building import build as build
 from hypersd_jax.config.consistency import ConsistencyStage as ConsistencyStage
 from hypersd_jax.config.data import DataConfig as DataConfig
+from hypersd_jax.config.distributed import DistributedConfig as DistributedConfig
 from hypersd_jax.config.feedback import FeedbackConfig as FeedbackConfig
 from hypersd_jax.config.feedback import GuardConfig as GuardConfig
 from hypersd_jax.config.feedback import JudgeConfig as JudgeConfig

@@ -7,6 +7,7 @@ from typing import Literal
 
 from hypersd_jax.config.building import PathText
 from hypersd_jax.config.data import DataConfig
+from hypersd_jax.config.distributed import DistributedConfig
 from hypersd_jax.config.generator import TEACHERS
 from hypersd_jax.config.stage import StageConfig
 from hypersd_jax.paths import expanded
@@ -146,6 +147,7 @@ class Config:
         lora: the student's adapter.
         stages: trained in order, each from the student of the one before.
         mesh: how the devices share the work.
+        distributed: the processes of a run on several hosts.
         log: what is written while training.
         evaluation: the comparison after training.
     """
@@ -158,6 +160,7 @@ class Config:
     lora: LoraConfig = LoraConfig()
     stages: tuple[StageConfig, ...]
     mesh: MeshConfig = MeshConfig()
+    distributed: DistributedConfig = dataclasses.field(default_factory=DistributedConfig)
     log: LogConfig = LogConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 

@@ -19,3 +19,4 @@ from hypersd_jax.data.prompts import PromptSource as PromptSource
 from hypersd_jax.data.source import Batch as Batch
 from hypersd_jax.data.source import Prompts as Prompts
 from hypersd_jax.data.source import Source as Source
+from hypersd_jax.data.source import signed as signed

@@ -73,7 +73,7 @@ class EmojiSource:
         return None
 
     def batch(self, positions: np.ndarray) -> Batch:
-        """Make the examples at these positions (B,) of the stream: images (B, resolution, resolution, 3) in -1..1."""
+        """Make the examples at these positions (B,) of the stream: images (B, resolution, resolution, 3)."""
         return self.variant_batch(self.keys(positions))
 
     def prompts(self, positions: np.ndarray) -> list[str]:
@@ -101,10 +101,9 @@ class EmojiSource:
         """Make the examples of these keys (B,)."""
         pairs = _split_keys(keys)
         pixels = [on_background(self._emoji.images[item], colour, self._resolution) for item, colour in pairs]
-        images = np.stack(pixels).astype(np.float32) / np.float32(127.5) - np.float32(1.0)
         captions = self.captions(keys)
         size = (*self._emoji.images.shape[1:3], 0, 0, self._resolution, self._resolution)
-        return Batch(images, captions, np.tile(np.asarray(size, np.float32), (len(pairs), 1)))
+        return Batch(np.stack(pixels), captions, np.tile(np.asarray(size, np.float32), (len(pairs), 1)))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

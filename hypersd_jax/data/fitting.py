@@ -21,7 +21,7 @@ def fit_image(
         flip: mirror left and right before cropping.
 
     Returns:
-        pixels (H, W, 3) float32 in -1..1, and SDXL's six size ids, float32: original (height, width), the crop's
+        pixels (H, W, 3) uint8, and SDXL's six size ids, float32: original (height, width), the crop's
         (top, left) in pixels of the resized, mirrored image, target (height, width).
     """
     height, width = target
@@ -36,7 +36,7 @@ def fit_image(
         top, left = room[0] // 2, room[1] // 2
     else:
         top, left = (min(int((space + 1) * share), space) for space, share in zip(room, corner, strict=True))
-    pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.float32) / 127.5 - 1.0
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), np.uint8)
     return pixels, np.asarray((*original, top, left, height, width), np.float32)
 
 

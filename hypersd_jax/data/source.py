@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -11,9 +11,10 @@ import numpy as np
 class Batch(NamedTuple):
     """A batch of images with a caption each, all of one size.
 
-    ``images`` (B, H, W, 3) float32 in -1..1; ``sizes`` (B, 6) float32, SDXL's size ids of each: the image's own
-    (height, width) before anything was done to it, the crop's (top, left) in pixels of the resized image, and (H, W).
-    Of sources with image files, also the examples' ``keys`` (B,) int64, and whether each is ``mirrored``, (B,) bool.
+    ``images`` (B, H, W, 3) uint8, see `signed`; ``sizes`` (B, 6) float32, SDXL's size
+    ids of each: the image's own (height, width) before anything was done to it, the crop's (top, left) in pixels of the
+    resized image, and (H, W). Of sources with image files, also the examples' ``keys`` (B,) int64, and whether each is
+    ``mirrored``, (B,) bool.
     """
 
     images: np.ndarray
@@ -21,6 +22,11 @@ class Batch(NamedTuple):
     sizes: np.ndarray
     keys: np.ndarray | None = None
     mirrored: np.ndarray | None = None
+
+
+def signed(images: Any) -> Any:
+    """Convert images from bytes, uint8, to float32 in -1..1, as an autoencoder reads them; of NumPy or on a device."""
+    return images.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
 
 
 class Prompts(Protocol):

@@ -91,7 +91,7 @@ def training_images(n: int, groups: Sequence[str] | None, side: int) -> RealImag
         found = np.empty((count, side, side, 3), np.uint8)
         for at in range(0, count, AT_A_TIME):
             part = source.batch(np.arange(start + at, start + min(at + AT_A_TIME, count))).images
-            found[at : at + len(part)] = np.round((part + 1.0) * 127.5)
+            found[at : at + len(part)] = part
         sets.append(found)
     return RealImages(sets[0], sets[1], ["embedded", None if groups is None else list(groups), count])
 

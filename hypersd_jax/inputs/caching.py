@@ -6,21 +6,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 from tqdm import tqdm
 
 from hypersd_jax.bases import TextToImage, load_base
 from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.config import Config
-from hypersd_jax.data import open_source
+from hypersd_jax.data import open_source, signed
 from hypersd_jax.data.cache import Cache, CacheWriter
 from hypersd_jax.errors import UserError
 from hypersd_jax.inputs.batches import warn_about_cut_captions
 from hypersd_jax.inputs.cache_metadata import cache_metadata
 from hypersd_jax.pipeline import parse_dtype
-from hypersd_jax.training import StopSignals
+from hypersd_jax.training import StopSignals, batch_sharding, make_mesh
 from hypersd_jax.training.lock import FolderLock
 
 
@@ -35,7 +35,7 @@ def write_cache(
     Args:
         config: of the run that will read the cache; its ``model`` and ``data`` count.
         folder: where the cache goes.
-        batch_size: examples encoded at a time.
+        batch_size: examples encoded at a time, as many more as the devices (the configuration's ``mesh``) ask for.
         shard_rows: examples a file.
         alone: the process is for this alone, as the command line's is: a signal ends it even while it compiles.
 
@@ -56,7 +56,9 @@ def write_cache(
 def _write(config: Config, folder: Path, batch_size: int, shard_rows: int, stop: StopSignals) -> int:
     dtype = parse_dtype(config.model.dtype)
     own: dict[str, Any] = {"fresh": config.model.fresh, "seed": config.seed, "resolution": config.data.resolution}
-    base = load_base(config.model.source, dtype=dtype, **own)
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    base = load_base(config.model.source, dtype=dtype, mesh=mesh, **own)
+    batch_size += -batch_size % mesh.size  # so that all devices have equally many
     source = open_source(
         config.data,
         resolution=base.image_side,
@@ -72,7 +74,7 @@ def _write(config: Config, folder: Path, batch_size: int, shard_rows: int, stop:
         return f"at {writer.done} of {len(keys)} rows; the same command resumes there"
 
     stop.where = where()
-    encode = _make_encode(base)
+    encode = _make_encode(base, mesh)
     with tqdm(total=len(keys), initial=writer.done, unit="row", desc="encoding") as bar:
         for shard in writer.missing():
             parts = []
@@ -100,14 +102,14 @@ def _write(config: Config, folder: Path, batch_size: int, shard_rows: int, stop:
     return len(keys)
 
 
-def _make_encode(base: TextToImage) -> Any:
-    """``(images (B, H, W, 3), token ids) -> (mean, logvar, conditioning)``, compiled once."""
+def _make_encode(base: TextToImage, mesh: Mesh) -> Any:
+    """``(images (B, H, W, 3) uint8, token ids) -> (mean, logvar, conditioning)``, compiled once."""
     texts = {name: base.params[name] for name in base.text_encoders}
     own, bare = dict(base.params[base.autoencoder]), base.without_weights()
 
     def encode(text_params: Any, params: Any, images: Any, ids: Any) -> tuple[jax.Array, jax.Array, Conditioning]:
         cond = bare.encode_prompts(text_params, ids)
-        return *bare.posterior(params, images), cond
+        return *bare.posterior(params, signed(images)), cond
 
-    compiled = jax.jit(encode)
-    return lambda images, ids: compiled(texts, own, jnp.asarray(images), tuple(map(jnp.asarray, ids)))
+    compiled, rows = jax.jit(encode), batch_sharding(mesh)
+    return lambda images, ids: compiled(texts, own, *jax.device_put((images, ids), rows))

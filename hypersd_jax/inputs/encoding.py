@@ -10,13 +10,14 @@ from jax.sharding import Mesh
 
 from hypersd_jax.bases import TextToImage
 from hypersd_jax.conditioning import Conditioning
+from hypersd_jax.data import signed
 from hypersd_jax.training import replicated
 
 
 def make_encoder(base: TextToImage, out_shardings: Any) -> Any:
     """Make a jitted ``(text params, autoencoder params, images, ids, sizes, key) -> {"latents", "cond"}``.
 
-    Every leaf has a leading micro-batch axis: images (A, B, H, W, 3) in -1..1, ids a tuple of (A, B, S), sizes
+    Every leaf has a leading micro-batch axis: images (A, B, H, W, 3) uint8, ids a tuple of (A, B, S), sizes
     (A, B, 6) or None; latents (A, B, h, w, C) float32, times the scaling factor. The posterior is sampled, each image
     with its own key, so that the mesh and the micro-batches change nothing.
     """
@@ -24,7 +25,7 @@ def make_encoder(base: TextToImage, out_shardings: Any) -> Any:
     def encode(text_params: Any, params: Any, images: Any, ids: Any, sizes: Any, key: jax.Array) -> Any:
         def micro_batch(part: Any) -> Any:
             images, tokens, own_sizes, keys = part
-            latents = sampled(base, *base.posterior(params, images), keys)
+            latents = sampled(base, *base.posterior(params, signed(images)), keys)
             return {"latents": latents, "cond": base.with_sizes(base.encode_prompts(text_params, tokens), own_sizes)}
 
         return jax.lax.map(micro_batch, (images, ids, sizes, _sample_keys(key, images)))
@@ -38,7 +39,7 @@ def make_latents(base: TextToImage, out_shardings: Any) -> Any:
     def encode(params: Any, images: Any, key: jax.Array) -> jax.Array:
         def micro_batch(part: Any) -> jax.Array:
             images, keys = part
-            return sampled(base, *base.posterior(params, images), keys)
+            return sampled(base, *base.posterior(params, signed(images)), keys)
 
         return jax.lax.map(micro_batch, (images, _sample_keys(key, images)))
 

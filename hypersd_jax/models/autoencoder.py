@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
 from hypersd_jax.models.functional import Network
 from hypersd_jax.models.vae import vae
@@ -22,8 +23,9 @@ def read_vae_config(values: Mapping[str, Any]) -> AnyVaeConfig:
     return TinyVaeConfig.from_dict(values) if values.get("_class_name") == TINY else VaeConfig.from_dict(values)
 
 
-def vae_network(config: AnyVaeConfig, *, dtype: Any) -> Network:
+def vae_network(config: AnyVaeConfig, *, dtype: Any, batch_sharding: NamedSharding | None = None) -> Network:
     """Describe an autoencoder of either kind; one that says `force_upcast` is float32 where `dtype` is float16."""
     if config.force_upcast and jnp.dtype(dtype) == jnp.float16:
         dtype = jnp.float32
-    return tiny_vae(config, dtype=dtype) if isinstance(config, TinyVaeConfig) else vae(config, dtype=dtype)
+    how: dict[str, Any] = {"dtype": dtype, "batch_sharding": batch_sharding}
+    return tiny_vae(config, **how) if isinstance(config, TinyVaeConfig) else vae(config, **how)

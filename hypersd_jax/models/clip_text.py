@@ -15,10 +15,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from hypersd_jax.errors import UserError, shown
 from hypersd_jax.models.config_reading import LARGEST, natural, number, require, require_layers
 from hypersd_jax.models.dot_product import attention
+from hypersd_jax.models.execution import Execution
 from hypersd_jax.models.functional import Network, describe
 from hypersd_jax.models.layers import Embedding, LayerNorm, Linear
 
@@ -149,20 +151,23 @@ class Embeddings(nnx.Module):
 class SelfAttention(nnx.Module):
     """Multi-head self-attention over (B, S, D); causal, a token sees itself and those before it."""
 
-    def __init__(self, config: TowerConfig, *, causal: bool, dtype: Any) -> None:
+    def __init__(self, config: TowerConfig, *, causal: bool, how: Execution) -> None:
         width = config.hidden_size
         self.causal = causal
+        self.how = how
         self.heads = config.num_attention_heads
-        self.q_proj = Linear(width, width, dtype=dtype)
-        self.k_proj = Linear(width, width, dtype=dtype)
-        self.v_proj = Linear(width, width, dtype=dtype)
-        self.out_proj = Linear(width, width, dtype=dtype)
+        self.q_proj = Linear(width, width, dtype=how.dtype)
+        self.k_proj = Linear(width, width, dtype=how.dtype)
+        self.v_proj = Linear(width, width, dtype=how.dtype)
+        self.out_proj = Linear(width, width, dtype=how.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Keep the shape (B, S, D)."""
         heads = (*x.shape[:2], self.heads, -1)
         q, k, v = (project(x).reshape(heads) for project in (self.q_proj, self.k_proj, self.v_proj))
-        return self.out_proj(attention(q, k, v, causal=self.causal).reshape(x.shape))
+        how = self.how
+        y = attention(q, k, v, causal=self.causal, platform=how.platform, batch_sharding=how.batch_sharding)
+        return self.out_proj(y.reshape(x.shape))
 
 
 class Mlp(nnx.Module):
@@ -181,11 +186,11 @@ class Mlp(nnx.Module):
 class Layer(nnx.Module):
     """A pre-norm transformer layer."""
 
-    def __init__(self, config: TowerConfig, *, causal: bool, dtype: Any) -> None:
-        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
-        self.self_attn = SelfAttention(config, causal=causal, dtype=dtype)
-        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
-        self.mlp = Mlp(config, dtype=dtype)
+    def __init__(self, config: TowerConfig, *, causal: bool, how: Execution) -> None:
+        self.layer_norm1 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=how.dtype)
+        self.self_attn = SelfAttention(config, causal=causal, how=how)
+        self.layer_norm2 = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=how.dtype)
+        self.mlp = Mlp(config, dtype=how.dtype)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Keep the shape (B, S, D)."""
@@ -196,25 +201,26 @@ class Layer(nnx.Module):
 class Encoder(nnx.Module):
     """The stack of layers."""
 
-    def __init__(self, config: TowerConfig, *, causal: bool, dtype: Any) -> None:
-        self.layers = nnx.List([Layer(config, causal=causal, dtype=dtype) for _ in range(config.num_hidden_layers)])
+    def __init__(self, config: TowerConfig, *, causal: bool, how: Execution) -> None:
+        self.how = how
+        self.layers = nnx.List([Layer(config, causal=causal, how=how) for _ in range(config.num_hidden_layers)])
 
     def __call__(self, x: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Map (B, S, D) to the states after the last layer and before it."""
         before = x
         for layer in self.layers:
-            before, x = x, layer(x)
+            before, x = x, self.how.constrain_batch(layer(x))
         return x, before
 
 
 class TextTransformer(nnx.Module):
     """Embeddings, layers and final norm."""
 
-    def __init__(self, config: ClipTextConfig, *, dtype: Any) -> None:
+    def __init__(self, config: ClipTextConfig, *, how: Execution) -> None:
         self.eos_token_id = config.eos_token_id
-        self.embeddings = Embeddings(config, dtype=dtype)
-        self.encoder = Encoder(config, causal=True, dtype=dtype)
-        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
+        self.embeddings = Embeddings(config, dtype=how.dtype)
+        self.encoder = Encoder(config, causal=True, how=how)
+        self.final_layer_norm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=how.dtype)
 
     def __call__(self, input_ids: jax.Array) -> TextOutput:
         """Encode ids (B, S); `pooled` is not projected here."""
@@ -230,10 +236,10 @@ class TextTransformer(nnx.Module):
 class ClipText(nnx.Module):
     """The text tower: ids (B, S) int32 to `TextOutput`."""
 
-    def __init__(self, config: ClipTextConfig, *, projection: bool, dtype: Any) -> None:
-        self.text_model = TextTransformer(config, dtype=dtype)
+    def __init__(self, config: ClipTextConfig, *, projection: bool, how: Execution) -> None:
+        self.text_model = TextTransformer(config, how=how)
         self.text_projection = (
-            Linear(config.hidden_size, config.projection_dim, bias=False, dtype=dtype) if projection else None
+            Linear(config.hidden_size, config.projection_dim, bias=False, dtype=how.dtype) if projection else None
         )
 
     def __call__(self, input_ids: jax.Array) -> TextOutput:
@@ -244,12 +250,16 @@ class ClipText(nnx.Module):
         return output._replace(pooled=self.text_projection(output.pooled))
 
 
-def clip_text(config: ClipTextConfig, *, dtype: Any = jnp.float32, projection: bool) -> Network:
+def clip_text(
+    config: ClipTextConfig, *, dtype: Any = jnp.float32, projection: bool, batch_sharding: NamedSharding | None = None
+) -> Network:
     """The text encoder as a `Network`: `network(params, input_ids (B, S) int32) -> TextOutput`.
 
     Args:
         config: the encoder's own configuration.
         dtype: of parameters and computation; norms and softmax are float32 whatever it is.
         projection: whether `pooled` is projected (`CLIPTextModelWithProjection`) or not (`CLIPTextModel`).
+        batch_sharding: how the prompts of a batch are laid out over devices, see `Execution`.
     """
-    return describe(ClipText, config, projection=projection, dtype=dtype)
+    how = Execution(dtype=jnp.dtype(dtype), batch_sharding=batch_sharding)
+    return describe(ClipText, config, projection=projection, how=how)

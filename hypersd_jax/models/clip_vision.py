@@ -17,6 +17,7 @@ from flax import nnx
 from hypersd_jax.errors import UserError
 from hypersd_jax.models.clip_text import Encoder, TowerConfig, read_tower
 from hypersd_jax.models.config_reading import LARGEST, require
+from hypersd_jax.models.execution import Execution
 from hypersd_jax.models.functional import Network, describe
 from hypersd_jax.models.layers import Conv, Embedding, LayerNorm, Linear, parameter
 
@@ -110,7 +111,7 @@ class VisionTransformer(nnx.Module):
     def __init__(self, config: ClipVisionConfig, *, dtype: Any) -> None:
         self.embeddings = Embeddings(config, dtype=dtype)
         self.pre_layrnorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
-        self.encoder = Encoder(config, causal=False, dtype=dtype)
+        self.encoder = Encoder(config, causal=False, how=Execution(dtype=jnp.dtype(dtype)))
         self.post_layernorm = LayerNorm(config.hidden_size, eps=config.layer_norm_eps, dtype=dtype)
 
     def __call__(self, pixels: jax.Array) -> tuple[jax.Array, jax.Array]:

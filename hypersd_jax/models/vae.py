@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from hypersd_jax.models.attention import Attention
 from hypersd_jax.models.execution import Execution
@@ -96,6 +97,7 @@ class Encoder(nnx.Module):
 
     def __init__(self, config: VaeConfig, *, how: Execution) -> None:
         first, last = config.channels[0], config.channels[-1]
+        self.how = how
         self.conv_in = how.conv(config.in_channels, first, 3, padding=1)
         self.down_blocks = nnx.List([EncoderBlock(config, i, how=how) for i in range(len(config.channels))])
         self.mid_block = MiddleBlock(config, how=how)
@@ -104,9 +106,9 @@ class Encoder(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, H, W, 3) to (B, h, w, 2 latent_channels)."""
-        x = self.conv_in(x)
+        x = self.how.constrain_batch(self.conv_in(x))
         for block in self.down_blocks:
-            x = block(x)
+            x = self.how.constrain_batch(block(x))
         return self.conv_out(jax.nn.silu(self.conv_norm_out(self.mid_block(x))))
 
 
@@ -115,6 +117,7 @@ class Decoder(nnx.Module):
 
     def __init__(self, config: VaeConfig, *, how: Execution) -> None:
         first, last = config.channels[0], config.channels[-1]
+        self.how = how
         self.conv_in = how.conv(config.latent_channels, last, 3, padding=1)
         self.mid_block = MiddleBlock(config, how=how)
         self.up_blocks = nnx.List([DecoderBlock(config, i, how=how) for i in range(len(config.channels))])
@@ -123,9 +126,9 @@ class Decoder(nnx.Module):
 
     def __call__(self, z: jax.Array) -> jax.Array:
         """Map (B, h, w, latent_channels) to (B, H, W, 3)."""
-        x = self.mid_block(self.conv_in(z))
+        x = self.how.constrain_batch(self.mid_block(self.conv_in(z)))
         for block in self.up_blocks:
-            x = block(x)
+            x = self.how.constrain_batch(block(x))
         return self.conv_out(jax.nn.silu(self.conv_norm_out(x)))
 
 
@@ -156,7 +159,10 @@ class Vae(nnx.Module):
         return self.decoder(z)
 
 
-def vae(config: VaeConfig, *, dtype: Any = jnp.float32) -> Network:
-    """Describe the autoencoder as a function of its parameters, with the methods "encode" and "decode"."""
-    how = Execution(dtype=jnp.dtype(dtype))
+def vae(config: VaeConfig, *, dtype: Any = jnp.float32, batch_sharding: NamedSharding | None = None) -> Network:
+    """Describe the autoencoder as a function of its parameters, with the methods "encode" and "decode".
+
+    ``batch_sharding`` is how the images of a batch are laid out over devices, see `Execution`.
+    """
+    how = Execution(dtype=jnp.dtype(dtype), batch_sharding=batch_sharding)
     return describe(Vae, config, how=how)

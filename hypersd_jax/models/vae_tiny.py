@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding
 
 from hypersd_jax.models.execution import Execution
 from hypersd_jax.models.functional import Network, describe
@@ -57,13 +58,14 @@ class TinyBlock(nnx.Module):
 class Stack(nnx.Module):
     """Layers one after the other, at the indices that the original gives them."""
 
-    def __init__(self, layers: list[nnx.Module]) -> None:
+    def __init__(self, layers: list[nnx.Module], how: Execution) -> None:
+        self.how = how
         self.layers = nnx.List(layers)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, H, W, in) to (B, H', W', out)."""
         for layer in self.layers:
-            x = layer(x)
+            x = self.how.constrain_batch(layer(x))
         return x
 
 
@@ -76,7 +78,7 @@ def _encoder(config: TinyVaeConfig, how: Execution) -> Stack:
             else how.conv(config.in_channels, width, 3, padding=1)
         )
         layers += [TinyBlock(width, config.act_fn, how=how) for _ in range(count)]
-    return Stack([*layers, how.conv(width, config.latent_channels, 3, padding=1)])
+    return Stack([*layers, how.conv(width, config.latent_channels, 3, padding=1)], how)
 
 
 def _decoder(config: TinyVaeConfig, how: Execution) -> Stack:
@@ -86,7 +88,7 @@ def _decoder(config: TinyVaeConfig, how: Execution) -> Stack:
         layers += [TinyBlock(width, config.act_fn, how=how) for _ in range(count)]
         if level < len(config.decoder_blocks) - 1:
             layers += [Double(), how.conv(width, width, 3, padding=1, bias=False)]
-    return Stack([*layers, how.conv(width, config.out_channels, 3, padding=1)])
+    return Stack([*layers, how.conv(width, config.out_channels, 3, padding=1)], how)
 
 
 class TinyVae(nnx.Module):
@@ -111,7 +113,9 @@ class TinyVae(nnx.Module):
         return 2 * self.decoder(jnp.tanh(z / CLAMP) * CLAMP) - 1
 
 
-def tiny_vae(config: TinyVaeConfig, *, dtype: Any = jnp.float32) -> Network:
-    """Describe the tiny autoencoder as a function of its parameters, with the methods "encode" and "decode"."""
-    how = Execution(dtype=jnp.dtype(dtype))
+def tiny_vae(
+    config: TinyVaeConfig, *, dtype: Any = jnp.float32, batch_sharding: NamedSharding | None = None
+) -> Network:
+    """Describe the tiny autoencoder as a function of its parameters, with the methods and arguments of `vae`."""
+    how = Execution(dtype=jnp.dtype(dtype), batch_sharding=batch_sharding)
     return describe(TinyVae, config, how=how)

@@ -14,7 +14,7 @@ from hypersd_jax.bases import TextToImage
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.pipeline.programs import Programs
 from hypersd_jax.weights.diffusers.controlnet import LoadedControlNet
-from hypersd_jax.weights.placement import batch_sharding
+from hypersd_jax.weights.placement import batch_sharding, put
 
 TokenIds = tuple[np.ndarray, ...]
 """Token ids for each text encoder: (B, S), or (B, n, S) of prompts read in n windows."""
@@ -110,4 +110,4 @@ class ActiveModel:
         mesh = self.base.mesh
         if mesh is None or value.shape[axis] % mesh.size:
             return value
-        return jax.device_put(value, batch_sharding(mesh, axis))
+        return put(value, batch_sharding(mesh, axis))

@@ -15,7 +15,7 @@ from hypersd_jax.adapters import Adapter, Differences, altered, concatenate, pad
 from hypersd_jax.config import nearest
 from hypersd_jax.errors import UserError
 from hypersd_jax.weights.lora import LoraReport, read_lora
-from hypersd_jax.weights.placement import leaf_sharding
+from hypersd_jax.weights.placement import place
 
 Params = Mapping[str, Mapping[str, jax.Array]]
 """``{component: {parameter path: array}}``."""
@@ -136,8 +136,7 @@ class LoraStack:
         """Put an adapter on the devices once, not at every call."""
         if self._mesh is None:
             return jax.device_put(adapter)
-        mesh = self._mesh
-        return jax.tree.map(lambda leaf: jax.device_put(leaf, leaf_sharding(mesh, leaf.shape, leaf.dtype)), adapter)
+        return place(self._mesh, adapter)
 
     def _free_name(self, path: Path) -> str:
         """The stem; "stem-2", "stem-3", ... for files of one name in several folders."""

@@ -13,6 +13,7 @@ import numpy as np
 from hypersd_jax.diffusion import begin
 from hypersd_jax.pipeline.active import ActiveModel
 from hypersd_jax.pipeline.plan import Plan, Round
+from hypersd_jax.weights.placement import host
 
 Callback = Callable[[int, int], None]
 
@@ -38,7 +39,7 @@ def run(plan: Plan, model: ActiveModel, *, decode: bool, stepwise: bool, callbac
             result = model.decode(latents, tiled=plan.settings.tiled) if decode else latents
             if progress is not None:
                 progress.finish()
-            found.append(np.asarray(result))
+            found.append(host(result))
     return in_order(plan.rounds, found)
 
 
@@ -66,7 +67,7 @@ def _sample(plan: Plan, each: Round, model: ActiveModel, *, stepwise: bool, prog
     uncond = None if each.negatives is None else model.unconditional(each.negatives, cond, size)
     own = plan.guides.take(each.owners)
     start = model.on_mesh(plan.latents[each.indices])
-    noise = model.on_mesh(plan.noise[:, each.indices], axis=1)
+    noise = plan.noise[:, each.indices]
     state = begin(plan.table, start, None if plan.from_noise else own.clean)
     one_by_one = stepwise or progress is not None
     for table, added in single_steps(plan.table, noise) if one_by_one else [(plan.table, noise)]:
@@ -77,7 +78,7 @@ def _sample(plan: Plan, each: Round, model: ActiveModel, *, stepwise: bool, prog
             np.float32(settings.guidance),
             table,
             state,
-            added,
+            model.on_mesh(added, axis=1),
             own.for_scan(start, controls.take(each.owners)),
             controls.params,
             controls.scales,

@@ -84,7 +84,8 @@ def open_abstract(config: Config, *, mesh: AnyMesh, traced_for: Mesh, dtype: Any
         stop=StopSignals(),
     )
     if config.adapter_stages:
-        run.student, run.scales = jax.eval_shape(lambda: run.fresh_factors(Stream.ADAPTER, 0))
+        here = dataclasses.replace(run, mesh=tracing_mesh())  # which has devices to lay out arrays on
+        run.student, run.scales = jax.eval_shape(lambda: here.fresh_factors(Stream.ADAPTER, 0))
         run.fresh_scales = run.scales
         if config.lora.start is not None:
             start, fresh = config.lora.start, run.teacher(PREVIOUS)
@@ -196,7 +197,9 @@ def passed_factors(run: Run, stage: StageConfig, student: Any) -> tuple[Any, Any
     found: tuple[Any, Any]
     if isinstance(jax.tree.leaves(student)[0], jax.ShapeDtypeStruct):
         given = {**{name: getattr(run, name) for name in _ARRAYS}, "params": {}}
-        found = jax.eval_shape(lambda given, own: passed(_filled(run, given, run.mesh), stage, own), given, student)
+        found = jax.eval_shape(
+            lambda given, own: passed(_filled(run, given, tracing_mesh()), stage, own), given, student
+        )
     else:
         found = passed(run, stage, student)
     return found

@@ -180,12 +180,12 @@ def plan_run(config: Config, *, device: str | None = None, devices: int | None =
     Args:
         config: from `load_config`.
         device: a name of `peaks.NAMES`; None: the devices that are here.
-        devices: how many of it; None: as many as are here, or one of another kind.
+        devices: how many of it; None: as many as are here, in each of the run's processes, or one of another kind.
 
     Raises:
         UserError: what the run itself would refuse, or a name or count of devices that cannot be.
     """
-    planned = find_device(device, devices)
+    planned = find_device(device, devices, processes=config.distributed.processes or 1)
     mesh, traced_for = abstract_mesh(config, planned.count), tracing_mesh()
     dtype = planned_dtype(config, device)
     run = open_abstract(config, mesh=mesh, traced_for=traced_for, dtype=dtype)
@@ -243,8 +243,8 @@ def plan_run(config: Config, *, device: str | None = None, devices: int | None =
     )
 
 
-def find_device(device: str | None, devices: int | None) -> Device:
-    """Describe the devices of `plan_run`'s arguments."""
+def find_device(device: str | None, devices: int | None, *, processes: int = 1) -> Device:
+    """Describe the devices of `plan_run`'s arguments; ``processes`` are started on machines like this one."""
     if devices is not None and devices < 1:
         raise UserError(f"--devices must be at least 1, not {devices}")
     if device is not None:
@@ -253,7 +253,7 @@ def find_device(device: str | None, devices: int | None) -> Device:
         return Device(name=device, kind=device, count=devices or 1, here=False, peaks=DEVICES.get(device))
     kind: str = jax.devices()[0].device_kind
     name = CPU if jax.default_backend() == "cpu" else name_of(kind)
-    count = devices or jax.device_count()
+    count = devices or jax.device_count() * processes
     peaks = None if name is None else DEVICES.get(name)
     return Device(name=name, kind=kind, count=count, here=devices is None, peaks=peaks)
 

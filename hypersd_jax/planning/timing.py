@@ -12,6 +12,7 @@ import jax
 
 from hypersd_jax.compilation import use_compilation_cache
 from hypersd_jax.config import Config
+from hypersd_jax.errors import UserError
 from hypersd_jax.planning.opening import pass_on
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.kinds import STUDENT, exported_weights, kind_of
@@ -20,6 +21,7 @@ from hypersd_jax.stages.run import check_stages
 from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import init_state
 from hypersd_jax.training.output import Output
+from hypersd_jax.weights.placement import place
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -49,6 +51,8 @@ def time_updates(config: Config, updates: int) -> dict[str, Timed]:
     Raises:
         UserError: what the run itself would refuse.
     """
+    if config.distributed.address is not None:
+        raise UserError("--timed-updates: measures this process alone; leave distributed.coordinator out")
     config = _shortened(config, updates + 1)
     if config.log.compilation_cache:
         use_compilation_cache()
@@ -61,7 +65,7 @@ def time_updates(config: Config, updates: int) -> dict[str, Timed]:
 def _time_stage(run: Run, index: int, updates: int) -> Timed:
     stage: Any = run.config.active_stages[index]
     kind = kind_of(stage)
-    frozen = kind.frozen(run, stage)
+    frozen = place(run.mesh, kind.frozen(run, stage))
     state = init_state(kind.trainable(run, index, stage), stage, averaged=(STUDENT,), mesh=run.mesh)
     key = stream(run.config.seed, Stream.NOISE, index)
     loaded = kind.batches(run, index, stage, frozen, 0)

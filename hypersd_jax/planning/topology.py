@@ -87,7 +87,7 @@ def topology_devices(topology: str) -> Sequence[jax.Device]:
         devices: Sequence[jax.Device] = topologies.get_topology_desc(platform="tpu", topology_name=topology).devices
     except Exception as error:
         first = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"--topology {topology}: libtpu does not know it ({first})") from None
+        raise UserError(f"--topology {topology}: libtpu cannot describe it ({first})") from None
     return devices
 
 

@@ -24,7 +24,7 @@ from hypersd_jax.stages.export import (
     require_finite_images,
     sampling_header,
 )
-from hypersd_jax.weights.diffusers.component import host
+from hypersd_jax.weights.placement import host
 
 NAME = "preview"
 

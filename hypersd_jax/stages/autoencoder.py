@@ -11,6 +11,7 @@ import numpy as np
 
 from hypersd_jax.bases import TextToImage
 from hypersd_jax.config import AutoencoderStage
+from hypersd_jax.data import signed
 from hypersd_jax.distill import reconstruction_loss
 from hypersd_jax.errors import UserError
 from hypersd_jax.inputs.batches import LoadedBatch, images_only, load_batches
@@ -58,7 +59,7 @@ def make_loss(base: TextToImage, stage: AutoencoderStage) -> LossFunction:
     """Make the reconstruction loss; the posterior is sampled, with each image's noise by its batch index."""
 
     def loss(models: Any, ema: Any, frozen: Any, batch: Any, key: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        images = batch["images"]
+        images = signed(batch["images"])
         params = {**frozen[base.autoencoder], **models[STUDENT][base.autoencoder]}
         mean, logvar = base.posterior(params, images)
         latents = mean + jnp.exp(0.5 * logvar) * normal(key, batch["indices"], mean.shape[1:])
@@ -107,7 +108,7 @@ def _with_scaling(run: Run, base: TextToImage) -> TextToImage:
     images = jnp.asarray(run.source.batch(np.arange(SCALE_IMAGES)).images)
 
     def moments(part: jax.Array) -> tuple[jax.Array, jax.Array]:
-        mean, logvar = base.posterior(dict(base.params[base.autoencoder]), part)
+        mean, logvar = base.posterior(dict(base.params[base.autoencoder]), signed(part))
         return jnp.mean(mean), jnp.mean(jnp.square(mean) + jnp.exp(logvar))
 
     parts = images.reshape(-1, SCALE_BATCH, *images.shape[1:])
@@ -117,10 +118,10 @@ def _with_scaling(run: Run, base: TextToImage) -> TextToImage:
 
 
 def reconstructed(base: TextToImage, images: np.ndarray) -> list[np.ndarray]:
-    """Reconstruct images (B, H, W, 3) in -1..1 by the posterior's mean; return images and reconstructions in 0..1."""
+    """Reconstruct images (B, H, W, 3) uint8 by the posterior's mean; return images and reconstructions in 0..1."""
 
     def back_and_forth(params: Any, given: jax.Array) -> jax.Array:
-        return base.decode(params, base.posterior(params, given)[0]).astype(jnp.float32)
+        return base.decode(params, base.posterior(params, signed(given))[0]).astype(jnp.float32)
 
     output = np.asarray(jax.jit(back_and_forth)(dict(base.params[base.autoencoder]), jnp.asarray(images)))
-    return [images * 0.5 + 0.5, np.clip(output * 0.5 + 0.5, 0.0, 1.0)]
+    return [signed(images) * 0.5 + 0.5, np.clip(output * 0.5 + 0.5, 0.0, 1.0)]

@@ -66,7 +66,7 @@ def captioned(run: Run, size: int) -> MicroBatch:
 def images_alone(run: Run, size: int) -> MicroBatch:
     """Describe {"images", "indices"}."""
     side = run.base.image_side
-    images = jax.ShapeDtypeStruct((size, side, side, 3), jnp.float32)
+    images = jax.ShapeDtypeStruct((size, side, side, 3), jnp.uint8)
     return MicroBatch(shapes={"images": images, "indices": _indices(size)})
 
 

@@ -24,6 +24,7 @@ from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import Step, StopSignals
 from hypersd_jax.training.output import Output
 from hypersd_jax.weights.diffusers.component import fingerprint
+from hypersd_jax.weights.placement import place
 
 Factors = dict[str, dict[str, jax.Array]]
 """The trained part of an adapter: down and up by module."""
@@ -112,7 +113,7 @@ class Run:
         """
         lora = self.config.lora if rank is None else LoraConfig(rank=rank)
         adapter = self.base.fresh_adapter(stream(self.config.seed, name, index), rank=lora.rank, alpha=lora.alpha)
-        factors, scales = jax.tree.map(jax.numpy.asarray, adapters.split(adapter))
+        factors, scales = place(self.mesh, adapters.split(adapter))
         return factors, scales
 
     def teacher(self, name: str) -> Adapter:

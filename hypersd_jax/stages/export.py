@@ -17,8 +17,8 @@ from hypersd_jax.bases import TextToImage
 from hypersd_jax.config import Sampling, StageConfig
 from hypersd_jax.diffusion import solver_table
 from hypersd_jax.errors import UserError
-from hypersd_jax.weights.diffusers.component import host
 from hypersd_jax.weights.lora import write_lora
+from hypersd_jax.weights.placement import host
 
 # The grid of the TCD and LCM samplers, on which a unified LoRA without a consistency regulariser samples.
 UNIFIED_GRID = 50

@@ -34,7 +34,7 @@ from hypersd_jax.stages.streams import Draw, Stream, drawn_from, normal
 from hypersd_jax.stages.structure import frozen_structure, require_structure, structure_term, targets_of
 from hypersd_jax.stages.watching import make_watch
 from hypersd_jax.training import LossFunction, Metrics, Phase, Watch
-from hypersd_jax.weights.diffusers.component import host
+from hypersd_jax.weights.placement import host, place
 
 
 def check(run: Run, stage: FeedbackStage, earlier: Sequence[str]) -> None:
@@ -153,7 +153,7 @@ def finish(run: Run, stage: FeedbackStage, student: Any, *, trained: bool) -> No
 
 def passed_on(run: Run, stage: FeedbackStage, student: Factors) -> tuple[Factors, dict[str, jax.Array]]:
     """Return the factors and scales that the next stage starts from: those of both LoRAs."""
-    factors, scales = jax.tree.map(jnp.asarray, adapters.split(merged(run, stage, student)))
+    factors, scales = place(run.mesh, adapters.split(merged(run, stage, student)))
     return factors, scales
 
 
@@ -181,7 +181,8 @@ def _adapter(run: Run, stage: FeedbackStage, student: Factors) -> Adapter:
 
 def _scales(run: Run, stage: FeedbackStage) -> dict[str, jax.Array]:
     """The second LoRA's scales: alpha is its rank."""
-    return {path: jnp.ones((_rank(run, stage),), jnp.float32) for path in run.fresh_scales}
+    ones = np.ones((_rank(run, stage),), np.float32)
+    return dict(place(run.mesh, dict.fromkeys(run.fresh_scales, ones)))
 
 
 def _rank(run: Run, stage: FeedbackStage) -> int:

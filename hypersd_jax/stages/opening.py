@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 
 from hypersd_jax import adapters
@@ -16,7 +15,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.inputs.encoding import unconditional
 from hypersd_jax.inputs.prompts import PromptInputs
 from hypersd_jax.pipeline import parse_dtype
-from hypersd_jax.stages.context import Factors, Run, fingerprints
+from hypersd_jax.stages.context import Run, fingerprints
 from hypersd_jax.stages.kinds import training_step
 from hypersd_jax.stages.streams import Stream
 from hypersd_jax.training import StopSignals, make_mesh
@@ -24,6 +23,7 @@ from hypersd_jax.training.output import Output
 from hypersd_jax.weights.diffusers.component import fingerprint
 from hypersd_jax.weights.hub import fetch_lora
 from hypersd_jax.weights.lora import read_lora
+from hypersd_jax.weights.placement import place
 
 
 def open_run(config: Config, output: Output, stop: StopSignals | None = None) -> Run:
@@ -61,7 +61,8 @@ def open_run(config: Config, output: Output, stop: StopSignals | None = None) ->
         run.student, run.scales = run.fresh_factors(Stream.ADAPTER, 0)
         run.fresh_scales = run.scales
         if config.lora.start is not None:
-            run.student, run.scales = start_factors(base, config.lora.start, run.teacher(PREVIOUS))
+            start = start_factors(base, config.lora.start, run.teacher(PREVIOUS))
+            run.student, run.scales = place(mesh, start)
             leaves = {f"{path}.{name}": leaf for path, pair in run.student.items() for name, leaf in pair.items()}
             run.start_fingerprint = fingerprint({**leaves, **run.scales})
     return run
@@ -83,7 +84,7 @@ def open_data(config: Config, resolution: int) -> tuple[Source | None, Prompts |
     return source, prompts
 
 
-def start_factors(base: TextToImage, start: str, fresh: Adapter) -> tuple[Factors, dict[str, jax.Array]]:
+def start_factors(base: TextToImage, start: str, fresh: Adapter) -> tuple[Any, Any]:
     """Read the LoRA that a run starts from: its factors and scales, and fresh ones where it adapts nothing.
 
     Raises:
@@ -100,4 +101,4 @@ def start_factors(base: TextToImage, start: str, fresh: Adapter) -> tuple[Factor
             f"lora.start: {file.report.file}: can be sampled with, but is no start for training: only plain LoRAs on "
             f"the {base.denoiser} are ({what}on {', '.join(file.report.modules)})"
         )
-    return jax.tree.map(jnp.asarray, adapters.split({**fresh, **file.adapters[base.denoiser]}))
+    return adapters.split({**fresh, **file.adapters[base.denoiser]})

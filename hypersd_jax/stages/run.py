@@ -23,7 +23,9 @@ from hypersd_jax.training import StopSignals, init_state, newest_step
 from hypersd_jax.training.lock import FolderLock
 from hypersd_jax.training.loop import require_even, run_updates
 from hypersd_jax.training.output import create_output, open_output, set_aside
+from hypersd_jax.training.processes import join
 from hypersd_jax.training.reuse import history, of_length, require_run, reuse_stages
+from hypersd_jax.weights.placement import place
 
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EIO)
 """Errors that no check beforehand can find."""
@@ -46,6 +48,7 @@ def train(config: Config, *, command: str | None = None, alone: bool = False) ->
         UserError: one line naming the key or file at fault.
         Interrupted, Terminated: a signal came, and everything has been saved.
     """
+    join(config.distributed)
     lock = FolderLock(config.output_dir, "output_dir")
     with lock, StopSignals(alone=alone, leave=lock.release) as stop:
         try:
@@ -98,7 +101,7 @@ def check_stages(run: Run) -> None:
 def run_stage(run: Run, index: int, stage: StageConfig) -> None:
     """Train one stage, or the rest of it, then export its student and pass it on."""
     kind = kind_of(stage)
-    frozen = kind.frozen(run, stage)
+    frozen = place(run.mesh, kind.frozen(run, stage))
     folder = run.output.checkpoints(stage.name)
 
     def metadata(updates: int) -> dict[str, Any]:

@@ -6,13 +6,14 @@ A checkpoint appears under its final name only when it is complete, and carries 
 
 from __future__ import annotations
 
+import functools
 import json
 import logging
 import os
 import re
 import shutil
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
@@ -265,12 +266,15 @@ def _by_name(state: TrainState) -> dict[str, Any]:
 
 def _checksum(state: TrainState) -> int:
     """32-bit sum of the state's words, each leaf's times another odd number; independent of the sharding."""
-    total = 0
-    for index, leaf in enumerate(jax.tree.leaves(state)):
-        # One program over hundreds of leaves takes longer to compile than a small state to train.
-        words = _sum_on_host(leaf) if leaf.is_fully_addressable else int(_sum_on_devices(leaf))
-        total += (2 * index + 1) * words
-    return total % 2**32
+    sums: list[Callable[[], int]] = []
+    for leaf in jax.tree.leaves(state):  # all on their way before the first is waited for
+        if leaf.is_fully_addressable:
+            # One program over hundreds of leaves takes longer to compile than a small state to train.
+            leaf.copy_to_host_async()
+            sums.append(functools.partial(_sum_on_host, leaf))
+        else:
+            sums.append(functools.partial(int, _sum_on_devices(leaf)))
+    return sum((2 * index + 1) * words() for index, words in enumerate(sums)) % 2**32
 
 
 def _sum_on_host(leaf: jax.Array) -> int:

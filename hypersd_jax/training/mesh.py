@@ -6,12 +6,16 @@ Two axes: `data` splits the batch alone, `fsdp` splits the batch and every large
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Sequence
+import warnings
+from collections import Counter
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, TypeVar
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -42,7 +46,7 @@ def make_mesh(
     """
     devices = list(jax.devices() if devices is None else devices)
     shape = mesh_shape(data, fsdp, len(devices))
-    return jax.make_mesh(shape, BATCH_AXES, axis_types=(AxisType.Auto,) * 2, devices=devices[: math.prod(shape)])
+    return Mesh(arranged(devices[: math.prod(shape)], *shape), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def mesh_shape(data: int | None, fsdp: int | Literal["auto"], count: int) -> tuple[int, int]:
@@ -67,6 +71,32 @@ def mesh_shape(data: int | None, fsdp: int | Literal["auto"], count: int) -> tup
             f"mesh.data=null mesh.fsdp=auto take what is there"
         )
     return data, fsdp
+
+
+def arranged(devices: Sequence[Any], data: int, fsdp: int) -> np.ndarray:
+    """Arrange data x fsdp devices so that those along ``fsdp``, which talk most, are neighbours.
+
+    On several slices, joined by a slower network, ``data`` spans the slices and ``fsdp`` stays within one, where it
+    fits; else a warning says so.
+    """
+    counts = Counter(getattr(device, "slice_index", 0) for device in devices)
+    slices = len(counts)
+    if slices > 1 and (data % slices or len(set(counts.values())) > 1):
+        warnings.warn(
+            f"mesh.fsdp={fsdp}: the devices are in {slices} slices, and weights are gathered across them; "
+            f"faster is a mesh.fsdp that divides the {min(counts.values())} devices of a slice",
+            stacklevel=2,
+        )
+        return np.asarray(devices).reshape(data, fsdp)
+    make: Callable[..., np.ndarray] = functools.partial(mesh_utils.create_device_mesh, (data, fsdp), devices)
+    if slices > 1:
+        make = functools.partial(
+            mesh_utils.create_hybrid_device_mesh, (data // slices, fsdp), (slices, 1), devices=devices
+        )
+    try:
+        return make()
+    except NotImplementedError:  # no axis of the chips' torus is as long: 8 of 4 x 4 x 4
+        return make(allow_split_physical_axes=True)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

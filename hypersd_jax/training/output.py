@@ -16,7 +16,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.training.checkpoints import newest_step
 
 # May change between a stopped run and its continuation: they do not reach the student.
-FREE_KEYS = ("output_dir", "reuse", "mesh", "log", "evaluation")
+FREE_KEYS = ("output_dir", "reuse", "mesh", "distributed", "log", "evaluation")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +79,13 @@ def open_output(config: Config) -> Output:
 def create_output(output: Output, config: Config) -> None:
     """Make the folder and record the configuration, once all of it has been checked, since the record binds reruns.
 
+    Of several processes the first one does.
+
     Raises:
         UserError: the folder cannot be written.
     """
+    if jax.process_index() != 0:
+        return
     saved = output.root / "config.yaml"
     try:
         for folder in (output.root, output.loras, output.samples):

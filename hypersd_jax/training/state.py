@@ -14,6 +14,7 @@ from jax.typing import ArrayLike
 from hypersd_jax.training.optimizer import make_optimizer
 from hypersd_jax.training.settings import Settings
 from hypersd_jax.training.shardings import tree_shardings
+from hypersd_jax.weights.placement import place
 
 
 @jax.tree_util.register_dataclass
@@ -71,7 +72,7 @@ def init_state(
     trainable = dict(trainable)
     if mesh is None:
         return jax.jit(make)(trainable)
-    trainable = jax.device_put(trainable, tree_shardings(mesh, trainable))
+    trainable = place(mesh, trainable)
     return jax.jit(make, out_shardings=tree_shardings(mesh, jax.eval_shape(make, trainable)))(trainable)
 
 

@@ -19,7 +19,7 @@ from hypersd_jax.models.autoencoder import AnyVaeConfig, read_vae_config, vae_ne
 from hypersd_jax.models.clip_text import ClipTextConfig, clip_text
 from hypersd_jax.models.functional import Network
 from hypersd_jax.models.unet import UNetConfig, unet
-from hypersd_jax.weights.placement import batch_sharding, leaf_sharding
+from hypersd_jax.weights.placement import batch_sharding, leaf_sharding, put
 from hypersd_jax.weights.tokenizers import TokenizerFiles
 
 Params = dict[str, jax.Array]
@@ -169,9 +169,9 @@ def networks(
     activations = None if mesh is None else batch_sharding(mesh)
     return {
         "unet": unet(structure.unet, dtype=dtypes["unet"], remat=remat, batch_sharding=activations),
-        "vae": vae_network(structure.vae, dtype=dtypes["vae"]),
+        "vae": vae_network(structure.vae, dtype=dtypes["vae"], batch_sharding=activations),
         **{
-            name: clip_text(config, dtype=dtypes[name], projection=name == "text_encoder_2")
+            name: clip_text(config, dtype=dtypes[name], projection=name == "text_encoder_2", batch_sharding=activations)
             for name, config in structure.text.items()
         },
     }
@@ -218,7 +218,7 @@ def load(
     read = stored.read({name: part.shapes for name, part in parts.items() if name not in fresh}, stored_as)
     for name, found in {**read, **{name: _random_params(parts[name], seed, stored_as[name]) for name in fresh}}.items():
         shapes = parts[name].shapes
-        placed = {path: jax.device_put(array, place(shapes[path])) for path, array in found}
+        placed = {path: put(array, place(shapes[path])) for path, array in found}
         params[name] = {path: placed[path] for path in shapes}
     return Components(
         description=description,

@@ -14,6 +14,7 @@ from hypersd_jax.config import load_config
 from hypersd_jax.recipes import find_recipe
 
 IMAGES = np.zeros((1, 2, 2, 3), np.uint8)
+PROMPTS = list("abcd")
 
 
 def found(shift: np.ndarray, diversity: float = 20.0, **judges: np.ndarray) -> Found:
@@ -27,7 +28,7 @@ def test_changes_are_paired_and_averaged_over_seeds() -> None:
     nothing = np.zeros(4)
     before = [found(nothing), found(nothing)]
     after = [found(np.array([1.0, 2.0, 3.0, 4.0]), 19.0), found(np.array([3.0, 2.0, 1.0, 0.0]), 18.0)]
-    row = summarise(before, after)
+    row = summarise(before, after, PROMPTS)
     assert row["report"] == pytest.approx(17.0)
     assert row["report_change"] == pytest.approx(2.0)
     assert row["report_change_se"] == pytest.approx(0.0)  # each prompt's mean over the seeds is 2
@@ -37,18 +38,25 @@ def test_changes_are_paired_and_averaged_over_seeds() -> None:
     assert row["all_judges_lower"] == row["joint_collapse"] == 0.0
 
 
+def test_a_prompt_that_occurs_twice_counts_once_in_the_error() -> None:
+    change = np.array([1.0, 1.0, 3.0, 3.0])
+    row = summarise([found(np.zeros(4))], [found(change)], ["a", "a", "b", "b"])
+    assert row["report_change"] == pytest.approx(2.0)
+    assert row["report_change_se"] == pytest.approx(1.0)  # of two prompts, 1 and 3
+
+
 def test_a_collapse_is_clear_and_by_all_judges() -> None:
     limit = CLEARLY * 5.0
     clear, slight = -1.1 * limit, -0.9 * limit
     # Clear by all; clear by two and slight by one; clear by two alone; a gain.
     rest = np.array([clear, clear, clear, 1.0])
-    row = summarise([found(np.zeros(4))], [found(rest, report=np.array([clear, slight, 1.0, 1.0]))])
+    row = summarise([found(np.zeros(4))], [found(rest, report=np.array([clear, slight, 1.0, 1.0]))], PROMPTS)
     assert row["joint_collapse"] == 0.25
     assert row["all_judges_lower"] == 0.5
 
 
 def test_a_table_for_each_number_of_steps() -> None:
-    row = summarise([found(np.zeros(4))], [found(np.ones(4))])
+    row = summarise([found(np.zeros(4))], [found(np.ones(4))], PROMPTS)
     page = markdown([{"title": "an arm", "steps": steps, "calls": 200, "made": [36, 30], **row} for steps in (2, 1)])
     assert page.index("## 1 step\n") < page.index("## 2 steps\n")
     assert page.count("| an arm | 16.00 (+1.00 ± 0.00) |") == 2

@@ -31,7 +31,7 @@ def caption(number: int) -> str:
 
 def numbers(batch: Batch) -> list[int]:
     """Which images a batch holds, after a check that each has its own caption."""
-    colours = np.round((batch.images[:, 0, 0] + 1.0) * 127.5)
+    colours = batch.images[:, 0, 0]
     found = [int(red) // 20 for red in colours[:, 0]]
     np.testing.assert_array_equal(colours, [(20 * number, 0, 255) for number in found])
     assert batch.captions == [caption(number) for number in found]

@@ -59,7 +59,7 @@ def test_the_masks_lie_where_the_pixels_are(tmp_path: Path, changes: dict[str, A
         assert found[LEFT_OUT].tolist() == [0, 0, 0]
         for index in range(3):
             # Largest first, as far as they are in the crop.
-            shares = [enlarged(batch.images[index, ..., channel] > 0, size) for channel in range(2)]
+            shares = [enlarged(batch.images[index, ..., channel] > 127, size) for channel in range(2)]
             wanted = sorted((share for share in shares if share.any()), key=lambda each: -each.sum())
             masks = targets.masks[index]
             assert np.count_nonzero(masks.any(axis=(1, 2))) == len(wanted)

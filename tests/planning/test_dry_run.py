@@ -388,8 +388,11 @@ def test_a_topology_needs_libtpu(
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu is not installed")
-def test_compiled_for_eight_chips(model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+def test_compiled_for_eight_chips(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     """libtpu itself writes to standard error."""
+    monkeypatch.setenv("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")  # another test run may have loaded it
     recipe(tmp_path, model, stages=TWO)
     arguments = ["--config", str(tmp_path / "recipe.yaml"), "mesh.fsdp=auto", "stages.*.batch_size=8"]
     main(["train", "--dry-run", "--json", "--topology", "v5e:2x4", *arguments])

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from hypersd_jax.config import Config, load_config, save_config
-from hypersd_jax.data import EmojiSource
+from hypersd_jax.data import EmojiSource, signed
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages import train
@@ -99,7 +99,7 @@ def test_fresh_parts_need_no_weights_and_learn(model, tmp_path):
     assert lines[-1]["psnr"] > lines[0]["psnr"] + 2.0
     pipe = Pipeline.from_pretrained(folder / "model")
     images = EmojiSource(resolution=16, seed=5).batch(np.arange(64)).images
-    mean, logvar = pipe.base.components.vae(dict(pipe.base.params["vae"]), images, method="encode")
+    mean, logvar = pipe.base.components.vae(dict(pipe.base.params["vae"]), signed(images), method="encode")
     scaled = pipe.base.components.scale(mean)
     assert 0.7 < float(np.sqrt(np.var(scaled) + np.mean(np.exp(logvar)) * pipe.base.components.scale(1.0) ** 2)) < 1.3
     assert pipe.base.components.vae_config.scaling_factor != 0.2

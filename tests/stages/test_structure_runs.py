@@ -122,7 +122,7 @@ def targets(opened: Opened) -> InstanceTargets:
     images = np.asarray(opened.run.source.batch(np.arange(4)).images)  # type: ignore[union-attr]
     found = []
     for pixels in images:
-        masks = (pixels[..., :2] > 0).transpose(2, 0, 1).repeat(2, axis=1).repeat(2, axis=2)
+        masks = (pixels[..., :2] > 127).transpose(2, 0, 1).repeat(2, axis=1).repeat(2, axis=2)
         order = [
             channel for channel in np.argsort([-mask.sum() for mask in masks], kind="stable") if masks[channel].any()
         ]

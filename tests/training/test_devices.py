@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-SPLIT = {  # leaf -> its piece under fsdp=4; width 131,200 in all
-    f"{tree}/first/kernel": [8, 32_800]
+SPLIT = {  # leaf -> its piece under fsdp=4; width 8,208 in all
+    f"{tree}/first/kernel": [8, 2_052]
     for tree in ("trainable/student", "ema/student", "opt_state/student/1/mu", "opt_state/student/1/nu")
 }
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import jax
 import numpy as np
 import pytest
 
 from hypersd_jax import training
 from hypersd_jax.errors import UserError
+from hypersd_jax.training.mesh import arranged
 
 
 def test_one_device_is_one_by_one():
@@ -41,3 +44,26 @@ def test_abstract_carries_shapes_and_shardings():
     (leaf,) = jax.tree.leaves(training.abstract(mesh, {"a": np.zeros((3, 2), np.float32)}))
     assert leaf.shape == (3, 2)
     assert leaf.sharding.mesh == mesh
+
+
+def chips(slices: int, each: int) -> list[SimpleNamespace]:
+    """Devices of several slices, in an order that says nothing."""
+    made = [
+        SimpleNamespace(id=number, slice_index=number % slices, process_index=0, platform="cpu", device_kind="chip")
+        for number in range(slices * each)
+    ]
+    return sorted(made, key=lambda chip: chip.id * 5 % 7)
+
+
+@pytest.mark.parametrize(("slices", "each", "data", "fsdp"), [(2, 8, 2, 8), (2, 8, 4, 4), (4, 2, 8, 1), (1, 8, 2, 4)])
+def test_weights_are_split_within_a_slice(slices, each, data, fsdp):
+    grid = arranged(chips(slices, each), data, fsdp)
+    assert grid.shape == (data, fsdp)
+    assert all(len({chip.slice_index for chip in row}) == 1 for row in grid)
+    assert sorted(chip.id for chip in grid.flat) == list(range(slices * each))
+
+
+def test_weights_that_do_not_fit_a_slice_are_a_warning():
+    with pytest.warns(UserWarning, match=r"mesh.fsdp=8: the devices are in 2 slices.* divides the 4 devices"):
+        grid = arranged(chips(2, 4), 1, 8)
+    assert grid.shape == (1, 8)

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
-from jax.experimental import multihost_utils
 
 from hypersd_jax.errors import UserError
 from hypersd_jax.files import decoded
@@ -31,6 +30,7 @@ from hypersd_jax.weights.keys import (
     torch_key,
     torch_shape,
 )
+from hypersd_jax.weights.placement import host, put
 from hypersd_jax.weights.tensors import PICKLE_SUFFIXES, TensorFile, open_tensors, replacing, save_tensors
 
 Params = dict[str, jax.Array]
@@ -131,7 +131,7 @@ def load_params(
             first tensor that holds something else than finite numbers.
     """
     placed = {
-        path: jax.device_put(array, sharding(path, shapes[path]) if sharding else None)
+        path: put(array, sharding(path, shapes[path]) if sharding else None)
         for path, array in read_params(folder, shapes, dtype=dtype, component_kind=component_kind, variant=variant)
     }
     return {path: placed[path] for path in shapes}
@@ -314,13 +314,6 @@ def _ahead(tasks: Iterable[Callable[[], T]]) -> Iterator[T]:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()
-
-
-def host(value: Any) -> np.ndarray:
-    """Gather an array on this host, also where it is spread over several."""
-    if isinstance(value, jax.Array) and not value.is_fully_addressable:
-        value = multihost_utils.process_allgather(value, tiled=True)
-    return np.asarray(value)
 
 
 def few(names: Iterable[str]) -> str:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 import numpy as np
 from jax.sharding import Mesh
 
@@ -19,7 +18,7 @@ from hypersd_jax.models.functional import Network, Params
 from hypersd_jax.models.unet_config import UNetConfig
 from hypersd_jax.weights.diffusers.component import read_json, read_params
 from hypersd_jax.weights.hub import fetch_model
-from hypersd_jax.weights.placement import batch_sharding, leaf_sharding
+from hypersd_jax.weights.placement import batch_sharding, leaf_sharding, put
 from hypersd_jax.weights.single_file.component import Read, Shapes
 from hypersd_jax.weights.single_file.controlnet import open_controlnet_file
 
@@ -63,7 +62,7 @@ def load_controlnet(
     placed = {}
     for path, array in read(network.shapes, dtype):
         leaf = network.shapes[path]
-        placed[path] = jax.device_put(array, None if mesh is None else leaf_sharding(mesh, leaf.shape, leaf.dtype))
+        placed[path] = put(array, None if mesh is None else leaf_sharding(mesh, leaf.shape, leaf.dtype))
     return LoadedControlNet(config=config, network=network, params={path: placed[path] for path in network.shapes})
 
 

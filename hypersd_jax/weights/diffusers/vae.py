@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jax
 from jax.sharding import Mesh
 
 from hypersd_jax.errors import UserError
@@ -17,7 +16,7 @@ from hypersd_jax.models.vae_tiny_config import TinyVaeConfig
 from hypersd_jax.weights.diffusers.component import read_json, read_params
 from hypersd_jax.weights.hub import fetch_model
 from hypersd_jax.weights.keys import canonical_key, drop_pointwise
-from hypersd_jax.weights.placement import leaf_sharding
+from hypersd_jax.weights.placement import batch_sharding, leaf_sharding, put
 from hypersd_jax.weights.single_file.component import Read, read_part
 from hypersd_jax.weights.single_file.keys import IGNORED, VAE, Stored, canonical, vae_locations
 from hypersd_jax.weights.tensors import open_tensors
@@ -53,11 +52,11 @@ def load_vae(
         raise UserError(
             f"{found}: latent_channels={config.latent_channels}, but the model has {vae_config.latent_channels}"
         )
-    network = vae_network(config, dtype=dtype)
+    network = vae_network(config, dtype=dtype, batch_sharding=None if mesh is None else batch_sharding(mesh))
     placed = {}
     for path, array in read(network.shapes, next(iter(network.shapes.values())).dtype):
         leaf = network.shapes[path]
-        placed[path] = jax.device_put(array, None if mesh is None else leaf_sharding(mesh, leaf.shape, leaf.dtype))
+        placed[path] = put(array, None if mesh is None else leaf_sharding(mesh, leaf.shape, leaf.dtype))
     return LoadedVae(config=config, network=network, params={path: placed[path] for path in network.shapes})
 
 

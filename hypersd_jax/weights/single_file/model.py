@@ -33,8 +33,9 @@ from hypersd_jax.weights.assembly import (
     networks,
     parse,
 )
-from hypersd_jax.weights.diffusers.component import cast, host, read_finite, require_fit
+from hypersd_jax.weights.diffusers.component import cast, read_finite, require_fit
 from hypersd_jax.weights.keys import from_torch, to_torch, torch_key, torch_shape
+from hypersd_jax.weights.placement import host
 from hypersd_jax.weights.single_file import keys
 from hypersd_jax.weights.single_file.configs import Generation, Sizes, component_configs, generation, prediction_type
 from hypersd_jax.weights.single_file.header import pad_token, read_header, unusual_tokenizers, write_header

@@ -1,0 +1,88 @@
+"""Join the processes of a run, before anything else asks for a device."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import socket
+import time
+import warnings
+from pathlib import Path
+
+import jax
+
+from hypersd_jax.config import DistributedConfig
+from hypersd_jax.config.distributed import ALONE
+from hypersd_jax.errors import UserError, short
+
+LAUNCHERS = (
+    ("SLURM", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
+    ("Open MPI", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK"),
+)
+"""Launchers of several processes: the variable with their number, and the one with the number of this one."""
+TPU_CHIPS = "TPU chips"
+
+
+def join(config: DistributedConfig) -> None:
+    """Meet the other processes of the run; where there is one alone, or they have met, nothing happens.
+
+    Raises:
+        UserError: the others did not come in time, or the cluster does not say where they are.
+    """
+    if jax.distributed.is_initialized() or config.coordinator == ALONE:
+        return
+    sign = _sign_of_several()
+    if config.coordinator is None and sign is None:
+        return
+    try:
+        if config.address is not None and config.process:
+            _wait_for(config.address, config.timeout_seconds)
+        jax.distributed.initialize(
+            coordinator_address=config.address,
+            num_processes=config.processes,
+            process_id=config.process,
+            initialization_timeout=config.timeout_seconds,
+            heartbeat_timeout_seconds=config.timeout_seconds,
+            shutdown_timeout_seconds=config.timeout_seconds,
+        )
+    except Exception as error:  # of the coordination service, or of whatever was asked for its address
+        reason = short((str(error).strip().splitlines() or [type(error).__name__])[0])
+        if config.coordinator is None and sign == TPU_CHIPS:
+            # Outside Google's cloud nothing says whether there are other hosts.
+            warnings.warn(f"this process trains alone: no other host was found ({reason})", stacklevel=2)
+            return
+        given = f"={config.coordinator}" if config.coordinator else f" (found: {sign})"
+        here = "this process" if config.address is None else f"process {config.process} of {config.processes}"
+        raise UserError(
+            f"distributed.coordinator{given}: {here} did not meet the others in {config.timeout_seconds} s ({reason})"
+        ) from None
+
+
+def _wait_for(address: str, seconds: float) -> None:
+    """Wait until someone listens at HOST:PORT; OSError where nobody does in time.
+
+    JAX itself ends the process then, with a page of its own.
+    """
+    host, _, port = address.rpartition(":")
+    deadline = time.monotonic() + seconds
+    while True:
+        try:
+            socket.create_connection((host.strip("[]"), int(port)), timeout=seconds).close()
+            return
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.2)
+
+
+def _sign_of_several() -> str | None:
+    """Find what tells that this process may be one of several; None where nothing does."""
+    for name, count, rank in LAUNCHERS:
+        if rank in os.environ and os.environ.get(count, "").isdecimal() and int(os.environ[count]) > 1:
+            return f"{name}, {count}={os.environ[count]}"
+    if "," in os.environ.get("TPU_WORKER_HOSTNAMES", ""):
+        return "TPU_WORKER_HOSTNAMES"
+    chips = any(Path("/dev").glob("accel*")) or any(Path("/dev/vfio").glob("[0-9]*"))
+    if chips and importlib.util.find_spec("libtpu") and os.environ.get("JAX_PLATFORMS", "tpu").startswith("tpu"):
+        return TPU_CHIPS
+    return None
