@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from hypersd_jax.config import load_config
     from hypersd_jax.errors import UserError
     from hypersd_jax.pipeline import Pipeline
+    from hypersd_jax.planning.plan import plan_run
     from hypersd_jax.png_text import save_images
     from hypersd_jax.stages import train
     from hypersd_jax.weights.conversion import convert_model
@@ -35,6 +36,7 @@ __all__ = [
     "extract_lora",
     "load_config",
     "merge_loras",
+    "plan_run",
     "rewards",
     "save_images",
     "train",
@@ -48,6 +50,7 @@ _HOMES = {
     "extract_lora": "weights.lora.extract",
     "load_config": "config",
     "merge_loras": "weights.lora.merge",
+    "plan_run": "planning.plan",
     "save_images": "png_text",
     "train": "stages",
 }

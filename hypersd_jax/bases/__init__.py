@@ -18,7 +18,7 @@ from hypersd_jax.bases.base import with_dropped as with_dropped
 from hypersd_jax.bases.stable_diffusion import StableDiffusion as StableDiffusion
 from hypersd_jax.bases.text_to_image import ControlInputs as ControlInputs
 from hypersd_jax.bases.text_to_image import TextToImage as TextToImage
-from hypersd_jax.weights.components import load_components
+from hypersd_jax.weights.components import describe_components, load_components
 
 
 def load_base(
@@ -49,4 +49,30 @@ def load_base(
     """
     how: dict[str, Any] = {"remat": remat, "param_dtype": param_dtype, "fresh": fresh, "seed": seed}
     components = load_components(source, dtype=dtype, mesh=mesh, **how)
+    return StableDiffusion(components=components, dtype=dtype, mesh=mesh, resolution=resolution, remat=remat)
+
+
+def describe_base(
+    source: str | Path,
+    *,
+    dtype: Any,
+    mesh: Mesh | None = None,
+    resolution: int | None = None,
+    remat: bool = False,
+    param_dtype: Any = None,
+    fresh: Collection[str] = (),
+    read: Collection[str] = (),
+) -> TextToImage:
+    """Describe the model that `load_base` would load, with `jax.ShapeDtypeStruct`s in place of its parameters.
+
+    Args:
+        source, dtype, resolution, remat, param_dtype, fresh: as of `load_base`.
+        mesh: what the networks are traced for.
+        read: components that are read all the same.
+
+    Raises:
+        UserError: as `load_base`, but for weights that are not finite.
+    """
+    how: dict[str, Any] = {"remat": remat, "param_dtype": param_dtype, "fresh": fresh, "read": read}
+    components = describe_components(source, dtype=dtype, mesh=mesh, **how)
     return StableDiffusion(components=components, dtype=dtype, mesh=mesh, resolution=resolution, remat=remat)

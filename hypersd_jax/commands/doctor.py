@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import os
+import json
 from typing import Any
 
 
@@ -11,23 +11,18 @@ def add_parser(commands: Any) -> None:
     """Declare the command."""
     parser = commands.add_parser(
         "doctor",
-        help="what this machine offers",
-        description="Print versions, devices and memory.",
-        epilog="example:\n  hypersd doctor\n",
+        help="what this machine offers, and whether it is ready",
+        description="Print versions, devices, attention kernels (each tried once), caches, memory, disk and warnings: "
+        "what a bug report should hold.",
+        epilog="example:\n  hypersd doctor --json\n",
     )
+    parser.add_argument("--json", action="store_true", help="print one JSON object")
     parser.set_defaults(run=run)
 
 
-def run(_options: argparse.Namespace) -> None:
+def run(options: argparse.Namespace) -> None:
     """Print what this machine offers."""
-    import platform
+    from hypersd_jax.machine import inspect_machine, report_lines
 
-    import flax
-    import jax
-
-    devices: list[Any] = jax.devices()
-    print(f"python {platform.python_version()}, jax {jax.__version__}, flax {flax.__version__}")
-    print(f"{jax.default_backend()}: {len(devices)} x {devices[0].device_kind}, {os.cpu_count()} CPU cores")
-    stats = devices[0].memory_stats() if jax.default_backend() != "cpu" else None
-    if stats and "bytes_limit" in stats:
-        print(f"memory of a device: {stats['bytes_limit'] / 2**30:.1f} GiB")
+    report = inspect_machine()
+    print(json.dumps(report, indent=1) if options.json else "\n".join(report_lines(report)))

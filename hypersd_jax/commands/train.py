@@ -8,7 +8,7 @@ import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from hypersd_jax.commands import checks
+from hypersd_jax.commands import checks, dry_run
 from hypersd_jax.commands.parsing import Parser, add_overrides
 from hypersd_jax.config import Config, key_paths, load_config
 from hypersd_jax.recipes import find_recipe, recipe_titles
@@ -19,6 +19,7 @@ examples:
   python train.py
   python train.py --config configs/sd15.yaml model=PATH/TO/stable-diffusion-v1-5 data=PATH/TO/images
   python train.py --config emoji stages.*.updates=20 output_dir=outputs/try
+  python train.py --dry-run --device v5e --devices 8 --config configs/sd15.yaml data=PATH/TO/images
 
 A value is read as its key asks: text as it is written, numbers in decimal digits, true or false, [a, b] or a,b for
 lists. null leaves a key that may be empty so. A stopped run resumes when the same command is given again.
@@ -36,6 +37,7 @@ def add_parser(commands: Any) -> None:
         epilog=_EPILOG + recipe_list(),
     )
     add_overrides(parser)
+    dry_run.add_options(parser)
     parser.set_defaults(run=run, unknown=take_unknown)
 
 
@@ -50,8 +52,12 @@ def recipe_list() -> str:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Train, and print where the results are; of several processes the first one does."""
+    """Train, and print where the results are, of several processes in the first one; or print the plan alone."""
     config = read_config(options)
+    if options.dry_run:
+        dry_run.print_plan(options, config)
+        return
+    dry_run.require_dry_run(options)
 
     import jax
 

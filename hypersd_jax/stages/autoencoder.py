@@ -15,6 +15,7 @@ from hypersd_jax.data import signed
 from hypersd_jax.distill import reconstruction_loss
 from hypersd_jax.errors import UserError
 from hypersd_jax.inputs.batches import LoadedBatch, images_only, load_batches
+from hypersd_jax.stages.batch_shapes import MicroBatch, images_alone
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.kinds import STUDENT
 from hypersd_jax.stages.model_student import pass_on, write_final_model, write_images
@@ -76,6 +77,11 @@ def batches(run: Run, index: int, stage: AutoencoderStage, frozen: Any, done: in
     return load_batches(
         stage, before=before, done=done, mesh=run.mesh, load=load, finish=lambda _number, loaded: loaded
     )
+
+
+def batch_shapes(run: Run, stage: AutoencoderStage, size: int) -> MicroBatch:
+    """Describe a micro-batch."""
+    return images_alone(run, size)
 
 
 def preview(run: Run, stage: AutoencoderStage, student: Any, name: str, *, last: bool = False) -> None:

@@ -20,6 +20,7 @@ from hypersd_jax.distill import Segments, Teacher, consistency_loss, mse, pad_se
 from hypersd_jax.inputs.batches import LoadedBatch
 from hypersd_jax.stages import adapter_student
 from hypersd_jax.stages.adversarial import Discriminator, make_discriminator, pair_calls, pair_term
+from hypersd_jax.stages.batch_shapes import MicroBatch, conditioned
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.kinds import DISCRIMINATOR, STUDENT, naming
 from hypersd_jax.stages.streams import Draw, Stream, drawn_from, stream
@@ -148,6 +149,11 @@ def batches(run: Run, index: int, stage: ConsistencyStage, frozen: Frozen, done:
     assert run.inputs is not None
     key = stream(run.config.seed, Stream.ENCODER, index)
     return run.inputs.conditioned(stage, before=run.images_before(index), done=done, key=key)
+
+
+def batch_shapes(run: Run, stage: ConsistencyStage, size: int) -> MicroBatch:
+    """Describe a micro-batch."""
+    return conditioned(run, size)
 
 
 def _dropped(key: jax.Array, indices: jax.Array, share: Any) -> jax.Array:

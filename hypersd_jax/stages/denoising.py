@@ -16,6 +16,7 @@ from hypersd_jax.distill import corruption, denoising_loss
 from hypersd_jax.evaluation import MANY_STEPS
 from hypersd_jax.inputs.batches import LoadedBatch
 from hypersd_jax.pipeline import Pipeline
+from hypersd_jax.stages.batch_shapes import MicroBatch, captioned
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.kinds import STUDENT
 from hypersd_jax.stages.model_student import check_model, pass_on, write_final_model, write_images
@@ -75,6 +76,11 @@ def batches(run: Run, index: int, stage: TeacherStage, frozen: Any, done: int) -
     assert run.inputs is not None
     key = stream(run.config.seed, Stream.ENCODER, index)
     return run.inputs.captioned(stage, before=run.images_before(index), done=done, key=key)
+
+
+def batch_shapes(run: Run, stage: TeacherStage, size: int) -> MicroBatch:
+    """Describe a micro-batch."""
+    return captioned(run, size)
 
 
 def preview(run: Run, stage: TeacherStage, student: Any, name: str, *, last: bool = False) -> None:

@@ -21,6 +21,7 @@ from hypersd_jax.distill import alpha_sigma, fake_loss, noised, score_term
 from hypersd_jax.inputs.batches import LoadedBatch
 from hypersd_jax.stages import adapter_student, generator
 from hypersd_jax.stages.adversarial import make_discriminator
+from hypersd_jax.stages.batch_shapes import MicroBatch
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.generator import Frozen
 from hypersd_jax.stages.kinds import DISCRIMINATOR, FAKE, STUDENT, naming
@@ -68,6 +69,11 @@ def batches(run: Run, index: int, stage: ScoreStage, frozen: Frozen, done: int) 
     return generator.batches(run, index, stage, frozen, done, tokens_of(stage.feedback))
 
 
+def batch_shapes(run: Run, stage: ScoreStage, size: int) -> MicroBatch:
+    """Describe a micro-batch of a generator stage with the captions' tokens."""
+    return generator.batch_shapes(run, stage, size, tokens_of(stage.feedback))
+
+
 def watch(run: Run, stage: ScoreStage) -> Watch | None:
     """Make the guard's measurement, where the stage has feedback."""
     return make_watch(run, stage, stage.feedback, adapter_student.sample)
@@ -78,9 +84,12 @@ def phases(base: TextToImage, stage: ScoreStage) -> list[Phase]:
     fake_models = {FAKE: stage.fake_learning_rate}
     if stage.adversarial:
         fake_models[DISCRIMINATOR] = stage.adversarial.learning_rate
+    earlier = generator.earlier_steps(stage)
+    of_fake, of_student = make_fake_loss(base, stage), make_student_loss(base, stage)
     return [
-        Phase(models=fake_models, loss=make_fake_loss(base, stage), repeats=stage.fake_updates),
-        Phase(models={STUDENT: stage.learning_rate}, loss=make_student_loss(base, stage)),
+        # Its sample carries no gradient, so that the last step is in the loop too.
+        Phase(models=fake_models, loss=of_fake, repeats=stage.fake_updates, loop_steps=earlier + 1),
+        Phase(models={STUDENT: stage.learning_rate}, loss=of_student, loop_steps=earlier),
     ]
 
 

@@ -24,6 +24,7 @@ from hypersd_jax.distill import alpha_sigma
 from hypersd_jax.errors import UserError
 from hypersd_jax.inputs.batches import LoadedBatch, together
 from hypersd_jax.stages import adapter_student, generator
+from hypersd_jax.stages.batch_shapes import MicroBatch
 from hypersd_jax.stages.context import Factors, Run
 from hypersd_jax.stages.export import export_student
 from hypersd_jax.stages.generator import Frozen
@@ -64,7 +65,11 @@ def frozen(run: Run, stage: FeedbackStage) -> Frozen:
 
 def phases(base: TextToImage, stage: FeedbackStage) -> list[Phase]:
     """Train the second LoRA once a step."""
-    return [Phase(models={STUDENT: stage.learning_rate}, loss=make_loss(base, stage))]
+    loops = [generator.earlier_steps(stage)] if len(stage.times) > 1 else []
+    if stage.structure_steps > 1:  # its samples are another loop of the same calls
+        loops.append(generator.mean_before(stage.structure_steps, min(stage.late_steps, stage.structure_steps)))
+    mean = sum(loops) / max(len(loops), 1)
+    return [Phase(models={STUDENT: stage.learning_rate}, loss=make_loss(base, stage), loop_steps=mean)]
 
 
 def make_loss(base: TextToImage, stage: FeedbackStage) -> LossFunction:
@@ -113,6 +118,11 @@ def batches(run: Run, index: int, stage: FeedbackStage, frozen: Frozen, done: in
     return generator.batches(run, index, stage, frozen, done, read)
 
 
+def batch_shapes(run: Run, stage: FeedbackStage, size: int) -> MicroBatch:
+    """Describe a micro-batch of a generator stage with the captions' tokens and the images' instances."""
+    return generator.batch_shapes(run, stage, size, together(tokens_of(stage.feedback), targets_of(run, stage)))
+
+
 def preview(run: Run, stage: FeedbackStage, student: Any, name: str) -> None:
     """Sample with both LoRAs."""
     with _merged(run, stage, student) as factors:
@@ -134,11 +144,17 @@ def finish(run: Run, stage: FeedbackStage, student: Any, *, trained: bool) -> No
     alone = run.output.part(stage.name, "feedback")
     is_written = alone.exists() and not trained
     own = _adapter(run, stage, student)
-    factors, run.scales = place(run.mesh, adapters.split(merged(run, stage, student)))
+    factors, run.scales = passed_on(run, stage, student)
     adapter_student.finish(run, stage, factors, trained=trained)
     if not is_written and jax.process_index() == 0:
         host_adapter = jax.tree.map(host, own)
         export_student(alone, host_adapter, stage, run.base, base_fingerprint=run.base_fingerprint)
+
+
+def passed_on(run: Run, stage: FeedbackStage, student: Factors) -> tuple[Factors, dict[str, jax.Array]]:
+    """Return the factors and scales that the next stage starts from: those of both LoRAs."""
+    factors, scales = place(run.mesh, adapters.split(merged(run, stage, student)))
+    return factors, scales
 
 
 def merged(run: Run, stage: FeedbackStage, student: Factors) -> Adapter:
@@ -151,7 +167,7 @@ def merged(run: Run, stage: FeedbackStage, student: Factors) -> Adapter:
 @contextlib.contextmanager
 def _merged(run: Run, stage: FeedbackStage, student: Factors) -> Iterator[Any]:
     """Let the run's scales be those of both LoRAs, for a block that samples with the factors of both."""
-    factors, scales = place(run.mesh, adapters.split(merged(run, stage, student)))
+    factors, scales = passed_on(run, stage, student)
     before, run.scales = run.scales, scales
     try:
         yield factors

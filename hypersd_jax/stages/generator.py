@@ -32,6 +32,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.inputs.batches import LoadedBatch, Reading, nothing
 from hypersd_jax.inputs.ode_pairs import make_ode_pairs, repeat_batches
 from hypersd_jax.stages import adapter_student
+from hypersd_jax.stages.batch_shapes import MicroBatch, conditioned
 from hypersd_jax.stages.consistency import segments_of
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.kinds import STUDENT, naming
@@ -163,6 +164,15 @@ def _batches(run: Run, index: int, stage: GeneratorStage, done: int, read: Readi
     return run.inputs.conditioned(stage, before=before, done=done, key=key, read=read)
 
 
+def batch_shapes(run: Run, stage: GeneratorStage, size: int, read: Reading = nothing) -> MicroBatch:
+    """Describe a micro-batch, with the ODE pairs and what ``read`` makes of the samples."""
+    found = conditioned(run, size, images=stage.reads_images, read=read)
+    if stage.regression is None or not stage.regression.paired:
+        return found
+    latents = jax.ShapeDtypeStruct((size, *run.base.latent_shape), jnp.float32)
+    return found.holding({"noise": latents, "endpoint": latents})
+
+
 def predictor(nets: Networks, stage: GeneratorStage, weights: Any, frozen: Frozen) -> Model:
     """Return the student's prediction function, from LoRA factors or the weights of a fully fine-tuned UNet."""
     if stage.exports_model:
@@ -231,6 +241,16 @@ def draws(nets: Networks, stage: GeneratorStage, batch: Any, key: jax.Array) -> 
     latents = batch["latents"].shape[1:] if stage.reads_images else nets.base.latent_shape
     shape, steps = (batch["indices"].shape[0], *latents), len(stage.times)
     return draw_trajectory(key, shape, steps, batch["indices"], last=stage.gradient_steps)
+
+
+def earlier_steps(stage: GeneratorStage) -> float:
+    """Compute the mean number of the student's steps before the one that carries the gradient (`draws`)."""
+    return mean_before(len(stage.times), stage.gradient_steps)
+
+
+def mean_before(steps: int, last: int) -> float:
+    """Compute the mean number of steps before one that is chosen from the ``last`` of so many ``steps``."""
+    return steps - (last + 1) / 2
 
 
 def _trajectory(nets: Networks, stage: GeneratorStage, bounds: Any) -> Trajectory:

@@ -35,7 +35,15 @@ def naming(key: str) -> Iterator[None]:
 
 
 class Kind(Protocol):
-    """A module with these functions; ``stage`` is of its own kind throughout."""
+    """A module with these functions; ``stage`` is of its own kind throughout.
+
+    It may also have these, which are asked for by name:
+        ``watch(run, stage)``: what measures a state on the way (`watch_of`).
+        ``batch_shapes(run, stage, size)``: what a micro-batch of so many samples holds (`batch_shapes.MicroBatch`);
+            without it a plan knows nothing of the batches, and counts no work.
+        ``passed_on(run, stage, student)``: factors and scales that the next stage starts from, where they are not the
+            student's own.
+    """
 
     def check(self, run: Run, stage: Any, earlier: Sequence[str]) -> None:
         """Refuse what does not fit the model or the ``earlier`` stages: a UserError that names the key."""

@@ -10,7 +10,7 @@ from hypersd_jax import adapters
 from hypersd_jax.adapters import Adapter
 from hypersd_jax.bases import TextToImage, load_base
 from hypersd_jax.config import PREVIOUS, Config
-from hypersd_jax.data import open_prompts, open_source
+from hypersd_jax.data import Prompts, Source, open_prompts, open_source
 from hypersd_jax.errors import UserError
 from hypersd_jax.inputs.encoding import unconditional
 from hypersd_jax.inputs.prompts import PromptInputs
@@ -41,13 +41,7 @@ def open_run(config: Config, output: Output, stop: StopSignals | None = None) ->
     own |= {"resolution": config.data.resolution, "remat": config.model.remat}
     base = load_base(config.model.source, dtype=dtype, mesh=mesh, **own)
     resolution = base.image_side  # refused here, where it does not suit the autoencoder
-    source = prompts = None
-    if any(stage.reads_images for stage in config.active_stages):
-        source = open_source(config.data, resolution=resolution, seed=config.seed, batch_size=config.batch_size)
-    elif config.data.cache is not None:
-        raise UserError("data.cache: no stage of this run reads images (data_free)")
-    if not all(stage.reads_images for stage in config.active_stages):
-        prompts = open_prompts(config.data, seed=config.seed)
+    source, prompts = open_data(config, resolution)
     texts = source or prompts
     assert texts is not None
     run = Run(
@@ -72,6 +66,22 @@ def open_run(config: Config, output: Output, stop: StopSignals | None = None) ->
             leaves = {f"{path}.{name}": leaf for path, pair in run.student.items() for name, leaf in pair.items()}
             run.start_fingerprint = fingerprint({**leaves, **run.scales})
     return run
+
+
+def open_data(config: Config, resolution: int) -> tuple[Source | None, Prompts | None]:
+    """Open the images and captions, and the prompts, as far as a stage reads them.
+
+    Raises:
+        UserError: naming the key or file at fault.
+    """
+    source = prompts = None
+    if any(stage.reads_images for stage in config.active_stages):
+        source = open_source(config.data, resolution=resolution, seed=config.seed, batch_size=config.batch_size)
+    elif config.data.cache is not None:
+        raise UserError("data.cache: no stage of this run reads images (data_free)")
+    if not all(stage.reads_images for stage in config.active_stages):
+        prompts = open_prompts(config.data, seed=config.seed)
+    return source, prompts
 
 
 def start_factors(base: TextToImage, start: str, fresh: Adapter) -> tuple[Any, Any]:

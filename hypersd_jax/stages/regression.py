@@ -15,7 +15,7 @@ from hypersd_jax.stages.generator import Frozen
 from hypersd_jax.stages.kinds import STUDENT
 from hypersd_jax.training import LossFunction, Metrics, Phase
 
-check, frozen, batches = generator.check, generator.frozen, generator.batches
+check, frozen, batches, batch_shapes = generator.check, generator.frozen, generator.batches, generator.batch_shapes
 preview, finish = adapter_student.preview, adapter_student.finish
 
 
@@ -26,7 +26,8 @@ def trainable(run: Run, index: int, stage: RegressionStage) -> dict[str, Any]:
 
 def phases(base: Base, stage: RegressionStage) -> list[Phase]:
     """Train the student once a step."""
-    return [Phase(models={STUDENT: stage.learning_rate}, loss=make_loss(base, stage))]
+    earlier = generator.earlier_steps(stage)
+    return [Phase(models={STUDENT: stage.learning_rate}, loss=make_loss(base, stage), loop_steps=earlier)]
 
 
 def make_loss(base: Base, stage: RegressionStage) -> LossFunction:

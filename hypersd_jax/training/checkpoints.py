@@ -30,6 +30,8 @@ from hypersd_jax.training.state import TrainState
 Metadata = dict[str, Any]
 """JSON-serialisable metadata of a state: stage, counters, fingerprints of base and configuration, data position."""
 
+KEPT = 2
+"""The newest checkpoints of a stage that stay."""
 HALF_WRITTEN = ".orbax-checkpoint-tmp"
 """In the names of folders that Orbax has not finished."""
 QUIET_SECONDS = 1.0
@@ -41,7 +43,7 @@ class Checkpointer:
     In a run of several processes every process calls every method, and the folder is on storage that all of them see.
     """
 
-    def __init__(self, directory: str | Path, keep: int = 2, *, read_only: bool = False) -> None:
+    def __init__(self, directory: str | Path, keep: int = KEPT, *, read_only: bool = False) -> None:
         """Open or create the folder; what a killed save left half-written is removed.
 
         Args:

@@ -1,4 +1,4 @@
-"""How a run's batches are placed on the device mesh, which `weights.placement` makes."""
+"""How a run's batches are placed on the device mesh, which `weights.mesh` makes."""
 
 from __future__ import annotations
 

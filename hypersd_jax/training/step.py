@@ -53,11 +53,13 @@ class Phase:
             phase is what the step's norms and rate are of.
         loss: its loss, given all models' weights and differentiated in its own alone.
         repeats: how often it is taken in a row, each time with other randomness on the same batch.
+        loop_steps: mean length of the loss's loops whose length is random, for who counts its work (`planning`).
     """
 
     models: Mapping[str, ArrayLike]
     loss: LossFunction
     repeats: int = 1
+    loop_steps: float = 0.0
 
 
 def make_step(

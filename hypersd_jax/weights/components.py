@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+import dataclasses
+import os
+from collections.abc import Collection, Mapping
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +18,7 @@ from hypersd_jax.weights.assembly import Components as Components
 from hypersd_jax.weights.assembly import Params as Params
 from hypersd_jax.weights.assembly import StoredModel, load
 from hypersd_jax.weights.diffusers.model import open_folder
-from hypersd_jax.weights.hub import fetch_model
+from hypersd_jax.weights.hub import fetch_description, fetch_model
 from hypersd_jax.weights.single_file import open_single_file
 
 EMBEDDED = "embedded"
@@ -27,27 +29,28 @@ def assets() -> Path:
     return Path(str(resources.files("hypersd_jax"))) / "assets"
 
 
-def resolve_source(source: str | Path) -> Path:
+def resolve_source(source: str | Path, *, weights: bool = True) -> Path:
     """The model folder or single file that ``source`` names, fetched where it is a hub id; see `open_model`."""
     if str(source) == EMBEDDED:
         return assets() / "teacher"
-    path = fetch_model(source)
+    path = fetch_model(source) if weights else fetch_description(source)
     if path.is_dir():
         require_model_folder(path)
     return path
 
 
-def open_model(source: str | Path) -> StoredModel:
+def open_model(source: str | Path, *, weights: bool = True) -> StoredModel:
     """Describe the model that ``source`` names; its weights are read later.
 
     Args:
         source: a diffusers folder (``model_index.json``), a single .safetensors file, a hub id of either
             (`weights.hub`), or ``embedded`` for the model inside the package.
+        weights: False: they will not be read, so that those of a hub model in diffusers' layout are not fetched.
 
     Raises:
         UserError: one line naming the file or key that is missing, unsupported or damaged.
     """
-    path = resolve_source(source)
+    path = resolve_source(source, weights=weights)
     return open_folder(path) if path.is_dir() else open_single_file(path)
 
 
@@ -79,6 +82,52 @@ def load_components(
     """
     stored = open_model(source)
     return load(stored, dtype=dtype, remat=remat, mesh=mesh, param_dtype=param_dtype, fresh=fresh, seed=seed)
+
+
+def describe_components(
+    source: str | Path,
+    *,
+    dtype: Any,
+    remat: bool = False,
+    mesh: Mesh | None = None,
+    param_dtype: Any = None,
+    fresh: Collection[str] = (),
+    read: Collection[str] = (),
+) -> Components:
+    """Make the components of `load_components` with `jax.ShapeDtypeStruct`s in place of their parameters.
+
+    Of weights that are here the names, shapes and types are checked, and hardly any tensor is read.
+
+    Args:
+        source, dtype, remat, mesh, param_dtype, fresh: as of `load_components`.
+        read: components whose parameters are read all the same, onto the default device.
+
+    Raises:
+        UserError: as `load_components`, but for values that are not finite.
+    """
+    stored = open_model(source, weights=bool(read))
+    found: list[Components] = []
+
+    def shapes_of(wanted: Mapping[str, Any], dtypes: Mapping[str, Any]) -> Any:
+        if read or str(source) == EMBEDDED or os.path.exists(source):
+            for tensors in stored.read(wanted, dtypes).values():
+                next(iter(tensors), None)  # behind the check of all that the component's files hold
+        return {
+            name: ((path, jnp.zeros(leaf.shape, dtypes[name])) for path, leaf in wanted[name].items())
+            for name in wanted
+        }
+
+    def params() -> Any:
+        how: dict[str, Any] = {"dtype": dtype, "remat": remat, "param_dtype": param_dtype, "fresh": fresh}
+        found.append(load(dataclasses.replace(stored, read=shapes_of), mesh=mesh, **how))
+        return dict(found[0].params)
+
+    known: dict[str, Any] = jax.eval_shape(params)
+    for name in read:
+        types = {name: next(iter(known[name].values())).dtype}
+        tensors = dict(stored.read({name: known[name]}, types)[name])
+        known[name] = {path: jnp.asarray(tensors[path]) for path in known[name]}
+    return dataclasses.replace(found[0], params=known)
 
 
 def default_dtype() -> Any:

@@ -70,6 +70,15 @@ def fetch_model(source: str | os.PathLike[str]) -> Path:
     return _snapshot(found, choose_model)[0]
 
 
+def fetch_description(source: str | os.PathLike[str]) -> Path:
+    """Fetch of a model all but its weights, which must be there to fetch; else as `fetch_model`.
+
+    Of a single file by id all is fetched: what it is stands in its header.
+    """
+    found = None if _local(source) else _require_id(source)
+    return fetch_model(source) if found is None or found.file else _snapshot(found, choose_description)[0]
+
+
 def fetch_configs(source: str | os.PathLike[str]) -> Path:
     """Fetch a model's configurations alone, which is enough for its shapes; else as `fetch_model`."""
     found = None if _local(source) else _require_id(source)
@@ -116,6 +125,11 @@ def choose_model(files: Iterable[str]) -> list[str]:
             chosen += [f"{folder}/config.json", *_weights(names, f"{folder}/", STEMS[kind])]
     text = {name for name in names if name.startswith(tuple(f"{folder}/" for folder in TEXT_FOLDERS))}
     return chosen + sorted(name for name in text if name.count("/") == 1 and name.endswith(TEXT_SUFFIXES))
+
+
+def choose_description(files: Iterable[str]) -> list[str]:
+    """Choose of `choose_model`'s files those that hold no weights, which must be there; UserError without a name."""
+    return [name for name in choose_model(files) if not name.endswith(".safetensors")]
 
 
 def choose_configs(files: Iterable[str]) -> list[str]:

@@ -41,7 +41,12 @@ def make_mesh(
         UserError: naming `mesh.data` or `mesh.fsdp`, when the two do not fit the devices.
     """
     devices = list(jax.devices() if devices is None else devices)
-    count = len(devices)
+    shape = mesh_shape(data, fsdp, len(devices))
+    return Mesh(arranged(devices[: math.prod(shape)], *shape), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def mesh_shape(data: int | None, fsdp: int | Literal["auto"], count: int) -> tuple[int, int]:
+    """Compute the axes (data, fsdp) of `make_mesh` on ``count`` devices; raises as it does."""
     if data is not None and data < 1:
         raise UserError(f"mesh.data must be at least 1, not {data}")
     if fsdp == "auto":
@@ -61,7 +66,7 @@ def make_mesh(
             f"mesh.data={data} times mesh.fsdp={fsdp} is {wanted} devices, but this run has {count}; "
             f"mesh.data=null mesh.fsdp=auto take what is there"
         )
-    return Mesh(arranged(devices[:wanted], data, fsdp), BATCH_AXES, axis_types=(AxisType.Auto,) * 2)
+    return data, fsdp
 
 
 def arranged(devices: Sequence[Any], data: int, fsdp: int) -> np.ndarray:

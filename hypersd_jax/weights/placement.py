@@ -38,8 +38,11 @@ def batch_sharding(mesh: Mesh, axis: int = 0) -> NamedSharding:
 def put(value: Any, sharding: jax.sharding.Sharding | None) -> jax.Array:
     """Move an array that every process has to the devices; each hands its own ones only the parts that lie there.
 
-    An array that is spread over the processes already may be spread otherwise. ``sharding`` None is the default device.
+    An array that is spread over the processes already may be spread otherwise; one of a program that is being traced
+    stays the compiler's. ``sharding`` None is the default device.
     """
+    if isinstance(value, jax.core.Tracer):
+        return value
     is_spread = isinstance(value, jax.Array) and not value.is_fully_addressable
     if sharding is None or sharding.is_fully_addressable or is_spread:
         return jax.device_put(value, sharding)
@@ -52,11 +55,10 @@ def place(mesh: Mesh, tree: Any) -> Any:
     """Lay out every array of a tree on a mesh by `leaf_sharding`; one that lies there so already stays.
 
     An array that is left on one device, however small, costs a transfer to all the others at every call of a program.
-    Arrays of a program that is being traced are the compiler's to lay out.
     """
 
     def one(leaf: Any) -> Any:
-        if isinstance(leaf, jax.core.Tracer) or not isinstance(leaf, jax.Array | np.ndarray):
+        if not isinstance(leaf, jax.Array | np.ndarray):
             return leaf
         return put(leaf, leaf_sharding(mesh, leaf.shape, leaf.dtype))
 

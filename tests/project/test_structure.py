@@ -42,6 +42,8 @@ ROOMS = (
     "evaluation",
     "benchmarking",
     "stages",
+    "machine",
+    "planning",
     "serving",
     "commands",
     "cli",

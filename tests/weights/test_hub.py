@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from huggingface_hub import constants
 
+from hypersd_jax.bases import describe_base, load_base
 from hypersd_jax.errors import UserError
 from hypersd_jax.models import UNetConfig, unet
 from hypersd_jax.pipeline import Pipeline
@@ -82,6 +83,17 @@ def test_a_fetched_model_loads(hub: HubServer, tmp_path: Path) -> None:
     components = load_components(fetch_model("some/model"), dtype=np.float32)
     assert components.folder == fetch_model("some/model")
     assert components.params["unet"].keys() == components.unet.shapes.keys()
+
+
+def test_a_described_model_fetches_no_weights(hub: HubServer) -> None:
+    """What it describes has the shapes and types of what is loaded."""
+    described = describe_base("some/model", dtype=np.float32, resolution=16)
+    assert "unet/config.json" in hub.fetched
+    assert not [name for name in hub.fetched if name.endswith(".safetensors")]
+    loaded = load_base("some/model", dtype=np.float32, resolution=16)
+    for name, part in loaded.params.items():
+        shapes = {path: (leaf.shape, leaf.dtype) for path, leaf in part.items()}
+        assert {path: (leaf.shape, leaf.dtype) for path, leaf in described.params[name].items()} == shapes
 
 
 def test_a_base_is_its_configurations(hub: HubServer, tmp_path: Path) -> None:
