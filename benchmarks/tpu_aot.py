@@ -27,11 +27,11 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from hypersd_jax.planning.peaks import DEVICES
+
 RESULTS = ROOT / "benchmarks" / "results" / "tpu_aot"
 GIB = 2**30
 
-PEAKS = {"v5e": (197e12, 819e9, 16), "v6e": (918e12, 1640e9, 32), "v5p": (459e12, 2765e9, 95)}
-"""Of one chip: bfloat16 FLOP/s, bytes/s of its memory, and GB of it, as published."""
 LATENTS = {"sd15": 64, "sdxl": 128}
 
 
@@ -132,8 +132,8 @@ def compile_row(row: Row) -> dict[str, Any]:
 
 def roofline_ms(row: dict[str, Any]) -> tuple[float, float]:
     """Milliseconds that FLOPs and bytes take at the chip's published peaks."""
-    flops, bandwidth, _ = PEAKS[row["topology"].partition(":")[0]]
-    return row["flops"] / flops * 1e3, row["bytes_accessed"] / bandwidth * 1e3
+    peaks = DEVICES[row["topology"].partition(":")[0]]
+    return row["flops"] / peaks.flops * 1e3, row["bytes_accessed"] / peaks.bandwidth * 1e3
 
 
 def table(rows: list[dict[str, Any]]) -> str:

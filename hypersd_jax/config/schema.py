@@ -63,7 +63,8 @@ class MeshConfig:
 
     Attributes:
         data: devices that share the batch; null: all that ``fsdp`` leaves.
-        fsdp: devices that also split the weights; ``auto``: the greatest common divisor of 8 and the devices there are.
+        fsdp: devices that also split the weights; ``auto``: the fewest with which weights and training state take half
+            of a device's memory or less, up to 8 and a divisor of the devices there are; 8 where it is not known.
     """
 
     data: int | None = None

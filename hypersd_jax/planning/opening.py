@@ -18,26 +18,27 @@ from hypersd_jax.inputs.prompts import PromptInputs
 from hypersd_jax.paths import can_write
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.kinds import STUDENT, kind_of, training_step
+from hypersd_jax.stages.mesh_choice import choose_mesh
 from hypersd_jax.stages.opening import open_data, start_factors
 from hypersd_jax.stages.run import check_stages
 from hypersd_jax.stages.streams import Stream
 from hypersd_jax.training import StopSignals, TrainState, init_state, make_mesh
 from hypersd_jax.training.output import open_output
 from hypersd_jax.training.reuse import require_run
-from hypersd_jax.weights.mesh import mesh_shape
 from hypersd_jax.weights.placement import BATCH_AXES
 
 AnyMesh = Any
 """A `Mesh`, or the `AbstractMesh` of devices that are not here."""
 
 
-def abstract_mesh(config: Config, count: int) -> AnyMesh:
-    """Lay out ``count`` devices, which need not be here, as the configuration says.
+def abstract_mesh(config: Config, count: int, memory: float | None, dtype: Any) -> tuple[AnyMesh, str | None]:
+    """Lay out ``count`` devices of so much memory, which need not be here, as the configuration says; and say why.
 
     Raises:
         UserError: naming `mesh.data` or `mesh.fsdp`, which do not fit.
     """
-    return AbstractMesh(mesh_shape(config.mesh.data, config.mesh.fsdp, count), BATCH_AXES, (AxisType.Auto,) * 2)
+    choice = choose_mesh(config, count, memory, dtype)
+    return AbstractMesh((choice.data, choice.fsdp), BATCH_AXES, (AxisType.Auto,) * 2), choice.reason
 
 
 def tracing_mesh() -> Mesh:

@@ -186,10 +186,10 @@ def plan_run(config: Config, *, device: str | None = None, devices: int | None =
         UserError: what the run itself would refuse, or a name or count of devices that cannot be.
     """
     planned = find_device(device, devices, processes=config.distributed.processes or 1)
-    mesh, traced_for = abstract_mesh(config, planned.count), tracing_mesh()
-    dtype = planned_dtype(config, device)
+    dtype, traced_for = planned_dtype(config, device), tracing_mesh()
+    mesh, reason = abstract_mesh(config, planned.count, planned.peaks.memory if planned.peaks else None, dtype)
     run = open_abstract(config, mesh=mesh, traced_for=traced_for, dtype=dtype)
-    notes: dict[str, None] = {}
+    notes: dict[str, None] = {} if reason is None else {reason: None}
     counted: dict[Any, float] = {}
     stages = []
     for index, stage in enumerate(config.active_stages):

@@ -17,8 +17,9 @@ from hypersd_jax.inputs.prompts import PromptInputs
 from hypersd_jax.pipeline import parse_dtype
 from hypersd_jax.stages.context import Run, fingerprints
 from hypersd_jax.stages.kinds import training_step
+from hypersd_jax.stages.mesh_choice import make_run_mesh
 from hypersd_jax.stages.streams import Stream
-from hypersd_jax.training import StopSignals, make_mesh
+from hypersd_jax.training import StopSignals
 from hypersd_jax.training.output import Output
 from hypersd_jax.weights.diffusers.component import fingerprint
 from hypersd_jax.weights.hub import fetch_lora
@@ -32,7 +33,7 @@ def open_run(config: Config, output: Output, stop: StopSignals | None = None) ->
     Raises:
         UserError: naming the key or file at fault.
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    mesh = make_run_mesh(config)
     dtype = parse_dtype(config.model.dtype)
     adapters_alone = bool(config.adapter_stages)
     own: dict[str, Any] = {}

@@ -159,7 +159,7 @@ def test_eight_chips(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     before = files(tmp_path)
     found = json.loads(dry_run(capsys, "--json", "--device", "v5e", "--devices", "8", *arguments))
     assert files(tmp_path) == before
-    assert found["mesh"] == {"data": 1, "fsdp": 8}
+    assert found["mesh"] == {"data": 8, "fsdp": 1}
     assert (found["dtype"], found["device"]["count"], found["device"]["here"]) == ("bfloat16", 8, False)
     first, second = found["stages"]
     assert first["roofline"]["computing"] == pytest.approx(first["flops"] / 8 / 197e12)
@@ -169,12 +169,14 @@ def test_eight_chips(model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found["total"]["all_calls"] == 4 * 160
     assert found["total"]["all_seconds"] == pytest.approx(first["all_seconds"] + second["all_seconds"])
     assert found["total"]["disk"] == first["disk"]["total"] + second["disk"]["total"]
-    assert found["notes"] == []
+    (note,) = found["notes"]
+    assert note.startswith("mesh: 8 x 1 (data x fsdp)")
 
 
 def test_large_leaves_are_split_and_small_ones_are_not(model: Path, tmp_path: Path) -> None:
     config = recipe(tmp_path, model, "mesh.data=2", "mesh.fsdp=4")
-    mesh = abstract_mesh(config, 8)
+    mesh, reason = abstract_mesh(config, 8, 16e9, jnp.float32)
+    assert reason is None
     large, small = jax.ShapeDtypeStruct((4096, 1024), jnp.float32), jax.ShapeDtypeStruct((1024,), jnp.float32)
     assert split_bytes(mesh, [large, small]) == 4096 * 1024 * 4 // 4 + 1024 * 4
 
