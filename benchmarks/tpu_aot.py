@@ -27,12 +27,16 @@ from typing import Any
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+from benchmarks.sides.training import CASES
 from hypersd_jax.planning.peaks import DEVICES
 
 RESULTS = ROOT / "benchmarks" / "results" / "tpu_aot"
 GIB = 2**30
 
 LATENTS = {"sd15": 64, "sdxl": 128}
+LINKS = {"v5e": 200e9, "v6e": 448e9, "v5p": 600e9}
+"""Bytes a second through all links of a chip within a slice, as published."""
+CHIPS = (8, 64, 256)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,8 +80,8 @@ class Row:
 _LARGE: dict[str, Any] = {"family": "sdxl", "data": 2, "fsdp": 4}
 ROWS = [
     *(Row(family="sd15", program=name) for name in ("unet", "text", "decode", "encode", "sampler-1", "sampler-4")),
-    Row(family="sd15", program="decode", rows=12),
-    Row(family="sd15", program="sampler-4", rows=12),
+    Row(family="sd15", program="decode", rows=16),
+    Row(family="sd15", program="sampler-4", rows=16),
     Row(family="sd15", program="tscd", rows=32, remat=True),
     *(Row(program=name, **_LARGE) for name in ("unet", "text", "decode", "encode", "sampler-1", "sampler-4")),
     Row(family="sd15", program="tscd-encoder", rows=32, remat=True),
@@ -158,7 +162,41 @@ def table(rows: list[dict[str, Any]]) -> str:
         time_cells = ["{:.1f}, {:.1f}".format(*roofline_ms(row)), ", ".join(sent), f"{row['compile_seconds']:.0f}"]
         cells = [Row(**_settings(row)).title, *sizes, *work, *time_cells, f"{row['jax']}, {row['date']}"]
         lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return "\n".join([*lines, *scaling_table(rows)]) + "\n"
+
+
+def scaling(row: dict[str, Any], chips: int) -> float:
+    """The share of a micro-batch's time in which a chip computes, were nothing sent while it does.
+
+    More chips are more of the mesh's `data` at the same work a chip: what is gathered within `fsdp` stays, and
+    gradients are summed in a ring, 2 (n - 1) / n times their bytes through each chip.
+    """
+    computing, kinds = max(roofline_ms(row)) / 1e3, row["collectives"]
+    sent = {kind: own["bytes"] / turns(row) for kind, own in kinds.items()}
+    ring = 2 * (chips - 1) / chips * sent.pop("all-reduce", 0.0)
+    return computing / (computing + (sum(sent.values()) + ring) / LINKS[row["topology"].partition(":")[0]])
+
+
+def scaling_table(rows: list[dict[str, Any]]) -> list[str]:
+    """From the chips that a step was compiled for to more of them, on paper."""
+    steps = [row for row in rows if row["program"] in CASES and "error" not in row]
+    if not steps:
+        return []
+    lines = [
+        "",
+        "## More chips, on paper",
+        "",
+        "The share of its time in which a chip computes at the roofline, were nothing sent meanwhile: at the same",
+        "work a chip, with the links' published bandwidth (v5e 200, v6e 448, v5p 600 GB/s a chip). A chip that",
+        "computes more slowly than the roofline waits for a smaller share. Up to 256 v5e or v6e chips are one slice.",
+        "",
+        f"| step | {' | '.join(f'{chips} chips' for chips in CHIPS)} |",
+        "|" + "---|" * (1 + len(CHIPS)),
+    ]
+    for row in steps:
+        shares = [f"{scaling(row, chips):.1%}" for chips in CHIPS]
+        lines.append(f"| {Row(**_settings(row)).title} | {' | '.join(shares)} |")
+    return lines
 
 
 def turns(row: dict[str, Any]) -> int:
