@@ -25,4 +25,4 @@ def run(options: argparse.Namespace) -> None:
     from hypersd_jax.machine import inspect_machine, report_lines
 
     report = inspect_machine()
-    print(json.dumps(report, indent=1) if options.json else "\n".join(report_lines(report)))
+    print(json.dumps(report, indent=1, allow_nan=False) if options.json else "\n".join(report_lines(report)))

@@ -164,7 +164,7 @@ def reward(text: str) -> tuple[str, Path]:
 
 
 def mesh(text: str) -> tuple[int | None, int | str]:
-    """The type of ``auto`` or ``DATAxFSDP``: the arguments of `weights.placement.mesh_of_option`."""
+    """The type of ``auto`` or ``DATAxFSDP``: the arguments of `weights.mesh.mesh_of_option`."""
     if text == "auto":
         return None, "auto"
     found = re.fullmatch(r"([1-9][0-9]{0,5})x([1-9][0-9]{0,5})", text)

@@ -25,7 +25,12 @@ class Batch(NamedTuple):
 
 
 def signed(images: Any) -> Any:
-    """Convert images from bytes, uint8, to float32 in -1..1, as an autoencoder reads them; of NumPy or on a device."""
+    """Convert images from bytes, uint8, to float32 in -1..1, as an autoencoder reads them; of NumPy or on a device.
+
+    TypeError for images of another type, which would come out as something else.
+    """
+    if images.dtype != np.uint8:
+        raise TypeError(f"images of a batch are uint8, not {images.dtype}")
     return images.astype(np.float32) / np.float32(127.5) - np.float32(1.0)
 
 

@@ -30,7 +30,7 @@ def _memory(device: Any) -> dict[str, int] | None:
 
 
 def default_mesh() -> dict[str, Any]:
-    """Lay the devices out as `mesh: {data: null, fsdp: auto}` of a recipe does."""
+    """Lay the devices out for a model of unknown size, which is split over as many as there are, up to 8."""
     from hypersd_jax.weights.mesh import make_mesh
 
     mesh = make_mesh(fsdp="auto")

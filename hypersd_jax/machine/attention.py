@@ -64,4 +64,5 @@ def try_kernel(name: str, width: int, *, dtype: str) -> dict[str, Any]:
         result = np.asarray(by_name[name](q, k, v, causal=False), np.float32)
     except Exception as error:
         return {"refused": (str(error).splitlines() or [type(error).__name__])[0]}
-    return {"difference": float(np.abs(result - wanted).max())}
+    found = float(np.abs(result - wanted).max())
+    return {"difference": found} if np.isfinite(found) else {"refused": "its result is not finite"}

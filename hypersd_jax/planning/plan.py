@@ -28,7 +28,11 @@ from hypersd_jax.planning.work import NotCounted
 from hypersd_jax.stages.batch_shapes import MicroBatch
 from hypersd_jax.stages.context import Run
 from hypersd_jax.stages.kinds import exported_weights
+from hypersd_jax.stages.mesh_choice import device_memory
 from hypersd_jax.training import newest_step
+
+GPU_SHARE = 0.75
+"""Of a GPU's memory, what JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -187,7 +191,7 @@ def plan_run(config: Config, *, device: str | None = None, devices: int | None =
     """
     planned = find_device(device, devices, processes=config.distributed.processes or 1)
     dtype, traced_for = planned_dtype(config, device), tracing_mesh()
-    mesh, reason = abstract_mesh(config, planned.count, planned.peaks.memory if planned.peaks else None, dtype)
+    mesh, reason = abstract_mesh(config, planned.count, usable_memory(planned), dtype)
     run = open_abstract(config, mesh=mesh, traced_for=traced_for, dtype=dtype)
     notes: dict[str, None] = {} if reason is None else {reason: None}
     counted: dict[Any, float] = {}
@@ -256,6 +260,15 @@ def find_device(device: str | None, devices: int | None, *, processes: int = 1) 
     count = devices or jax.device_count() * processes
     peaks = None if name is None else DEVICES.get(name)
     return Device(name=name, kind=kind, count=count, here=devices is None, peaks=peaks)
+
+
+def usable_memory(device: Device) -> float | None:
+    """Bytes of a device that JAX may use; None where they are not known."""
+    if device.here:
+        return device_memory()
+    if device.peaks is None:
+        return None
+    return device.peaks.memory * (1.0 if str(device.name).startswith("v") else GPU_SHARE)
 
 
 def planned_dtype(config: Config, device: str | None) -> Any:

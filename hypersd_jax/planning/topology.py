@@ -16,8 +16,10 @@ from hypersd_jax.config import Config
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import parse_dtype
 from hypersd_jax.planning.opening import open_abstract, pass_on, stage_shapes, tracing_mesh, without_measuring
+from hypersd_jax.planning.peaks import DEVICES
 from hypersd_jax.planning.steps import micro_batch
 from hypersd_jax.stages.kinds import exported_weights
+from hypersd_jax.stages.mesh_choice import choose_mesh
 from hypersd_jax.training import abstract, batch_sharding, make_mesh
 
 
@@ -54,8 +56,11 @@ def compile_steps(config: Config, topology: str) -> dict[str, Compiled]:
     Raises:
         UserError: the libtpu package is not installed, it knows no such topology, or what the run would refuse.
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, devices=topology_devices(topology))
     dtype = jnp.bfloat16 if config.model.dtype == "auto" else parse_dtype(config.model.dtype)
+    chips = topology_devices(topology)
+    peaks = DEVICES.get(topology.partition(":")[0])
+    choice = choose_mesh(config, len(chips), peaks.memory if peaks else None, dtype)
+    mesh = make_mesh(choice.data, choice.fsdp, devices=chips)
     run = open_abstract(config, mesh=mesh, traced_for=mesh, dtype=dtype)
     known: dict[Any, Compiled] = {}
     found = {}

@@ -24,6 +24,7 @@ from hypersd_jax.stages.export import (
     require_finite_images,
     sampling_header,
 )
+from hypersd_jax.training.first_process import from_first
 from hypersd_jax.weights.placement import host
 
 NAME = "preview"
@@ -44,7 +45,7 @@ def finish(run: Run, stage: StageConfig, student: Any, *, trained: bool) -> None
         UserError: its weights or its images are not finite, and nothing is exported.
     """
     path = run.output.student(stage)
-    if trained or not path.exists():
+    if trained or not from_first(path.exists()):
         require_finite(student, stage)
         preview(run, stage, student, stage.name, last=True)
         if stage.exports_model:

@@ -21,6 +21,7 @@ from hypersd_jax.stages.kinds import STUDENT
 from hypersd_jax.stages.model_student import pass_on, write_final_model, write_images
 from hypersd_jax.stages.streams import normal
 from hypersd_jax.training import LossFunction, Phase
+from hypersd_jax.weights.placement import host
 
 # How many images the latents' standard deviation is taken over, and how many are encoded at a time.
 SCALE_IMAGES, SCALE_BATCH = 512, 32
@@ -123,5 +124,5 @@ def reconstructed(base: TextToImage, images: np.ndarray) -> list[np.ndarray]:
     def back_and_forth(params: Any, given: jax.Array) -> jax.Array:
         return base.decode(params, base.posterior(params, signed(given))[0]).astype(jnp.float32)
 
-    output = np.asarray(jax.jit(back_and_forth)(dict(base.params[base.autoencoder]), jnp.asarray(images)))
+    output = host(jax.jit(back_and_forth)(dict(base.params[base.autoencoder]), jnp.asarray(images)))
     return [signed(images) * 0.5 + 0.5, np.clip(output * 0.5 + 0.5, 0.0, 1.0)]

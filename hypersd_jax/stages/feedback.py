@@ -34,6 +34,7 @@ from hypersd_jax.stages.streams import Draw, Stream, drawn_from, normal
 from hypersd_jax.stages.structure import frozen_structure, require_structure, structure_term, targets_of
 from hypersd_jax.stages.watching import make_watch
 from hypersd_jax.training import LossFunction, Metrics, Phase, Watch
+from hypersd_jax.training.first_process import from_first
 from hypersd_jax.weights.placement import host, place
 
 
@@ -142,12 +143,12 @@ def watch(run: Run, stage: FeedbackStage) -> Watch | None:
 def finish(run: Run, stage: FeedbackStage, student: Any, *, trained: bool) -> None:
     """Export both LoRAs as one file and the second one alone, and pass both on as the student."""
     alone = run.output.part(stage.name, "feedback")
-    is_written = alone.exists() and not trained
+    is_written = bool(from_first(alone.exists())) and not trained
     own = _adapter(run, stage, student)
     factors, run.scales = passed_on(run, stage, student)
     adapter_student.finish(run, stage, factors, trained=trained)
+    host_adapter = jax.tree.map(host, own)  # by all processes, which hold a part each
     if not is_written and jax.process_index() == 0:
-        host_adapter = jax.tree.map(host, own)
         export_student(alone, host_adapter, stage, run.base, base_fingerprint=run.base_fingerprint)
 
 

@@ -58,13 +58,13 @@ def choose_mesh(config: Config, count: int, memory: float | None, dtype: Any) ->
 
     With ``mesh.fsdp: auto`` weights and state are split over the fewest devices, a power of two that divides them and
     up to 8, with which they take half of the memory or less: splitting costs gathers at every block. Where the memory
-    is not known they are split over as many as there are, up to 8.
+    is not known they are split over as many as there are, up to 8, and beside an explicit ``mesh.data`` over the rest.
 
     Raises:
         UserError: naming `mesh.data` or `mesh.fsdp`, when the two do not fit the devices.
     """
     data, most = mesh_shape(config.mesh.data, config.mesh.fsdp, count)
-    if config.mesh.fsdp != "auto" or most == 1 or memory is None:
+    if config.mesh.fsdp != "auto" or config.mesh.data is not None or most == 1 or memory is None:
         return MeshChoice(data=data, fsdp=most)
     own: dict[str, Any] = {"dtype": dtype}
     if not config.adapter_stages:
@@ -88,7 +88,7 @@ def choose_mesh(config: Config, count: int, memory: float | None, dtype: Any) ->
 
     sizes = [size for size in (1, 2, 4, MOST_AUTO_FSDP) if most % size == 0]
     fsdp = next((size for size in sizes if taken(size) <= SHARE * memory), most)
-    data = config.mesh.data or count // fsdp
+    data = count // fsdp
     reason = (
         f"mesh: {data} x {fsdp} (data x fsdp): weights and training state take {taken(fsdp) / GIB:.1f} GiB of the "
         f"{memory / GIB:.1f} of a device" + (f", {taken(1) / GIB:.1f} where they are not split" if fsdp > 1 else "")

@@ -27,6 +27,7 @@ from hypersd_jax.inputs.batches import Reading, nothing
 from hypersd_jax.rewards import LoadedReward, Reward, load
 from hypersd_jax.stages.context import Run
 from hypersd_jax.training import Metrics, replicated
+from hypersd_jax.training.first_process import from_first, wait_for_all
 from hypersd_jax.weights.tensors import replacing
 
 TOKENS = "reward_tokens"
@@ -191,7 +192,7 @@ def teacher_figures(run: Run, stage: GeneratorStage, config: FeedbackConfig) -> 
     """Sample and measure the teacher; the figures are kept with the checkpoints."""
     path = run.output.checkpoints(stage.name) / "teacher.npz"
     digest = hashlib.sha256(json.dumps(fixed_prompts(run, config.guards)).encode()).hexdigest()
-    if path.exists():
+    if from_first(path.exists()):
         with np.load(path, allow_pickle=False) as file:
             found = TeacherFigures(*(file[name] for name in TeacherFigures._fields))
         if str(found.watched) != digest:
@@ -207,6 +208,7 @@ def teacher_figures(run: Run, stage: GeneratorStage, config: FeedbackConfig) -> 
     if jax.process_index() == 0:
         with replacing(path) as temporary, temporary.open("wb") as file:
             np.savez(file, **found._asdict())
+    wait_for_all()
     return found
 
 

@@ -20,6 +20,7 @@ from hypersd_jax.stages.kinds import STUDENT, exported_weights, kind_of, naming,
 from hypersd_jax.stages.opening import open_run
 from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import StopSignals, init_state, newest_step
+from hypersd_jax.training.first_process import wait_for_all
 from hypersd_jax.training.lock import FolderLock
 from hypersd_jax.training.loop import require_even, run_updates
 from hypersd_jax.training.output import create_output, open_output, set_aside
@@ -78,6 +79,7 @@ def _train(config: Config, command: str | None, stop: StopSignals) -> Path:
         stop.where = "while it compared the students; the same command resumes there"
         prompts, base = run.preview_prompts, run.base_fingerprint
         compare_run(config, output, run.pipe, base, prompts=prompts, command=command)
+    wait_for_all()
     return output.root
 
 

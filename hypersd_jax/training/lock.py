@@ -12,10 +12,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
 
-import jax
-
 from hypersd_jax.data.cache import LOCK
 from hypersd_jax.errors import UserError
+from hypersd_jax.training.first_process import on_first
 
 UNREADABLE_SECONDS = 1.0
 """How long another process may take between making its lock and writing into it."""
@@ -40,8 +39,10 @@ class FolderLock:
         Raises:
             UserError: naming the other process, or why the folder cannot be written.
         """
-        if jax.process_index() != 0:
-            return self
+        on_first(self._lock)
+        return self
+
+    def _lock(self) -> None:
         try:
             missing = [path for path in (self._folder, *self._folder.parents) if not path.exists()]
             self._made = missing
@@ -54,7 +55,6 @@ class FolderLock:
         except BaseException:
             self.release()
             raise
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -14,6 +14,7 @@ import yaml
 from hypersd_jax.config import Config, StageConfig, first_difference, save_config, to_dict
 from hypersd_jax.errors import UserError
 from hypersd_jax.training.checkpoints import newest_step
+from hypersd_jax.training.first_process import on_first
 
 # May change between a stopped run and its continuation: they do not reach the student.
 FREE_KEYS = ("output_dir", "reuse", "mesh", "distributed", "log", "evaluation")
@@ -84,8 +85,10 @@ def create_output(output: Output, config: Config) -> None:
     Raises:
         UserError: the folder cannot be written.
     """
-    if jax.process_index() != 0:
-        return
+    on_first(lambda: _create(output, config))
+
+
+def _create(output: Output, config: Config) -> None:
     saved = output.root / "config.yaml"
     try:
         for folder in (output.root, output.loras, output.samples):

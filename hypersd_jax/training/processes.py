@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import socket
+import sys
 import time
 import warnings
 from pathlib import Path
@@ -37,6 +38,9 @@ def join(config: DistributedConfig) -> None:
     try:
         if config.address is not None and config.process:
             _wait_for(config.address, config.timeout_seconds)
+        elif config.address is not None:  # JAX's own words, where nobody comes, would stand alone
+            who = f"{config.processes} processes at {config.address}, for {config.timeout_seconds} s at most"
+            print(f"waiting for {who}", file=sys.stderr, flush=True)
         jax.distributed.initialize(
             coordinator_address=config.address,
             num_processes=config.processes,
@@ -45,9 +49,13 @@ def join(config: DistributedConfig) -> None:
             heartbeat_timeout_seconds=config.timeout_seconds,
             shutdown_timeout_seconds=config.timeout_seconds,
         )
+        if _alone_on_its_host():
+            # JAX gives each process of these launchers one GPU.
+            for option in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
+                jax.config.update(option, "all")
     except Exception as error:  # of the coordination service, or of whatever was asked for its address
         reason = short((str(error).strip().splitlines() or [type(error).__name__])[0])
-        if config.coordinator is None and sign == TPU_CHIPS:
+        if config.coordinator is None and sign == TPU_CHIPS and not _has_used_jax(error):
             # Outside Google's cloud nothing says whether there are other hosts.
             warnings.warn(f"this process trains alone: no other host was found ({reason})", stacklevel=2)
             return
@@ -56,6 +64,18 @@ def join(config: DistributedConfig) -> None:
         raise UserError(
             f"distributed.coordinator{given}: {here} did not meet the others in {config.timeout_seconds} s ({reason})"
         ) from None
+
+
+def _has_used_jax(error: Exception) -> bool:
+    return isinstance(error, RuntimeError) and "before any JAX" in str(error)
+
+
+def _alone_on_its_host() -> bool:
+    """Tell whether a launcher has started one process on each host, which is then to have all of its GPUs."""
+    counts = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(",")  # as in "1(x4)" or "2,1"
+    if "SLURM_PROCID" in os.environ and all(count.partition("(")[0] == "1" for count in counts):
+        return True
+    return os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE") == "1"
 
 
 def _wait_for(address: str, seconds: float) -> None:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import hashlib
 import json
 import os
 import shutil
 from pathlib import Path
 
-import jax
-from jax.experimental import multihost_utils
-
 from hypersd_jax.config import Config, StageConfig, to_dict
 from hypersd_jax.errors import UserError, short
 from hypersd_jax.training.checkpoints import HALF_WRITTEN, Checkpointer
+from hypersd_jax.training.first_process import from_first, on_first
 from hypersd_jax.training.output import Output
 from hypersd_jax.weights.tensors import replacing
 
@@ -47,7 +46,7 @@ def reuse_stages(config: Config, output: Output, base: str, start: str | None = 
 
     They are links to the same files, which nothing rewrites in place, so that they cost no space. A stage that is in
     the folder already stays; if it is unfinished, it and later ones are trained here. A reused stage has no lines in
-    metrics.jsonl and no samples here. Every process calls this; the first one links.
+    metrics.jsonl and no samples here. Every process calls this; the first one looks and links.
 
     Returns:
         The names of the reused stages.
@@ -59,21 +58,24 @@ def reuse_stages(config: Config, output: Output, base: str, start: str | None = 
     for count, stage in enumerate(config.adapter_stages, start=1):
         digest = history(config, count, base, start)
         student, folder = other.student(stage), output.checkpoints(stage.name)
-        if not student.exists() or not _is_finished(other.checkpoints(stage.name), stage, digest):
+        if not from_first(student.exists()) or not _is_finished(other.checkpoints(stage.name), stage, digest):
             break
-        if folder.exists() and not _is_finished(folder, stage, digest):
+        if from_first(folder.exists()) and not _is_finished(folder, stage, digest):
             break
-        if jax.process_index() == 0:
-            try:
-                if not folder.exists():
-                    link_tree(other.checkpoints(stage.name), folder)
-                _link_student(student, output.student(stage))
-            except (OSError, shutil.Error) as error:
-                reason = getattr(error, "strerror", None) or short(error)
-                raise UserError(f"reuse: {stage.name} of {other.root} cannot be reused ({reason})") from None
+        on_first(functools.partial(_link_stage, stage, other, output))
         reused.append(stage.name)
-    multihost_utils.sync_global_devices("reuse")
     return reused
+
+
+def _link_stage(stage: StageConfig, other: Output, output: Output) -> None:
+    """Link a stage's checkpoints and its student; UserError where that cannot be."""
+    try:
+        if not output.checkpoints(stage.name).exists():
+            link_tree(other.checkpoints(stage.name), output.checkpoints(stage.name))
+        _link_student(other.student(stage), output.student(stage))
+    except (OSError, shutil.Error) as error:
+        reason = getattr(error, "strerror", None) or short(error)
+        raise UserError(f"reuse: {stage.name} of {other.root} cannot be reused ({reason})") from None
 
 
 def require_run(config: Config) -> None:
@@ -83,7 +85,7 @@ def require_run(config: Config) -> None:
 
 
 def _is_finished(folder: Path, stage: StageConfig, digest: str) -> bool:
-    if not folder.is_dir():
+    if not from_first(folder.is_dir()):
         return False
     with Checkpointer(folder, read_only=True) as checkpoints:
         return checkpoints.latest() == stage.updates and checkpoints.metadata().get("history") == digest

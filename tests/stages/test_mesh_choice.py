@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.numpy as jnp
 import pytest
 
@@ -33,6 +35,12 @@ def test_as_few_devices_as_half_of_the_memory_holds(config):
         "mesh: 8 x 1 (data x fsdp): weights and training state take 0.0 GiB of the 1.0"
     )
     assert str(found[-1].reason).endswith("where they are not split")
+
+
+def test_beside_an_explicit_data_all_devices_work(config):
+    meshed = dataclasses.replace(config, mesh=dataclasses.replace(config.mesh, data=2))
+    found = choose_mesh(meshed, 8, 1e12, jnp.float32)
+    assert (found.data, found.fsdp, found.reason) == (2, 4, None)
 
 
 @pytest.mark.parametrize(("count", "memory", "shape"), [(1, 1e3, (1, 1)), (8, None, (1, 8)), (6, 1e3, (3, 2))])

@@ -11,7 +11,15 @@ from hypersd_jax.config import DistributedConfig, load_config
 from hypersd_jax.errors import UserError
 from hypersd_jax.training import processes
 
-SIGNS = ("SLURM_STEP_NUM_TASKS", "SLURM_PROCID", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_RANK", "TPU_WORKER_HOSTNAMES")
+SIGNS = (
+    "SLURM_STEP_NUM_TASKS",
+    "SLURM_PROCID",
+    "OMPI_COMM_WORLD_SIZE",
+    "OMPI_COMM_WORLD_RANK",
+    "TPU_WORKER_HOSTNAMES",
+    "SLURM_STEP_TASKS_PER_NODE",
+    "OMPI_COMM_WORLD_LOCAL_SIZE",
+)
 
 
 @pytest.fixture
@@ -86,6 +94,28 @@ def test_tpu_chips_without_a_cluster_are_a_warning(calls, monkeypatch):
     monkeypatch.setattr(processes, "_sign_of_several", lambda: processes.TPU_CHIPS)
     with pytest.warns(UserWarning, match=r"this process trains alone: no other host was found \(no metadata\)"):
         processes.join(DistributedConfig())
+
+
+@pytest.mark.parametrize(
+    ("variables", "whole_host"),
+    [
+        ({"SLURM_PROCID": "1", "SLURM_STEP_TASKS_PER_NODE": "1(x4)"}, True),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_TASKS_PER_NODE": "8(x4)"}, False),
+        ({"SLURM_PROCID": "1", "SLURM_STEP_TASKS_PER_NODE": "2,1"}, False),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "1"}, True),
+        ({"OMPI_COMM_WORLD_LOCAL_SIZE": "8"}, False),
+        ({}, False),
+    ],
+)
+def test_a_process_alone_on_its_host_takes_all_of_its_gpus(calls, monkeypatch, variables, whole_host):
+    """JAX takes one of them for each process that these launchers have started."""
+    changed = {}
+    monkeypatch.setattr(jax.config, "update", lambda name, value: changed.update({name: value}))
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    processes.join(DistributedConfig(coordinator="auto"))
+    visible = dict.fromkeys(["jax_cuda_visible_devices", "jax_rocm_visible_devices"], "all")
+    assert changed == (visible if whole_host else {})
 
 
 @pytest.mark.parametrize(
