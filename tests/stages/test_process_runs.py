@@ -117,6 +117,29 @@ def test_two_processes_compare(outputs):
     assert "report:" in printed[0][1]
 
 
+FEEDBACK = """
+  - {name: liked, kind: feedback, times: [999], updates: 2, batch_size: 8, learning_rate: 1.0e-3, guidance: 3,
+     feedback: {rewards: [{name: "embedded:reward"}], guards: {every: 1, images: 8}}}
+"""
+AUTOENCODER = """stages:
+  - {name: one, kind: autoencoder, updates: 2, batch_size: 8, learning_rate: 1.0e-3}
+"""
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize("kind", ["feedback", "autoencoder"])
+def test_two_processes_train_other_kinds(kind, tmp_path):
+    """What several processes hold a part of, and one writes: both LoRAs of feedback, and a whole model."""
+    text = RECIPE.format(model=tiny_model(tmp_path / "model"))
+    before, _ = text.split("stages:")
+    (tmp_path / "recipe.yaml").write_text(text + FEEDBACK if kind == "feedback" else before + AUTOENCODER)
+    printed = together(tmp_path / "recipe.yaml", tmp_path / "out", "stages.*.updates=2")
+    assert [status for status, *_ in printed] == [0, 0], printed[1][2][-3000:]
+    names = ["one", "liked", "liked.feedback"] if kind == "feedback" else []
+    written = [tmp_path / "out" / "loras" / f"{name}.safetensors" for name in names] or [tmp_path / "out" / "model"]
+    assert all(path.exists() for path in written)
+
+
 @pytest.mark.devices
 def test_a_process_that_waits_in_vain_says_so(tmp_path):
     recipe = tmp_path / "recipe.yaml"
