@@ -20,6 +20,7 @@ from hypersd_jax.stages.kinds import training_step
 from hypersd_jax.stages.streams import Stream
 from hypersd_jax.training import StopSignals, make_mesh
 from hypersd_jax.training.output import Output
+from hypersd_jax.training.processes import connect
 from hypersd_jax.weights.diffusers.component import fingerprint
 from hypersd_jax.weights.hub import fetch_lora
 from hypersd_jax.weights.lora import read_lora
@@ -33,6 +34,7 @@ def open_run(config: Config, output: Output, stop: StopSignals | None = None) ->
         UserError: naming the key or file at fault.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp)
+    connect(mesh)
     dtype = parse_dtype(config.model.dtype)
     adapters_alone = bool(config.adapter_stages)
     own: dict[str, Any] = {}
