@@ -5,12 +5,15 @@ seed: after some update; while a checkpoint is being saved; around the end of a 
 the process starts. After each the same command starts again. Right is that it always resumes from a checkpoint, that
 the final LoRAs are bit for bit those of the run left alone, that metrics.jsonl has every update once with the same
 numbers, and that nothing half-written stays behind.
+
+With ``--processes N`` several processes train the run together, two devices each, and the results are kill_test_
+processes.*. One of them, drawn as well, is killed. The others have to end by themselves within a minute, with a status
+that is not 0, and then all start again with the same commands.
 """
 
 from __future__ import annotations
 
 import argparse
-import contextlib
 import dataclasses
 import datetime
 import json
@@ -29,33 +32,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 import jax
-import numpy as np
 from tqdm import tqdm
 
-from hypersd_jax.weights.tensors import open_tensors
+from benchmarks.killing import others
+from benchmarks.killing.runs import CHECKPOINT_EVERY, DEVICES, STAGES, TIMEOUT_SECONDS, Run, differences
 from tests.helpers.tiny_model import tiny_model
 
 RESULT = ROOT / "benchmarks" / "results" / "kill_test"
-STAGES = ("tscd-8", "tscd-4", "tscd-2", "tscd-1")
-CHECKPOINT_EVERY = 5
-HALF_WRITTEN = "orbax-checkpoint-tmp"
-CLOCKS = {"seconds", "input_wait"}
-"""What metrics.jsonl says of time, which no two runs share."""
-
-RECIPE = """
-output_dir: {output}
-model: {model}
-data: {{source: emoji, resolution: 16}}
-lora: {{rank: 4}}
-log: {{checkpoint_every: {checkpoint_every}, tensorboard: false}}
-evaluation: {{samples: 0, batch_size: 8}}
-stages:
-  - &stage {{name: tscd-8, k: 8, solver_steps: 8, updates: {updates}, batch_size: 4, learning_rate: 1.0e-3, warmup: 5,
-            schedule: cosine, guidance: [3, 5], ema: 0.9}}
-  - {{<<: *stage, name: tscd-4, k: 4, teacher: previous}}
-  - {{<<: *stage, name: tscd-2, k: 2, solver_steps: 4, teacher: previous}}
-  - {{<<: *stage, name: tscd-1, k: 1, solver_steps: 2, teacher: previous}}
-"""
+KINDS = {"update": "after an update", "save": "in a save", "export": "at a stage's end", "start": "at its start"}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -64,14 +48,16 @@ class Moment:
 
     "update": at once; "save": when the next half-written checkpoint is seen; "export": when the last checkpoint of the
     stage is whole; "start": after the process has started, whatever is logged.
+    ``process`` is the number of the one that is killed.
     """
 
     kind: str
     update: int
     delay: float
+    process: int = 0
 
 
-def moments(count: int, updates: int, start_seconds: float, draw: random.Random) -> list[Moment]:
+def moments(count: int, updates: int, start_seconds: float, draw: random.Random, processes: int = 1) -> list[Moment]:
     """``count`` moments over a run of four stages, in the order in which they come."""
     ends = [Moment(kind="export", update=updates * n, delay=draw.uniform(0.0, 1.5)) for n in range(1, len(STAGES))]
     chosen = draw.sample(range(2, len(STAGES) * updates - 2 * CHECKPOINT_EVERY), count - len(ends))
@@ -83,61 +69,8 @@ def moments(count: int, updates: int, start_seconds: float, draw: random.Random)
             found.append(Moment(kind="start", update=update, delay=draw.uniform(0.0, start_seconds)))
         else:
             found.append(Moment(kind="update", update=update, delay=draw.uniform(0.0, 0.1)))
-    return sorted(found, key=lambda moment: moment.update)
-
-
-class Run:
-    """One output folder, and the command that fills it."""
-
-    def __init__(self, folder: Path, model: Path, updates: int) -> None:
-        folder.mkdir(parents=True)
-        self.output, self.updates = folder / "out", updates
-        self.recipe = folder / "recipe.yaml"
-        text = RECIPE.format(output=self.output, model=model, updates=updates, checkpoint_every=CHECKPOINT_EVERY)
-        self.recipe.write_text(text, encoding="utf-8")
-        self._errors = folder / "stderr.txt"
-
-    def start(self, cache: Path) -> subprocess.Popen:
-        environment = {**os.environ, "JAX_COMPILATION_CACHE_DIR": str(cache), "HF_HUB_OFFLINE": "1"}
-        command = [sys.executable, str(ROOT / "train.py"), "--config", str(self.recipe)]
-        with self._errors.open("wb") as errors:
-            return subprocess.Popen(command, cwd=ROOT, env=environment, stdout=subprocess.DEVNULL, stderr=errors)
-
-    def errors(self) -> str:
-        return self._errors.read_text(encoding="utf-8", errors="replace")[-1500:]
-
-    def logged(self) -> int:
-        """Updates in metrics.jsonl."""
-        with contextlib.suppress(FileNotFoundError):
-            return (self.output / "metrics.jsonl").read_bytes().count(b"\n")
-        return 0
-
-    def half_written(self) -> list[str]:
-        """Checkpoints that are being saved, or were when the process was killed."""
-        found = []
-        with contextlib.suppress(FileNotFoundError):
-            for stage in os.scandir(self.output / "checkpoints"):
-                with contextlib.suppress(FileNotFoundError):
-                    found += [entry.path for entry in os.scandir(stage) if HALF_WRITTEN in entry.name]
-        return found
-
-    def saved(self) -> int:
-        """Updates of the whole run up to the newest whole checkpoint."""
-        newest = 0
-        for number, stage in enumerate(STAGES):
-            with contextlib.suppress(FileNotFoundError):
-                for entry in os.scandir(self.output / "checkpoints" / stage):
-                    if entry.name.isdigit():
-                        newest = max(newest, number * self.updates + int(entry.name))
-        return newest
-
-    def records(self) -> list[dict[str, Any]]:
-        lines = (self.output / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-        return [{key: value for key, value in json.loads(line).items() if key not in CLOCKS} for line in lines]
-
-    def tensors(self, stage: str) -> dict[str, np.ndarray]:
-        with open_tensors(self.output / "loras" / f"{stage}.safetensors") as file:
-            return {key: file.read(key) for key in file.keys()}  # noqa: SIM118
+    found.sort(key=lambda moment: moment.update)
+    return [dataclasses.replace(moment, process=draw.randrange(processes)) for moment in found]
 
 
 def kill_at(run: Run, moment: Moment, cache: Path, limit: float) -> dict[str, Any]:
@@ -145,87 +78,90 @@ def kill_at(run: Run, moment: Moment, cache: Path, limit: float) -> dict[str, An
     before_logged, before_saved = run.logged(), run.saved()
     # What an earlier life logged is there from the start: the moment has to lie beyond it.
     target = max(moment.update, before_logged + 1)
-    process = run.start(cache)
+    processes = run.start(cache)
     begin = time.monotonic()
+    # A run that resumes drops the lines beyond its checkpoint, and no others.
+    fewest = before_logged
 
     def reached() -> bool:
+        nonlocal fewest
+        logged = run.logged()
+        fewest = min(fewest, logged)
         if moment.kind == "start":
             return True
         if moment.kind == "export":
             return run.saved() >= moment.update
-        return run.logged() >= target and (moment.kind == "update" or bool(run.half_written()))
+        return logged >= target and (moment.kind == "update" or bool(run.half_written()))
 
-    while process.poll() is None and not reached():
+    while all(process.poll() is None for process in processes) and not reached():
         if time.monotonic() - begin > limit:
-            process.kill()
+            end(processes)
             raise SystemExit(f"{moment}: not reached within {limit:.0f} s\n{run.errors()}")
         time.sleep(0.0005 if moment.kind == "save" and run.logged() >= target else 0.005)
     time.sleep(moment.delay)
-    process.kill()
-    status = process.wait()
-    if status >= 0:
-        raise SystemExit(f"{moment}: the run ended by itself, with status {status}\n{run.errors()}")
-    found = {"kind": moment.kind, "delay": round(moment.delay, 4), "seconds": round(time.monotonic() - begin, 2)}
+    if any(process.poll() is not None for process in processes):
+        statuses = end(processes)
+        raise SystemExit(f"{moment}: the run ended by itself, with status {statuses}\n{run.errors()}")
+    processes[moment.process].kill()
+    killed = time.monotonic()
+    if processes[moment.process].wait() >= 0:
+        end(processes)
+        raise SystemExit(f"{moment}: the process ended by itself\n{run.errors()}")
+    found = {"kind": moment.kind, "delay": round(moment.delay, 4), "seconds": round(killed - begin, 2)}
     found |= {"logged": run.logged(), "saved": run.saved(), "save_in_flight": bool(run.half_written())}
+    if len(processes) > 1:
+        found |= {"process": moment.process, "others": others.watch(run, processes, moment.process, killed)}
+        found["lost"] = max(before_saved - fewest, 0)
     if run.saved() < before_saved:
         raise SystemExit(f"{moment}: the newest checkpoint went back from {before_saved} to {run.saved()}")
     return found
 
 
+def end(processes: list[subprocess.Popen]) -> list[int]:
+    """Kill what still runs; the status of each."""
+    for process in processes:
+        process.kill()
+    return [process.wait() for process in processes]
+
+
 def finish(run: Run, cache: Path, limit: float) -> None:
     """Let the run come to its end."""
-    process = run.start(cache)
+    processes = run.start(cache)
+    deadline = time.monotonic() + limit
     try:
-        status = process.wait(limit)
+        statuses = [process.wait(max(deadline - time.monotonic(), 0.0)) for process in processes]
     except subprocess.TimeoutExpired:
-        process.kill()
+        end(processes)
         raise SystemExit(f"not finished within {limit:.0f} s\n{run.errors()}") from None
-    if status:
-        raise SystemExit(f"the run ended with status {status}\n{run.errors()}")
-
-
-def differences(alone: Run, killed: Run) -> list[str]:
-    """In what the killed run is not what it should be; one line each."""
-    wrong = []
-    for stage in STAGES:
-        wanted, found = alone.tensors(stage), killed.tensors(stage)
-        if wanted.keys() != found.keys():
-            wrong.append(f"{stage}: other tensors")
-        elif any(wanted[key].tobytes() != found[key].tobytes() for key in wanted):
-            wrong.append(f"{stage}: other numbers")
-    steps = [(record["stage"], record["step"]) for record in killed.records()]
-    if steps != [(stage, step) for stage in STAGES for step in range(1, alone.updates + 1)]:
-        wrong.append("metrics.jsonl: not every update once")
-    else:
-        for wanted, found in zip(alone.records(), killed.records(), strict=True):
-            other = [key for key in wanted.keys() | found.keys() if wanted.get(key) != found.get(key)]
-            if other:
-                wrong.append(f"metrics.jsonl, {found['stage']}, update {found['step']}: other {', '.join(other)}")
-                break
-    left = [path for path in killed.output.rglob("*") if "tmp" in path.name]
-    wrong += [f"{path.relative_to(killed.output)} was left behind" for path in left]
-    return wrong
+    if any(statuses):
+        raise SystemExit(f"the run ended with status {statuses}\n{run.errors()}")
 
 
 def report(content: dict[str, Any]) -> str:
-    lines = ["# A run that is killed", "", f"`{content['command']}`, {content['date']}, jax {content['jax']}.", ""]
+    kills, processes = content["kills"], content.get("processes", 1)
+    title = "A run that is killed" if processes == 1 else f"A run of {processes} processes, one of which is killed"
+    lines = [f"# {title}", "", f"`{content['command']}`, {content['date']}, jax {content['jax']}.", ""]
     updates, stages = content["updates"], len(STAGES)
-    lines += [f"{stages} stages of {updates} updates of a tiny model, a checkpoint every {CHECKPOINT_EVERY}.", ""]
-    lines += ["| killed | times | with a checkpoint half written | updates done again, mean |", "|---|---|---|---|"]
-    kills = content["kills"]
+    lines += [f"{stages} stages of {updates} updates of a tiny model, a checkpoint every {CHECKPOINT_EVERY}."]
+    if processes == 1:
+        lines += ["", *table(kills), "", f"Resumed each of the {len(kills)} times. Against the run left alone: "]
+    else:
+        lines[-1] += f" {DEVICES} devices a process: mesh.data={processes} mesh.fsdp={DEVICES}"
+        lines[-1] += f" distributed.timeout_seconds={TIMEOUT_SECONDS}."
+        lines += ["", *others.table(kills, KINDS), "", others.summary(kills)]
+        lines[-1] += f" Against {processes} processes left alone: "
+    lines[-1] += "; ".join(content["wrong"]) or "LoRAs bit for bit the same, every update logged once, nothing left."
+    return "\n".join(lines) + "\n"
+
+
+def table(kills: list[dict[str, Any]]) -> list[str]:
+    """Lines of a Markdown table: the kills of a single process by their moment."""
+    lines = ["| killed | times | with a checkpoint half written | updates done again, mean |", "|---|---|---|---|"]
     for kind in dict.fromkeys(kill["kind"] for kill in kills):
         own = [kill for kill in kills if kill["kind"] == kind]
         again = sum(max(kill["logged"] - kill["saved"], 0) for kill in own) / len(own)
-        words = {
-            "update": "after an update",
-            "save": "in a save",
-            "export": "at a stage's end",
-            "start": "at its start",
-        }
-        lines.append(f"| {words[kind]} | {len(own)} | {sum(kill['save_in_flight'] for kill in own)} | {again:.1f} |")
-    lines += ["", f"Resumed each of the {len(kills)} times. Against the run left alone: "]
-    lines[-1] += "; ".join(content["wrong"]) or "LoRAs bit for bit the same, every update logged once, nothing left."
-    return "\n".join(lines) + "\n"
+        lines.append(f"| {KINDS[kind]} | {len(own)} | {sum(kill['save_in_flight'] for kill in own)} | {again:.1f} |")
+    return lines
 
 
 def main() -> None:
@@ -233,25 +169,32 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=30, metavar="N")
     parser.add_argument("--updates", type=int, default=120, metavar="N", help="of each stage")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=1, metavar="N", help="that train the run together")
     parser.add_argument("--limit", type=float, default=300.0, metavar="SECONDS", help="that one start may take")
-    parser.add_argument("--results", type=Path, default=RESULT, help="table and JSON to write, without suffix")
+    parser.add_argument("--results", type=Path, help=f"table and JSON to write, without suffix ({RESULT.name})")
     options = parser.parse_args()
+    several = options.processes > 1
+    options.results = options.results or RESULT.with_name(f"{RESULT.name}_processes" if several else RESULT.name)
     if not len(STAGES) < options.kills <= options.updates:
         parser.error(f"--kills must lie between {len(STAGES)} and --updates")
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         model, cache = tiny_model(folder / "model"), folder / "cache"
-        alone, killed = (Run(folder / kind, model, options.updates) for kind in ("alone", "killed"))
+        alone, killed = (Run(folder / kind, model, options.updates, options.processes) for kind in ("alone", "killed"))
         begin = time.monotonic()
         finish(alone, cache, options.limit)
         # The first kill also says how long a start takes, with every program in the cache.
         kills = [kill_at(killed, Moment(kind="update", update=1, delay=0.0), cache, options.limit)]
-        plan = moments(options.kills - 1, options.updates, kills[0]["seconds"], random.Random(options.seed))
+        plan = moments(
+            options.kills - 1, options.updates, kills[0]["seconds"], random.Random(options.seed), options.processes
+        )
         kills += [kill_at(killed, moment, cache, options.limit) for moment in tqdm(plan, unit="kill")]
         finish(killed, cache, options.limit)
-        wrong = differences(alone, killed)
+        wrong = differences(alone, killed) + (others.failures(kills) if several else [])
     content = {
-        "command": f"python benchmarks/kill_test.py --kills {options.kills} --updates {options.updates}"
+        "command": "python benchmarks/kill_test.py"
+        + (f" --processes {options.processes}" if several else "")
+        + f" --kills {options.kills} --updates {options.updates}"
         f" --seed {options.seed}",
         "date": datetime.date.today().isoformat(),
         "jax": jax.__version__,
@@ -259,6 +202,7 @@ def main() -> None:
         "seconds": round(time.monotonic() - begin),
         "kinds": dict(Counter(kill["kind"] for kill in kills)),
         "saves_in_flight": sum(kill["save_in_flight"] for kill in kills),
+        **({"processes": options.processes, "counts": others.counts(kills)} if several else {}),
         "kills": kills,
         "wrong": wrong,
     }

@@ -21,6 +21,7 @@ from hypersd_jax.stages.mesh_choice import make_run_mesh
 from hypersd_jax.stages.streams import Stream
 from hypersd_jax.training import StopSignals
 from hypersd_jax.training.output import Output
+from hypersd_jax.training.processes import connect
 from hypersd_jax.weights.diffusers.component import fingerprint
 from hypersd_jax.weights.hub import fetch_lora
 from hypersd_jax.weights.lora import read_lora
@@ -34,6 +35,7 @@ def open_run(config: Config, output: Output, stop: StopSignals | None = None) ->
         UserError: naming the key or file at fault.
     """
     mesh = make_run_mesh(config)
+    connect(mesh)
     dtype = parse_dtype(config.model.dtype)
     adapters_alone = bool(config.adapter_stages)
     own: dict[str, Any] = {}

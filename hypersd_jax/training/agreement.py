@@ -13,6 +13,12 @@ LAG = 2
 """Training steps after which a step's results are read: the devices have the next ones queued by then."""
 
 
+def process_mesh() -> Mesh:
+    """Arrange all devices as (process, device)."""
+    devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
+    return Mesh(np.asarray(devices).reshape(jax.process_count(), -1), ("process", "device"))
+
+
 class Agreement:
     """The largest of the processes' values, the same in all of them; a single process has it at once.
 
@@ -23,9 +29,7 @@ class Agreement:
         """Compile nothing yet."""
         self._pending: deque[jax.Array] = deque()
         if jax.process_count() > 1:
-            devices = sorted(jax.devices(), key=lambda device: (device.process_index, device.id))
-            grid = np.asarray(devices).reshape(jax.process_count(), -1)
-            mesh = Mesh(grid, ("process", "device"))
+            mesh = process_mesh()
             self._by_process = NamedSharding(mesh, P("process"))
             self._largest = jax.jit(lambda values: values.max(axis=0), out_shardings=NamedSharding(mesh, P()))
 

@@ -1,4 +1,4 @@
-"""Join the processes of a run, before anything else asks for a device."""
+"""Join the processes of a run, before anything else asks for a device, and connect their devices."""
 
 from __future__ import annotations
 
@@ -11,10 +11,14 @@ import warnings
 from pathlib import Path
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from hypersd_jax.config import DistributedConfig
 from hypersd_jax.config.distributed import ALONE
 from hypersd_jax.errors import UserError, short
+from hypersd_jax.training.agreement import process_mesh
 
 LAUNCHERS = (
     ("SLURM", "SLURM_STEP_NUM_TASKS", "SLURM_PROCID"),
@@ -64,6 +68,31 @@ def join(config: DistributedConfig) -> None:
         raise UserError(
             f"distributed.coordinator{given}: {here} did not meet the others in {config.timeout_seconds} s ({reason})"
         ) from None
+
+
+def connect(mesh: Mesh) -> None:
+    """Open every connection that programs on ``mesh`` will use, while all processes are at the same place.
+
+    On CPUs a process waits 30 s at most for the others when a group of devices meets for the first time, and as long as
+    it takes later. At their first training step they are minutes apart: JAX keeps compiled programs of process 0 alone.
+    """
+    if jax.process_count() > 1:
+        for each in (process_mesh(), mesh):
+            _sum_along_axes(each)
+
+
+def _sum_along_axes(mesh: Mesh) -> None:
+    """Sum one number of each device along each axis of a mesh, and over all devices."""
+    names = mesh.axis_names
+
+    def sums(value: jax.Array) -> tuple[jax.Array, ...]:
+        return tuple(jax.lax.psum(value, axes) for axes in (*names, names))
+
+    rest = [P(tuple(other for other in names if other != name)) for name in names]
+    ones = np.ones(mesh.size, np.float32)
+    spread = jax.make_array_from_callback(ones.shape, NamedSharding(mesh, P(names)), lambda index: ones[index])
+    summed = jax.jit(jax.shard_map(sums, mesh=mesh, in_specs=P(names), out_specs=(*rest, P())))(spread)
+    jax.block_until_ready(summed)
 
 
 def _has_used_jax(error: Exception) -> bool:

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import os
+import socket
+import subprocess
+import sys
 from pathlib import Path
+from typing import Any
 
 import jax
 import pytest
@@ -11,6 +16,7 @@ from hypersd_jax.config import DistributedConfig, load_config
 from hypersd_jax.errors import UserError
 from hypersd_jax.training import processes
 
+ROOT = Path(__file__).parents[2]
 SIGNS = (
     "SLURM_STEP_NUM_TASKS",
     "SLURM_PROCID",
@@ -133,3 +139,24 @@ def test_a_process_alone_on_its_host_takes_all_of_its_gpus(calls, monkeypatch, v
 def test_settings_that_do_not_go_together_are_named(overrides, said):
     with pytest.raises(UserError, match=said):
         load_config(Path("configs/emoji.yaml"), overrides)
+
+
+@pytest.mark.devices
+@pytest.mark.parametrize("layout", [(2, 2), (1, 4)], ids=str)
+def test_no_group_of_devices_meets_for_the_first_time_later(layout):
+    """There a process would wait 30 s at most for one that compiles for minutes. Gloo prints a line at each meeting."""
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    command = [sys.executable, "-m", "tests.training.scripts.connect"]
+    numbers = [str(port), *map(str, layout)]
+    settings: dict[str, Any] = {"cwd": ROOT, "stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    settings["env"] = {**os.environ, "JAX_PLATFORMS": "cpu", "JAX_NUM_CPU_DEVICES": "2"}
+    running = [subprocess.Popen([*command, str(number), *numbers], **settings) for number in (0, 1)]
+    printed = [each.communicate(timeout=120)[0] for each in running]
+    assert [each.returncode for each in running] == [0, 0], printed
+    for text in printed:
+        before, after = text.split("connected\n")
+        assert "[Gloo]" in before
+        assert "[Gloo]" not in after
+        assert "weight" in after
