@@ -9,30 +9,48 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
 
-from hypersd_jax.weights.components import assets
-from hypersd_jax.weights.families import FAMILIES
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
 
-SCHEDULER = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-}
+from benchmarks.model_configs import NAMES, SCHEDULER, Configs, model_configs, text_encoders
+from hypersd_jax.weights.components import assets
+
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def make_pipeline(configs: Configs) -> DiffusionPipeline:
+    """Build a pipeline with random weights, in PyTorch's default type and on its default device."""
+    tokenizer = CLIPTokenizer.from_pretrained(str(assets() / "teacher" / "tokenizer"))
+    tokenizer.model_max_length = 77  # as these families have it; the small model's is shorter
+    texts = {}
+    for name in text_encoders(configs):
+        cls = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
+        texts[name] = cls(CLIPTextConfig(**configs[name]))
+        texts[name.replace("text_encoder", "tokenizer")] = tokenizer
+    vae = {name: value for name, value in configs["vae"].items() if not name.startswith("_")}
+    parts = {
+        **texts,
+        "unet": UNet2DConditionModel(**configs["unet"]),
+        "vae": AutoencoderKL(**vae),
+        "scheduler": DDIMScheduler(**SCHEDULER),
+    }
+    if "text_encoder_2" in configs:
+        return StableDiffusionXLPipeline(**parts)
+    return StableDiffusionPipeline(**parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False)
 
 
 def write_model(family: str, folder: Path, dtype: str = "float32") -> Path:
@@ -41,36 +59,7 @@ def write_model(family: str, folder: Path, dtype: str = "float32") -> Path:
         return folder
     torch.manual_seed(0)
     torch.set_default_dtype(DTYPES[dtype])
-    configs = FAMILIES[family]
-    tokenizer = CLIPTokenizer.from_pretrained(str(assets() / "teacher" / "tokenizer"))
-    tokenizer.model_max_length = 77  # as these families have it; the small model's is shorter
-    ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
-    texts = {}
-    for name in ("text_encoder", "text_encoder_2"):
-        if name in configs:
-            cls = CLIPTextModelWithProjection if name == "text_encoder_2" else CLIPTextModel
-            texts[name] = cls(CLIPTextConfig(**{**configs[name], **ids}))
-            texts[name.replace("text_encoder", "tokenizer")] = tokenizer
-    parts = {
-        **texts,
-        "unet": UNet2DConditionModel(**{k: v for k, v in configs["unet"].items() if not k.startswith("_")}),
-        "vae": AutoencoderKL(
-            block_out_channels=(128, 256, 512, 512),
-            down_block_types=("DownEncoderBlock2D",) * 4,
-            up_block_types=("UpDecoderBlock2D",) * 4,
-            layers_per_block=2,
-            sample_size=512 if family == "sd15" else 1024,
-            scaling_factor=0.18215 if family == "sd15" else 0.13025,
-            force_upcast=False,
-        ),
-        "scheduler": DDIMScheduler(**SCHEDULER),
-    }
-    if family == "sdxl":
-        pipe = StableDiffusionXLPipeline(**parts)
-    else:
-        pipe = StableDiffusionPipeline(
-            **parts, safety_checker=None, feature_extractor=None, requires_safety_checker=False
-        )
+    pipe = make_pipeline(model_configs(family))
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}.tmp")
     try:
         pipe.save_pretrained(temporary)
@@ -82,7 +71,7 @@ def write_model(family: str, folder: Path, dtype: str = "float32") -> Path:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("family", choices=("sd15", "sdxl"))
+    parser.add_argument("family", choices=NAMES)
     parser.add_argument("folder", type=Path)
     parser.add_argument("--dtype", default="float32", choices=tuple(DTYPES))
     options = parser.parse_args()

@@ -28,10 +28,13 @@ import jax
 
 from tests.helpers.quick import QUICK
 
+# What tests/gpu runs on: "gpu", or "cpu" in its place; without it those tests are skipped.
+ON_GPU = os.environ.get("HYPERSD_GPU_TESTS") == "gpu"
 # Tiny networks spend their time in the compiler, so it optimises less; the arithmetic stays float32.
-os.environ.setdefault("XLA_FLAGS", " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items()))
+if not ON_GPU:
+    os.environ.setdefault("XLA_FLAGS", " ".join(f"--{name}={str(value).lower()}" for name, value in QUICK.items()))
 jax.config.update("jax_numpy_rank_promotion", "raise")
-jax.config.update("jax_platforms", "cpu")
+jax.config.update("jax_platforms", "cuda,cpu" if ON_GPU else "cpu")
 
 from tests.helpers.tiny_model import smaller, tiny_model
 

@@ -7,6 +7,34 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True, kw_only=True)
+class Work:
+    """The pieces of sampling that both sides do, of images of one size and batch.
+
+    Attributes:
+        image: ``image(steps)``, from prompts to images as NumPy arrays.
+        text: encode the prompts.
+        unet: one call of the UNet on what `text` gives.
+        decode: latents to images as NumPy arrays.
+    """
+
+    image: Callable[..., Any]
+    text: Callable[[], Any]
+    unet: Callable[[Any], Any]
+    decode: Callable[[], Any]
+
+    def parts(self) -> Mapping[str, Callable[[], object]]:
+        """Return what `serve` is asked for by name."""
+        return {
+            "image": self.image,
+            "text": self.text,
+            "text+unet": lambda: self.unet(self.text()),
+            "decode": self.decode,
+        }
 
 
 def serve(load: Callable[[], Mapping[str, Callable[[], object]]]) -> None:

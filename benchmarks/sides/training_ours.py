@@ -56,9 +56,8 @@ class Model:
     mesh: Mesh
 
     @classmethod
-    def open(cls, folder: Path, *, remat: bool, mesh: Mesh) -> Model:
-        """Describe it."""
-        stored = open_model(folder)
+    def describe(cls, stored: StoredModel, *, remat: bool, mesh: Mesh) -> Model:
+        """Describe it, and read nothing."""
         structure = parse(stored.description)
         dtypes = dict.fromkeys(structure.components, default_dtype())
         unet = networks(structure, dtypes, remat=remat, mesh=mesh)["unet"]
@@ -89,22 +88,22 @@ class Model:
         )
 
 
-def given(config: UNetConfig, latent: int) -> dict[str, np.ndarray]:
-    """Latents and conditioning of one sample, and the unconditional; standard normal."""
+def given(config: UNetConfig, latent: int, batch: int = 1) -> dict[str, np.ndarray]:
+    """Latents and conditioning of a batch, and the unconditional; standard normal."""
     random = np.random.default_rng(0)
 
     def normal(*shape: int) -> np.ndarray:
         return random.standard_normal(shape, np.float32)
 
     found = {
-        "latents": normal(1, latent, latent, config.in_channels),
-        "context": normal(1, training.TOKENS, config.cross_attention_dim),
+        "latents": normal(batch, latent, latent, config.in_channels),
+        "context": normal(batch, training.TOKENS, config.cross_attention_dim),
         "uncond_context": normal(1, training.TOKENS, config.cross_attention_dim),
     }
     if config.text_time:
         pixels = latent * PIXELS_PER_LATENT
-        found |= {"pooled": normal(1, config.pooled_dim), "uncond_pooled": normal(1, config.pooled_dim)}
-        found["time_ids"] = size_ids(pixels, pixels, 1)
+        found |= {"pooled": normal(batch, config.pooled_dim), "uncond_pooled": normal(1, config.pooled_dim)}
+        found["time_ids"] = size_ids(pixels, pixels, batch)
     return found
 
 
@@ -154,14 +153,14 @@ def make_run(
 
 
 def make_batch(run: Run, values: dict[str, np.ndarray]) -> dict[str, Any]:
-    """The step's batch, one micro-batch of one sample."""
+    """The step's batch, one micro-batch."""
     dtype = default_dtype()
     cond = Conditioning(
         jnp.asarray(values["context"], dtype),
         jnp.asarray(values["pooled"], dtype) if "pooled" in values else None,
         values.get("time_ids"),
     )
-    batch = {"cond": cond, "indices": np.zeros(1, np.int32), "latents": values["latents"]}
+    batch = {"cond": cond, "indices": np.arange(len(values["latents"]), dtype=np.int32), "latents": values["latents"]}
     if not run.config.stages[INDEX].reads_images:
         del batch["latents"]
     return put_batch(jax.tree.map(lambda leaf: leaf[None], batch), batch_sharding(run.mesh, axis=1))
@@ -294,7 +293,7 @@ def load() -> training.Loaded:
     on_cpu = device.platform == "cpu"
     baseline = training.resident() if on_cpu else 0.0
 
-    model = Model.open(Path(folder), remat=remat == "remat", mesh=mesh)
+    model = Model.describe(open_model(Path(folder)), remat=remat == "remat", mesh=mesh)
     shapes = model.unet.shapes
     values = given(model.structure.unet, int(latent))
     start, scales = part_trained(stream(0, Stream.ADAPTER, 0), shapes, shape.rank)
