@@ -55,7 +55,7 @@ def main() -> None:
         mean, _ = base.posterior(vae, signed(images))
         return {"latents": base.scale(mean), "cond": base.encode_prompts(text, ids)}
 
-    empty = encode(jnp.zeros((BATCH, *pipe.native_size, 3)), base.prompts.tokenize([""] * BATCH))["cond"]
+    empty = encode(jnp.zeros((BATCH, *pipe.native_size, 3), jnp.uint8), base.prompts.tokenize([""] * BATCH))["cond"]
 
     # The student: LoRA factors of float32 whose product is zero at first, and their fixed scales.
     factors, scales = split(init(jax.random.key(0), base.shapes["unet"], rank=RANK))
