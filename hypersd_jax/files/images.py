@@ -129,7 +129,7 @@ def _layers(image: Image.Image) -> _Layers:
     elif image.mode == "F":
         raise ValueError("floating-point pixels")
     elif image.mode.startswith("I"):
-        levels = np.asarray(image).astype(np.int64)
+        levels: np.ndarray = np.asarray(image).astype(np.int64)
         if levels.min() < 0 or levels.max() > 65535:
             raise ValueError("32-bit pixels")
         flat, alpha = _from_16_bits(levels), None if clear is None else _opacity(levels == clear)

@@ -143,7 +143,7 @@ def make_step(
                 return (own, own_moments, finite), metrics
 
             # A loop carries what it changes alone: every other leaf would cost time to compile.
-            carry = (*({name: tree[name] for name in phase.models} for tree in (weights, moments)), finite)
+            carry: Any = (*({name: tree[name] for name in phase.models} for tree in (weights, moments)), finite)
             if phase.repeats == 1:
                 (own, own_moments, finite), metrics = once(carry, jnp.int32(0))
             else:  # a loop, so that the phase is compiled once
