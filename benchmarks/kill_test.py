@@ -7,8 +7,8 @@ the final LoRAs are bit for bit those of the run left alone, that metrics.jsonl 
 numbers, and that nothing half-written stays behind.
 
 With ``--processes N`` several processes train the run together, two devices each, and the results are kill_test_
-processes.*. One of them, drawn as well, is killed. The others have to end by themselves within a minute, with a status
-that is not 0, and then all start again with the same commands.
+processes.*. One of them, chosen at random too, is killed. The others have to end by themselves within a minute, with a
+status that is not 0, and then all start again with the same commands.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def describe(family: str) -> Description:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class AbstractModel:
-    """Networks whose parameters are shapes with their places on a mesh."""
+    """Networks whose parameters are shapes with shardings."""
 
     description: Description
     structure: Structure

@@ -25,7 +25,7 @@ def run_tests(rows: Rows, *, tiny: bool) -> None:
 
 
 class _Recorder:
-    """A pytest plugin that hands on what each test came to."""
+    """A pytest plugin that reports the outcome of each test."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows

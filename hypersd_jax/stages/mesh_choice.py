@@ -16,6 +16,7 @@ from hypersd_jax.bases import describe_base
 from hypersd_jax.config import Config
 from hypersd_jax.pipeline import parse_dtype
 from hypersd_jax.training import make_mesh
+from hypersd_jax.training.first_process import from_first
 from hypersd_jax.weights.mesh import MOST_AUTO_FSDP, mesh_shape
 from hypersd_jax.weights.placement import BATCH_AXES, leaf_sharding
 
@@ -23,7 +24,7 @@ SHARE = 0.5
 """Of a device's memory, what weights and training state may take; the rest is for activations and gradients."""
 STATE_BYTES = 28
 """Of a trained number: itself, two moments and the average in float32; and as a fake score model's, without average."""
-GIB = 2**30
+MIB, GIB = 2**20, 2**30
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -41,7 +42,9 @@ def make_run_mesh(config: Config) -> Mesh:
     Raises:
         UserError: naming `mesh.data` or `mesh.fsdp`, when the two do not fit the devices.
     """
-    choice = choose_mesh(config, jax.device_count(), device_memory(), parse_dtype(config.model.dtype))
+    # Hosts may differ by some bytes, and all must make the same mesh.
+    memory = from_first((device_memory() or 0) // MIB) * MIB or None
+    choice = choose_mesh(config, jax.device_count(), memory, parse_dtype(config.model.dtype))
     if choice.reason is not None and jax.process_index() == 0:
         print(choice.reason, file=sys.stderr)
     return make_mesh(choice.data, choice.fsdp)
@@ -73,8 +76,8 @@ def choose_mesh(config: Config, count: int, memory: float | None, dtype: Any) ->
     read = [leaf for part in base.params.values() for leaf in part.values()]
     trained: list[Any] = list(base.params[base.denoiser].values())
     if config.adapter_stages and not any(stage.exports_model for stage in config.adapter_stages):
-        drawn = jax.eval_shape(lambda: base.fresh_adapter(jax.random.key(0), rank=config.lora.rank, alpha=None))
-        trained = jax.tree.leaves(adapters.split(drawn)[0])
+        fresh = jax.eval_shape(lambda: base.fresh_adapter(jax.random.key(0), rank=config.lora.rank, alpha=None))
+        trained = jax.tree.leaves(adapters.split(fresh)[0])
 
     def taken(fsdp: int) -> float:
         mesh: Any = AbstractMesh((1, fsdp), BATCH_AXES, (AxisType.Auto,) * 2)

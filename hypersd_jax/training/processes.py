@@ -26,6 +26,7 @@ LAUNCHERS = (
 )
 """Launchers of several processes: the variable with their number, and the one with the number of this one."""
 TPU_CHIPS = "TPU chips"
+VISIBLE_DEVICES = ("jax_cuda_visible_devices", "jax_rocm_visible_devices")
 
 
 def join(config: DistributedConfig) -> None:
@@ -53,10 +54,9 @@ def join(config: DistributedConfig) -> None:
             heartbeat_timeout_seconds=config.timeout_seconds,
             shutdown_timeout_seconds=config.timeout_seconds,
         )
-        if _alone_on_its_host():
-            # JAX gives each process of these launchers one GPU.
-            for option in ("jax_cuda_visible_devices", "jax_rocm_visible_devices"):
-                jax.config.update(option, "all")
+        if _alone_on_its_host():  # JAX has given it one GPU, as each process of these launchers
+            for name in VISIBLE_DEVICES:
+                jax.config.update(name, os.environ.get(name.upper(), "all"))
     except Exception as error:  # of the coordination service, or of whatever was asked for its address
         reason = short((str(error).strip().splitlines() or [type(error).__name__])[0])
         if config.coordinator is None and sign == TPU_CHIPS and not _has_used_jax(error):
@@ -100,7 +100,7 @@ def _has_used_jax(error: Exception) -> bool:
 
 
 def _alone_on_its_host() -> bool:
-    """Tell whether a launcher has started one process on each host, which is then to have all of its GPUs."""
+    """Tell whether a launcher has started one process on each host, which is then to have all GPUs that it may."""
     counts = os.environ.get("SLURM_STEP_TASKS_PER_NODE", "").split(",")  # as in "1(x4)" or "2,1"
     if "SLURM_PROCID" in os.environ and all(count.partition("(")[0] == "1" for count in counts):
         return True

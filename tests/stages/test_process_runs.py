@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
 import subprocess
 import sys
@@ -30,6 +31,9 @@ stages:
   - {{name: one, k: 2, solver_steps: 8, updates: 3, batch_size: 8, learning_rate: 1.0e-3, guidance: [2, 4],
       export: raw}}
 """
+
+CONNECTED = re.compile(r"\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. Expected [a-z ]+ is : \d+")
+"""What the library prints of each meeting of devices, its threads now and then two in one line."""
 
 
 def start(recipe: Path, output: Path, devices: int, *overrides: str) -> subprocess.Popen[str]:
@@ -88,7 +92,7 @@ def test_two_processes_train_and_preview(outputs):
     during = np.asarray(Image.open(alone / "samples" / "one-000002.png"), int)
     assert np.abs(preview - during).max() <= 1
     assert "LoRA files:" in printed[0][1]
-    assert all(line.startswith("[Gloo]") for line in printed[1][1].splitlines())
+    assert CONNECTED.sub("", printed[1][1]).strip() == ""
 
 
 @pytest.mark.devices

@@ -119,8 +119,10 @@ def test_a_process_alone_on_its_host_takes_all_of_its_gpus(calls, monkeypatch, v
     monkeypatch.setattr(jax.config, "update", lambda name, value: changed.update({name: value}))
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("JAX_CUDA_VISIBLE_DEVICES", "0,1")  # what the user leaves to it
+    monkeypatch.delenv("JAX_ROCM_VISIBLE_DEVICES", raising=False)
     processes.join(DistributedConfig(coordinator="auto"))
-    visible = dict.fromkeys(["jax_cuda_visible_devices", "jax_rocm_visible_devices"], "all")
+    visible = {"jax_cuda_visible_devices": "0,1", "jax_rocm_visible_devices": "all"}
     assert changed == (visible if whole_host else {})
 
 
