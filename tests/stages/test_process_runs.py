@@ -32,8 +32,10 @@ stages:
       export: raw}}
 """
 
-CONNECTED = re.compile(r"\[Gloo\] Rank \d+ is connected to \d+ peer ranks\. Expected [a-z ]+ is : \d+")
-"""What the library prints of each meeting of devices, its threads now and then two in one line."""
+CONNECTED = re.compile(
+    r"\[Gloo\] Rank|is connected to|peer ranks\.|Expected number of connected peer ranks is :|\d+|\s"
+)
+"""The pieces in which the library prints each meeting of devices; its threads now and then write them in turn."""
 
 
 def start(recipe: Path, output: Path, devices: int, *overrides: str) -> subprocess.Popen[str]:
@@ -92,7 +94,7 @@ def test_two_processes_train_and_preview(outputs):
     during = np.asarray(Image.open(alone / "samples" / "one-000002.png"), int)
     assert np.abs(preview - during).max() <= 1
     assert "LoRA files:" in printed[0][1]
-    assert CONNECTED.sub("", printed[1][1]).strip() == ""
+    assert CONNECTED.sub("", printed[1][1]) == ""
 
 
 @pytest.mark.devices
