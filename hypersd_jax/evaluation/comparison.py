@@ -30,6 +30,12 @@ FEW_STEPS = (8, 4, 2, 1)
 SETS_LEAST = 128
 """Of fewer samples of a dataset's own captions no FID or KID is given: chance would decide them."""
 
+SEEDS = 8
+"""Of one prompt of the embedded list, shown side by side."""
+
+HARD = " (hard)"
+"""Behind the prompts of a grid on which the teacher is worst, a quarter of them."""
+
 LEFT_OUT = ("feature_distance", "patch_kid_train", "precision", "recall")
 """What the reference that ships does not hold."""
 
@@ -58,15 +64,21 @@ class Outcome:
     Attributes:
         rows: of results.json.
         columns: title of a column of the grid -> its images (N, H, W, 3).
-        prompts: those of the grid's rows.
+        prompts: those of the grid's rows, the hard ones marked.
+        ranked: whether these rows go from the teacher's best to its worst, or are just the list's first.
         seeds: of all samples.
+        seeds_columns: as ``columns``, of one prompt from the seeds 0 to 7; {} where the list is not the embedded one.
+        seeds_prompt: that prompt.
         seconds: what the comparison took.
     """
 
     rows: Sequence[Row]
     columns: Mapping[str, np.ndarray]
     prompts: Sequence[str]
+    ranked: bool
     seeds: Sequence[int]
+    seeds_columns: Mapping[str, np.ndarray]
+    seeds_prompt: str = ""
     seconds: float
 
 
@@ -124,33 +136,73 @@ def compare(teacher: Teacher, students: Sequence[Student], evaluator: Evaluator,
         folder: where a reference that is computed is kept.
     """
     begin, items = time.perf_counter(), evaluator.items
-    size, distinct = teacher.batch_size, len({item.prompt for item in items})
+    size = teacher.batch_size
     warn_of_cuts(teacher.pipe.base.prompts.cuts(list(dict.fromkeys(item.prompt for item in items))))
     reference, measuring = get_reference(teacher, evaluator, folder)
-    shown = min(GRID_ROWS, distinct if distinct > 1 else len(items))  # each prompt once
-    few = items[: max(shown, min(size, len(items)))]
+    match = reference.rows[0].match
+    shown = shown_rows([item.prompt for item in items], match)
+    few = filled([items[index] for index in shown], min(size, len(items)))
+    one = items[shown[len(shown) // 2]].prompt
+    seeds = filled([Item(one, seed) for seed in range(SEEDS)], min(size, len(items))) if evaluator.further else []
     rows = _timed([each.row for each in reference.rows], teacher, items)
-    columns = {f"teacher {steps_text(rows[0]['steps'])}": reference.samples.images[:shown]}
+    first = f"teacher {steps_text(rows[0]['steps'])}"
+    columns, seeds_columns = {first: reference.samples.images[shown]}, {}
+    if seeds:
+        seeds_columns[first] = sample(teacher.many, seeds, batch_size=size)[:SEEDS]
     each_sampling = [(student, sampling) for student in students for sampling in student.samplings]
     for student, sampling in tqdm(each_sampling, desc="comparing", unit="student", disable=jax.process_index() != 0):
         steps = steps_text(sampling["steps"])
         if f"teacher {steps}" not in columns:
             model = teacher.model(sampling["steps"], teacher.guidance)
-            columns[f"teacher {steps}"] = sample(model, few, batch_size=size)[:shown]
+            columns[f"teacher {steps}"] = sample(model, few, batch_size=size)[: len(shown)]
         with _loaded(teacher.pipe, student) as pipe:
             model = make_model(student.name, pipe, **sampling)
             samples = generate(model, items, evaluator.further, batch_size=size)
+            of_seeds = sample(model, seeds, batch_size=size)[:SEEDS] if seeds else None
         found = measuring.evaluate(samples, model)
         rows.append(found.row | _margin(found, reference, [item.prompt for item in items]))
         label = f"student {steps}"
-        columns[f"{student.name}, {steps}" if label in columns else label] = samples.images[:shown]
+        label = f"{student.name}, {steps}" if label in columns else label
+        columns[label] = samples.images[shown]
+        if of_seeds is not None:
+            seeds_columns[label] = of_seeds
     return Outcome(
         rows=rows,
         columns=columns,
-        prompts=[item.prompt for item in items[:shown]],
+        prompts=marked([items[index].prompt for index in shown], hard=0 if match is None else len(shown) // 4),
+        ranked=match is not None,
         seeds=[item.seed for item in items],
+        seeds_columns=seeds_columns,
+        seeds_prompt=one,
         seconds=time.perf_counter() - begin,
     )
+
+
+def shown_rows(prompts: Sequence[str], match: np.ndarray | None) -> list[int]:
+    """Choose the rows of the grid, each prompt once: they span the range from the teacher's best to its worst.
+
+    Args:
+        prompts: of the list; where all are one, its images are told apart by their seeds.
+        match: how well the teacher's images fit them, (N,); None: the first prompts are taken.
+    """
+    candidates = [*{prompt: index for index, prompt in reversed([*enumerate(prompts)])}.values()][::-1]
+    candidates = candidates if len(candidates) > 1 else [*range(len(prompts))]
+    count = min(GRID_ROWS, len(candidates))
+    if match is None:
+        return candidates[:count]
+    ranked = sorted(candidates, key=lambda index: -float(match[index]))
+    return [ranked[int((row + 0.5) * len(ranked) / count)] for row in range(count)]
+
+
+def marked(prompts: Sequence[str], *, hard: int) -> list[str]:
+    """Mark the last ``hard`` of these prompts."""
+    easy = len(prompts) - hard
+    return [*prompts[:easy], *(prompt + HARD for prompt in prompts[easy:])]
+
+
+def filled(items: Sequence[Item], size: int) -> list[Item]:
+    """Repeat items up to a batch of ``size``, for which programs are compiled already."""
+    return [items[index % len(items)] for index in range(max(size, len(items)))]
 
 
 def _timed(rows: Sequence[Row], teacher: Teacher, items: Sequence[Item]) -> list[Row]:

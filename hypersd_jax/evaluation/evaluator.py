@@ -37,10 +37,17 @@ LEAST = 3
 
 
 class Evaluated(NamedTuple):
-    """A row of results.json, and the distances (N,), float32, behind its mean, where there is a reference."""
+    """A row of results.json, and what is behind two of its means.
+
+    Attributes:
+        row: of the table.
+        distances: (N,), float32, where there is a reference.
+        match: how well each image fits its own prompt, (N,), float32, where the scorer knows the prompts.
+    """
 
     row: Row
     distances: np.ndarray | None
+    match: np.ndarray | None = None
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -142,15 +149,15 @@ class Evaluator:
         row["n"] = len(samples.images)
         prompts = [item.prompt for item in samples.items]
         units = units_of(prompts)
-        distances = None
-        for key, value in self._values(self._measured(samples, prompts)):
+        distances, measured = None, self._measured(samples, prompts)
+        for key, value in self._values(measured):
             if key == "distance":
                 distances = np.asarray(value, np.float32)
             row |= estimate_values(key, mean_estimate(value, units) if isinstance(value, np.ndarray) else value)
         if samples.seconds is not None:
             row["seconds_per_image"] = samples.seconds
         row["protocol"] = self.protocol
-        return Evaluated(row, distances)
+        return Evaluated(row, distances, None if measured.match is None else measured.match.own.astype(np.float32))
 
     def _metrics(self) -> list[Column]:
         """List the metrics of this table, whether or not there is what they need."""

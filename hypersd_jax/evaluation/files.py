@@ -29,9 +29,9 @@ def write_rows(path: Path, rows: Sequence[Mapping[str, Any]]) -> None:
 
 
 def write_results(folder: Path, report: Report) -> None:
-    """Write results.json, grid.png and report.html, which shows both."""
+    """Write results.json, grid.png (of several grids the first), and report.html, which shows all."""
     write_rows(folder / "results.json", report.rows)
-    for grid in report.grids.values():
+    for grid in [*report.grids.values()][:1]:
         write_image(folder / "grid.png", grid)
     write_report(report, folder / "report.html")
 

@@ -31,7 +31,7 @@ from hypersd_jax.weights.components import assets
 
 TEACHER, OTHER_LATENTS = "teacher", "teacher, other latents"
 # Of the file's contents; part of its identity.
-FORMAT = 2
+FORMAT = 3
 SECONDS = "seconds_per_image"
 SHIPPED = assets() / "reference" / "teacher.npz"
 
@@ -184,6 +184,7 @@ def save_reference(path: Path, reference: Reference, identity: str, device: str)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(".tmp-" + path.name)
     unknown = np.full(len(reference.samples.images), np.nan, np.float32)
+    match = reference.rows[0].match
     np.savez_compressed(
         temporary,
         identity=np.asarray(identity),
@@ -191,6 +192,7 @@ def save_reference(path: Path, reference: Reference, identity: str, device: str)
         images=reference.samples.images,
         features=reference.samples.features.astype(np.float16),
         rows=np.asarray(json.dumps([each.row for each in reference.rows])),
+        match=unknown if match is None else match,
         distances=np.stack([unknown if each.distances is None else each.distances for each in reference.rows]),
     )
     temporary.replace(path)
@@ -218,8 +220,10 @@ def load_reference(path: Path, identity: str, evaluator: Evaluator, device: str)
                 seen=np.empty((len(images), 0), np.float32),
             )
             distances = [None if np.isnan(each).any() else each for each in file["distances"]]
-            measured = zip(rows, distances, strict=True)
-            return Reference(samples=samples, rows=tuple(Evaluated(row, each) for row, each in measured))
+            measured = [Evaluated(row, each) for row, each in zip(rows, distances, strict=True)]
+            if not np.isnan(match := file["match"]).any():
+                measured[0] = measured[0]._replace(match=match)
+            return Reference(samples=samples, rows=tuple(measured))
     except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise UserError(f"{path}: the reference is damaged ({error}); delete the file") from None
 

@@ -16,6 +16,7 @@ from hypersd_jax.config import Config
 from hypersd_jax.evaluation import Report, Row, Sample, image_grid, read_metrics, read_strip, training_seconds
 from hypersd_jax.evaluation.columns import column_notes
 from hypersd_jax.evaluation.comparison import (
+    SEEDS,
     Outcome,
     Student,
     compare,
@@ -85,6 +86,12 @@ def run_report(config: Config, output: Output, outcome: Outcome, command: str | 
     log = output.root / "metrics.jsonl"  # a run whose stages are all reused from another has none
     metrics = read_metrics(log) if log.exists() else []
     shown = "Held-out concepts" if config.on_emoji else "Captions of the dataset"
+    if outcome.ranked:
+        shown += ", from the one that the teacher's image fits best to the hardest"
+    grids = {f"{shown}; the same latents along each row": image_grid(outcome.columns, outcome.prompts)}
+    if outcome.seeds_columns:
+        numbers = [f"seed {number}" for number in range(SEEDS)]
+        grids[f"{outcome.seeds_prompt}: eight seeds"] = image_grid(outcome.seeds_columns, numbers)
     notes = column_notes([key for row in outcome.rows for key in row])
     return Report(
         title="Few-step students",
@@ -97,7 +104,7 @@ def run_report(config: Config, output: Output, outcome: Outcome, command: str | 
         quality=quality_series(outcome.rows),
         metrics=metrics,
         feedback={stage.name: stage.guarded for stage in config.adapter_stages},
-        grids={f"{shown}, the same latents along each row": image_grid(outcome.columns, outcome.prompts)},
+        grids=grids,
         prompts=outcome.prompts,
         strips=_strips(output.samples, [stage.name for stage in config.adapter_stages]),
     )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import json
 import re
 from collections.abc import Iterator
@@ -278,8 +280,36 @@ def cells(path: Path, column: int) -> np.ndarray:
     return np.stack([sheet[each : each + side, left : left + side] for each in tops])
 
 
+def ranked(compared: Compared) -> list[int]:
+    """The list's indices, from the best text match of the teacher's image to the least; worked out here."""
+    scorer, images = load_scorer("report"), compared.images(MANY, GUIDANCE)
+    match = text_match(scorer, seen_by(scorer.spec, images, batch_size=8), [i.prompt for i in evaluation_list(SAMPLES)])
+    assert match is not None
+    return [int(index) for index in np.argsort(-match.own, kind="stable")]
+
+
+def test_eight_seeds_of_a_prompt(compared: Compared) -> None:
+    """The rows' middle prompt, from the seeds 0 to 7, in a grid of its own."""
+    middle = evaluation_list(SAMPLES)[ranked(compared)[SAMPLES // 2]].prompt
+    page = (compared.output.root / "report.html").read_text(encoding="utf-8")
+    (image,) = re.findall(rf"{re.escape(middle)}: eight seeds.*?base64,([^\"]+)", page, flags=re.DOTALL)
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")).astype(int)
+    keys = [jax.random.key(seed) for seed in range(8)]
+    latents = np.stack([jax.random.normal(key, (8, 8, 4), jnp.float32) for key in keys])
+    call: dict[str, Any] = {"steps": MANY, "guidance": GUIDANCE, "sampler": "ddim", "eta": 0.0, "stepwise": True}
+    images = np.round(compared.pipe([middle] * 8, latents=latents, output="np", **call) * 255).astype(np.uint8)
+    side, pitch = grid.LEAST_CELL, grid.LEAST_CELL + grid.GAP
+    for row, given in enumerate(images):
+        shown = np.asarray(Image.fromarray(given).resize((side, side), Image.Resampling.BICUBIC)).astype(int)
+        top, left = sheet.shape[0] - (8 - row) * pitch, grid.TEXT_WIDTH + grid.GAP
+        assert np.abs(sheet[top : top + side, left : left + side] - shown).max() <= 2, row
+
+
 def test_the_grid_holds_the_images(compared: Compared) -> None:
+    """Its rows go from the prompt that the teacher's image fits best to the one that it fits least."""
     path, side = compared.output.root / "grid.png", grid.LEAST_CELL
+    order = ranked(compared)
+    assert order != sorted(order)
     columns = [
         compared.images(MANY, GUIDANCE),
         compared.images(2, GUIDANCE),
@@ -290,7 +320,7 @@ def test_the_grid_holds_the_images(compared: Compared) -> None:
     width = grid.TEXT_WIDTH + (len(columns) + 1) * (side + grid.GAP) + 2 * grid.GAP
     assert Image.open(path).size[0] == width, "and the third student"
     for column, images in enumerate(columns):
-        for cell, image in zip(cells(path, column).astype(int), images, strict=True):
+        for cell, image in zip(cells(path, column).astype(int), images[order], strict=True):
             shown = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)).astype(int)
             assert np.abs(cell - shown).max() <= 2, column
 
@@ -304,7 +334,8 @@ def test_evaluate_generates_the_same_images(compared: Compared, tmp_path: Path) 
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     theirs, mine = rows[-1], compared.row(student)
     assert (mine["sampler"], mine["steps"]) == (theirs["sampler"], theirs["steps"]) == ("lcm", 2)
-    np.testing.assert_array_equal(cells(root / "grid.png", -1), cells(tmp_path / "out" / "grid.png", -1))
+    theirs_in_order = cells(tmp_path / "out" / "grid.png", -1)[ranked(compared)]
+    np.testing.assert_array_equal(cells(root / "grid.png", -1), theirs_in_order)
     assert theirs["protocol"] == mine["protocol"]
     for key in ("n", "calls", "distance", "diversity", "kid", "fid_train", "clip_gain"):
         assert theirs[key] == pytest.approx(mine[key], rel=1e-5, abs=1e-6), key
@@ -316,7 +347,8 @@ def test_the_report_says_the_margin(compared: Compared) -> None:
     side = "nearer to" if row["margin"] > 0 else "farther from"
     assert f"other: 2 steps, {abs(row['margin']):.4f} ± {row['margin_se']:.4f} {side}" in page
     assert f"{MANY}-step images" in page
-    assert page.count("data:image/png;base64,") == 1
+    assert page.count("data:image/png;base64,") == 2  # the list, and eight seeds of a prompt
+    assert page.count(" (hard)") >= 1
     assert page.count("<svg") == 4 + 1  # two metrics against steps and calls, and the loss of a stage
     assert "hypersd_jax.train(" in page
     assert "http://" not in page.replace("http://www.w3.org", "")
@@ -329,7 +361,9 @@ def test_the_report_of_a_run_that_has_trained_nothing_itself(compared: Compared,
     output = Output(tmp_path / "out")
     create_output(output, dataclasses.replace(compared.config, output_dir=str(output.root)))
     columns = {"one": np.zeros((1, 8, 8, 3), np.uint8)}
-    outcome = Outcome(rows=compared.rows, columns=columns, prompts=["apple"], seeds=[0], seconds=1.0)
+    outcome = Outcome(
+        rows=compared.rows, columns=columns, prompts=["apple"], ranked=False, seeds=[0], seeds_columns={}, seconds=1.0
+    )
     write_results(output.root, run_report(compared.config, output, outcome, None))
     page = (output.root / "report.html").read_text(encoding="utf-8")
     assert page.count("<svg") == 4
