@@ -10,7 +10,7 @@ from hypersd_jax.evaluation.comparison import embedded_evaluator, embedded_teach
 from hypersd_jax.evaluation.reference import SHIPPED, compute_reference, reference_identity, save_reference
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.recipes import find_recipe
-from hypersd_jax.weights.diffusers.component import fingerprint
+from hypersd_jax.weights.fingerprints import fingerprint
 
 
 def main() -> None:

@@ -19,7 +19,7 @@ from hypersd_jax.evaluation.comparison import embedded_evaluator, embedded_teach
 from hypersd_jax.evaluation.reference import get_reference, reference_identity
 from hypersd_jax.evaluation.tables import steps_text
 from hypersd_jax.pipeline import Pipeline, parse_dtype
-from hypersd_jax.weights.diffusers.component import fingerprint
+from hypersd_jax.weights.fingerprints import fingerprint
 
 SHOWN = 8
 """Prompts in the grid of images."""

@@ -21,10 +21,10 @@ from hypersd_jax.conditioning import Conditioning, PromptEncoder, size_ids
 from hypersd_jax.models.autoencoder import read_vae_config
 from hypersd_jax.presets import Preset
 from hypersd_jax.weights.components import Components
-from hypersd_jax.weights.diffusers.component import fingerprint
 from hypersd_jax.weights.diffusers.controlnet import LoadedControlNet, load_controlnet
 from hypersd_jax.weights.diffusers.model import save_model
 from hypersd_jax.weights.diffusers.vae import load_vae
+from hypersd_jax.weights.fingerprints import fingerprint
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True, eq=False)

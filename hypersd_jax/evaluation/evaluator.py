@@ -25,7 +25,7 @@ from hypersd_jax.evaluation.samples import Samples, image_features
 from hypersd_jax.evaluation.scorer import Scorer, load_scorer
 from hypersd_jax.evaluation.sources import RealImages
 from hypersd_jax.evaluation.text_match import TextMatch, derangement, knows, text_match
-from hypersd_jax.weights.diffusers.component import fingerprint
+from hypersd_jax.weights.fingerprints import fingerprint
 
 Row = dict[str, Any]
 

@@ -11,7 +11,7 @@ from hypersd_jax.bases import TextToImage
 from hypersd_jax.config import DataConfig, to_dict
 from hypersd_jax.data import Source
 from hypersd_jax.data.opening import EMOJI
-from hypersd_jax.weights.diffusers.component import fingerprint
+from hypersd_jax.weights.fingerprints import fingerprint
 
 # Which examples are drawn, how often and in which order, changes none of them.
 FREE_KEYS = ("cache", "white_fraction", "groups")

@@ -23,7 +23,7 @@ from hypersd_jax.stages.kinds import training_step
 from hypersd_jax.stages.streams import Stream, stream
 from hypersd_jax.training import Step, StopSignals
 from hypersd_jax.training.output import Output
-from hypersd_jax.weights.diffusers.component import fingerprint
+from hypersd_jax.weights.fingerprints import fingerprint
 from hypersd_jax.weights.placement import place
 
 Factors = dict[str, dict[str, jax.Array]]

@@ -22,7 +22,7 @@ from hypersd_jax.stages.streams import Stream
 from hypersd_jax.training import StopSignals
 from hypersd_jax.training.output import Output
 from hypersd_jax.training.processes import connect
-from hypersd_jax.weights.diffusers.component import fingerprint
+from hypersd_jax.weights.fingerprints import fingerprint
 from hypersd_jax.weights.hub import fetch_lora
 from hypersd_jax.weights.lora import read_lora
 from hypersd_jax.weights.placement import place

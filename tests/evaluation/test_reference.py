@@ -11,7 +11,7 @@ from hypersd_jax.evaluation.comparison import embedded_evaluator, embedded_teach
 from hypersd_jax.evaluation.reference import SHIPPED, load_reference, reference_identity
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.recipes import find_recipe
-from hypersd_jax.weights.diffusers.component import fingerprint
+from hypersd_jax.weights.fingerprints import fingerprint
 
 
 def test_it_is_that_of_the_default_recipe(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,6 +54,11 @@ def test_every_step_after_the_first_takes_its_program(seen, shape):
     assert seen[shape]["compiled_later"] == 0
 
 
+def test_weights_have_one_name_on_every_mesh(seen):
+    assert len(seen["fingerprints"]) == 5
+    assert len(set(seen["fingerprints"])) == 1
+
+
 @pytest.mark.parametrize("shape", ["1x1", "8x1", "2x4", "1x8"])
 def test_the_state_is_donated_and_the_base_is_not(seen, shape):
     assert seen[shape]["donated"]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import os
@@ -15,7 +14,6 @@ from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 
 from hypersd_jax.errors import UserError
@@ -201,20 +199,6 @@ def save_params(
     save_tensors(folder / f"{stem}.safetensors", tensors, {"format": "pt"})
     with replacing(folder / "config.json") as temporary:
         temporary.write_text(json.dumps(written, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-
-
-def fingerprint(params: Mapping[str, jax.Array]) -> str:
-    """A name for these weights: the hexadecimal SHA-256 over each path, shape and values in order of the paths.
-
-    Values enter rounded to bfloat16, so that one model has one fingerprint whether it was loaded in float32 or in
-    bfloat16, on whatever device and mesh. Reads one parameter at a time; some seconds for a billion parameters.
-    """
-    digest = hashlib.sha256()
-    for path in sorted(params):
-        array = np.asarray(host(params[path]).astype(ml_dtypes.bfloat16), order="C")
-        digest.update(f"{path} {array.shape}\n".encode())
-        digest.update(array.view(np.uint16).data)
-    return digest.hexdigest()
 
 
 def _shards(index: Path) -> list[Path]:

@@ -16,6 +16,8 @@ from jax.sharding import PartitionSpec as P
 
 from hypersd_jax import training
 from hypersd_jax.errors import UserError
+from hypersd_jax.weights import fingerprint
+from hypersd_jax.weights.placement import place
 from tests.helpers import toy_training as toy
 from tests.helpers.compilations import Compilations
 
@@ -107,12 +109,27 @@ def rules(mesh) -> dict[str, str]:
     }
 
 
+def fingerprints() -> list[str]:
+    """Of the same weights on every mesh: split in both axes, replicated, and on the host."""
+    rng = np.random.default_rng(0)
+    weights = {
+        name: rng.standard_normal(shape).astype(np.float32)
+        for name, shape in (("kernel", (3, 3, 64, 128)), ("tall", (2**16, 2)), ("small", (5,)))
+    }
+    found = [fingerprint(weights)]
+    for shape in SHAPES:
+        mesh = training.make_mesh(*shape)
+        found.append(fingerprint(place(mesh, weights)))
+    return found
+
+
 def main() -> None:
     seen: dict = {"devices": jax.device_count()}
     runs = same_everywhere(seen)
     seen["restored"] = restored_elsewhere(runs, Path(sys.argv[1]))
     mesh = training.make_mesh(2, 4)
     seen["constrained"] = constrained(mesh)
+    seen["fingerprints"] = fingerprints()
     seen["rules"] = rules(mesh)
     seen["default"] = dict(training.make_mesh(fsdp=2).shape)
     counts = (1, 2, 3, 4, 6, 8)
