@@ -36,6 +36,7 @@ ROOMS = (
     "pipeline",
     "png_text",
     "sampling_command",
+    "interop",
     "data",
     "training",
     "inputs",
