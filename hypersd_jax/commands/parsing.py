@@ -197,6 +197,18 @@ def add_loras(group: Any) -> None:
     )
 
 
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """The options that say what model a LoRA is for."""
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument(
+        "--base",
+        type=source,
+        metavar="SRC",
+        help="the model that the LoRA is for, where its family is not a known one",
+    )
+    base.add_argument("--family", choices=("sd15", "sd21", "sdxl"), help="what the LoRA is for (default: what it fits)")
+
+
 def add_mesh(group: Any, default: str) -> None:
     """The option that spreads sampling over devices; `default` says what happens without it."""
     group.add_argument(

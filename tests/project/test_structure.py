@@ -44,6 +44,7 @@ ROOMS = (
     "benchmarking",
     "stages",
     "machine",
+    "inspection",
     "planning",
     "serving",
     "commands",
