@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +11,7 @@ from typing import Any
 
 from hypersd_jax import presets
 from hypersd_jax.errors import UserError
-from hypersd_jax.inspection.lora_text import FAMILY_NAMES, OURS, remarks, report_lines, scale_of
+from hypersd_jax.inspection.lora_text import OURS, remarks, report_lines, scale_of
 from hypersd_jax.inspection.report import Report, command, counted
 from hypersd_jax.interop.loaders import LOADERS, Contents, Effect, Module, Reading
 from hypersd_jax.interop.recipe import KNOWN_BASES, stated_preset
@@ -21,8 +22,9 @@ from hypersd_jax.weights.lora import header
 from hypersd_jax.weights.lora.convert import base_shapes, family_shapes
 from hypersd_jax.weights.lora.file import strength_of, weights_file
 from hypersd_jax.weights.lora.kinds import rank_of
-from hypersd_jax.weights.lora.layout import Shapes
+from hypersd_jax.weights.lora.layout import COMPONENTS, Shapes
 from hypersd_jax.weights.lora.match import listing
+from hypersd_jax.weights.lora.sgm import SDXL_ONLY
 from hypersd_jax.weights.lora.survey import Survey, survey, survey_alone
 from hypersd_jax.weights.tensors import TensorFile, open_tensors
 
@@ -36,10 +38,14 @@ class Held:
     Attributes:
         base: a family, "embedded", or the model that was named; None where it fits none that is known.
         found: the survey.
+        is_xl: whether that base is SDXL; None where it is not known.
+        fits: all known bases of which every key is found.
     """
 
     base: str | None
     found: Survey
+    is_xl: bool | None = None
+    fits: tuple[str, ...] = ()
 
 
 def inspect_lora(path: Path, *, base: str | None = None, family: str | None = None) -> Report:
@@ -62,8 +68,7 @@ def inspect_lora(path: Path, *, base: str | None = None, family: str | None = No
         modules = _modules(tensors, held.found)
         keys, metadata = tensors.keys(), tensors.metadata
         dtypes = Counter(tensors.dtype(key).name for key in keys if not key.endswith(".alpha"))
-    is_xl = None if held.base is None else _is_xl(held.base, modules)
-    contents = Contents(modules=modules, keys=keys, metadata=metadata, is_xl=is_xl)
+    contents = Contents(modules=modules, keys=keys, metadata=metadata, is_xl=held.is_xl)
     readings = {OURS: _ours(modules, held), **{name: read(contents) for name, read in LOADERS.items()}}
     preset, source = _stated(file, metadata)
     data = {
@@ -74,6 +79,7 @@ def inspect_lora(path: Path, *, base: str | None = None, family: str | None = No
         "dtypes": dict(dtypes),
         "base": {
             "family": held.base,
+            "fits": list(held.fits),
             "stated": metadata.get("ss_base_model_version"),
             "keys_matching": held.found.matched,
             "keys_not_matching": held.found.unmatched,
@@ -98,20 +104,26 @@ def _refuse(file: Path, reason: str, keys: Sequence[str]) -> None:
 
 def _held(tensors: TensorFile, base: str | None, family: str | None) -> Held:
     if base is not None or family is not None:
-        shapes = base_shapes(base) if base is not None else family_shapes(str(family))
-        return Held(base=base or family, found=survey(tensors, shapes))
-    best: Held | None = None
-    for name in (*FAMILIES, EMBEDDED):
-        shapes: Shapes = base_shapes(EMBEDDED) if name == EMBEDDED else family_shapes(name)
-        found = survey(tensors, shapes)
-        if not found.unmatched:
-            return Held(base=name, found=found)
-        if best is None or found.matched > best.found.matched:
-            best = Held(base=name, found=found)
-    assert best is not None
+        return _against(tensors, base or str(family), base_shapes(base) if base else family_shapes(str(family)))
+    tried = [
+        _against(tensors, name, base_shapes(EMBEDDED) if name == EMBEDDED else family_shapes(name))
+        for name in (*FAMILIES, EMBEDDED)
+    ]
+    fitting = [held for held in tried if not held.found.unmatched]
+    if fitting:
+        # A LoRA of few modules fits several families, and then its header knows.
+        said = tensors.metadata.get("ss_base_model_version", "")
+        stated = [held for held in fitting if said and _KOHYA_FAMILIES.get(held.base or "", "?")[:5] == said[:5]]
+        chosen = (stated or fitting)[0]
+        return dataclasses.replace(chosen, fits=tuple(str(held.base) for held in fitting))
+    best = max(tried, key=lambda held: held.found.matched)
     if best.found.matched > best.found.unmatched:
         return best
     return Held(base=None, found=survey_alone(tensors))
+
+
+def _against(tensors: TensorFile, name: str, shapes: Shapes) -> Held:
+    return Held(base=name, found=survey(tensors, shapes), is_xl=SDXL_ONLY in shapes.get("unet", {}))
 
 
 def _modules(tensors: TensorFile, found: Survey) -> list[Module]:
@@ -119,7 +131,8 @@ def _modules(tensors: TensorFile, found: Survey) -> list[Module]:
     metadata = tensors.metadata
     strengths = {name: each.strengths(tensors.path, metadata) for name, each in layouts.items() if each.strengths}
     modules = []
-    for (component, path), slot in found.slots.items():
+    in_order = sorted(found.slots.items(), key=lambda item: COMPONENTS.index(item[0][0]))
+    for (component, path), slot in in_order:
         rank = rank_of(slot.shapes(tensors))
         scale, alpha = strength_of(tensors, slot, rank, strengths.get(slot.layout.name))
         modules.append(
@@ -136,10 +149,6 @@ def _modules(tensors: TensorFile, found: Survey) -> list[Module]:
             )
         )
     return modules
-
-
-def _is_xl(base: str, modules: Sequence[Module]) -> bool:
-    return base == "sdxl" or (base not in FAMILY_NAMES and any(each.component == "text_encoder_2" for each in modules))
 
 
 def _ours(modules: Sequence[Module], held: Held) -> Reading:

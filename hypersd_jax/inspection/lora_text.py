@@ -90,6 +90,8 @@ def report_lines(data: Mapping[str, Any], modules: Sequence[Module], readings: M
         lines.append(labelled("base", f"fits none that is known here{stated}; name it with --base MODEL"))
     else:
         fits = "every key fits" if not base["keys_not_matching"] else f"{base['keys_matching']:,} keys fit"
+        others = [FAMILY_NAMES[name] for name in base["fits"] if name != base["family"]]
+        fits += f", and of {', '.join(others)} too" if others else ""
         lines.append(labelled("base", f"{FAMILY_NAMES.get(base['family'], base['family'])}: {fits}{stated}"))
     for reason, keys in base["not_matching"].items():
         lines.append(labelled("not fitting", f"{counted(len(keys), 'key')}, {reason}: {listing(keys)}"))

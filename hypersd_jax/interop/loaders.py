@@ -125,11 +125,11 @@ def _kohya_by_diffusers(lora: Contents) -> Reading:
     if odd is not None:
         return _refused(lora, f"it reads pairs of factors alone, and not {odd.kind} ({odd.key})")
     sgm = [module.layout == "kohya-sgm" for module in lora.modules]
-    if any(sgm) and lora.is_xl is False:
-        return _refused(lora, "it knows sgm's names for SDXL alone")
     both = any(sgm) and any(
         not each and module.component == "unet" for each, module in zip(sgm, lora.modules, strict=True)
     )
+    if any(sgm) and not both and lora.is_xl is False:
+        return _refused(lora, "it knows sgm's names for SDXL alone")
     alphas: dict[str, Counter[float]] = {}
     for module in lora.modules:
         if module.alpha is not None and "alpha" in module.roles:
@@ -139,7 +139,7 @@ def _kohya_by_diffusers(lora: Contents) -> Reading:
 
     def effect(module: Module) -> Effect:
         if both and module.layout == "kohya-sgm":
-            return Effect(None, "sgm's names beside diffusers', of which it drops the former")
+            return Effect(None, "sgm's names where diffusers' are too")
         text = module.component != "unet"
         if text and module.component not in text_out and module.path.endswith(_TEXT_ATTENTION):
             return Effect(None, "attention of a text encoder without out_proj, by which it knows it")

@@ -18,7 +18,7 @@ from hypersd_jax.recipes import recipe_files, recipe_titles
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("train", "sample", "convert", "convert lora", "convert model", "convert merge", "convert extract")
-COMMANDS += ("cache", "evaluate", "benchmark", "benchmark sampling", "doctor")
+COMMANDS += ("cache", "evaluate", "benchmark", "benchmark sampling", "doctor", "inspect")
 
 WRONG = [
     # train
@@ -109,6 +109,10 @@ WRONG = [
     ("convert model nowhere out --to diffusers", "nowhere: no such file or folder"),
     ("convert merge out.safetensors nothing.safetensors@0.5", "nothing.safetensors: no such file or folder"),
     ("convert extract nowhere FILE out.safetensors --rank 4", "nowhere: no such file or folder"),
+    ("inspect nowhere", "nowhere: no such file or folder"),
+    ("inspect FILE", "FILE: is empty"),
+    ("inspect EMPTY", "EMPTY: neither a model, a LoRA, a run's output nor checkpoints"),
+    ("inspect FILE --base nowhere", "nowhere: no such file or folder"),
     # benchmark
     ("benchmark fly", "invalid choice: 'fly'"),
     ("benchmark sampling --stepps 4", "did you mean --steps?"),
@@ -190,7 +194,7 @@ def test_without_a_command_the_commands_are_listed(arguments: list[str], capsys:
     assert printed.out == ""
     assert printed.err.startswith("usage: hypersd")
     for name in (
-        ("train", "sample", "convert", "cache", "evaluate", "benchmark", "doctor")
+        ("train", "sample", "convert", "cache", "evaluate", "benchmark", "doctor", "inspect")
         if not arguments
         else ("lora", "merge")
     ):
