@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from hypersd_jax.config import Config, load_config
+from hypersd_jax.config import load_run
 from hypersd_jax.errors import UserError
 from hypersd_jax.inspection.report import Report, command, counted, labelled
 from hypersd_jax.inspection.sort import checkpoint_steps
@@ -19,7 +19,7 @@ def inspect_run(path: Path) -> Report:
     Raises:
         UserError: config.yaml is no run's, or results.json is damaged.
     """
-    config = read_config(path)
+    config = load_run(path)
     output, rows = Output(path), read_rows(path / "results.json")
     stages = []
     for stage in config.active_stages:
@@ -68,14 +68,6 @@ def inspect_checkpoints(path: Path) -> Report:
     data = {"file": str(path), "what": "checkpoints", "steps": steps, "newest": dict(found)}
     lines = [f"{path}: {counted(len(steps), 'checkpoint')} of a stage, at {', '.join(map(str, steps))} updates"]
     return Report(data=data, lines=[*lines, *(labelled(key, str(value)) for key, value in facts.items())])
-
-
-def read_config(folder: Path) -> Config:
-    """The configuration of a run's folder; UserError naming the file where it is none."""
-    try:
-        return load_config(folder / "config.yaml")
-    except UserError as error:
-        raise UserError(f"{folder / 'config.yaml'}: {error}") from None
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

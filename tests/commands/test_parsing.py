@@ -18,7 +18,7 @@ from hypersd_jax.recipes import recipe_files, recipe_titles
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("train", "sample", "convert", "convert lora", "convert model", "convert merge", "convert extract")
-COMMANDS += ("cache", "evaluate", "benchmark", "benchmark sampling", "doctor", "inspect")
+COMMANDS += ("cache", "evaluate", "benchmark", "benchmark sampling", "doctor", "inspect", "publish")
 
 WRONG = [
     # train
@@ -109,6 +109,9 @@ WRONG = [
     ("convert model nowhere out --to diffusers", "nowhere: no such file or folder"),
     ("convert merge out.safetensors nothing.safetensors@0.5", "nothing.safetensors: no such file or folder"),
     ("convert extract nowhere FILE out.safetensors --rank 4", "nowhere: no such file or folder"),
+    ("publish EMPTY name", "REPO name: must be owner/name, as the hub has it"),
+    ("publish EMPTY owner/name", "EMPTY: is not a run's folder (config.yaml is missing)"),
+    ("publish EMPTY owner/name --base-model sdxl", "--base-model sdxl: must be owner/name"),
     ("inspect nowhere", "nowhere: no such file or folder"),
     ("inspect FILE", "FILE: is empty"),
     ("inspect EMPTY", "EMPTY: neither a model, a LoRA, a run's output nor checkpoints"),
@@ -194,7 +197,7 @@ def test_without_a_command_the_commands_are_listed(arguments: list[str], capsys:
     assert printed.out == ""
     assert printed.err.startswith("usage: hypersd")
     for name in (
-        ("train", "sample", "convert", "cache", "evaluate", "benchmark", "doctor", "inspect")
+        ("train", "sample", "convert", "cache", "evaluate", "benchmark", "doctor", "inspect", "publish")
         if not arguments
         else ("lora", "merge")
     ):

@@ -45,6 +45,7 @@ ROOMS = (
     "stages",
     "machine",
     "inspection",
+    "publishing",
     "planning",
     "serving",
     "commands",
