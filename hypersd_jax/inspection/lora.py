@@ -88,7 +88,7 @@ def inspect_lora(path: Path, *, base: str | None = None, family: str | None = No
         "left_out": held.found.left_out,
         "modules": [_module_data(module, index, readings) for index, module in enumerate(modules)],
         "loaders": {name: _loader_data(reading) for name, reading in readings.items()},
-        "remarks": remarks(modules, readings, held.found, is_known=held.base is not None),
+        "remarks": remarks(modules, readings, held.found, is_xl=held.is_xl),
         "settings": {"source": source, **_settings(preset)},
         "metadata": metadata,
         "call": _call(path, held.base, base, preset),

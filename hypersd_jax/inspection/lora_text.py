@@ -34,9 +34,12 @@ def scale_of(reading: Reading, index: int) -> float | None:
     return None if reading.refused is not None else reading.effects[index].scale
 
 
-def remarks(modules: Sequence[Module], readings: Mapping[str, Reading], found: Survey, *, is_known: bool) -> list[str]:
+def remarks(
+    modules: Sequence[Module], readings: Mapping[str, Reading], found: Survey, *, is_xl: bool | None
+) -> list[str]:
     """What a reader must know: where loaders differ from alpha / rank, and what alpha leaves open."""
     told = []
+    differs = False
     for name, reading in readings.items():
         if reading.refused is not None:
             told.append(f"{name} refuses it: {reading.refused}")
@@ -50,6 +53,7 @@ def remarks(modules: Sequence[Module], readings: Mapping[str, Reading], found: S
             for module, effect in zip(modules, reading.effects, strict=True)
             if effect.scale is not None and abs(effect.scale - module.scale) > 1e-6 * abs(module.scale)
         )
+        differs = differs or bool(other)
         for (stated, applied), count in other.items():
             factor = f", {applied / stated:.4g} times as strong" if stated and applied is not None else ""
             told.append(f"{name} applies {counted(count, 'module')} at {applied:g}, not at {stated:g}{factor}")
@@ -58,7 +62,7 @@ def remarks(modules: Sequence[Module], readings: Mapping[str, Reading], found: S
     )
     for (alpha, rank), count in strong.items():
         if alpha is not None and rank is not None:
-            ignored = f"a loader that ignores alpha is {rank / alpha:.4g} times too strong"
+            ignored = f"a loader that ignores alpha makes it {rank / alpha:.4g} times as strong"
             told.append(f"alpha {alpha:g} at rank {rank} ({counted(count, 'module')}): {ignored}")
     silent = [module for module in modules if module.alpha is None and module.rank is not None]
     if silent and any(module.layout in ("PEFT", "diffusers") for module in silent):
@@ -70,11 +74,18 @@ def remarks(modules: Sequence[Module], readings: Mapping[str, Reading], found: S
         many = "it is" if len(found.left_out) == 1 else "they are"
         listed = listing(found.left_out)
         told.append(f"{counted(len(found.left_out), 'embedding')} came with it, and {many} not used: {listed}")
-    loses = any(reading.refused or any(e.scale is None for e in reading.effects) for reading in readings.values())
     plain = all(module.kind.is_adapter and not module.kind.bias for module in modules)
-    if loses and plain and is_known and not found.unmatched:
-        told.append("`hypersd convert lora IN OUT --to kohya` makes a file that all of them read alike")
+    # SDXL's under sgm's names lose nothing anywhere, see docs/lora_formats.md.
+    best = "kohya-sgm" if is_xl else "kohya"
+    written = {module.layout for module in modules} == {best} and not differs
+    if plain and is_xl is not None and not found.unmatched and not written and (differs or _loses(readings)):
+        told.append(f"`hypersd convert lora IN OUT --to {best}` makes a file that all of them read alike")
     return told
+
+
+def _loses(readings: Mapping[str, Reading]) -> bool:
+    """Whether any loader leaves out a module."""
+    return any(reading.refused or any(each.scale is None for each in reading.effects) for reading in readings.values())
 
 
 def report_lines(data: Mapping[str, Any], modules: Sequence[Module], readings: Mapping[str, Reading]) -> list[str]:

@@ -21,7 +21,7 @@ def inspect_run(path: Path) -> Report:
     """
     config = load_run(path)
     output, rows = Output(path), read_rows(path / "results.json")
-    stages = []
+    stages: list[dict[str, Any]] = []
     for stage in config.active_stages:
         folder, student = output.checkpoints(stage.name), output.student(stage)
         steps = checkpoint_steps(folder) if folder.is_dir() else []
@@ -34,7 +34,7 @@ def inspect_run(path: Path) -> Report:
                 "student": str(student) if student.exists() else None,
             }
         )
-    made = [stage["student"] for stage in stages if stage["student"]]
+    made = [each["student"] for each in stages if each["student"]]
     call = None
     if made:
         sampled = ["--lora", str(made[-1])] if str(made[-1]).endswith(".safetensors") else ["--model", str(made[-1])]
@@ -50,9 +50,9 @@ def inspect_run(path: Path) -> Report:
         "call": call,
     }
     lines = [f"{path}: a run on {config.model.source}, data {config.data.source}"]
-    for stage in stages:
-        done = f"{stage['updates_done']:,} of {stage['updates']:,} updates, {stage['student'] or 'no student yet'}"
-        lines.append(labelled("stage", f"{stage['name']} ({stage['kind']}): {done}"))
+    for each in stages:
+        done = f"{each['updates_done']:,} of {each['updates']:,} updates, {each['student'] or 'no student yet'}"
+        lines.append(labelled("stage", f"{each['name']} ({each['kind']}): {done}"))
     lines.append(labelled("results", counted(len(rows), "row") if rows else "none yet"))
     return Report(data=data, lines=lines if call is None else [*lines, labelled("try", call)])
 

@@ -97,8 +97,8 @@ def _eta_notes(loras: Sequence[Exported]) -> list[str]:
     notes = ["Strength 1. Guidance 0 or 1 is off (a web UI's CFG scale 1), and a negative prompt then has no part."]
     if any(lora.recipe.settings.sampler == "tcd" for lora in loras):
         notes.append(
-            "`tcd` is diffusers' `TCDScheduler`. Its eta (the paper's gamma) is the share of fresh noise, from 0 (none) "
-            "to 1 (all). No other sampler's eta is the same; a program without TCD is nearest with Euler at 0, LCM at 1."
+            "`tcd` is diffusers' `TCDScheduler`. Its eta (the paper's gamma) is the share of fresh noise, 0 (none) to "
+            "1 (all). No other sampler's eta is the same; a program without TCD is nearest with Euler at 0, LCM at 1."
         )
     return notes
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -48,7 +49,9 @@ def sample_references(
         for number in range(count):
             prompt, own_seed = prompts[number % len(prompts)], seed + number
             width, height = lora.recipe.size
-            images, settings = pipe.generate([prompt], seed=own_seed, width=width, height=height, output="np")
+            # Step by step, so that LoRAs of several step counts share one compiled program.
+            call: dict[str, Any] = {"width": width, "height": height, "output": "np", "stepwise": True}
+            images, settings = pipe.generate([prompt], seed=own_seed, **call)
             if broken := not_finite(np.asarray(images)):
                 raise UserError(f"{lora.file}: {about_not_finite(broken, len(images), pipe.dtype)}")
             path = f"images/{lora.recipe.name}-{number}.png"

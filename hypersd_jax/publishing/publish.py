@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import jax.numpy as jnp
 
@@ -55,6 +56,6 @@ def write_publication(
     if images:
         use_compilation_cache()
         pipe = Pipeline.from_pretrained(source)
-    how = {"prompts": prompts, "images": images, "seed": seed}
+    how: dict[str, Any] = {"prompts": prompts, "images": images, "seed": seed}
     files = write_folder(target, contents, repo, licence=licence, licence_is=licence_is, pipe=pipe, **how)
     return files, contents.left_out

@@ -164,7 +164,9 @@ def test_the_wrong_eighth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     file = saved(tmp_path, kohya(8.0, rank=64), "told")
     found = inspected(file, capsys)
     assert {tuple(module["scales"].values()) for module in found["modules"]} == {(0.125,) * 5}
-    assert found["remarks"] == ["alpha 8 at rank 64 (4 modules): a loader that ignores alpha is 8 times too strong"]
+    assert found["remarks"] == [
+        "alpha 8 at rank 64 (4 modules): a loader that ignores alpha makes it 8 times as strong"
+    ]
     folder = tmp_path / "peft"
     folder.mkdir()
     saved(folder, dotted("base_model.model.", *PEFT_ENDS, rank=64), "adapter_model")
@@ -224,6 +226,7 @@ def test_the_upsampler_that_a1111_loses(tmp_path: Path, capsys: pytest.CaptureFi
     adapter = random_adapter({f"{path}.kernel": shapes[f"{path}.kernel"]}, 0, rank=RANK)
     found = inspected(saved(tmp_path, {**kohya(family="sdxl"), **kohya_tensors("lora_unet_", adapter, 2.0)}), capsys)
     assert [module["module"] for module in found["modules"] if module["scales"]["A1111"] is None] == [path]
+    assert any("convert lora IN OUT --to kohya-sgm" in remark for remark in found["remarks"])
 
 
 def test_what_does_not_fit_is_counted_and_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

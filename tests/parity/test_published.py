@@ -37,23 +37,24 @@ HEADERS = {
 
 
 @pytest.fixture(scope="module")
-def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """The published folder, and the base in diffusers' layout."""
+def published(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path, Pipeline]:
+    """The published folder, the base in diffusers' layout, and ours with it."""
     root = tmp_path_factory.mktemp("published")
     model, run = tiny_sd(root / "model", attentive=True), root / "run"
     (run / "loras").mkdir(parents=True)
     (run / "config.yaml").write_text(RECIPE.format(output=run, model=model))
-    shapes = Pipeline.from_pretrained(model).base.shapes["unet"]
+    pipe = Pipeline.from_pretrained(model)
+    shapes = pipe.base.shapes["unet"]
     for seed, (name, header) in enumerate(HEADERS.items()):
         adapter = {"unet": random_adapter(shapes, seed, scale=0.3)}
         write_lora(run / "loras" / f"{name}.safetensors", adapter, metadata=header)
     cli.main(["publish", str(run), "owner/fast", "--dry-run", "--license=mit", "--images=0"])
-    return run / "publish", model
+    return run / "publish", model, pipe
 
 
 @pytest.mark.parametrize("name", HEADERS)
-def test_the_code_of_the_card(published: tuple[Path, Path], name: str) -> None:
-    folder, model = published
+def test_the_code_of_the_card(published: tuple[Path, Path, Pipeline], name: str) -> None:
+    folder, model, pipe = published
     blocks = re.findall(r"^```python\n(.*?)^```", (folder / "README.md").read_text(), re.MULTILINE | re.DOTALL)
     (code,) = [block for block in blocks if f'weight_name="{name}.safetensors"' in block]
     code = code.replace('"owner/fast"', repr(str(folder))).replace('"BASE"', repr(str(model)))
@@ -63,12 +64,10 @@ def test_the_code_of_the_card(published: tuple[Path, Path], name: str) -> None:
     code = code.replace("    generator=", "    **given,\n    generator=")
     found: dict[str, Any] = {"given": given}
     exec(code, found)
-    pipe = Pipeline.from_pretrained(model)
-    prompt = "red apple, fluent flat style"
+    pipe.load_lora(folder / f"{name}.safetensors", name="it")
     call: dict[str, Any] = {"latents": latents, "output": "np", "stepwise": True, "height": 16, "width": 16}
-    settings = {"sampler": "ddim", "steps": 4, "guidance": 0.0, "spacing": "trailing"}
-    base = pipe(prompt, **call, **settings)[0]
-    pipe.load_lora(folder / f"{name}.safetensors")
-    ours = pipe(prompt, **call)[0]
+    ours = pipe("red apple, fluent flat style", **call)[0]
+    pipe.set_lora_scale("it", 0.0)
+    base = pipe("red apple, fluent flat style", **call)[0]
     assert relative_error(ours, found["image"]) < TOLERANCE
     assert relative_error(base, found["image"]) > ANOTHER
