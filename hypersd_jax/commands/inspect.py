@@ -35,7 +35,15 @@ def run(options: argparse.Namespace) -> None:
     if kind != sort.LORA and (options.base or options.family):
         raise UserError(f"{options.file}: is no LoRA, of which alone --base and --family speak")
     report = _inspected(options, kind)
-    print(json.dumps(report.data, indent=1, allow_nan=False) if options.json else "\n".join(report.lines))
+    if options.json:
+        # NaN and Infinity, which a configuration may hold, are no JSON.
+        found = json.loads(json.dumps(report.data), parse_constant=lambda _: None)
+        print(json.dumps(found, indent=1, allow_nan=False))
+        return
+
+    from hypersd_jax.inspection.report import printable
+
+    print("\n".join(map(printable, report.lines)))
 
 
 def _inspected(options: argparse.Namespace, kind: str) -> Any:

@@ -12,7 +12,7 @@ from PIL import ExifTags, Image, UnidentifiedImageError
 
 from hypersd_jax.diffusion import SOLVERS
 from hypersd_jax.errors import UserError
-from hypersd_jax.inspection.report import Report, command, counted, labelled, shortened
+from hypersd_jax.inspection.report import Report, command, counted, labelled, option, shortened
 
 _ENTRY = re.compile(r'\s*(?P<key>\w[\w /-]+):\s*(?P<value>"(?:\\.|[^"\\])+"|[^,]*)(?:,|$)')
 _LORA = re.compile(r"<lora:(?P<name>[^:>]+):(?P<scale>[^:>]+)[^>]*>")
@@ -113,10 +113,10 @@ def _call(found: Mapping[str, Any]) -> str:
         "width": width,
         "height": height,
     }
-    for option, value in options.items():
-        words += [f"--{option}", value] if value else []
-    words += ["--negative-prompt", found["negative"]] if found["negative"] else []
-    return command(*words, "--prompt", found["prompt"])
+    for name, value in options.items():
+        words += option(name, value) if value else []
+    words += option("negative-prompt", found["negative"]) if found["negative"] else []
+    return command(*words, *option("prompt", found["prompt"]))
 
 
 def _comfyui_nodes(texts: Mapping[str, str]) -> dict[str, int] | None:

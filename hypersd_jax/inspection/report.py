@@ -55,6 +55,16 @@ def command(*words: str) -> str:
     return shlex.join(words)
 
 
+def option(name: str, value: str) -> list[str]:
+    """An option and its value as words of a command; joined where the value would be taken for an option."""
+    return [f"--{name}={value}"] if value.startswith("-") else [f"--{name}", value]
+
+
+def printable(line: str) -> str:
+    """A line without characters that move a terminal's cursor or change its colours: files hold anything."""
+    return "".join(letter if letter.isprintable() else "\N{REPLACEMENT CHARACTER}" for letter in line)
+
+
 def size_text(count: int) -> str:
     """A number of bytes for a reader."""
     for unit, power in (("GB", 9), ("MB", 6), ("kB", 3)):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import glob
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -111,7 +112,8 @@ def read_contents(
             prompt=prompts[0],
             embeds_guidance=base.embeds_guidance,
         )
-        parts = sorted(file.parent.glob(f"{stage.name}.*.safetensors"))
+        named_so = file.parent.glob(f"{glob.escape(stage.name)}.*.safetensors")
+        parts = sorted(path for path in named_so if path not in files.values())
         loras.append(Exported(stage=stage, file=file, metadata=metadata, recipe=recipe, parts=parts))
     return Contents(
         config=config,

@@ -293,7 +293,12 @@ def test_the_call_of_a_released_file_and_of_a_style(tmp_path: Path, capsys: pyte
 
 def test_text_for_a_reader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     tensors = {**kohya(2.0), **kohya_tensors("lora_te_", text(), 1.0)}
-    cli.main(["inspect", str(saved(tmp_path, tensors, metadata={"ss_base_model_version": "sd_v1", "note": "x" * 500}))])
+    cli.main(
+        [
+            "inspect",
+            str(saved(tmp_path, tensors, metadata={"ss_base_model_version": "sd_v1", "note": "\x1b[2J" + "x" * 500})),
+        ]
+    )
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].endswith(" kB, float32")
     assert labelled("base", "SD 1.x: every key fits; its header says sd_v1") in lines
@@ -301,6 +306,7 @@ def test_text_for_a_reader(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     rows = [line.split() for line in lines if ("LoRA" in line and "unet," in line) or "text_encoder, LoRA" in line]
     assert [row[-7:] for row in rows] == [["4", "1", *["0.25"] * 5], ["4", "2", *["0.5"] * 5]]
     assert max(map(len, lines)) < 200
+    assert all(line.isprintable() for line in lines)
 
 
 @pytest.mark.parametrize(

@@ -85,13 +85,14 @@ def test_other_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
     picture.save(tmp_path / "comfy.png", pnginfo=info)
     assert inspected(tmp_path / "comfy.png", capsys)["comfyui_nodes"] == {"KSampler": 2}
     settings = "Steps: 20, Sampler: DPM++ 2M, CFG scale: 7, Seed: 5, Size: 512x768"
-    text = f"a cat <lora:style:0.5>\nNegative prompt: bad\n{settings}"
+    text = f"--a cat <lora:style:0.5>\nNegative prompt: bad\n{settings}"
     info = PngInfo()
     info.add_text("parameters", text)
     picture.save(tmp_path / "a1111.png", pnginfo=info)
     found = inspected(tmp_path / "a1111.png", capsys)
     options = cli._parser().parse_args(shlex.split(found["call"])[1:])
     assert (options.sampler, options.steps, options.width, options.height) == ("dpmpp_2m", 20, 512, 768)
+    assert options.prompt == ["--a cat"]
     assert (options.lora, options.seed, options.guidance, options.model) == (["style@0.5"], 5, 7.0, "MODEL")
 
 
