@@ -40,6 +40,13 @@ def inspect_image(path: Path) -> Report:
         lines += [labelled("negative", shortened(found["negative"]))] if found["negative"] else []
         lines += [labelled("LoRA", f"{each['name']} at {each['scale']}") for each in found["loras"]]
         lines += [labelled("settings", f"{key}: {shortened(value)}") for key, value in found["settings"].items()]
+        number = found["settings"].get("Image", "0.0")
+        data["alone"] = number == "0.0"
+        if number != "0.0":
+            text = (
+                f"it was {number} among several prompts and images (prompt.image, from 0), so alone it has other noise"
+            )
+            lines.append(labelled("note", text))
         lines.append(labelled("try", data["call"]))
     nodes = _comfyui_nodes(texts)
     if nodes is not None:

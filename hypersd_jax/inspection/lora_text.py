@@ -61,7 +61,7 @@ def remarks(
         (module.alpha, module.rank) for module in modules if module.alpha is not None and module.scale != 1
     )
     for (alpha, rank), count in strong.items():
-        if alpha is not None and rank is not None:
+        if alpha and rank is not None:
             ignored = f"a loader that ignores alpha makes it {rank / alpha:.4g} times as strong"
             told.append(f"alpha {alpha:g} at rank {rank} ({counted(count, 'module')}): {ignored}")
     silent = [module for module in modules if module.alpha is None and module.rank is not None]

@@ -178,6 +178,11 @@ def test_the_wrong_eighth(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
     assert silent in found["remarks"]
 
 
+def test_an_alpha_of_zero(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    found = inspected(saved(tmp_path, kohya(0.0)), capsys)
+    assert {tuple(module["scales"].values()) for module in found["modules"]} == {(0.0,) * 5}
+
+
 def test_alpha_in_a_header_that_only_diffusers_reads(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     fields = {"unet.r": RANK, "unet.lora_alpha": 2, "unet.peft_type": "LORA"}
     header = {"lora_adapter_metadata": json.dumps(fields)}

@@ -73,6 +73,10 @@ def test_an_image_of_ours_can_be_sampled_again(
     cli.main([*shlex.split(found["call"])[1:], "--output=again.png"])
     first, again = (np.asarray(Image.open(path)) for path in (image, "again.png"))
     np.testing.assert_array_equal(first, again)
+    assert found["alone"]
+    cli.main([*shlex.split(found["call"])[1:], "--prompt=another", "--output=two.png"])
+    capsys.readouterr()
+    assert not inspected(tmp_path / "two-001.png", capsys)["alone"]
 
 
 def test_other_images(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
