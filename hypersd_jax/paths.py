@@ -95,6 +95,23 @@ def parse_lora(text: str) -> tuple[Path, float]:
     raise UserError(f"--lora {text}: the scale {scale!r} is not a number")
 
 
+def numbered_paths(path: Path, count: int, *, bare: bool = True) -> list[Path]:
+    """Names for that many new files, none of which exists: ``STEM-000``, ... on from the highest number there.
+
+    Args:
+        path: folder, stem and suffix of the names. Files of the same stem and another suffix count too.
+        count: how many.
+        bare: whether one file alone is ``path`` itself, where that is free.
+    """
+    if bare and count == 1 and not os.path.lexists(path):
+        return [path]
+    pattern = re.compile(re.escape(path.stem) + r"-([0-9]{3,})\.\w+")
+    names = os.listdir(path.parent) if path.parent.is_dir() else []
+    taken = [int(match[1]) for match in map(pattern.fullmatch, names) if match]
+    start = max(taken, default=-1) + 1
+    return [path.with_name(f"{path.stem}-{start + index:03d}{path.suffix}") for index in range(count)]
+
+
 def home() -> Path | None:
     """The home folder; None where nothing names one (no HOME, and a user id without an entry)."""
     found = os.path.expanduser("~")

@@ -17,11 +17,10 @@ from tqdm import tqdm
 from hypersd_jax import files
 from hypersd_jax.diffusion import SOLVERS
 from hypersd_jax.errors import UserError
-from hypersd_jax.paths import parse_lora
+from hypersd_jax.paths import numbered_paths, parse_lora
 from hypersd_jax.pipeline import CallSettings, Pipeline, to_pil
 from hypersd_jax.pipeline.arguments import NotFiniteWarning, about_not_finite, not_finite
 from hypersd_jax.png_text import (
-    SUFFIXES,
     UsedLora,
     image_paths,
     lora_hash,
@@ -57,8 +56,6 @@ def run_sample(options: argparse.Namespace) -> None:
     """
     prompts = read_prompts(options.prompt, options.prompts_file, embedded=options.model == EMBEDDED)
     latents = _latents(options.latents)
-    if options.output.suffix.lower() not in SUFFIXES:
-        raise UserError(f"--output {options.output}: must end in .png, .jpg or .webp")
     loras = [parse_lora(text) for text in options.lora] or _embedded_lora(options)
     mesh = None if options.mesh is None else mesh_of_option(*options.mesh)
     pipe = Pipeline.from_pretrained(options.model, dtype=options.dtype, mesh=mesh)
@@ -124,13 +121,21 @@ def save_finite(images: np.ndarray, options: argparse.Namespace, texts: Sequence
         UserError: after that, where some are not finite.
     """
     broken = not_finite(images)
-    for index, path in enumerate(image_paths(options.output, len(images))):
+    for index, path in enumerate(_image_paths(options, len(images))):
         if index not in broken:
             save_images(to_pil(images[index : index + 1]), path, [texts[index]])
             print(path)
     if broken:
         kept = "" if len(broken) == len(images) else "; the others are saved"
         raise UserError(about_not_finite(broken, len(images), dtype) + kept)
+
+
+def _image_paths(options: argparse.Namespace, count: int) -> list[Path]:
+    if options.new:
+        return numbered_paths(options.output, count, bare=options.bare)
+    if not options.bare:
+        return [options.output.with_name(f"{options.output.stem}-{i:03d}{options.output.suffix}") for i in range(count)]
+    return image_paths(options.output, count)
 
 
 def used_line(

@@ -40,7 +40,7 @@ def _add_lora(kinds: Any) -> None:
     parser.add_argument("source", type=parsing.source, metavar="IN", help="a file, a PEFT folder, or a hub id")
     parser.add_argument("destination", type=parsing.source, metavar="OUT", help="a .safetensors file")
     _add_layout(parser, required=True)
-    _add_base(parser)
+    parsing.add_base(parser)
     parser.set_defaults(run=_lora)
 
 
@@ -79,7 +79,7 @@ def _add_merge(kinds: Any) -> None:
         "--rank", type=parsing.whole(), help="compress to this rank (default: the exact sum, of the summed rank)"
     )
     _add_layout(parser, default="kohya")
-    _add_base(parser)
+    parsing.add_base(parser)
     parser.set_defaults(run=_merge)
 
 
@@ -115,17 +115,6 @@ def _add_layout(parser: argparse.ArgumentParser, **more: Any) -> None:
     parser.add_argument(
         "--to", choices=Names(lora_layouts), metavar="LAYOUT", help="the layout to write: %(choices)s", **more
     )
-
-
-def _add_base(parser: argparse.ArgumentParser) -> None:
-    base = parser.add_mutually_exclusive_group()
-    base.add_argument(
-        "--base",
-        type=parsing.source,
-        metavar="SRC",
-        help="the model that the LoRA is for, where its family is not a known one",
-    )
-    base.add_argument("--family", choices=("sd15", "sd21", "sdxl"), help="what the LoRA is for (default: what it fits)")
 
 
 def _lora(options: argparse.Namespace) -> None:

@@ -9,6 +9,7 @@ import textwrap
 from typing import Any
 
 from hypersd_jax.commands import checks, parsing
+from hypersd_jax.commands.lora_folder import find_loras
 from hypersd_jax.config import utf8
 from hypersd_jax.errors import UserError
 
@@ -40,14 +41,7 @@ def add_parser(commands: Any) -> None:
         metavar="SRC",
         help="a folder, a single file or a hub id (default: the embedded model)",
     )
-    group.add_argument(
-        "--lora",
-        type=parsing.lora,
-        action="append",
-        default=[],
-        metavar="FILE[@SCALE]",
-        help="may be given several times",
-    )
+    parsing.add_loras(group)
     group.add_argument("--dtype", default="auto", choices=("auto", *parsing.DTYPES))
     parsing.add_mesh(group, "all devices, with all weights on each")
     parsing.add_settings(parser.add_argument_group("how it samples"))
@@ -133,6 +127,7 @@ def check(options: argparse.Namespace) -> None:
     checks.check_target_folder("--output", options.output)
     checks.check_preset(options.preset)
     checks.check_model(options.model)
+    options.lora = find_loras(options.lora, options.lora_dir)
     checks.check_loras(options.lora)
     checks.check_files("--prompts-file", [options.prompts_file])
     if options.clip is not None and not os.path.exists(options.clip):

@@ -6,6 +6,7 @@ import argparse
 import difflib
 import math
 import re
+import secrets
 import textwrap
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -123,6 +124,14 @@ def whole(minimum: int | None = None) -> Callable[[str], int]:
     return parse
 
 
+def seed(text: str) -> int:
+    """The type of a seed: a whole number, or ``random`` for one that is drawn here."""
+    return secrets.randbelow(2**32) if text.strip() == "random" else whole()(text)
+
+
+seed.__name__ = "int"
+
+
 def wholes(text: str) -> tuple[int, ...]:
     """The type of an option that is a list of whole numbers, each at least 1 and named once, such as ``1,4``."""
     if not re.fullmatch(r"[1-9][0-9]{0,8}(,[1-9][0-9]{0,8})*", text) or len(set(parts := text.split(","))) < len(parts):
@@ -171,6 +180,33 @@ def mesh(text: str) -> tuple[int | None, int | str]:
     if found is None:
         raise argparse.ArgumentTypeError(f"must be auto or DATAxFSDP, such as 8x1, not {text!r}")
     return int(found[1]), int(found[2])
+
+
+def add_loras(group: Any) -> None:
+    """The LoRAs, and where those are looked for that are given by name."""
+    group.add_argument(
+        "--lora",
+        type=lora,
+        action="append",
+        default=[],
+        metavar="FILE[@SCALE]",
+        help="may be given several times; with --lora-dir also a name",
+    )
+    group.add_argument(
+        "--lora-dir", type=path, metavar="FOLDER", help="where a LoRA is looked for by name, sub-folders too"
+    )
+
+
+def add_base(parser: argparse.ArgumentParser) -> None:
+    """The options that say what model a LoRA is for."""
+    base = parser.add_mutually_exclusive_group()
+    base.add_argument(
+        "--base",
+        type=source,
+        metavar="SRC",
+        help="the model that the LoRA is for, where its family is not a known one",
+    )
+    base.add_argument("--family", choices=("sd15", "sd21", "sdxl"), help="what the LoRA is for (default: what it fits)")
 
 
 def add_mesh(group: Any, default: str) -> None:

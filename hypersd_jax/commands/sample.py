@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import Any
 
 from hypersd_jax.commands import checks, parsing
+from hypersd_jax.commands.lora_folder import find_loras
 from hypersd_jax.config import utf8
 from hypersd_jax.errors import UserError
 from hypersd_jax.paths import IMAGE_SUFFIXES
+
+DEFAULT_NAME = "sample.png"
 
 _EPILOG = """\
 examples:
@@ -37,17 +41,18 @@ def add_parser(commands: Any) -> None:
     )
     group.add_argument("--negative-prompt", metavar="TEXT", help="to steer away from; needs --guidance above 1")
     group.add_argument("--num-images", type=parsing.whole(1), default=1, metavar="N", help="for each prompt")
-    group.add_argument("--seed", type=parsing.whole(), default=0)
+    group.add_argument("--seed", type=parsing.seed, default=0, metavar="N|random", help="of the noise (default: 0)")
     group.add_argument("--height", type=parsing.whole(1), metavar="PIXELS", help="default: the model's own")
     group.add_argument("--width", type=parsing.whole(1), metavar="PIXELS", help="default: the model's own")
     group.add_argument("--long-prompts", choices=("cut", "chunk"), default="cut", help="what to do beyond 75 tokens")
     group.add_argument(
         "--output",
-        type=parsing.path,
-        default=Path("sample.png"),
-        metavar="FILE",
-        help=".png, .jpg or .webp; several images: OUT-000.png, ... (default: %(default)s)",
+        type=parsing.source,
+        metavar="FILE|FOLDER/",
+        help=".png, .jpg or .webp; several images: OUT-000.png, ...; in a folder, and by default, new numbers "
+        "(default: sample.png)",
     )
+    group.add_argument("--overwrite", action="store_true", help="begin the numbers of new images at 000 again")
 
     group = parser.add_argument_group("with")
     group.add_argument(
@@ -57,14 +62,7 @@ def add_parser(commands: Any) -> None:
         metavar="SRC",
         help="a folder, a single file or a hub id (default: the embedded model)",
     )
-    group.add_argument(
-        "--lora",
-        type=parsing.lora,
-        action="append",
-        default=[],
-        metavar="FILE[@SCALE]",
-        help="may be given several times",
-    )
+    parsing.add_loras(group)
     group.add_argument("--vae", type=parsing.source, metavar="SRC", help="another autoencoder, such as a tiny one")
     group.add_argument("--dtype", default="auto", choices=("auto", *parsing.DTYPES))
     parsing.add_mesh(group, "one device")
@@ -126,10 +124,7 @@ def check(options: argparse.Namespace) -> None:
         options.prompt = [utf8(prompt, "--prompt") for prompt in options.prompt]
     if options.negative_prompt is not None:
         options.negative_prompt = utf8(options.negative_prompt, "--negative-prompt")
-    if options.output.is_dir():
-        raise UserError(f"--output {options.output}: is a folder; name a file in it, such as {options.output}/a.png")
-    if options.output.suffix.lower() not in IMAGE_SUFFIXES:
-        raise UserError(f"--output {options.output}: must end in .png, .jpg or .webp")
+    _choose_names(options)
     if options.timesteps is not None and not re.fullmatch(r"\s*[0-9]+\s*(,\s*[0-9]+\s*)*", options.timesteps):
         raise UserError(f"--timesteps {options.timesteps}: must be whole numbers separated by commas")
     checks.check_preset(options.preset)
@@ -139,8 +134,27 @@ def check(options: argparse.Namespace) -> None:
     checks.check_files("--mask", [options.mask])
     checks.check_files("--control-image", options.control_image)
     checks.check_model(options.model)
+    options.lora = find_loras(options.lora, options.lora_dir)
     checks.check_loras(options.lora)
     for source in [*options.controlnet, *([options.vae] if options.vae else [])]:
         checks.check_source(source)
     if options.model != checks.EMBEDDED and not options.prompt and options.prompts_file is None:
         raise UserError("--prompt is missing")
+
+
+def _choose_names(options: argparse.Namespace) -> None:
+    """Settle `output` as a path, and whether its images get `new` numbers, and `bare` names where one is free.
+
+    A file that is named is written, whatever was there: whoever names it asks for that. Images in a folder, and those
+    of the default name, overwrite none.
+    """
+    given = options.output
+    in_folder = given is not None and (given.endswith(("/", os.sep)) or os.path.isdir(given))
+    options.bare, options.new = not in_folder, (given is None or in_folder) and not options.overwrite
+    if in_folder:
+        checks.check_target_folder("--output", Path(given))
+        options.output = Path(given) / DEFAULT_NAME
+    else:
+        options.output = Path(given or DEFAULT_NAME)
+    if options.output.suffix.lower() not in IMAGE_SUFFIXES:
+        raise UserError(f"--output {options.output}: must end in .png, .jpg or .webp")

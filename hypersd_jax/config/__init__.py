@@ -15,6 +15,7 @@ from hypersd_jax.config.feedback import RewardConfig as RewardConfig
 from hypersd_jax.config.feedback_stage import FeedbackStage as FeedbackStage
 from hypersd_jax.config.files import first_difference as first_difference
 from hypersd_jax.config.files import load_config as load_config
+from hypersd_jax.config.files import load_run as load_run
 from hypersd_jax.config.files import save_config as save_config
 from hypersd_jax.config.files import to_dict as to_dict
 from hypersd_jax.config.generator import BASE as BASE

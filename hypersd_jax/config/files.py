@@ -31,6 +31,17 @@ def load_config(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     return build(Config, tree)
 
 
+def load_run(folder: Path) -> Config:
+    """Read the configuration that a run recorded in its output folder; UserError where it holds none."""
+    file = folder / "config.yaml"
+    if not file.is_file():
+        raise UserError(f"{folder}: is not a run's folder (config.yaml is missing)")
+    try:
+        return load_config(file)
+    except UserError as error:
+        raise UserError(str(error) if str(error).startswith(str(file)) else f"{file}: {error}") from None
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """The configuration as plain dictionaries and lists, ready for YAML or JSON."""
     return typing.cast(dict[str, Any], _plain(dataclasses.asdict(config)))

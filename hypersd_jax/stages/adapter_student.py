@@ -23,6 +23,7 @@ from hypersd_jax.stages.export import (
     require_finite,
     require_finite_images,
     sampling_header,
+    write_guides,
 )
 from hypersd_jax.training.first_process import from_first
 from hypersd_jax.weights.placement import host
@@ -45,7 +46,8 @@ def finish(run: Run, stage: StageConfig, student: Any, *, trained: bool) -> None
         UserError: its weights or its images are not finite, and nothing is exported.
     """
     path = run.output.student(stage)
-    if trained or not from_first(path.exists()):
+    written = trained or not from_first(path.exists())
+    if written:
         require_finite(student, stage)
         preview(run, stage, student, stage.name, last=True)
         if stage.exports_model:
@@ -54,6 +56,8 @@ def finish(run: Run, stage: StageConfig, student: Any, *, trained: bool) -> None
             adapter = jax.tree.map(host, adapters.join(student, run.scales))
             if jax.process_index() == 0:
                 export_student(path, adapter, stage, run.base, base_fingerprint=run.base_fingerprint)
+    if jax.process_index() == 0 and not stage.exports_model:
+        write_guides(path, run.base, run.preview_prompts[0], anew=written)
     run.student = student
     later = run.config.adapter_stages[[each.name for each in run.config.adapter_stages].index(stage.name) + 1 :]
     if any(stage.name in each.teachers for each in later):

@@ -17,8 +17,11 @@ from hypersd_jax.bases import TextToImage
 from hypersd_jax.config import Sampling, StageConfig
 from hypersd_jax.diffusion import solver_table
 from hypersd_jax.errors import UserError
+from hypersd_jax.interop.beside import SETTINGS, WORKFLOW, beside, write_beside
+from hypersd_jax.interop.recipe import base_name, make_recipe
 from hypersd_jax.weights.lora import write_lora
 from hypersd_jax.weights.placement import host
+from hypersd_jax.weights.tensors import open_tensors
 
 # The grid of the TCD and LCM samplers, on which a unified LoRA without a consistency regulariser samples.
 UNIFIED_GRID = 50
@@ -94,6 +97,32 @@ def export_student(
         "ss_training_comment": f"hypersd_jax {stage.summary}",
     }
     write_lora(path, {base.denoiser: adapter}, layout="kohya", metadata=metadata, dtype=np.float32)
+
+
+def write_guides(path: Path, base: TextToImage, prompt: str, *, anew: bool) -> None:
+    """Write beside a student's LoRA how to sample with it in other programs (`interop.beside`).
+
+    Args:
+        path: the LoRA.
+        base: its base.
+        prompt: the example in them.
+        anew: whether to replace those that are there.
+    """
+    if not anew and all(beside(path, ending).exists() for ending in (WORKFLOW, SETTINGS)):
+        return
+    with open_tensors(path) as file:
+        metadata = file.metadata
+    recipe = make_recipe(
+        path,
+        metadata,
+        base=base_name(base.source),
+        family=base.kohya_family,
+        scheduler_config=base.scheduler_config,
+        size=(base.image_side, base.image_side),
+        prompt=prompt,
+        embeds_guidance=base.embeds_guidance,
+    )
+    write_beside(path, recipe)
 
 
 def export_model(folder: Path, base: TextToImage) -> None:

@@ -18,7 +18,7 @@ from hypersd_jax.recipes import recipe_files, recipe_titles
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("train", "sample", "convert", "convert lora", "convert model", "convert merge", "convert extract")
-COMMANDS += ("cache", "evaluate", "benchmark", "benchmark sampling", "doctor")
+COMMANDS += ("cache", "evaluate", "benchmark", "benchmark sampling", "doctor", "inspect", "publish")
 
 WRONG = [
     # train
@@ -64,7 +64,10 @@ WRONG = [
     ("sample --preset hyper", "preset='hyper' is not known"),
     ("sample --timesteps 999,x", "--timesteps 999,x: must be whole numbers"),
     ("sample --output a.gif", "--output a.gif: must end in"),
-    ("sample --output EMPTY", "--output EMPTY: is a folder; name a file in it"),
+    ("sample --output FILE/", "--output FILE: is a file, expected a folder"),
+    ("sample --seed rnadom", "argument --seed: invalid int value: 'rnadom'"),
+    ("sample --lora style --lora-dir nowhere", "--lora-dir nowhere: no such folder"),
+    ("sample --lora style@0.5 --lora-dir EMPTY", "--lora style: no such file, and no LoRA of this name in EMPTY"),
     ("sample --prompt caf\udce9", r"--prompt must be UTF-8 text, not 'caf\xe9'"),
     ("sample --negative-prompt caf\udce9", "--negative-prompt must be UTF-8 text"),
     ("sample --model nowhere", "nowhere: no such file or folder"),
@@ -83,6 +86,7 @@ WRONG = [
     # the others
     ("evaluate --output FILE", "--output FILE: is a file"),
     ("evaluate --output out --lora nothing.safetensors", "nothing.safetensors: no such file or folder"),
+    ("evaluate --output out --lora style --lora-dir EMPTY", "--lora style: no such file, and no LoRA of this name"),
     ("evaluate --output out --model nowhere", "nowhere: no such file or folder"),
     ("evaluate --output out --reference nowhere", "--reference nowhere: is neither base, none nor a folder"),
     ("evaluate --output out --clip nowhere", "--clip nowhere: no such file or folder"),
@@ -105,6 +109,13 @@ WRONG = [
     ("convert model nowhere out --to diffusers", "nowhere: no such file or folder"),
     ("convert merge out.safetensors nothing.safetensors@0.5", "nothing.safetensors: no such file or folder"),
     ("convert extract nowhere FILE out.safetensors --rank 4", "nowhere: no such file or folder"),
+    ("publish EMPTY name", "REPO name: must be owner/name, as the hub has it"),
+    ("publish EMPTY owner/name", "EMPTY: is not a run's folder (config.yaml is missing)"),
+    ("publish EMPTY owner/name --base-model sdxl", "--base-model sdxl: must be owner/name"),
+    ("inspect nowhere", "nowhere: no such file or folder"),
+    ("inspect FILE", "FILE: is empty"),
+    ("inspect EMPTY", "EMPTY: neither a model, a LoRA, a run's output nor checkpoints"),
+    ("inspect FILE --base nowhere", "nowhere: no such file or folder"),
     # benchmark
     ("benchmark fly", "invalid choice: 'fly'"),
     ("benchmark sampling --stepps 4", "did you mean --steps?"),
@@ -186,7 +197,7 @@ def test_without_a_command_the_commands_are_listed(arguments: list[str], capsys:
     assert printed.out == ""
     assert printed.err.startswith("usage: hypersd")
     for name in (
-        ("train", "sample", "convert", "cache", "evaluate", "benchmark", "doctor")
+        ("train", "sample", "convert", "cache", "evaluate", "benchmark", "doctor", "inspect", "publish")
         if not arguments
         else ("lora", "merge")
     ):

@@ -284,3 +284,49 @@ def test_a_scale_and_a_revision_are_told_apart(text: str, file: str, scale: floa
 def test_a_scale_that_is_no_number(text: str) -> None:
     with pytest.raises(UserError, match=r"--lora .*: the scale 'high' is not a number"):
         parse_lora(text)
+
+
+def test_a_lora_by_name(tmp_path: Path, model: Path, loras: tuple[Path, Path]) -> None:
+    fast, _ = loras
+    given = ["--model", str(model), "--prompt=a cat", "--lora", "fast@0.5", "--lora-dir", str(fast.parents[1])]
+    (text,) = sampled(tmp_path / "out.png", *given)
+    assert text.loras == [("fast", 0.5)]
+    assert text.values["Lora hashes"] == f"fast: {lora_hash(fast)}"
+
+
+def test_new_images_overwrite_none(
+    tmp_path: Path, model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """By default and in a folder; a file that is named is written, whatever was there."""
+    monkeypatch.chdir(tmp_path)
+    call = ["sample", "--model", str(model), "--prompt=a cat", "--steps=1", "--guidance=0"]
+
+    def written(*more: str) -> list[str]:
+        main([*call, *more])
+        return capsys.readouterr().out.split()
+
+    assert written() == ["sample.png"]
+    first = Path("sample.png").read_bytes()
+    assert written("--seed=1") == ["sample-000.png"]
+    assert written("--num-images=2") == ["sample-001.png", "sample-002.png"]
+    assert Path("sample.png").read_bytes() == first
+    assert written("--seed=1", "--overwrite") == ["sample.png"]
+    assert Path("sample.png").read_bytes() != first
+    assert written("--output=images/") == ["images/sample-000.png"]
+    assert written("--output=images", "--num-images=2") == ["images/sample-001.png", "images/sample-002.png"]
+    assert written("--output=images", "--overwrite") == ["images/sample-000.png"]
+    assert written("--output=named.png") == written("--output=named.png") == ["named.png"]
+    assert sorted(path.name for path in Path().glob("named*")) == ["named.png"]
+
+
+def test_a_random_seed_is_told(tmp_path: Path, model: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    call = ["--model", str(model), "--prompt=a cat", "--steps=1", "--guidance=0"]
+    seeds = []
+    for name in ("one", "two"):
+        (text,) = sampled(tmp_path / f"{name}.png", *call, "--seed=random")
+        assert f", seed {text.values['Seed']}, " in capsys.readouterr().err
+        seeds.append(text.values["Seed"])
+    assert len(set(seeds)) == 2
+    sampled(tmp_path / "again.png", *call, f"--seed={seeds[1]}")
+    again, two = (np.asarray(Image.open(tmp_path / f"{name}.png")) for name in ("again", "two"))
+    np.testing.assert_array_equal(again, two)

@@ -229,7 +229,7 @@ def test_a_run_logs_reward_and_judge(rising: Path) -> None:
     assert [line["step"] for line in lines] == [0, 1, 2, 3, 4, 5, 6]
     assert [round(line["judge"], 2) for line in lines[::2]] == [1.67, 1.77, 1.87, 1.97]
     assert all("reward" in line and "anchor" in line for line in lines[1:])
-    names = {path.name for path in (rising / "loras").iterdir()}
+    names = {path.name for path in (rising / "loras").glob("*.safetensors")}
     assert names == {"two.safetensors", "liked.safetensors", "liked.feedback.safetensors"}
 
 

@@ -59,7 +59,7 @@ def test_a_lengthened_stage_is_one_that_was_as_long_from_the_start(tmp_path, mod
     assert load_config(grown / "config.yaml").stages[0].updates == 6
     if name == "two":
         assert (grown / "earlier" / "two-3.safetensors").read_bytes() == before
-        assert [path.name for path in (grown / "loras").iterdir()] == ["two.safetensors"]
+        assert [path.name for path in (grown / "loras").glob("*.safetensors")] == ["two.safetensors"]
 
 
 def test_a_decaying_learning_rate_goes_by_the_new_length(tmp_path, model):
@@ -71,7 +71,7 @@ def test_a_decaying_learning_rate_goes_by_the_new_length(tmp_path, model):
 
 def test_lengths_that_are_refused(tmp_path, model):
     out = train(recipe(tmp_path, model, stages=TWO))
-    loras = {path.name: path.read_bytes() for path in (out / "loras").iterdir()}
+    loras = {path.name: path.read_bytes() for path in (out / "loras").glob("*.safetensors")}
     with pytest.raises(UserError, match=r"stages\.one\.updates=3: 4 are done in .*out; set at least 4"):
         train(again(tmp_path, "stages.one.updates=3"))
     with pytest.raises(
@@ -80,7 +80,7 @@ def test_lengths_that_are_refused(tmp_path, model):
         train(again(tmp_path, "stages.two.updates=8"))
     with pytest.raises(UserError, match=r"another configuration, stages\.1\.learning_rate"):
         train(again(tmp_path, "stages.one.learning_rate=0.5", "stages.one.updates=9"))
-    assert {path.name: path.read_bytes() for path in (out / "loras").iterdir()} == loras
+    assert {path.name: path.read_bytes() for path in (out / "loras").glob("*.safetensors")} == loras
     assert not (out / "earlier").exists()
     # What is said to be deleted is enough.
     shutil.rmtree(out / "checkpoints" / "one")

@@ -250,7 +250,7 @@ def test_a_run_with_accumulation(tmp_path: Path, model: Path, folder: Path, open
         assert line["loss"] == pytest.approx(line["feedback"] + 0.5 * line["structure"], rel=1e-5)
         assert line["structure_left_out"] == 0
         assert line["grad_norm"] > 0
-    names = {path.name for path in (output / "loras").iterdir()}
+    names = {path.name for path in (output / "loras").glob("*.safetensors")}
     assert names == {"liked.safetensors", "liked.feedback.safetensors"}
 
 

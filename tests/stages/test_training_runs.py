@@ -106,6 +106,9 @@ def test_the_exported_file_says_how_to_sample_and_does(finished: Path, model: Pa
     plan = pipe.settings()
     assert (plan.steps, plan.sampler, plan.original_inference_steps) == (1, "tcd", 4)
     assert len(pipe("red apple")) == 1
+    workflow = json.loads((finished / "loras" / "one.comfyui.json").read_text())
+    assert "one.safetensors" in [node["inputs"].get("lora_name") for node in workflow.values()]
+    assert "<lora:one:1>\nSteps: 1, " in (finished / "loras" / "one.a1111.txt").read_text()
     alphas = {key: value for key, value in tensors(finished / "loras" / "one.safetensors").items() if "alpha" in key}
     assert alphas
     assert all(value.shape == () and value == 4 for value in alphas.values())

@@ -92,13 +92,13 @@ def read_alike(sources: Sequence[Source], base: Source | None, family: str | Non
             themselves what shapes they adapt.
     """
     if base is not None:
-        return _read_all(sources, _base_shapes(base))
+        return _read_all(sources, base_shapes(base))
     if family is not None:
-        return _read_all(sources, _family_shapes(family))
+        return _read_all(sources, family_shapes(family))
     refusals: list[str] = []
     for name in FAMILIES:
         try:
-            return _read_all(sources, _family_shapes(name))
+            return _read_all(sources, family_shapes(name))
         except UserError as error:
             refusals.append(str(error))
     if len(set(refusals)) == 1:  # nothing to do with the family: a damaged file, or a kind that is not read
@@ -112,7 +112,7 @@ def read_alike(sources: Sequence[Source], base: Source | None, family: str | Non
     return _read_all(sources, own)
 
 
-def _base_shapes(base: Source) -> Shapes:
+def base_shapes(base: Source) -> Shapes:
     """The shapes of a model's components, from its configuration alone; a folder may hold some components only."""
     folder = Path(base) if os.fspath(base) == EMBEDDED else fetch_configs(base)
     if folder.is_dir() and not (folder / "model_index.json").is_file():
@@ -127,7 +127,8 @@ def _read_all(sources: Sequence[Source], shapes: Shapes) -> tuple[list[LoraFile]
 
 
 @functools.cache
-def _family_shapes(family: str) -> Shapes:
+def family_shapes(family: str) -> Shapes:
+    """The shapes of a known family's components; UserError for a family that is not known."""
     if family not in FAMILIES:
         raise UserError(f"model family {family!r}: choose one of {', '.join(FAMILIES)}")
     return adaptable_shapes(FAMILIES[family])

@@ -127,7 +127,7 @@ def read_lora(path: str | os.PathLike[str], shapes: Shapes) -> LoraFile:
             not_finite += [slot.keys[role] for role, value in values.items() if not is_finite(value)]
             dtypes |= {value.dtype.name for value in values.values()}
             rank = rank_of(slot.shapes(tensors))
-            scale, alpha = _scale(tensors, slot, rank, strengths.get(slot.layout.name))
+            scale, alpha = strength_of(tensors, slot, rank, strengths.get(slot.layout.name))
             ranks += [] if rank is None else [rank]
             scales.append(scale)
             alphas += [] if alpha is None else [alpha]
@@ -230,8 +230,17 @@ def weights_file(path: Path) -> Path:
     return found[0]
 
 
-def _scale(tensors: TensorFile, slot: Slot, rank: int | None, strength: Strength | None) -> tuple[float, float | None]:
-    """(scale, alpha) of one module: from its alpha tensor, else as its layout states it, else 1 and None."""
+def strength_of(
+    tensors: TensorFile, slot: Slot, rank: int | None, strength: Strength | None
+) -> tuple[float, float | None]:
+    """(scale, alpha) of one module: from its alpha tensor, else as its layout states it, else 1 and None.
+
+    Args:
+        tensors: the file.
+        slot: the module's keys.
+        rank: its rank; None where it has none.
+        strength: the layout's, see `Layout.strengths`.
+    """
     if "alpha" in slot.keys:
         key = slot.keys["alpha"]
         value = tensors.read(key)

@@ -32,7 +32,7 @@ def assign(tensors: TensorFile, shapes: Shapes) -> tuple[Slots, list[str]]:
     """
     left_out = [key for key in tensors.keys() if key.startswith(LEFT_OUT)]  # noqa: SIM118
     keys = [key for key in tensors.keys() if not key.startswith(LEFT_OUT)]  # noqa: SIM118
-    matches = _matches(tensors, shapes, keys)
+    matches = read_keys(tensors, shapes, keys)
     for key in keys:
         if key not in matches and (kind := unsupported(key)):
             raise UserError(f"{tensors.path}: {kind} files are not read here (key {key})")
@@ -59,7 +59,7 @@ def assign(tensors: TensorFile, shapes: Shapes) -> tuple[Slots, list[str]]:
     return slots, left_out
 
 
-def _matches(tensors: TensorFile, shapes: Shapes, keys: Iterable[str]) -> Matches:
+def read_keys(tensors: TensorFile, shapes: Shapes, keys: Iterable[str]) -> Matches:
     """Read each key by the first layout that finds its module, else by the first that it is written in."""
     matchers = [(layout, layout.matcher(tensors, shapes)) for layout in LAYOUTS.values() if layout.matcher is not None]
     matches: Matches = {}
@@ -89,17 +89,22 @@ def _refuse_incomplete(file: Path, slots: Slots) -> None:
 
 def _refuse_misfits(tensors: TensorFile, slots: Slots, shapes: Shapes, matches: Matches) -> None:
     """Compares shapes from the header alone, so that a LoRA of another family is refused before anything is read."""
-    misfits = []
-    for (component, module), slot in slots.items():
-        stored = slot.shapes(tensors)
-        kind, weight = slot.kind, weight_shape(shapes, component, module)
-        if not fits_weight(kind, stored, weight) or (kind.bias and f"{module}.bias" not in shapes[component]):
-            first, *others = ((slot.keys[role], shape) for role, shape in stored.items() if role != "alpha")
-            more = ", ".join(f"{key.removeprefix(slot.first.module).lstrip('.')} {shape}" for key, shape in others)
-            misfits.append(f"{first[0]} {first[1]}" + (f" with {more}" if more else ""))
+    misfits = [text for target, slot in slots.items() if (text := misfit(tensors, slot, shapes, target)) is not None]
     if misfits:
         hint = _family_hint(tensors, shapes, matches)
         raise UserError(f"{tensors.path}: shapes do not fit this base{hint}: {listing(misfits)}")
+
+
+def misfit(tensors: TensorFile, slot: Slot, shapes: Shapes, target: tuple[str, str]) -> str | None:
+    """The keys and shapes of a module that do not fit the base's of that path; None where they do."""
+    component, module = target
+    stored, kind = slot.shapes(tensors), slot.kind
+    fitting = fits_weight(kind, stored, weight_shape(shapes, component, module))
+    if fitting and not (kind.bias and f"{module}.bias" not in shapes[component]):
+        return None
+    first, *others = ((slot.keys[role], shape) for role, shape in stored.items() if role != "alpha")
+    more = ", ".join(f"{key.removeprefix(slot.first.module).lstrip('.')} {shape}" for key, shape in others)
+    return f"{first[0]} {first[1]}" + (f" with {more}" if more else "")
 
 
 def weight_shape(shapes: Shapes, component: str, module: str) -> tuple[int, ...]:
