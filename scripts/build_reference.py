@@ -23,9 +23,9 @@ def main() -> None:
     reference = compute_reference(teacher, evaluator)
     # Seconds are those of whoever compares: of no device, they are not read.
     save_reference(SHIPPED, reference, reference_identity(teacher, evaluator), device="")
-    for row, _ in reference.rows:
+    for each in reference.rows:
         print(
-            {key: row.get(key) for key in ("model", "steps", "guidance", "distance", "kid", "clip_gain", "diversity")}
+            {key: each.row.get(key) for key in ("model", "steps", "guidance", "distance", "kid", "clip_gain", "diversity")}
         )
 
 

@@ -76,7 +76,7 @@ class Scorer:
         """The teacher at few steps, and from other latents: rows without seeds."""
         return [
             {"method": row["model"], **{key: row[key] for key in ("steps", "guidance", *METRICS)}}
-            for row, _ in self._reference.rows[1:]
+            for row in (each.row for each in self._reference.rows[1:])
         ]
 
     def score(self, lora: Path, row: Sampled) -> Score:
