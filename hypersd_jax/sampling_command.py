@@ -221,11 +221,7 @@ def image_texts(
 
 
 def _embedded_lora(options: argparse.Namespace) -> list[tuple[Path, float]]:
-    """The LoRA that ships for the embedded model and the steps asked for, unless many-step sampling is.
-
-    In 4 and 8 steps the LoRAs of TSCD are better than the unified one, in 2 and 1 it is (docs/experiments.md), and it
-    alone is made for the other numbers. It begins at a timestep of its own, so explicit ones go to TSCD's.
-    """
+    """The LoRA that ships for the embedded model and the steps asked for, unless many-step sampling is."""
     by_step = options.guidance_steps or options.base_steps  # the other steps are the LoRA's
     if options.model != EMBEDDED or options.preset or ((options.guidance or 0.0) > 1.0 and not by_step):
         return []
@@ -234,9 +230,18 @@ def _embedded_lora(options: argparse.Namespace) -> list[tuple[Path, float]]:
         steps = len(options.timesteps.split(","))
     if steps not in range(1, MOST_STEPS + 1):
         return []
-    own = (1, 2, 4, 8) if options.timesteps else (4, 8)
+    return [(shipped_lora(steps, own_times=options.timesteps is not None), 1.0)]
+
+
+def shipped_lora(steps: int, *, own_times: bool = False) -> Path:
+    """The best of the embedded model's LoRAs for a number of steps.
+
+    In 4 and 8 steps the LoRAs of TSCD are better than the unified one, in 2 and 1 it is (docs/experiments.md), and it
+    alone is made for the other numbers. It begins at a timestep of its own, so explicit ones go to TSCD's.
+    """
+    own = (1, 2, 4, 8) if own_times else (4, 8)
     name = f"tscd-{steps}" if steps in own else "unified"
-    return [(assets() / "loras" / f"{name}.safetensors", 1.0)]
+    return assets() / "loras" / f"{name}.safetensors"
 
 
 def _at_steps(steps: StepRange | None) -> str:
