@@ -147,6 +147,14 @@ def decimal(text: str) -> float:
     return number
 
 
+def decimals(text: str) -> tuple[float, ...]:
+    """The type of an option that is a list of finite decimal numbers, such as ``0.8,1``, each once."""
+    numbers = tuple(decimal(part) for part in text.split(","))
+    if len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"must be numbers, each once, not {text!r}")
+    return numbers
+
+
 def path(text: str) -> Path:
     """The type of an option that is a path."""
     return expanded(Path(text))
