@@ -62,7 +62,9 @@ def measure(pipe: Pipeline, steps: int, items: list[EvalItem], scorer: Any, bar:
         match = text_match(scorer, seen_by(SPECS["report"], images), subjects)
         assert match is not None, "the prompts are different ones"
         values = {
-            "named": np.asarray([float(near == i.background) for near, i in zip(nearest_background(images), items)]),
+            "named": np.asarray(
+                [float(near == i.background) for near, i in zip(nearest_background(images), items, strict=True)]
+            ),
             "distance": distances(images, items),
             "match": match.gains,
             "clipped": np.mean((images == 0) | (images == 255), axis=(1, 2, 3)),

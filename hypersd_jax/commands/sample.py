@@ -35,7 +35,9 @@ def add_parser(commands: Any) -> None:
     group.add_argument(
         "--prompts-file", type=parsing.path, metavar="FILE", help="one prompt a line, or a benchmark's .tsv or .jsonl"
     )
-    group.add_argument("--negative-prompt", metavar="TEXT", help="to steer away from; needs --guidance or --nag-scale above 1")
+    group.add_argument(
+        "--negative-prompt", metavar="TEXT", help="to steer away from; needs --guidance or --nag-scale above 1"
+    )
     group.add_argument("--num-images", type=parsing.whole(1), default=1, metavar="N", help="for each prompt")
     group.add_argument("--seed", type=parsing.whole(), default=0)
     group.add_argument("--height", type=parsing.whole(1), metavar="PIXELS", help="default: the model's own")

@@ -36,7 +36,9 @@ def add_parser(commands: Any) -> None:
         help="a folder, a single file or a hub id (default: the embedded model)",
     )
     parser.add_argument("--dtype", default="auto", choices=("auto", *parsing.DTYPES))
-    parser.add_argument("--steps", type=parsing.wholes, default=(1, 2, 4, 8), metavar="N,N,...", help="default: 1,2,4,8")
+    parser.add_argument(
+        "--steps", type=parsing.wholes, default=(1, 2, 4, 8), metavar="N,N,...", help="default: 1,2,4,8"
+    )
     parser.add_argument(
         "--scales",
         type=parsing.decimals,

@@ -13,8 +13,8 @@ from hypersd_jax.paths import expanded
 class DataConfig:
     """Images with captions (docs/data.md).
 
-    ``white_fraction``, ``groups`` and ``look`` belong to the embedded images, the others but ``source`` and ``split`` to every
-    other dataset. Columns that are null are found by their usual names.
+    ``white_fraction``, ``groups`` and ``look`` belong to the embedded images, the others but ``source`` and ``split``
+    to every other dataset. Columns that are null are found by their usual names.
 
     Attributes:
         source: ``emoji`` (embedded), a folder, files, or a hub dataset.

@@ -39,8 +39,8 @@ class BesideConfig:
 class LoraStage(StageConfig):
     """Ordinary training of a LoRA: predict noise, or what the model's prediction type says, in the data's images.
 
-    It has no sampling settings of its own, and its file states none, so that it can be loaded before or after a few-step
-    LoRA, whose settings then hold.
+    It has no sampling settings of its own, and its file states none, so that it can be loaded before or after a
+    few-step LoRA, whose settings then hold.
 
     Attributes:
         kind: ``lora``.

@@ -150,7 +150,7 @@ def page(options: argparse.Namespace, rows: list[Row], n: int) -> str:
         "",
         f"Against the base at {MANY_STEPS} guided steps, without and with the style at scale 1, and the few-step LoRA "
         "alone; ± is one standard error. Bold: the scales whose smaller share is largest. What is measured: "
-        "docs/style.md.",
+        "docs/training.md.",
         "",
     ]
     return "\n".join([*lines, "![grid](grid.png)", ""])

@@ -65,9 +65,7 @@ def retention(base: Samples, styled: Samples, fast: Samples, both: Samples, scor
         direction = offset[parts != half].mean(axis=0)
         direction = direction / max(float(np.linalg.norm(direction)), 1e-12)
         along[:, parts == half] = moved[parts == half] @ direction, offset[parts == half] @ direction
-    near = np.stack(
-        [feature_distance(fast.features, base.features), feature_distance(both.features, styled.features)]
-    )
+    near = np.stack([feature_distance(fast.features, base.features), feature_distance(both.features, styled.features)])
     gains = None if scorer is None else _gains(scorer, (both, fast, styled, base))
     return Retention(
         style=ratio(along),

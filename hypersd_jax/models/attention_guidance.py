@@ -19,9 +19,9 @@ class AttentionGuidance(NamedTuple):
     """
 
     negative: jax.Array
-    scale: jax.Array
-    tau: jax.Array
-    alpha: jax.Array
+    scale: Any
+    tau: Any
+    alpha: Any
 
     def cast(self, dtype: Any) -> AttentionGuidance:
         """Return a copy with the text in a network's data type."""

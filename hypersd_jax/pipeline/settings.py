@@ -159,7 +159,7 @@ def resolve_call(
     tiled: bool,
     steering: Steering,
 ) -> CallSettings:
-    """Resolve what a call's own arguments settle; they are those of `Pipeline.generate`, `steering` holds the last five.
+    """Resolve what a call's own arguments settle; they are those of `Pipeline.generate`, the last five in `steering`.
 
     Raises:
         UserError: an argument is out of range, or one is given without another that it needs.

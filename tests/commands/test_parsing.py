@@ -18,7 +18,7 @@ from hypersd_jax.recipes import recipe_files, recipe_titles
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("train", "sample", "convert", "convert lora", "convert model", "convert merge", "convert extract")
-COMMANDS += ("cache", "evaluate", "benchmark", "benchmark sampling", "doctor")
+COMMANDS += ("cache", "evaluate", "stack", "benchmark", "benchmark sampling", "doctor")
 
 WRONG = [
     # train
@@ -108,6 +108,15 @@ WRONG = [
     ("convert model nowhere out --to diffusers", "nowhere: no such file or folder"),
     ("convert merge out.safetensors nothing.safetensors@0.5", "nothing.safetensors: no such file or folder"),
     ("convert extract nowhere FILE out.safetensors --rank 4", "nowhere: no such file or folder"),
+    ("stack FILE", "the following arguments are required: STYLE, --output"),
+    ("stack nothing.safetensors FILE --output out", "nothing.safetensors: no such file or folder"),
+    ("stack embedded nothing.safetensors --output out", "nothing.safetensors: no such file or folder"),
+    ("stack embedded FILE --output out --model FILE", "FAST: embedded is of the embedded model; name a file"),
+    ("stack embedded FILE --output out --steps 4,12", "--steps 12: the embedded model's LoRAs are for 1 to 8"),
+    ("stack embedded FILE --output out --scales 1,1", "--scales: must be numbers, each once, not '1,1'"),
+    ("stack embedded FILE --output out --scales 1,x", "--scales: invalid decimals value: '1,x'"),
+    ("stack embedded FILE --output out --n 2", "--n: must be at least 4, not 2"),
+    ("stack embedded FILE --output FILE", "--output FILE: is a file, expected a folder"),
     # benchmark
     ("benchmark fly", "invalid choice: 'fly'"),
     ("benchmark sampling --stepps 4", "did you mean --steps?"),

@@ -46,7 +46,8 @@ def test_its_numbers_compile_nothing(pipe: Pipeline, compilations: Compilations)
     first = pipe(PROMPTS, "blob style", **CALL, nag_scale=5.0)
     before = compilations.count
     for values in ((3.0, 2.5, 0.25), (5.0, 1.1, 0.25), (5.0, 2.5, 1.0)):
-        other = pipe(PROMPTS, "blob style", **CALL, **dict(zip(("nag_scale", "nag_tau", "nag_alpha"), values)))
+        numbers = dict(zip(("nag_scale", "nag_tau", "nag_alpha"), values, strict=True))
+        other = pipe(PROMPTS, "blob style", **CALL, **numbers)
         assert np.abs(other - first).max() > 1e-4, values
     assert np.abs(pipe(PROMPTS, "a blue cat", **CALL, nag_scale=5.0) - first).max() > 1e-4
     assert compilations.count == before

@@ -31,8 +31,8 @@ from tests.helpers.score_runs import (
     recipe,
     relative_error,
 )
-from tests.helpers.short_runs import records, same_tensors, sample_cheaply, share_steps
 from tests.helpers.short_runs import recipe as short_recipe
+from tests.helpers.short_runs import records, same_tensors, sample_cheaply, share_steps
 
 ALONE = "  - {name: style, kind: lora, updates: 4, batch_size: 4, learning_rate: 1.0e-2, ema: 0.5, prompt_dropout: 0.5}"
 BESIDE = """
@@ -55,14 +55,18 @@ class StyleByHand(ByHand):
         assert 0 < int(d.dropped.sum()) < len(d.dropped)
         t, eps = np.asarray(d.t), np.asarray(d.eps, np.float64)
         cond = with_dropped(self.cond, self.uncond, d.dropped)
-        errors = ((self.unet(self.noise(self.batch["latents"], eps, t), t, adapter, cond)[0] - eps) ** 2).mean((1, 2, 3))
+        errors = ((self.unet(self.noise(self.batch["latents"], eps, t), t, adapter, cond)[0] - eps) ** 2).mean(
+            (1, 2, 3)
+        )
         alpha, sigma = (each.reshape(-1) for each in self.at(t))
         snr = (alpha / sigma) ** 2
         return float(np.mean(errors * (1.0 if gamma is None else np.minimum(snr, gamma) / snr)))
 
     def together(self, key: jax.Array, both: Any, style: Any) -> float:
         """TSCD's loss of both LoRAs, whose teacher is the base with the style, guided."""
-        d = self.drawn(drawn_from(drawn_from(key, Draw.BESIDE), Draw.REGULARISER), self.opened.frozen.segments, (3.0, 3.0))
+        d = self.drawn(
+            drawn_from(drawn_from(key, Draw.BESIDE), Draw.REGULARISER), self.opened.frozen.segments, (3.0, 3.0)
+        )
         x = self.noise(self.batch["latents"], d.eps, d.t_n)
         prompted, empty = self.unet(x, d.t_n, style)[0], self.unet(x, d.t_n, style, self.uncond)[0]
         before = self.ddim(x, empty + 3.0 * (prompted - empty), d.t_n, d.t_prev)
