@@ -22,8 +22,8 @@ class DataConfig:
         resolution: side of the square in pixels; null: the model's own.
         white_fraction: of ``emoji`` alone: the share of white backgrounds.
         groups: of ``emoji`` alone: which groups of images; null: all.
-        look: of ``emoji`` alone: a style that no caption names, to train a style LoRA on: ``sepia``, brown tones for
-            all colours, or ``lines``, dark outlines on paper; null: the images as they are.
+        look: of ``emoji`` alone: a style that no caption names, to train a style LoRA on: ``mosaic``, 16 by 16
+            tiles of one colour each, or ``sepia``, brown tones for all colours; null: the images as they are.
         image_column: the column of the images.
         caption_column: the column of the captions.
         crop: where an image that was scaled to cover its size is cropped.
@@ -38,7 +38,7 @@ class DataConfig:
     resolution: int | None = None
     white_fraction: float = 0.5
     groups: tuple[str, ...] | None = None
-    look: Literal["sepia", "lines"] | None = None
+    look: Literal["mosaic", "sepia"] | None = None
     image_column: str | None = None
     caption_column: str | None = None
     crop: Literal["center", "random"] = "center"

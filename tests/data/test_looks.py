@@ -7,7 +7,7 @@ import pytest
 
 from hypersd_jax.config import DataConfig
 from hypersd_jax.data.emoji_source import EmojiSource
-from hypersd_jax.data.looks import LOOKS, PAPER, SHADE, lines, sepia
+from hypersd_jax.data.looks import LOOKS, PAPER, SHADE, mosaic, sepia
 from hypersd_jax.data.opening import open_source
 from hypersd_jax.errors import UserError
 
@@ -21,12 +21,16 @@ def test_sepia_keeps_brightness_alone() -> None:
     np.testing.assert_array_equal(found[0, 2], np.round(SHADE + 0.299 * (PAPER - SHADE)))
 
 
-def test_lines_are_where_colours_differ() -> None:
-    image = np.full((6, 8, 3), 40, np.uint8)
-    image[:, 4:] = (200, 40, 40)
-    found = lines(image)
-    np.testing.assert_array_equal(found[:, [0, 1, 2, 5, 6, 7]], np.broadcast_to(PAPER, (6, 6, 3)))
-    np.testing.assert_array_equal(found[:, 3:5], np.broadcast_to(SHADE, (6, 2, 3)))
+@pytest.mark.parametrize("side", [64, 40, 16, 8])
+def test_a_mosaic_has_tiles_of_their_mean_colours(side: int) -> None:
+    image = np.random.default_rng(0).integers(0, 256, (side, side, 3), np.uint8)
+    found = mosaic(image)
+    assert len(np.unique(found.reshape(-1, 3), axis=0)) <= min(side, 16) ** 2
+    assert np.abs(found.mean((0, 1)) - image.mean((0, 1))).max() < 0.5
+    if side % 16 == 0:
+        blocks = image.reshape(16, side // 16, 16, side // 16, 3).mean((1, 3))
+        wanted = np.round(blocks).astype(np.uint8).repeat(side // 16, 0).repeat(side // 16, 1)
+        np.testing.assert_array_equal(found, wanted)
 
 
 @pytest.mark.parametrize("look", LOOKS)
