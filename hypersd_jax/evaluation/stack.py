@@ -19,7 +19,7 @@ from hypersd_jax.evaluation.evaluator import Row, estimate_values, known_scorer
 from hypersd_jax.evaluation.files import write_image, write_rows
 from hypersd_jax.evaluation.generator import MANY_STEPS, make_model, sample
 from hypersd_jax.evaluation.grid import image_grid
-from hypersd_jax.evaluation.provenance import made_line
+from hypersd_jax.evaluation.provenance import made_line, typed_command
 from hypersd_jax.evaluation.samples import Samples, with_features
 from hypersd_jax.evaluation.stacking import best, retention
 from hypersd_jax.evaluation.tables import steps_text
@@ -136,7 +136,8 @@ def page(options: argparse.Namespace, rows: list[Row], n: int) -> str:
     lines = [
         f"# {styles} on {fast}",
         "",
-        f"{made_line()} Model {name_of(options.model)}; {n} prompts, an image each, from the same noise throughout.",
+        f"`{typed_command(options.arguments)}`. {made_line()} Model {name_of(options.model)}; {n} prompts, an image "
+        "each, from the same noise throughout.",
         "",
         f"| {' | '.join(head)} |",
         "|" + "---|" * len(head),

@@ -21,9 +21,8 @@ def test_the_distance_is_of_the_corners() -> None:
 
 def test_the_page_has_a_row_a_strength() -> None:
     numbers = {key: 0.5 for name in ("named", "distance", "match") for key in _keys(name)} | {"clipped": 0.01}
-    rows = [
-        {"steps": 1, "nag_scale": scale, "nag_tau": tau, "nag_alpha": alpha, **numbers} for scale, tau, alpha in STRENGTHS
-    ]
+    names = ("nag_scale", "nag_tau", "nag_alpha")
+    rows = [{"steps": 1, **dict(zip(names, each, strict=True)), **numbers} for each in STRENGTHS]
     lines = [line for line in page(rows, 64).splitlines() if line.startswith("| 1 |")]
     assert lines[0] == "| 1 | off | 50% | 0.5 ± 0.5 |  | 0.5 ± 0.5 |  | 1.0% |"
     assert lines[1] == "| 1 | 5, 2.5, 0.25 | 50% | 0.5 ± 0.5 | 0.5 ± 0.5 | 0.5 ± 0.5 | 0.5 ± 0.5 | 1.0% |"
