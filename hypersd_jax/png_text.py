@@ -30,6 +30,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.paths import IMAGE_SUFFIXES as SUFFIXES
 from hypersd_jax.paths import expanded
 from hypersd_jax.pipeline import CallSettings, Settings
+from hypersd_jax.pipeline.steering import written
 from hypersd_jax.weights.tensors import replacing
 
 # The web UI's nearest by timesteps: its DDIM schedule is the leading one, its Uniform k-diffusion's, which is linspace.
@@ -63,7 +64,7 @@ def parameters_text(
         settings: the call's, as `Pipeline.generate` returns them. The seed is written modulo 2^32, as it is used (a
             negative one means a random one there).
         model: its name, see `name_of`.
-        negative: the negative prompt, which is written where guidance makes use of it.
+        negative: the negative prompt, which is written where guidance, or that of attention, makes use of it.
         loras: in the order they were loaded.
         more: other keys with their values, after the known ones; None and "" are left out.
     """
@@ -81,12 +82,15 @@ def parameters_text(
         values[solver.webui_eta] = f"{settings.eta:g}"
     if settings.timesteps is not None:
         values["Timesteps"] = ", ".join(map(str, settings.timesteps))
+    if settings.steers_attention:
+        values |= {f"NAG {name}": f"{getattr(settings, f'nag_{name}'):g}" for name in ("scale", "tau", "alpha")}
+    values |= {"Guidance steps": written(settings.guidance_steps), "Base steps": written(settings.base_steps)}
     values |= more or {}
     values["Lora hashes"] = ", ".join(f"{lora.name}: {lora.hash}" for lora in loras)
     values["Version"] = f"hypersd_jax {metadata.version('hypersd_jax')}"
 
     lines = [" ".join([prompt, *(f"<lora:{lora.name}:{lora.scale:g}>" for lora in loras)])]
-    if negative and settings.guided:
+    if negative and (settings.guided or settings.steers_attention):
         lines.append(f"Negative prompt: {negative}")
     lines.append(", ".join(f"{key}: {_quoted(value)}" for key, value in values.items() if value not in (None, "")))
     return "\n".join(lines).strip()

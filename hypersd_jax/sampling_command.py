@@ -20,6 +20,7 @@ from hypersd_jax.errors import UserError
 from hypersd_jax.paths import numbered_paths, parse_lora
 from hypersd_jax.pipeline import CallSettings, Pipeline, to_pil
 from hypersd_jax.pipeline.arguments import NotFiniteWarning, about_not_finite, not_finite
+from hypersd_jax.pipeline.steering import StepRange, written
 from hypersd_jax.png_text import (
     UsedLora,
     image_paths,
@@ -85,6 +86,11 @@ def run_sample(options: argparse.Namespace) -> None:
         "guess_mode": options.guess_mode,
         "tiled": options.tiled,
         "long_prompts": options.long_prompts,
+        "nag_scale": options.nag_scale,
+        "nag_tau": options.nag_tau,
+        "nag_alpha": options.nag_alpha,
+        "guidance_steps": options.guidance_steps,
+        "base_steps": options.base_steps,
     }
     begin = time.perf_counter()
     with tqdm(unit="step", desc=f"sampling: {COMPILING}", delay=2.0) as bar, warnings.catch_warnings():
@@ -152,7 +158,9 @@ def used_line(
         "LoRA " + (" + ".join(f"{lora.name}@{lora.scale:g}" for lora in loras) or "none"),
         settings.sampler,
         f"{settings.steps} step{'s' if settings.steps != 1 else ''}",
-        f"guidance {settings.guidance:g}",
+        f"guidance {settings.guidance:g}" + _at_steps(settings.guidance_steps),
+        f"NAG {settings.nag_scale:g}" if settings.steers_attention else None,
+        f"base alone{_at_steps(settings.base_steps)}" if settings.base_steps else None,
         f"eta {settings.eta:g}" if SOLVERS[settings.sampler].has_eta else None,
         f"spacing {settings.spacing}" if settings.spacing else None,
         f"timesteps {','.join(map(str, settings.timesteps))}" if settings.timesteps else None,
@@ -218,21 +226,31 @@ def image_texts(
 
 
 def _embedded_lora(options: argparse.Namespace) -> list[tuple[Path, float]]:
-    """The LoRA that ships for the embedded model and the steps asked for, unless many-step sampling is.
-
-    In 4 and 8 steps the LoRAs of TSCD are better than the unified one, in 2 and 1 it is (docs/experiments.md), and it
-    alone is made for the other numbers. It begins at a timestep of its own, so explicit ones go to TSCD's.
-    """
-    if options.model != EMBEDDED or options.preset or (options.guidance or 0.0) > 1.0:
+    """The LoRA that ships for the embedded model and the steps asked for, unless many-step sampling is."""
+    by_step = options.guidance_steps or options.base_steps  # the other steps are the LoRA's
+    if options.model != EMBEDDED or options.preset or ((options.guidance or 0.0) > 1.0 and not by_step):
         return []
     steps = EMBEDDED_STEPS if options.steps is None else options.steps
     if options.timesteps:
         steps = len(options.timesteps.split(","))
     if steps not in range(1, MOST_STEPS + 1):
         return []
-    own = (1, 2, 4, 8) if options.timesteps else (4, 8)
+    return [(shipped_lora(steps, own_times=options.timesteps is not None), 1.0)]
+
+
+def shipped_lora(steps: int, *, own_times: bool = False) -> Path:
+    """The best of the embedded model's LoRAs for a number of steps.
+
+    In 4 and 8 steps the LoRAs of TSCD are better than the unified one, in 2 and 1 it is (docs/experiments.md), and it
+    alone is made for the other numbers. It begins at a timestep of its own, so explicit ones go to TSCD's.
+    """
+    own = (1, 2, 4, 8) if own_times else (4, 8)
     name = f"tscd-{steps}" if steps in own else "unified"
-    return [(assets() / "loras" / f"{name}.safetensors", 1.0)]
+    return assets() / "loras" / f"{name}.safetensors"
+
+
+def _at_steps(steps: StepRange | None) -> str:
+    return "" if steps is None else f" in step{'s' if steps[0] != steps[1] else ''} {written(steps)}"
 
 
 def _single(values: list[Any]) -> Any:

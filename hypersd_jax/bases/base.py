@@ -82,7 +82,15 @@ class Networks:
         return lambda x, t, cond: self.base.predict(own, x, t, cond, adapter=adapter)[0]
 
     def guided(
-        self, x: jax.Array, t: jax.Array, cond: Any, uncond: Any, guidance: jax.Array, *, taps: Sequence[str] = ()
+        self,
+        x: jax.Array,
+        t: jax.Array,
+        cond: Any,
+        uncond: Any,
+        guidance: jax.Array,
+        *,
+        taps: Sequence[str] = (),
+        adapter: Any = None,
     ) -> tuple[jax.Array, Features]:
         """Predict with classifier-free guidance (B,), both halves in one call of the base on a doubled batch.
 
@@ -90,7 +98,7 @@ class Networks:
         """
 
         def predict(x: jax.Array, t: jax.Array, cond: Any) -> tuple[jax.Array, Features]:
-            return self.base.predict(self.weights, x, t, cond, taps=taps)
+            return self.base.predict(self.weights, x, t, cond, taps=taps, adapter=adapter)
 
         (unguided, _), (prompted, features) = in_one_call(predict, (x, t, uncond), (x, t, cond))
         return guided(unguided, prompted, guidance.reshape(-1, 1, 1, 1)), features

@@ -19,6 +19,7 @@ from hypersd_jax.compilation import compiler_options
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.diffusion import Schedule
 from hypersd_jax.errors import UserError
+from hypersd_jax.models.attention_guidance import AttentionGuidance
 from hypersd_jax.models.controlnet import control_residuals
 from hypersd_jax.models.functional import Network
 from hypersd_jax.models.heads import all_taps, encoder_taps, patch_heads, pooled_heads, tap_channels
@@ -117,15 +118,16 @@ class StableDiffusionUNet:
         guidance: jax.Array | None = None,
         controls: ControlInputs | None = None,
         inpaint_inputs: jax.Array | None = None,
+        nag: AttentionGuidance | None = None,
     ) -> tuple[jax.Array, Features]:
         """Predict under an adapter, as `TextToImage.predict`."""
         names, inputs = tuple(taps), cond.unet_kwargs()
-        extra: dict[str, Any] = {}
+        extra: dict[str, Any] = {"nag": nag}
         if controls is not None:
             nets = controls.networks, controls.params, controls.images, controls.scales
             skip = controls.prompted_only
             down, mid = control_residuals(*nets, x, t, cond.context, prompted_only=skip, **inputs)
-            extra = {"down_residuals": down, "mid_residual": mid}
+            extra |= {"down_residuals": down, "mid_residual": mid}
         if guidance is not None and (dim := self.components.unet_config.time_cond_proj_dim):
             w = jnp.full((x.shape[0],), 1000 * (guidance - 1))  # LCM's guidance embedding, arXiv 2310.04378
             extra["timestep_cond"] = timestep_embedding(w, dim, flip_sin_to_cos=False, freq_shift=1.0)

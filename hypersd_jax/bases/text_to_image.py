@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 
 from hypersd_jax.bases.base import Base, Features
 from hypersd_jax.conditioning import Conditioning, PromptEncoder
+from hypersd_jax.models.attention_guidance import AttentionGuidance
 from hypersd_jax.models.functional import Network
 from hypersd_jax.presets import Preset
 from hypersd_jax.weights.diffusers.controlnet import LoadedControlNet
@@ -140,6 +141,7 @@ class TextToImage(Base, Protocol):
         guidance: jax.Array | None = None,
         controls: ControlInputs | None = None,
         inpaint_inputs: jax.Array | None = None,
+        nag: AttentionGuidance | None = None,
     ) -> tuple[jax.Array, Features]:
         """Predict, as `Base.predict`.
 
@@ -153,6 +155,7 @@ class TextToImage(Base, Protocol):
             guidance: the guidance scale, where the denoiser embeds it.
             controls: ControlNets.
             inpaint_inputs: (B, h, w, 1 + C), mask and latents of the masked image, which an inpainting model reads.
+            nag: negative text, away from which each attention to the text is steered; ControlNets are not.
         """
 
     def with_size(self, cond: Conditioning, height: int, width: int) -> Conditioning:

@@ -17,6 +17,7 @@ from hypersd_jax.pipeline import CallSettings, Pipeline, programs
 from hypersd_jax.pipeline.active import NegativeIds, TokenIds
 from hypersd_jax.pipeline.plan import make_plan
 from hypersd_jax.pipeline.settings import resolve_call
+from hypersd_jax.pipeline.steering import Steering
 from hypersd_jax.sampling_command import EMBEDDED_PROMPTS
 
 TEXT, DENOISE, DECODE = "text", "denoise", "decode"
@@ -155,6 +156,7 @@ def make_workload(
         guess_mode=False,
         long_prompts="cut",
         tiled=False,
+        steering=Steering(),
         **images,
     )
     plan = make_plan(

@@ -139,12 +139,29 @@ def wholes(text: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts)
 
 
+def step_range(text: str) -> tuple[int, int | None]:
+    """The type of a range of sampling steps, counted from 1: ``1``, ``2-4``, or ``2-`` for the second to the last."""
+    found = re.fullmatch(r"([1-9][0-9]{0,5})(-([1-9][0-9]{0,5})?)?", text)
+    last = None if found is None else int(found[3] or 0) or (None if found[2] else int(found[1]))
+    if found is None or (last is not None and last < int(found[1])):
+        raise argparse.ArgumentTypeError(f"must be a range of steps such as 1, 2-4 or 2-, not {text!r}")
+    return int(found[1]), last
+
+
 def decimal(text: str) -> float:
     """The type of an option that is a finite decimal number."""
     number = float(text)
     if not math.isfinite(number) or "_" in text:
         raise argparse.ArgumentTypeError(f"must be a finite number, not {text!r}")
     return number
+
+
+def decimals(text: str) -> tuple[float, ...]:
+    """The type of an option that is a list of finite decimal numbers, such as ``0.8,1``, each once."""
+    numbers = tuple(decimal(part) for part in text.split(","))
+    if len(set(numbers)) < len(numbers):
+        raise argparse.ArgumentTypeError(f"must be numbers, each once, not {text!r}")
+    return numbers
 
 
 def path(text: str) -> Path:

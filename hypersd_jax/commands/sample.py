@@ -39,7 +39,9 @@ def add_parser(commands: Any) -> None:
     group.add_argument(
         "--prompts-file", type=parsing.path, metavar="FILE", help="one prompt a line, or a benchmark's .tsv or .jsonl"
     )
-    group.add_argument("--negative-prompt", metavar="TEXT", help="to steer away from; needs --guidance above 1")
+    group.add_argument(
+        "--negative-prompt", metavar="TEXT", help="to steer away from; needs --guidance or --nag-scale above 1"
+    )
     group.add_argument("--num-images", type=parsing.whole(1), default=1, metavar="N", help="for each prompt")
     group.add_argument("--seed", type=parsing.seed, default=0, metavar="N|random", help="of the noise (default: 0)")
     group.add_argument("--height", type=parsing.whole(1), metavar="PIXELS", help="default: the model's own")
@@ -70,6 +72,31 @@ def add_parser(commands: Any) -> None:
 
     group = parser.add_argument_group("how")
     parsing.add_settings(group)
+    group.add_argument(
+        "--nag-scale",
+        type=parsing.decimal,
+        default=0.0,
+        metavar="SCALE",
+        help="steer attention away from --negative-prompt, without guidance, such as 5; 0 or 1 is off",
+    )
+    group.add_argument(
+        "--nag-tau", type=parsing.decimal, default=2.5, metavar="TAU", help="how far, in norms of the prompt's features"
+    )
+    group.add_argument(
+        "--nag-alpha", type=parsing.decimal, default=0.25, metavar="SHARE", help="how much of it, 0 to 1"
+    )
+    group.add_argument(
+        "--guidance-steps",
+        type=parsing.step_range,
+        metavar="N|N-M|N-",
+        help="the steps that --guidance is for, counted from 1 (default: all)",
+    )
+    group.add_argument(
+        "--base-steps",
+        type=parsing.step_range,
+        metavar="N|N-M|N-",
+        help="the steps that the model takes without its LoRAs (default: none)",
+    )
     group.add_argument("--timesteps", metavar="T,T,...", help="explicit timesteps such as 999,500")
     group.add_argument(
         "--latents", type=parsing.path, metavar="FILE.npy", help="(B, h, w, C) of standard normal latents"

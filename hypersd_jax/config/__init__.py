@@ -29,6 +29,8 @@ from hypersd_jax.config.hints import SYNONYMS as SYNONYMS
 from hypersd_jax.config.hints import key_paths as key_paths
 from hypersd_jax.config.hints import nearest as nearest
 from hypersd_jax.config.kinds import kinds as kinds
+from hypersd_jax.config.lora_stage import BesideConfig as BesideConfig
+from hypersd_jax.config.lora_stage import LoraStage as LoraStage
 from hypersd_jax.config.model_stages import AutoencoderStage as AutoencoderStage
 from hypersd_jax.config.model_stages import TeacherStage as TeacherStage
 from hypersd_jax.config.scalars import utf8 as utf8

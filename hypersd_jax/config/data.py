@@ -13,8 +13,8 @@ from hypersd_jax.paths import expanded
 class DataConfig:
     """Images with captions (docs/data.md).
 
-    ``white_fraction`` and ``groups`` belong to the embedded images, the others but ``source`` and ``split`` to every
-    other dataset. Columns that are null are found by their usual names.
+    ``white_fraction``, ``groups`` and ``look`` belong to the embedded images, the others but ``source`` and ``split``
+    to every other dataset. Columns that are null are found by their usual names.
 
     Attributes:
         source: ``emoji`` (embedded), a folder, files, or a hub dataset.
@@ -22,6 +22,8 @@ class DataConfig:
         resolution: side of the square in pixels; null: the model's own.
         white_fraction: of ``emoji`` alone: the share of white backgrounds.
         groups: of ``emoji`` alone: which groups of images; null: all.
+        look: of ``emoji`` alone: a style that no caption names, to train a style LoRA on: ``mosaic``, 16 by 16
+            tiles of one colour each, or ``sepia``, brown tones for all colours; null: the images as they are.
         image_column: the column of the images.
         caption_column: the column of the captions.
         crop: where an image that was scaled to cover its size is cropped.
@@ -36,6 +38,7 @@ class DataConfig:
     resolution: int | None = None
     white_fraction: float = 0.5
     groups: tuple[str, ...] | None = None
+    look: Literal["mosaic", "sepia"] | None = None
     image_column: str | None = None
     caption_column: str | None = None
     crop: Literal["center", "random"] = "center"

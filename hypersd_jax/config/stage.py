@@ -99,6 +99,11 @@ class StageConfig:
         return not self.trains_adapter
 
     @property
+    def states_sampling(self) -> bool:
+        """Whether the file of its student says how to sample with it."""
+        return True
+
+    @property
     def teachers(self) -> frozenset[str]:
         """The teachers that it names: earlier stages, or BASE and PREVIOUS."""
         return frozenset()

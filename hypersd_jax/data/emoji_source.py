@@ -9,6 +9,7 @@ import numpy as np
 from PIL import Image
 
 from hypersd_jax.data.emoji import COLOURS, EmojiSet, Split, caption, composite, load_emoji
+from hypersd_jax.data.looks import LOOKS
 from hypersd_jax.data.order import fraction, mix, shuffled
 from hypersd_jax.data.source import Batch
 from hypersd_jax.errors import UserError
@@ -35,13 +36,19 @@ class EmojiSource:
         split: Split = "train",
         white_fraction: float = 0.5,
         groups: Sequence[str] | None = None,
+        look: str | None = None,
     ) -> None:
-        """Choose the images; ``groups`` None means all. Raises UserError naming a group that does not exist."""
+        """Choose the images; ``groups`` None means all, ``look`` is one of `LOOKS` or None.
+
+        Raises:
+            UserError: naming a group that does not exist.
+        """
         self._emoji = load_emoji() if emoji is None else emoji
         self._indices = self._emoji.indices(split, groups)
         self._resolution = resolution
         self._seed = seed
         self._white_fraction = white_fraction
+        self._look = look
 
     def __len__(self) -> int:
         """Count the images of an epoch."""
@@ -101,6 +108,8 @@ class EmojiSource:
         """Make the examples of these keys (B,)."""
         pairs = _split_keys(keys)
         pixels = [on_background(self._emoji.images[item], colour, self._resolution) for item, colour in pairs]
+        if self._look is not None:
+            pixels = [LOOKS[self._look](image) for image in pixels]
         captions = self.captions(keys)
         size = (*self._emoji.images.shape[1:3], 0, 0, self._resolution, self._resolution)
         return Batch(np.stack(pixels), captions, np.tile(np.asarray(size, np.float32), (len(pairs), 1)))

@@ -15,7 +15,7 @@ from hypersd_jax.data.source import Prompts, Source
 from hypersd_jax.errors import UserError
 
 EMOJI = "emoji"
-EMOJI_KEYS = ("white_fraction", "groups")
+EMOJI_KEYS = ("white_fraction", "groups", "look")
 TABLE_KEYS = ("image_column", "caption_column", "crop", "flip", "bucket_step", "min_size")
 
 
@@ -82,6 +82,7 @@ def _open_emoji(config: DataConfig, resolution: int, seed: int) -> EmojiSource:
         split=splits[config.split],
         white_fraction=config.white_fraction,
         groups=config.groups,
+        look=config.look,
     )
 
 

@@ -95,7 +95,12 @@ def with_loras(identity: str, loras: Sequence[tuple[str, float]]) -> str:
 
 
 def sample(
-    model: Model, items: Sequence[Item], *, batch_size: int, negatives: Sequence[str] | None = None
+    model: Model,
+    items: Sequence[Item],
+    *,
+    batch_size: int,
+    negatives: Sequence[str] | None = None,
+    **steering: Any,
 ) -> np.ndarray:
     """Generate the list's images, uint8 (N, H, W, 3).
 
@@ -106,6 +111,7 @@ def sample(
         items: prompts and seeds.
         batch_size: images at a time.
         negatives: a negative prompt for each.
+        **steering: arguments of the call that `pipeline.steering.Steering` holds.
 
     Raises:
         UserError: images are not finite, of which no number would mean anything.
@@ -132,6 +138,7 @@ def sample(
             guidance=settings.guidance,
             spacing=settings.spacing,
             timesteps=settings.timesteps,
+            **steering,
         )
     if broken := not_finite(images):
         prompt = shown(items[broken[0]].prompt)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import jax
 from flax import nnx
 
+from hypersd_jax.models.attention_guidance import Text
 from hypersd_jax.models.dot_product import attention
 from hypersd_jax.models.execution import Execution
 from hypersd_jax.models.layers import Conv, Empty, GroupNorm, LayerNorm, Linear, activation
@@ -24,7 +25,7 @@ class TransformerShape:
 
 
 class Attention(nnx.Module):
-    """Multi-head attention from (B, L, C) to a context (B, S, D), or to itself."""
+    """Multi-head attention from (B, L, C) to text (B, S, D), or to itself."""
 
     def __init__(self, dim: int, context_dim: int, heads: int, *, bias: bool = False, how: Execution) -> None:
         self.heads = heads
@@ -34,15 +35,21 @@ class Attention(nnx.Module):
         self.to_v = Linear(context_dim, dim, bias=bias, dtype=how.dtype)
         self.to_out = nnx.List([Linear(dim, dim, dtype=how.dtype)])
 
-    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Text | None = None) -> jax.Array:
         """Map (B, L, C) to (B, L, C)."""
-        context = x if context is None else context
-        q, k, v = (
-            y.reshape(*y.shape[:2], self.heads, -1) for y in (self.to_q(x), self.to_k(context), self.to_v(context))
-        )
-        how = self.how
-        y = attention(q, k, v, platform=how.platform, batch_sharding=how.batch_sharding)
-        return self.to_out[0](y.reshape(x.shape))
+        text = Text(x) if context is None else context
+        q = self.to_q(x)
+        y = self._attend(q, text.tokens)
+        if (guidance := text.guidance) is not None:
+            steered = self.how.constrain_batch(q[-len(guidance.negative) :])
+            y = guidance.steer(y, self._attend(steered, guidance.negative))
+        return self.to_out[0](y)
+
+    def _attend(self, q: jax.Array, tokens: jax.Array) -> jax.Array:
+        """Attend from queries (B, L, C) to tokens (B, S, D), giving (B, L, C) before the output projection."""
+        q, k, v = (y.reshape(*y.shape[:2], self.heads, -1) for y in (q, self.to_k(tokens), self.to_v(tokens)))
+        y = attention(q, k, v, platform=self.how.platform, batch_sharding=self.how.batch_sharding)
+        return y.reshape(*y.shape[:2], -1)
 
 
 class GEGLU(nnx.Module):
@@ -83,8 +90,8 @@ class BasicTransformerBlock(nnx.Module):
         self.norm3 = LayerNorm(dim, dtype=how.dtype)
         self.ff = FeedForward(dim, how=how)
 
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        """Map (B, L, C) and the context (B, S, D) to (B, L, C)."""
+    def __call__(self, x: jax.Array, context: Text) -> jax.Array:
+        """Map (B, L, C) and text (B, S, D) to (B, L, C)."""
         x = x + self.attn1(self.norm1(x), context if self.only_cross_attention else None)
         x = x + self.attn2(self.norm2(x), context)
         return x + self.ff(self.norm3(x))
@@ -100,8 +107,8 @@ class Transformer2D(nnx.Module):
         self.transformer_blocks = nnx.List([BasicTransformerBlock(dim, shape, how=how) for _ in range(layers)])
         self.proj_out = _projection(dim, shape, how)
 
-    def __call__(self, x: jax.Array, context: jax.Array) -> jax.Array:
-        """Map (B, H, W, C) and the context (B, S, D) to (B, H, W, C)."""
+    def __call__(self, x: jax.Array, context: Text) -> jax.Array:
+        """Map (B, H, W, C) and text (B, S, D) to (B, H, W, C)."""
         b, h, w, c = x.shape
         y = self.proj_in(self.norm(x)).reshape(b, h * w, c)
         for block in self.transformer_blocks:

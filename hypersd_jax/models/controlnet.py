@@ -12,6 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from hypersd_jax.models.attention_guidance import Text
 from hypersd_jax.models.controlnet_config import ControlNetConfig
 from hypersd_jax.models.execution import Execution
 from hypersd_jax.models.functional import Network, describe
@@ -87,7 +88,7 @@ class ControlNet(UNetEncoder):
         temb = constrain(self.embed(timesteps, pooled, time_ids).astype(dtype))
         image = image[..., ::-1] if self.control.bgr else image
         x = self.conv_in(sample.astype(dtype)) + self.controlnet_cond_embedding(constrain(image.astype(dtype)))
-        x, skips, _ = self.encode(constrain(x), temb, constrain(context.astype(dtype)))
+        x, skips, _ = self.encode(constrain(x), temb, Text(constrain(context.astype(dtype))))
         residuals = [block(skip) for block, skip in zip(self.controlnet_down_blocks, skips, strict=True)]
         residuals.append(self.controlnet_mid_block(x))
         residuals = [residual * scales[i].astype(dtype) for i, residual in enumerate(residuals)]

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax.sharding import NamedSharding
 
+from hypersd_jax.models.attention_guidance import AttentionGuidance, Text
 from hypersd_jax.models.execution import Execution
 from hypersd_jax.models.functional import Network, describe
 from hypersd_jax.models.layers import GroupNorm, activation
@@ -41,6 +42,7 @@ class UNet(UNetEncoder):
         timestep_cond: jax.Array | None = None,
         down_residuals: Sequence[jax.Array] = (),
         mid_residual: jax.Array | None = None,
+        nag: AttentionGuidance | None = None,
         taps: Sequence[str] = (),
     ) -> Any:
         """Run the network.
@@ -54,6 +56,7 @@ class UNet(UNetEncoder):
             timestep_cond: an embedding (B, time_cond_proj_dim), such as LCM's of the guidance scale.
             down_residuals: what a ControlNet adds to the skips, the finest first, each (B, h', w', C) or (B, 1, 1, C).
             mid_residual: what it adds after the middle block.
+            nag: negative text, away from which every attention to `context` is steered.
             taps: blocks whose outputs to return too: "down_blocks.i", "mid_block", "up_blocks.i".
 
         Returns:
@@ -64,12 +67,12 @@ class UNet(UNetEncoder):
         """
         dtype, constrain = self.how.dtype, self.how.constrain_batch
         temb = constrain(self.embed(timesteps, pooled, time_ids, timestep_cond).astype(dtype))
-        context = constrain(context.astype(dtype))
+        text = Text(constrain(context.astype(dtype)), None if nag is None else nag.cast(dtype))
         x = sample.astype(dtype)
         if self.config.center_input_sample:
             x = 2 * x - 1
         x = constrain(self.conv_in(x))
-        x, skips, features = self.encode(x, temb, context)
+        x, skips, features = self.encode(x, temb, text)
         if down_residuals:
             if len(down_residuals) != len(skips):
                 raise ValueError(f"{len(down_residuals)} down_residuals for {len(skips)} skips")
@@ -77,7 +80,7 @@ class UNet(UNetEncoder):
         if mid_residual is not None:
             x = x + mid_residual.astype(dtype)
         for i, up in enumerate(self.up_blocks):
-            x = up(x, skips, temb, context)
+            x = up(x, skips, temb, text)
             features[f"up_blocks.{i}"] = x
         x = self.conv_out(activation(self.config.act_fn)(self.conv_norm_out(x)))
         if not taps:

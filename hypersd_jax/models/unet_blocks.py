@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from hypersd_jax.models.attention import Transformer2D, TransformerShape
+from hypersd_jax.models.attention_guidance import Text
 from hypersd_jax.models.execution import Execution
 from hypersd_jax.models.resnet import Downsample, ResnetBlock
 from hypersd_jax.models.unet_config import UNetConfig
@@ -58,7 +59,7 @@ class DownBlock(nnx.Module):
         last = level == len(config.channels) - 1
         self.downsamplers = None if last else nnx.List([Downsample(out, config.downsample_padding, how=how)])
 
-    def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> tuple[jax.Array, list[jax.Array]]:
+    def __call__(self, x: jax.Array, temb: jax.Array, context: Text) -> tuple[jax.Array, list[jax.Array]]:
         """Map (B, H, W, in) to the block's output and its skips, finest first."""
         skips = []
         for i, resnet in enumerate(self.resnets):
@@ -86,7 +87,7 @@ class MidBlock(nnx.Module):
             nnx.List([Transformer2D(width, config.mid_transformers, shape, how=how)]) if attentive else None
         )
 
-    def __call__(self, x: jax.Array, temb: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, temb: jax.Array, context: Text) -> jax.Array:
         """Map (B, h, w, C) to (B, h, w, C)."""
         x = self.how.run(self.resnets[0], x, temb)
         if self.attentions is not None:
@@ -116,7 +117,7 @@ class UpBlock(nnx.Module):
         self.attentions = _transformers(config, level, config.up_transformers[index], how)
         self.upsamplers = None if level == 0 else nnx.List([Upsample(out, how=how)])
 
-    def __call__(self, x: jax.Array, skips: list[jax.Array], temb: jax.Array, context: jax.Array) -> jax.Array:
+    def __call__(self, x: jax.Array, skips: list[jax.Array], temb: jax.Array, context: Text) -> jax.Array:
         """Map (B, h, w, in) to the resolution of the next skip, taking its own off the end of `skips`."""
         for i, resnet in enumerate(self.resnets):
             x = self.how.run(resnet, jnp.concatenate([x, skips.pop()], axis=-1), temb)

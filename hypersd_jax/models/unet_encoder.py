@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from hypersd_jax.models.attention_guidance import Text
 from hypersd_jax.models.execution import Execution
 from hypersd_jax.models.layers import Linear, activation, timestep_embedding
 from hypersd_jax.models.unet_blocks import DownBlock, MidBlock
@@ -88,14 +89,14 @@ class UNetEncoder(nnx.Module):
         return activation(config.time_embedding_act_fn)(temb) if config.time_embedding_act_fn else temb
 
     def encode(
-        self, x: jax.Array, temb: jax.Array, context: jax.Array
+        self, x: jax.Array, temb: jax.Array, context: Text
     ) -> tuple[jax.Array, list[jax.Array], dict[str, jax.Array]]:
         """Run the blocks down and the middle one.
 
         Args:
             x: features after `conv_in` (B, h, w, channels[0]).
             temb: what `embed` gives, in the network's dtype.
-            context: text (B, S, cross_attention_dim), likewise.
+            context: text (B, S, cross_attention_dim), likewise, with what to steer away from.
 
         Returns:
             The coarsest features; the skips, `x` first; and every block's output by its name.

@@ -11,6 +11,7 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from hypersd_jax.models.attention import Attention
+from hypersd_jax.models.attention_guidance import Text
 from hypersd_jax.models.execution import Execution
 from hypersd_jax.models.functional import Network, describe
 from hypersd_jax.models.layers import GroupNorm
@@ -33,7 +34,7 @@ class PixelAttention(Attention):
         super().__init__(channels, channels, 1, bias=True, how=how)
         self.group_norm = GroupNorm(groups, channels, eps=EPS, dtype=how.dtype)
 
-    def __call__(self, x: jax.Array, context: jax.Array | None = None) -> jax.Array:
+    def __call__(self, x: jax.Array, context: Text | None = None) -> jax.Array:
         """Keep the shape (B, H, W, C)."""
         b, h, w, c = x.shape
         return x + super().__call__(self.group_norm(x).reshape(b, h * w, c), context).reshape(x.shape)

@@ -45,6 +45,7 @@ class ActiveModel:
         params: ``{component: weights}``, with fused LoRAs and full differences written in.
         adapters: ``{component: adapter}``, the loaded LoRAs joined; none while they are fused.
         controlnets: the loaded ones.
+        base_params: `params` of the base alone, with nothing written in.
     """
 
     base: TextToImage
@@ -52,6 +53,16 @@ class ActiveModel:
     params: Mapping[str, Mapping[str, jax.Array]]
     adapters: Mapping[str, Adapter]
     controlnets: tuple[LoadedControlNet, ...]
+    base_params: Mapping[str, Mapping[str, jax.Array]]
+
+    @property
+    def has_loras(self) -> bool:
+        """Whether a LoRA is loaded, fused or not."""
+        return bool(self.adapters) or self.params is not self.base_params
+
+    def bare(self) -> ActiveModel:
+        """Return the base without its LoRAs."""
+        return dataclasses.replace(self, params=self.base_params, adapters={})
 
     @property
     def devices(self) -> int:
@@ -62,10 +73,15 @@ class ActiveModel:
         """Token ids of prompts; what does not fit is left out silently."""
         return self.base.prompts.tokenize(prompts, windows=windows, on_cut=lambda _: None)
 
-    def tokenize_negatives(self, texts: Sequence[str | None], windows: int | None = None) -> NegativeIds:
-        """Token ids of negative prompts; None stands for the model's own unconditional."""
+    def tokenize_negatives(
+        self, texts: Sequence[str | None], windows: int | None = None, *, all_ids: bool = False
+    ) -> NegativeIds:
+        """Token ids of negative prompts; None stands for the model's own unconditional.
+
+        With `all_ids` there are ids where all of these are zeros, too: of "".
+        """
         zeros = np.asarray([self.base.zero_unconditional and text is None for text in texts])
-        ids = None if zeros.all() else self.tokenize([text or "" for text in texts], windows)
+        ids = None if zeros.all() and not all_ids else self.tokenize([text or "" for text in texts], windows)
         return NegativeIds(ids=ids, zeros=zeros)
 
     def condition(self, ids: TokenIds, size: tuple[int, int]) -> Conditioning:

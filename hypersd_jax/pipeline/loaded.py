@@ -172,6 +172,7 @@ class LoadedModel:
             params=self._loras.altered(self._params) if fused is None else fused,
             adapters=self._loras.adapters() if fused is None else {},
             controlnets=tuple(self._controlnets.values()),
+            base_params=self._params,
         )
 
     def _size(self, height: int | None, width: int | None) -> tuple[int, int]:

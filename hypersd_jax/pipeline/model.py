@@ -23,6 +23,7 @@ from hypersd_jax.pipeline.naming import refuse_unknown
 from hypersd_jax.pipeline.plan import make_plan, read_texts
 from hypersd_jax.pipeline.run import Callback, run
 from hypersd_jax.pipeline.settings import CallSettings, Settings, resolve_call, resolve_settings
+from hypersd_jax.pipeline.steering import Steering, StepRange
 from hypersd_jax.presets import Preset
 
 OUTPUTS = ("pil", "np", "latent")
@@ -80,13 +81,19 @@ class Pipeline(LoadedModel):
         long_prompts: str = "cut",
         batch_size: int | None = None,
         stepwise: bool = False,
+        nag_scale: float = 0.0,
+        nag_tau: float = 2.5,
+        nag_alpha: float = 0.25,
+        guidance_steps: StepRange | None = None,
+        base_steps: StepRange | None = None,
         **unknown: Any,
     ) -> Generated:
         """Generate ``num_images`` images for each prompt.
 
         Args:
             prompt: one prompt or several.
-            negative_prompt: what to steer away from when ``guidance`` is above 1; None: the model's own unconditional.
+            negative_prompt: what to steer away from when ``guidance`` or ``nag_scale`` is above 1; None: the model's
+                own unconditional, and "" for ``nag_scale``.
             steps, sampler, eta, guidance, spacing, timesteps: None takes the preset's, else those of the last LoRA that
                 states any, else the base's many-step default. ``guidance`` 0 or 1 is off: one UNet call a step, as
                 it always is for a model that embeds guidance (``time_cond_proj_dim``).
@@ -114,6 +121,15 @@ class Pipeline(LoadedModel):
                 mesh it is rounded up to a multiple of the devices.
             stepwise: run one compiled step at a time instead of the whole scan, so that another step count compiles
                 nothing; the images are the same.
+            nag_scale: steer each attention to the prompt away from the negative prompt (NAG, arXiv 2505.21179), which
+                needs no guidance and no second UNet call; 5 is usual, 0 and 1 are off. Under ``guidance`` above 1 the
+                prompted half is steered. ControlNets are not.
+            nag_tau: how far it may go, in norms of the prompt's own features.
+            nag_alpha: how much of it is taken, 0 to 1.
+            guidance_steps: first and last of the steps that ``guidance`` is for, counted from 1: (1, 1) is the first
+                alone, (2, None) all but the first. None: all.
+            base_steps: those that the base takes without the LoRAs; their first steps decide the composition. None:
+                none.
 
         Raises:
             UserError: an argument is out of range or has another name here than in diffusers; the line names it.
@@ -147,6 +163,13 @@ class Pipeline(LoadedModel):
             guess_mode=guess_mode,
             long_prompts=long_prompts,
             tiled=tiled,
+            steering=Steering(
+                nag_scale=nag_scale,
+                nag_tau=nag_tau,
+                nag_alpha=nag_alpha,
+                guidance_steps=guidance_steps,
+                base_steps=base_steps,
+            ),
         )
         plan = make_plan(
             settings,

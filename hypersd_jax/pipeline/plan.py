@@ -18,6 +18,7 @@ from hypersd_jax.pipeline.active import ActiveModel, NegativeIds, TokenIds
 from hypersd_jax.pipeline.image_guides import Controls, ImageGuides
 from hypersd_jax.pipeline.programs import Programs
 from hypersd_jax.pipeline.settings import CallSettings, table_for
+from hypersd_jax.pipeline.steering import Section, sections
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -30,7 +31,7 @@ class Round:
         count: how many of them are wanted.
         owners: the prompt index of each, (B,).
         prompts: token ids of the prompts.
-        negatives: token ids of the negative prompts; None where guidance is off.
+        negatives: token ids of the negative prompts; None where nothing steers away from them.
     """
 
     indices: np.ndarray
@@ -53,6 +54,7 @@ class Plan:
         guides: images to start from and to keep, by prompt.
         controls: ControlNets, and their images by prompt.
         rounds: which images are sampled together.
+        sections: which steps are sampled alike.
     """
 
     settings: CallSettings
@@ -63,6 +65,7 @@ class Plan:
     guides: ImageGuides
     controls: Controls
     rounds: tuple[Round, ...]
+    sections: tuple[Section, ...]
 
 
 def make_plan(
@@ -88,8 +91,10 @@ def make_plan(
     base, size = model.base, (settings.height, settings.width)
     factor = base.downscale
     table = table_for(settings, base.scheduler_config, strength=settings.strength)
+    if settings.base_steps is not None and not model.has_loras:
+        raise UserError("base_steps: no LoRA is loaded, so all steps are the base's")
     prompts, negatives = read_texts(prompt, negative_prompt)
-    if any(negatives) and not settings.guided:
+    if any(negatives) and not (settings.guided or settings.steers_attention):
         warnings.warn(f"negative_prompt is ignored: guidance={settings.guidance:g} does not call for it", stacklevel=4)
     rounds = make_rounds(prompts, negatives, settings, model, batch_size)
     images = np.arange(len(prompts) * settings.num_images)
@@ -115,6 +120,7 @@ def make_plan(
             model.controlnets, control_image, settings.control_scales, settings.guess_mode, len(prompts), size
         ),
         rounds=rounds,
+        sections=sections(settings, len(table["alpha"])),
     )
 
 
@@ -140,12 +146,13 @@ def make_rounds(
 
     Args:
         prompts: one text each.
-        negatives: one for each prompt, read where guidance is on.
+        negatives: one for each prompt, read where guidance, or that of attention, is on.
         settings: the call's.
         model: whose text encoders read them.
         batch_size: images in a round; None for all at once. Rounded up to a multiple of the mesh's devices.
     """
-    read = [[one, other or ""] if settings.guided else [one] for one, other in zip(prompts, negatives, strict=True)]
+    away = settings.guided or settings.steers_attention
+    read = [[one, other or ""] if away else [one] for one, other in zip(prompts, negatives, strict=True)]
     windows: list[int | None] = [None] * len(prompts)
     if settings.long_prompts == "chunk":
         windows = [model.base.prompts.windows(texts) for texts in read]
@@ -164,8 +171,10 @@ def make_rounds(
                 count=count,
                 owners=owners,
                 prompts=model.tokenize([prompts[owner] for owner in owners], number),
-                negatives=model.tokenize_negatives([negatives[owner] for owner in owners], number)
-                if settings.guided
+                negatives=model.tokenize_negatives(
+                    [negatives[owner] for owner in owners], number, all_ids=settings.steers_attention
+                )
+                if away
                 else None,
             )
         )

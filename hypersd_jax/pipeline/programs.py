@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from hypersd_jax.bases import ControlInputs, TextToImage
 from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.diffusion import Known, State, advance, guided
+from hypersd_jax.models.attention_guidance import AttentionGuidance
 from hypersd_jax.models.functional import Network
 from hypersd_jax.models.tiling import decode_tiled, encode_tiled
 from hypersd_jax.weights.placement import batch_sharding
@@ -113,6 +114,7 @@ def scan(
     guides: Guides,
     control_params: Sequence[Any],
     control_scales: Sequence[jax.Array],
+    nag: AttentionGuidance | None = None,
     *,
     controlnets: tuple[Network, ...],
     prompted_only: bool,
@@ -129,10 +131,11 @@ def scan(
         noise: (steps, B, h, w, C), what each step adds.
         guides: images that steer.
         control_params, control_scales, controlnets: one entry for each ControlNet.
+        nag: what the prompts' attention is steered away from, under guidance in the prompted half alone.
         prompted_only: whether ControlNets leave the unconditional batch alone.
         prediction_type: what the denoiser outputs.
     """
-    how: dict[str, Any] = {}
+    how: dict[str, Any] = {} if nag is None else {"nag": nag}
     if controlnets:
         how["controls"] = ControlInputs(controlnets, control_params, guides.controls, control_scales, prompted_only)
     if guides.inpaint_inputs is not None:
@@ -166,7 +169,7 @@ def predict(
         scale: guidance scale, a scalar; of classifier-free guidance, or the input of a denoiser that embeds guidance.
         x: (B, h, w, C) as the denoiser reads it.
         t: timesteps (B,).
-        **how: ``controls`` and ``inpaint_inputs`` of `TextToImage.predict`.
+        **how: ``controls``, ``inpaint_inputs`` and ``nag`` of `TextToImage.predict`.
     """
     if uncond is None:
         return base.predict(params, x, t, cond, adapter=adapter, guidance=scale, **how)[0]

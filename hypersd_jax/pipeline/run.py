@@ -10,9 +10,12 @@ from typing import Any
 import jax
 import numpy as np
 
+from hypersd_jax.conditioning import Conditioning
 from hypersd_jax.diffusion import begin
+from hypersd_jax.models.attention_guidance import AttentionGuidance
 from hypersd_jax.pipeline.active import ActiveModel
 from hypersd_jax.pipeline.plan import Plan, Round
+from hypersd_jax.pipeline.settings import CallSettings
 from hypersd_jax.weights.placement import host
 
 Callback = Callable[[int, int], None]
@@ -58,40 +61,60 @@ def _decoder_ahead(plan: Plan, model: ActiveModel) -> Iterator[None]:
 def _sample(plan: Plan, each: Round, model: ActiveModel, *, stepwise: bool, progress: Progress | None) -> jax.Array:
     """The last latents (B, h, w, C) of a round."""
     settings, controls = plan.settings, plan.controls
-    size = settings.height, settings.width
-    cond = model.condition(each.prompts, size)
-    uncond = None if each.negatives is None else model.unconditional(each.negatives, cond, size)
+    texts = {
+        bare: _read(each, model.bare() if bare else model, settings)
+        for bare in dict.fromkeys(section.bare for section in plan.sections)
+    }
     own = plan.guides.take(each.owners)
-    start = model.on_mesh(plan.latents[each.indices])
+    latents = model.on_mesh(plan.latents[each.indices])
     noise = plan.noise[:, each.indices]
-    guides = model.on_mesh(own.for_scan(start, controls.take(each.owners)))
-    state = model.on_mesh(begin(plan.table, start, None if plan.from_noise else model.on_mesh(own.clean)))
-    one_by_one = stepwise or progress is not None
-    for table, added in single_steps(plan.table, noise) if one_by_one else [(plan.table, noise)]:
-        state = model.programs.scan(
-            *model.denoiser,
-            cond,
-            uncond,
-            np.float32(settings.guidance),
-            table,
-            state,
-            model.on_mesh(added, axis=1),
-            guides,
-            controls.params,
-            controls.scales,
-            controlnets=controls.networks,
-            prompted_only=controls.prompted_only and settings.guided,
-            prediction_type=settings.prediction_type,
-        )
-        if progress is not None:
-            progress.follow(state.x)
+    guides = model.on_mesh(own.for_scan(latents, controls.take(each.owners)))
+    state = model.on_mesh(begin(plan.table, latents, None if plan.from_noise else model.on_mesh(own.clean)))
+    for section in plan.sections:
+        cond, uncond, nag = texts[section.bare]
+        guided = settings.guided and section.guided
+        size = 1 if stepwise or progress is not None else section.stop - section.start
+        for start in range(section.start, section.stop, size):
+            table, added = some_steps(plan.table, noise, slice(start, start + size))
+            state = model.programs.scan(
+                *(model.bare() if section.bare else model).denoiser,
+                cond,
+                uncond if guided else None,
+                np.float32(settings.guidance if section.guided else 1),
+                table,
+                state,
+                model.on_mesh(added, axis=1),
+                guides,
+                controls.params,
+                controls.scales,
+                nag,
+                controlnets=controls.networks,
+                prompted_only=controls.prompted_only and guided,
+                prediction_type=settings.prediction_type,
+            )
+            if progress is not None:
+                progress.follow(state.x)
     return state.x
 
 
-def single_steps(table: Mapping[str, np.ndarray], noise: Any) -> Iterator[tuple[dict[str, np.ndarray], Any]]:
-    """Cut a solver's table, and what its steps add, into tables of one step each."""
-    for i in range(len(noise)):
-        yield {key: value if value.ndim == 0 else value[i : i + 1] for key, value in table.items()}, noise[i : i + 1]
+def _read(
+    each: Round, model: ActiveModel, settings: CallSettings
+) -> tuple[Conditioning, Conditioning | None, AttentionGuidance | None]:
+    """Encode the texts of a round: prompts, the unconditional, and what attention is steered away from."""
+    size = settings.height, settings.width
+    cond = model.condition(each.prompts, size)
+    if each.negatives is None:
+        return cond, None, None
+    negatives, nag = each.negatives, None
+    if settings.steers_attention and negatives.ids is not None:
+        numbers = (np.float32(value) for value in (settings.nag_scale, settings.nag_tau, settings.nag_alpha))
+        nag = AttentionGuidance(model.condition(negatives.ids, size).context, *numbers)
+    return cond, model.unconditional(negatives, cond, size) if settings.guided else None, nag
+
+
+def some_steps(table: Mapping[str, np.ndarray], noise: Any, which: slice) -> tuple[dict[str, np.ndarray], Any]:
+    """Cut some steps out of a solver's table, and of what its steps add."""
+    return {key: value if value.ndim == 0 else value[which] for key, value in table.items()}, noise[which]
 
 
 def in_order(rounds: Sequence[Round], results: Sequence[np.ndarray]) -> np.ndarray:

@@ -21,6 +21,7 @@ from hypersd_jax.pipeline import arguments
 from hypersd_jax.pipeline.image_guides import control_strengths
 from hypersd_jax.pipeline.image_inputs import image_size
 from hypersd_jax.pipeline.lora_stack import LoadedLora
+from hypersd_jax.pipeline.steering import Steering
 from hypersd_jax.presets import Preset
 from hypersd_jax.weights.diffusers.controlnet import LoadedControlNet
 from hypersd_jax.weights.lora import header as lora_header
@@ -57,7 +58,7 @@ class Settings:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class CallSettings(Settings):
+class CallSettings(Settings, Steering):
     """Settings of a call with every default filled in: with prompts and images, all that its result depends on.
 
     Attributes:
@@ -156,8 +157,9 @@ def resolve_call(
     guess_mode: bool,
     long_prompts: str,
     tiled: bool,
+    steering: Steering,
 ) -> CallSettings:
-    """Resolve what a call's own arguments settle; they are those of `Pipeline.generate`.
+    """Resolve what a call's own arguments settle; they are those of `Pipeline.generate`, the last five in `steering`.
 
     Raises:
         UserError: an argument is out of range, or one is given without another that it needs.
@@ -166,6 +168,8 @@ def resolve_call(
         raise UserError(f"long_prompts={long_prompts!r} is not valid{nearest(long_prompts, ('cut', 'chunk'))}")
     if num_images < 1:
         raise UserError(f"num_images must be at least 1, not {num_images}")
+    if steering.guidance_steps is not None and settings.guidance <= 1:
+        raise UserError(f"guidance_steps: guidance={settings.guidance:g} is off")
     factor = base.downscale
     given = ("image", image) if image is not None else ("control_image", control_image)
     if None in (height, width) and given[1] is not None:
@@ -174,7 +178,8 @@ def resolve_call(
     h, w = arguments.latent_size(height, width, base.native_size, factor)
     scales, guess_mode = control_strengths(controlnets, control_image, control_scale, guess_mode)
     return CallSettings(
-        **{field.name: getattr(settings, field.name) for field in dataclasses.fields(settings)},
+        **_fields(settings),
+        **_fields(steering),
         seed=seed,
         num_images=num_images,
         height=h * factor,
@@ -185,6 +190,10 @@ def resolve_call(
         long_prompts=long_prompts,
         tiled=tiled,
     )
+
+
+def _fields(record: Settings | Steering) -> dict[str, Any]:
+    return {field.name: getattr(record, field.name) for field in dataclasses.fields(record)}
 
 
 def table_for(

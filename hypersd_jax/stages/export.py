@@ -85,13 +85,19 @@ def require_finite_images(images: np.ndarray, stage: StageConfig, name: str, *, 
 
 
 def export_student(
-    path: Path, adapter: Adapter, stage: StageConfig, base: TextToImage, *, base_fingerprint: str
+    path: Path,
+    adapter: Adapter,
+    stage: StageConfig,
+    base: TextToImage,
+    *,
+    base_fingerprint: str,
+    states_sampling: bool = True,
 ) -> None:
-    """Write the student in kohya layout, atomically."""
+    """Write the student in kohya layout, atomically; its header says how to sample with it, where the stage does."""
     for unfinished in path.parent.glob(f".{path.name}.*.tmp"):  # of a process that was killed while it wrote
         unfinished.unlink()
     metadata = {
-        **sampling_header(stage, dict(base.scheduler_config)),
+        **(sampling_header(stage, dict(base.scheduler_config)) if states_sampling and stage.states_sampling else {}),
         "base_fingerprint": base_fingerprint,
         "ss_base_model_version": base.kohya_family,
         "ss_training_comment": f"hypersd_jax {stage.summary}",

@@ -16,6 +16,7 @@ class Stream(enum.IntEnum):
     FAKE = 3  # the fake score model's first factors
     ODE_PAIR = 4  # noise and order of ODE pairs
     FEEDBACK = 5  # the feedback LoRA's first factors
+    STYLE = 6  # a style LoRA's first factors, beside another
 
 
 class Draw(enum.IntEnum):
@@ -28,6 +29,7 @@ class Draw(enum.IntEnum):
     R1 = 2**32 - 5
     REDRAW = 2**32 - 6
     STRUCTURE = 2**32 - 7
+    BESIDE = 2**32 - 8
 
 
 def stream(seed: int, name: Stream, index: int) -> jax.Array:

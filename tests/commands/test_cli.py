@@ -71,6 +71,8 @@ def test_the_unified_student_ships_and_is_the_one_step_default() -> None:
         ("--timesteps 999,499", "tscd-2"),
         ("--steps 9", None),
         ("--steps 4 --guidance 1.5", None),
+        ("--steps 4 --guidance 1.5 --guidance-steps 1", "tscd-4"),
+        ("--steps 2 --guidance 1.5 --base-steps 1", "unified"),
         ("--steps 4 --preset hyper-sd15-4steps", None),
         ("--steps 4 --model elsewhere", None),
     ],

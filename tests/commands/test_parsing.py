@@ -18,7 +18,7 @@ from hypersd_jax.recipes import recipe_files, recipe_titles
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("train", "sample", "convert", "convert lora", "convert model", "convert merge", "convert extract")
-COMMANDS += ("cache", "evaluate", "benchmark", "benchmark sampling", "doctor", "inspect", "publish")
+COMMANDS += ("cache", "evaluate", "stack", "benchmark", "benchmark sampling", "doctor", "inspect", "publish")
 
 WRONG = [
     # train
@@ -60,6 +60,9 @@ WRONG = [
     ("sample --steps 1_0", "--steps: invalid int value: '1_0'"),
     ("sample --guidance nan", "--guidance: must be a finite number, not 'nan'"),
     ("sample --eta 1_0.5", "--eta: must be a finite number"),
+    ("sample --guidance-steps 2-1", "--guidance-steps: must be a range of steps such as 1, 2-4 or 2-, not '2-1'"),
+    ("sample --base-steps 0", "--base-steps: must be a range of steps"),
+    ("sample --nag-scale inf", "--nag-scale: must be a finite number"),
     ("sample --sampler ddmi", "invalid choice: 'ddmi'"),
     ("sample --preset hyper", "preset='hyper' is not known"),
     ("sample --timesteps 999,x", "--timesteps 999,x: must be whole numbers"),
@@ -116,6 +119,15 @@ WRONG = [
     ("inspect FILE", "FILE: is empty"),
     ("inspect EMPTY", "EMPTY: neither a model, a LoRA, a run's output nor checkpoints"),
     ("inspect FILE --base nowhere", "nowhere: no such file or folder"),
+    ("stack FILE", "the following arguments are required: STYLE, --output"),
+    ("stack nothing.safetensors FILE --output out", "nothing.safetensors: no such file or folder"),
+    ("stack embedded nothing.safetensors --output out", "nothing.safetensors: no such file or folder"),
+    ("stack embedded FILE --output out --model FILE", "FAST: embedded is of the embedded model; name a file"),
+    ("stack embedded FILE --output out --steps 4,12", "--steps 12: the embedded model's LoRAs are for 1 to 8"),
+    ("stack embedded FILE --output out --scales 1,1", "--scales: must be numbers, each once, not '1,1'"),
+    ("stack embedded FILE --output out --scales 1,x", "--scales: invalid decimals value: '1,x'"),
+    ("stack embedded FILE --output out --n 2", "--n: must be at least 4, not 2"),
+    ("stack embedded FILE --output FILE", "--output FILE: is a file, expected a folder"),
     # benchmark
     ("benchmark fly", "invalid choice: 'fly'"),
     ("benchmark sampling --stepps 4", "did you mean --steps?"),

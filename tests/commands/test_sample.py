@@ -128,6 +128,24 @@ def test_guidance_presets_and_spacing(tmp_path: Path, model: Path) -> None:
     assert "Schedule type" not in text.values
 
 
+def test_steering_stands_in_the_text(
+    tmp_path: Path, model: Path, loras: tuple[Path, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--model", str(model), "--prompt=a cat", "--negative-prompt=ugly", "--lora", str(loras[0])]
+    (text,) = sampled(tmp_path / "nag.png", *arguments, "--nag-scale=4", "--nag-alpha=0.5", "--base-steps=1")
+    assert text.negative == "ugly"
+    shown = {key: value for key, value in text.values.items() if key.startswith(("NAG", "Base", "Guidance"))}
+    assert shown == {"NAG scale": "4", "NAG tau": "2.5", "NAG alpha": "0.5", "Base steps": "1"}
+    assert "guidance 0, NAG 4, base alone in step 1, eta" in capsys.readouterr().err
+    pipe = Pipeline.from_pretrained(model)
+    pipe.load_lora(loras[0])
+    again = sampled_again(pipe, text, nag_scale=4.0, nag_alpha=0.5, base_steps=(1, 1))
+    assert np.abs(again.astype(int) - np.asarray(Image.open(tmp_path / "nag.png"))).max() <= 1
+    (text,) = sampled(tmp_path / "by.png", *arguments, "--guidance=3", "--guidance-steps=2-")
+    assert (text.values["Guidance steps"], text.values["CFG scale"], text.negative) == ("2-", "3", "ugly")
+    assert "guidance 3 in steps 2-, eta" in capsys.readouterr().err
+
+
 def test_a_start_image_and_a_mask(tmp_path: Path, model: Path) -> None:
     rng = np.random.default_rng(0)
     start, mask = tmp_path / "start.png", tmp_path / "mask.png"

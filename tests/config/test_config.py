@@ -54,7 +54,7 @@ def test_every_shipped_recipe_is_instantiated_and_written_back(name: str, tmp_pa
         shapes.setdefault(stage.adversarial is not None, set()).add(found)
     assert all(len(found) == 1 for found in shapes.values())  # those of one kind share one compiled step
     if config.adapter_stages:
-        segments = {"emoji/cfg-preserving": [8], "sdxl/lora-4step": [8, 4]}
+        segments = {"emoji/cfg-preserving": [8], "emoji/style": [], "sdxl/lora-4step": [8, 4]}
         assert [stage.k for stage in consistency] == segments.get(name, [8, 4, 2, 1])
     assert all(isinstance(stage, GeneratorStage) for stage in config.adapter_stages[4:])
 

@@ -107,6 +107,11 @@ def test_the_settings_come_back(pipe: Pipeline) -> None:
         "guess_mode": False,
         "long_prompts": "cut",
         "tiled": False,
+        "nag_scale": 0.0,
+        "nag_tau": 2.5,
+        "nag_alpha": 0.25,
+        "guidance_steps": None,
+        "base_steps": None,
     }
     assert pipe.settings(timesteps=[999, 499]).steps == 2
     assert pipe.settings(sampler="lcm").original_inference_steps == 50
