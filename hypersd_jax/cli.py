@@ -1,4 +1,4 @@
-"""The command line: ``hypersd train | sample | convert | cache | evaluate | benchmark | doctor``.
+"""The command line: ``hypersd train | sample | convert | cache | evaluate | benchmark | serve | doctor``.
 
 Exit status 0 on success, 2 on bad usage or bad input with a one-line reason on standard error, 1 on anything else.
 """
@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 from importlib import metadata
 
-from hypersd_jax.commands import benchmark, cache, convert, doctor, evaluate, process, sample, train
+from hypersd_jax.commands import benchmark, cache, convert, doctor, evaluate, process, sample, serve, train
 from hypersd_jax.commands.parsing import Parser
 
 _EPILOG = """\
@@ -52,6 +52,6 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"hypersd_jax {metadata.version('hypersd_jax')}")
     parser.set_defaults(unknown=lambda options, rest, _arguments: options.parser.error_unknown(rest))
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
-    for each in (train, sample, convert, cache, evaluate, benchmark, doctor):
+    for each in (train, sample, convert, cache, evaluate, benchmark, serve, doctor):
         each.add_parser(commands)
     return parser
