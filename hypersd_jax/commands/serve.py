@@ -49,8 +49,10 @@ def add_parser(commands: Any) -> None:
     parsing.add_settings(group)
 
     group = parser.add_argument_group("where")
-    group.add_argument("--host", default="127.0.0.1", help="the address to listen on (default: %(default)s, this machine)")
-    group.add_argument("--port", type=parsing.whole(0), default=8000, help="0 takes a free one (default: %(default)s)")
+    group.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen on (default: %(default)s, this machine)"
+    )
+    group.add_argument("--port", type=_port, default=8000, help="0 takes a free one (default: %(default)s)")
     group.add_argument(
         "--token", type=_token, help="that visitors must have (default: none on this machine, else a random one)"
     )
@@ -90,10 +92,17 @@ def bound(host: str, port: int) -> socket.socket:
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         sock.bind(address)
-    except (OSError, OverflowError, UnicodeError) as error:
+    except (OSError, UnicodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--host {host} --port {port}: cannot be listened on ({reason})") from None
     return sock
+
+
+def _port(text: str) -> int:
+    """The type of ``--port``."""
+    if not re.fullmatch(r"[0-9]{1,5}", text) or int(text) > 65535:
+        raise argparse.ArgumentTypeError(f"must be a whole number from 0 to 65535, not {text!r}")
+    return int(text)
 
 
 def _token(text: str) -> str:

@@ -22,7 +22,9 @@ FILES = {
     "/": ("index.html", "text/html; charset=utf-8"),
     "/style.css": ("style.css", _STYLE),
     "/favicon.svg": ("favicon.svg", "image/svg+xml"),
-    **{f"/{name}.js": (f"{name}.js", _SCRIPT) for name in ("app", "board", "camera", "connection", "controls", "shelf")},
+    **{
+        f"/{name}.js": (f"{name}.js", _SCRIPT) for name in ("app", "board", "camera", "connection", "controls", "shelf")
+    },
 }
 """The only files that any request reads, by path; all are read when the server starts."""
 SOCKET = "/live"
@@ -48,6 +50,7 @@ class App:
         self._guarded = Guard(self._dispatch, entry)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request, or one websocket."""
         await self._guarded(scope, receive, send)
 
     async def _dispatch(self, scope: Scope, receive: Receive, send: Send) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hypersd_jax.config import EMBEDDED_GUIDANCE
 from hypersd_jax.errors import UserError
 from hypersd_jax.paths import parse_lora
 from hypersd_jax.pipeline import Pipeline
@@ -58,7 +59,8 @@ def load(options: argparse.Namespace, limits: Limits) -> tuple[Engine, Offer, Na
         hashes=hashes,
     )
     how = {key: getattr(options, key) for key in ("sampler", "spacing", "eta", "preset")}
-    engine = Engine(student, controlled, how=how, names=names)
+    own_guidance = EMBEDDED_GUIDANCE if options.model == EMBEDDED else None
+    engine = Engine(student, controlled, how=how, names=names, teacher_guidance=own_guidance)
     own = student.settings(steps=options.steps or _own_steps(options), guidance=options.guidance, **how)
     offer = Offer(
         modes=engine.modes,
@@ -115,13 +117,13 @@ def _own_loras(model: str) -> list[tuple[Path, float]]:
 
 
 def _sizes(given: list[tuple[int, int]], pipe: Pipeline) -> dict[str, tuple[int, int]]:
-    """The sizes to offer by name, "WIDTH x HEIGHT"; the model's own where none are given."""
+    """The sizes to offer by name, ``WIDTHxHEIGHT``; the model's own where none are given."""
     for height, width in given:
         try:
             latent_size(height, width, pipe.base.native_size, pipe.base.downscale)
         except UserError as error:
             raise UserError(f"--size {height}x{width}: {error}") from None
-    return {f"{width} × {height}": (height, width) for height, width in given or [pipe.native_size]}
+    return {f"{width}x{height}": (height, width) for height, width in given or [pipe.native_size]}
 
 
 def _free(name: str, taken: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""What draws: the student, with its LoRAs, and the teacher, which is the base alone, on the same weights and programs."""
+"""What draws: the student with its LoRAs, and the teacher, which is the base alone, on the same weights."""
 
 from __future__ import annotations
 
@@ -80,10 +80,17 @@ class Engine:
         controlled: the same with the ControlNet; None without one.
         how: sampler, spacing, eta and preset of the student's calls, as `Pipeline.generate` has them.
         names: for the text of the pictures.
+        teacher_guidance: of the teacher's calls; None is the base's own.
     """
 
     def __init__(
-        self, student: Pipeline, controlled: Pipeline | None, *, how: Mapping[str, Any], names: Names
+        self,
+        student: Pipeline,
+        controlled: Pipeline | None,
+        *,
+        how: Mapping[str, Any],
+        names: Names,
+        teacher_guidance: float | None = None,
     ) -> None:
         self._names, self._how = names, how
         bare = student.beside()
@@ -91,8 +98,8 @@ class Engine:
         if controlled is not None:
             self._pipes |= {(STUDENT, True): controlled, (TEACHER, True): controlled.beside(controlnets=True)}
         self._scales: dict[str, float] = {}
-        own = bare.settings()
-        self.teacher = {"steps": own.steps, "guidance": own.guidance, "sampler": own.sampler}
+        own = bare.settings(guidance=teacher_guidance)
+        self.teacher: dict[str, Any] = {"steps": own.steps, "guidance": own.guidance, "sampler": own.sampler}
 
     @functools.cached_property
     def modes(self) -> tuple[str, ...]:
@@ -120,7 +127,9 @@ class Engine:
         """Compile all that requests of an offer run, two programs at a time; yields what is ready, to be shown."""
         plan = [(probe, role) for probe in probes(offer) for role in (STUDENT, TEACHER)]
         # A teacher's guidance is its own, so that half of its programs are never run.
-        plan = [(probe, role) for probe, role in plan if role == STUDENT or probe.guided == (self.teacher["guidance"] > 1)]
+        plan = [
+            (probe, role) for probe, role in plan if role == STUDENT or probe.guided == (self.teacher["guidance"] > 1)
+        ]
         with ThreadPoolExecutor(max_workers=2) as threads:
             for number, done in enumerate(threads.map(lambda each: self._probe(*each), plan), 1):
                 yield f"{number} of {len(plan)}: {done}"

@@ -47,7 +47,7 @@ class Entry:
 
     @staticmethod
     def of(host: str, port: int, token: str | None) -> Entry:
-        """The entry of an address: on any other than the loopback interface with a token, made here if none is given."""
+        """The entry of an address: beyond the loopback interface with a token, made here if none is given."""
         if is_loopback(host):
             return Entry(host=host, port=port, token=token, names=frozenset((*_LOOPBACK, _bracketed(host))))
         return Entry(host=host, port=port, token=token or secrets.token_urlsafe(24), names=None)
@@ -101,6 +101,7 @@ class Guard:
         self._app, self._entry = app, entry
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Let a request through to the application, or refuse it."""
         refused = self._entry.refusal(scope)
         if scope["type"] == "websocket":
             if refused is not None:

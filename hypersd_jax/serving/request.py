@@ -95,8 +95,9 @@ def read_request(fields: Mapping[str, Any], rest: bytes, offer: Offer, limits: L
     for name in fields:
         if name not in checks and name != "pictures":
             raise UserError(f"{shown(name)} is no field of a request")
-    values = {name: default if name not in fields else check(name, fields[name])
-              for name, (default, check) in checks.items()}
+    values = {
+        name: default if name not in fields else check(name, fields[name]) for name, (default, check) in checks.items()
+    }
     for name, value in values.items():
         if value is _REQUIRED:
             raise UserError(f"{name} is missing")

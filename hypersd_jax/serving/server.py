@@ -21,7 +21,7 @@ class _Server(uvicorn.Server):
     """uvicorn's server, which would raise the signal that ended it again: here ending is what was asked for."""
 
     @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:  # type: ignore[override]
+    def capture_signals(self) -> Iterator[None]:
         before = {each: signal.signal(each, self.handle_exit) for each in _SIGNALS}
         try:
             yield
@@ -40,7 +40,14 @@ def serve(app: Any, sock: socket.socket, entry: Entry, limits: Limits) -> None:
         limits: what bounds messages and connections.
     """
     sock.listen(128)
-    config = uvicorn.Config(
+    print(entry.url, flush=True)
+    print("hypersd: Ctrl-C ends the server", file=sys.stderr)
+    _Server(configured(app, limits)).run(sockets=[sock])
+
+
+def configured(app: Any, limits: Limits) -> uvicorn.Config:
+    """How uvicorn runs an application within these limits."""
+    return uvicorn.Config(
         app,
         http="h11",
         ws="websockets-sansio",
@@ -56,6 +63,3 @@ def serve(app: Any, sock: socket.socket, entry: Entry, limits: Limits) -> None:
         timeout_graceful_shutdown=3,
         h11_max_incomplete_event_size=16 * 2**10,
     )
-    print(entry.url, flush=True)
-    print("hypersd: Ctrl-C ends the server", file=sys.stderr)
-    _Server(config).run(sockets=[sock])

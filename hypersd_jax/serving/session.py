@@ -6,19 +6,21 @@ import asyncio
 import contextlib
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Any
 
+import anyio
 from starlette.websockets import WebSocket, WebSocketDisconnect
 
 from hypersd_jax.errors import UserError
 from hypersd_jax.serving.desk import Desk
 from hypersd_jax.serving.limits import Limits, Rate
-from hypersd_jax.serving.request import STUDENT, Offer, read_message
+from hypersd_jax.serving.request import Offer, read_message
 from hypersd_jax.serving.wire import pack
 from hypersd_jax.serving.worker import Failed, Outcome, Work
 
 _POLICY = 1008
+_SHOWN_OUT = {"type": "end", "message": "too many messages were refused"}
 _LINES = 20  # that wait for a client that does not read; older ones are dropped
 _TELL_SECONDS = 0.25  # between two words on a client's place
 
@@ -87,7 +89,7 @@ class Session:
         self._client = self._desk.join(deliver)
         self._outbox.line({**hello, "client": self._client.number})
         try:
-            await _first_of(self._read(), self._write(), self._tell())
+            await _first_of(self._read, self._write, self._tell)
         finally:
             self._desk.leave(self._client)
 
@@ -95,19 +97,19 @@ class Session:
         limits = self._limits
         rate, refused = Rate(limits.messages_per_second, limits.burst, time.monotonic()), 0
         while (message := await self._socket.receive())["type"] == "websocket.receive":
-            data = message.get("text") if message.get("text") is not None else message.get("bytes")
+            data = message["text"] if message.get("text") is not None else message["bytes"]
             try:
                 if not rate.allows(time.monotonic()):
                     raise UserError(f"more than {limits.messages_per_second:g} messages a second")
-                request = await asyncio.to_thread(read_message, data, self._offer, limits)
+                request = await anyio.to_thread.run_sync(read_message, data, self._offer, limits)
                 if request.version <= self._newest:
                     raise UserError(f"version: {request.version} is not above {self._newest}")
             except UserError as error:
                 refused += 1
                 self._outbox.line({"type": "error", "message": str(error)})
                 if refused >= limits.refusals:
-                    await self._socket.close(code=_POLICY, reason="too many messages were refused")
-                    return
+                    self._outbox.line(_SHOWN_OUT)
+                    await anyio.sleep_forever()  # until that is sent, which ends all
                 continue
             refused = max(refused - 1, 0)
             self._newest = request.version
@@ -117,6 +119,9 @@ class Session:
     async def _write(self) -> None:
         while True:
             found = await self._outbox.next()
+            if found is _SHOWN_OUT:
+                await self._socket.close(code=_POLICY, reason=found["message"])
+                return
             if isinstance(found, dict):
                 await self._socket.send_json(found)
                 continue
@@ -135,7 +140,7 @@ class Session:
                 "notes": found.notes,
                 "parameters": found.text,
             }
-            await self._socket.send_bytes(pack(header, await asyncio.to_thread(found.png)))
+            await self._socket.send_bytes(pack(header, await anyio.to_thread.run_sync(found.png)))
 
     async def _tell(self) -> None:
         """Tell the client its place while it waits for others."""
@@ -151,17 +156,14 @@ class Session:
             await asyncio.sleep(_TELL_SECONDS)
 
 
-async def _first_of(*parts: Any) -> None:
-    """Run until one part ends; then end the others, and raise what it raised."""
-    tasks = [asyncio.ensure_future(part) for part in parts]
-    try:
-        done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-    for task in done:
-        if not task.cancelled() and (error := task.exception()) is not None:
-            if isinstance(error, (WebSocketDisconnect, RuntimeError, OSError)):
-                return  # it left while something was being sent
-            raise error
+async def _first_of(*parts: Callable[[], Awaitable[None]]) -> None:
+    """Run until one part ends, and end the others then."""
+
+    async def run(part: Callable[[], Awaitable[None]]) -> None:
+        with contextlib.suppress(WebSocketDisconnect, OSError):  # it left while something was being sent
+            await part()
+        group.cancel_scope.cancel()
+
+    async with anyio.create_task_group() as group:
+        for each in parts:
+            group.start_soon(run, each)

@@ -61,7 +61,9 @@ class Worker(threading.Thread):
                 continue
             except Exception:  # a defect of ours must not end the server for everybody
                 traceback.print_exc(file=sys.stderr)
-                client.deliver(Failed(request=work.request, reason="this could not be drawn; the server's log says why"))
+                client.deliver(
+                    Failed(request=work.request, reason="this could not be drawn; the server's log says why")
+                )
                 continue
             client.deliver(drawn)
             if work.request.compare and work.role == STUDENT:

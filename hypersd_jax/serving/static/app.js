@@ -20,6 +20,7 @@ let asked = {};           // fields of the requests whose images may still come,
 let shown = null;         // {blob, fields, header}
 let asking = false;
 let again = false;
+let answered = 0;         // the newest version that was drawn or refused
 let pause = 0;
 
 // MARK: asking
@@ -31,6 +32,7 @@ async function ask() {
     return;
   }
   asking = true;
+  showBusy();
   try {
     do {
       again = false;
@@ -38,6 +40,7 @@ async function ask() {
     } while (again);
   } finally {
     asking = false;
+    showBusy();
   }
 }
 
@@ -63,7 +66,6 @@ async function askOnce() {
   }
   const version = await connection.send(fields, pictures);
   asked[version] = fields;
-  $("stage").setAttribute("aria-busy", "true");
   if (mode !== "text") await new Promise((done) => setTimeout(done, PICTURE_GAP));
 }
 
@@ -83,6 +85,10 @@ function say(text) {
 }
 
 // MARK: showing
+
+function showBusy() {
+  $("stage").setAttribute("aria-busy", asking || answered < connection.version);
+}
 
 function status(text, state) {
   if ($("status").textContent !== text) $("status").textContent = text;
@@ -116,7 +122,8 @@ connection.addEventListener("image", ({detail: header}) => {
   show({blob: header.blob, fields, header});
   status(header.notes.length ? header.notes[0] : "Ready", "ready");
   document.body.dataset.version = header.version;
-  $("stage").setAttribute("aria-busy", header.version < connection.version);
+  answered = header.version;
+  showBusy();
   clearTimeout(pause);
   pause = setTimeout(() => shelf.add(header.blob, fields), PAUSE);
 });
@@ -144,7 +151,11 @@ connection.addEventListener("hello", ({detail: offer}) => {
 });
 connection.addEventListener("lost", () => status("No connection; trying again", "error"));
 connection.addEventListener("full", ({detail}) => status(`The server is full: ${detail.message}`, "error"));
-connection.addEventListener("error", ({detail}) => status(detail.message, "error"));
+connection.addEventListener("error", ({detail}) => {
+  answered = detail.version ?? connection.version;
+  showBusy();
+  status(detail.message, "error");
+});
 connection.addEventListener("place", ({detail: {place}}) => {
   if (place > 1) status(`Waiting: ${place - 1} before you`, "waiting");
   else if ($("status").dataset.state === "waiting") status("Ready", "ready");

@@ -64,7 +64,7 @@ export class Controls extends EventTarget {
     for (const [id, label, min, max, step, value, modes] of about) {
       this.#sliders[id] = slider(all, {id, label, min, max, step, value, modes});
     }
-    $("size").replaceChildren(...Object.keys(offer.sizes).map((name) => new Option(name, name)));
+    $("size").replaceChildren(...Object.entries(offer.sizes).map(([name, {width, height}]) => new Option(`${width} × ${height}`, name)));
     $("size").disabled = Object.keys(offer.sizes).length < 2;
     this.#tabs(Object.keys(offer.modes));
     this.#aspect();
