@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib.util
 import re
 import signal
 import socket
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 from hypersd_jax.commands import checks, parsing
@@ -62,14 +64,23 @@ def add_parser(commands: Any) -> None:
 def run(options: argparse.Namespace) -> None:
     """Load, compile, and serve until SIGINT or SIGTERM."""
     check(options)
-    for each in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(each, lambda *_: sys.exit(0))  # also while models load and compile
-    with bound(options.host, options.port) as sock:
+    with bound(options.host, options.port) as sock, ended_by(signal.SIGINT, signal.SIGTERM):
         from hypersd_jax.compilation import use_compilation_cache
         from hypersd_jax.serving.command import run_serve
 
         use_compilation_cache()
         run_serve(options, sock)
+
+
+@contextlib.contextmanager
+def ended_by(*signals: signal.Signals) -> Iterator[None]:
+    """Signals end the process with status 0, also while a model is loaded and compiled: nothing is left half done."""
+    before = {each: signal.signal(each, lambda *_: sys.exit(0)) for each in signals}
+    try:
+        yield
+    finally:
+        for each, handler in before.items():
+            signal.signal(each, handler)
 
 
 def check(options: argparse.Namespace) -> None:

@@ -67,6 +67,12 @@ class Drawn:
     notes: tuple[str, ...]
     text: str
 
+    @property
+    def calls(self) -> int:
+        """Evaluations of the denoiser, of which guidance needs two a step, and an image's strength leaves some out."""
+        settings = self.settings
+        return int(settings.steps * settings.strength) * (2 if settings.guided else 1)
+
     def png(self) -> bytes:
         """The image as a PNG file, with its parameters inside."""
         return png_bytes(to_pil(self.image[None])[0], self.text)

@@ -101,7 +101,10 @@ class Session:
             try:
                 if not rate.allows(time.monotonic()):
                     raise UserError(f"more than {limits.messages_per_second:g} messages a second")
-                request = await anyio.to_thread.run_sync(read_message, data, self._offer, limits)
+                if isinstance(data, str):
+                    request = read_message(data, self._offer, limits)
+                else:  # pictures take a while to decode
+                    request = await anyio.to_thread.run_sync(read_message, data, self._offer, limits)
                 if request.version <= self._newest:
                     raise UserError(f"version: {request.version} is not above {self._newest}")
             except UserError as error:
@@ -135,7 +138,7 @@ class Session:
                 "role": found.role,
                 "milliseconds": round(1000 * found.seconds, 1),
                 "steps": found.settings.steps,
-                "calls": found.settings.steps * (2 if found.settings.guided else 1),
+                "calls": found.calls,
                 "seed": found.request.seed,
                 "notes": found.notes,
                 "parameters": found.text,

@@ -21,6 +21,7 @@ FLAGS = (
     "--disable-component-update",
     "--disable-sync",
     "--disable-dev-shm-usage",
+    "--hide-scrollbars",
     # A camera that needs no hardware and no permission.
     "--use-fake-ui-for-media-stream",
     "--use-fake-device-for-media-stream",

@@ -169,7 +169,7 @@ class Slow:
         )
 
 
-SETTINGS: Any = type("Settings", (), {"steps": 1, "guided": False})
+SETTINGS: Any = type("Settings", (), {"steps": 1, "guided": False, "strength": 1.0})
 
 
 @pytest.fixture
