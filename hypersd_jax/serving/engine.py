@@ -16,6 +16,7 @@ from PIL import Image
 from hypersd_jax.errors import UserError
 from hypersd_jax.pipeline import CallSettings, Pipeline, to_pil
 from hypersd_jax.pipeline.arguments import NotFiniteWarning, about_not_finite, not_finite
+from hypersd_jax.pipeline.model import Generated
 from hypersd_jax.png_text import UsedLora, parameters_text, png_bytes
 from hypersd_jax.serving.request import CONTROL, INPAINT, PICTURES, STUDENT, TEACHER, TEXT, Offer, Request
 
@@ -136,7 +137,9 @@ class Engine:
         plan = [
             (probe, role) for probe, role in plan if role == STUDENT or probe.guided == (self.teacher["guidance"] > 1)
         ]
-        with ThreadPoolExecutor(max_workers=2) as threads:
+        # The filters of warnings are the process's: they are set here, where one thread runs.
+        with warnings.catch_warnings(), ThreadPoolExecutor(max_workers=2) as threads:
+            warnings.simplefilter("ignore")
             for number, done in enumerate(threads.map(lambda each: self._probe(*each), plan), 1):
                 yield f"{number} of {len(plan)}: {done}"
         first = plan[0][0]
@@ -148,37 +151,18 @@ class Engine:
         how = {**(self._how if role == STUDENT else self.teacher), "steps": probe.steps}
         if role == STUDENT:
             how["guidance"] = probe.guidance
-        self._draw(probe, role, how, _always)
+        self._generate(probe, role, how, _always)
         return f"{probe.size[1]}x{probe.size[0]}, {probe.mode}, {role}{', guided' if probe.guided else ''}"
 
     def _draw(self, request: Request, role: str, how: Mapping[str, Any], wanted: Callable[[], bool]) -> Drawn:
-        pipe = self._pipes[role, request.mode == CONTROL]
-        if role == STUDENT:
-            self._set_scales(request.loras)
-
-        def ask(_step: int, _steps: int) -> None:
-            if not wanted():
-                raise Abandoned
-
-        guided = how["guidance"] > 1
         begin = time.perf_counter()
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             warnings.simplefilter("ignore", NotFiniteWarning)  # an error here, see below
-            images, settings = pipe.generate(
-                request.prompt,
-                (request.negative or None) if guided else None,
-                seed=request.seed,
-                height=request.size[0],
-                width=request.size[1],
-                callback=ask,
-                output="np",
-                **self._pictures(request),
-                **how,
-            )
+            images, settings = self._generate(request, role, how, wanted)
         seconds = time.perf_counter() - begin
         if not_finite(images):
-            raise UserError(about_not_finite([0], 1, pipe.dtype))
+            raise UserError(about_not_finite([0], 1, self._pipes[role, False].dtype))
         return Drawn(
             request=request,
             role=role,
@@ -187,6 +171,26 @@ class Engine:
             seconds=seconds,
             notes=tuple(str(each.message) for each in caught if issubclass(each.category, UserWarning)),
             text=self._text(request, role, settings),
+        )
+
+    def _generate(self, request: Request, role: str, how: Mapping[str, Any], wanted: Callable[[], bool]) -> Generated:
+        if role == STUDENT:
+            self._set_scales(request.loras)
+
+        def ask(_step: int, _steps: int) -> None:
+            if not wanted():
+                raise Abandoned
+
+        return self._pipes[role, request.mode == CONTROL].generate(
+            request.prompt,
+            request.negative or None if how["guidance"] > 1 else None,
+            seed=request.seed,
+            height=request.size[0],
+            width=request.size[1],
+            callback=ask,
+            output="np",
+            **self._pictures(request),
+            **how,
         )
 
     def _pictures(self, request: Request) -> dict[str, Any]:

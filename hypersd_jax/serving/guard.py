@@ -7,6 +7,7 @@ import hmac
 import ipaddress
 import re
 import secrets
+import socket
 from collections.abc import Mapping
 from http.cookies import CookieError, SimpleCookie
 from typing import Any
@@ -56,7 +57,9 @@ class Entry:
     def url(self) -> str:
         """Where the page is, with the token."""
         query = f"?token={self.token}" if self.token else ""
-        return f"http://{_bracketed(self.host)}:{self.port}/{query}"
+        # All interfaces are no address that a browser could open.
+        host = socket.gethostname() if self.host in ("0.0.0.0", "::") else self.host
+        return f"http://{_bracketed(host)}:{self.port}/{query}"
 
     @property
     def cookie(self) -> str:

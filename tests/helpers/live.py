@@ -83,10 +83,10 @@ class Canvas:
         return App(self.desk, self.offer, Limits(**limits), entry, about(self.engine, self.names))
 
     @contextlib.contextmanager
-    def served(self, token: str | None = None) -> Iterator[str]:
+    def served(self, port: int = 0) -> Iterator[str]:
         """The address of a server in a thread."""
-        with socket.create_server((HOST, 0)) as sock:
-            entry = Entry.of(HOST, sock.getsockname()[1], token)
+        with socket.create_server((HOST, port)) as sock:
+            entry = Entry.of(HOST, sock.getsockname()[1], None)
             server = uvicorn.Server(configured(self.app(entry), Limits()))
             thread = threading.Thread(target=server.run, kwargs={"sockets": [sock]}, daemon=True)
             thread.start()

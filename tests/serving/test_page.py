@@ -281,5 +281,14 @@ def test_a_lost_connection_is_found_again(driver: Any, canvas: Canvas) -> None:
     with canvas.served() as url:
         driver.get(url)
         until(lambda: version(driver) >= 1)
+        click(driver, "mode-image")
+        stroke(driver, (60, 0))
+        drawn = driver.execute_script(COUNT_LINES)
     until(lambda: "No connection" in driver.find_element("id", "status").text)
-    driver.get_log("browser")
+    before = version(driver)
+    with canvas.served(int(url.strip("/").rpartition(":")[2])):
+        until(lambda: version(driver) > before)
+        assert driver.find_element("id", "status").text == "Ready"
+        assert driver.execute_script(COUNT_LINES) == drawn > 0
+        driver.get("about:blank")
+    driver.get_log("browser")  # complains of the connection

@@ -10,13 +10,18 @@ import subprocess
 import sys
 import urllib.error
 import urllib.request
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from websockets.exceptions import ConnectionClosed
+from websockets.sync.client import connect
+from websockets.typing import Origin
 
 from hypersd_jax.commands.serve import bound, check
 from hypersd_jax.errors import UserError
 from hypersd_jax.serving.guard import Entry, is_loopback
+from hypersd_jax.serving.limits import Limits
 from tests.helpers.live import Canvas
 
 ROOT = Path(__file__).parents[2]
@@ -64,6 +69,45 @@ def test_it_ends_while_it_compiles_too(canvas: Canvas, live_files: argparse.Name
         process.kill()
     assert process.returncode == 0, errors
     assert "Traceback" not in errors
+
+
+RAW = {
+    "a path upwards": (b"GET /../../../../etc/passwd HTTP/1.1\r\nHost: HERE\r\n\r\n", b"404"),
+    "an escaped path": (b"GET /%2e%2e/%2e%2e/etc/passwd HTTP/1.1\r\nHost: HERE\r\n\r\n", b"404"),
+    "a whole address": (b"GET http://evil.example/ HTTP/1.1\r\nHost: evil.example\r\n\r\n", b"421"),
+    "two hosts": (b"GET / HTTP/1.1\r\nHost: HERE\r\nHost: evil.example\r\n\r\n", b"400"),
+    "no host": (b"GET / HTTP/1.1\r\n\r\n", b"400"),
+    "no HTTP": (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03\r\n\r\n", b"400"),
+    "endless headers": (b"GET / HTTP/1.1\r\nHost: HERE\r\nX: " + b"x" * 100_000, b"400"),
+}
+
+
+@pytest.fixture(scope="module")
+def url(canvas: Canvas) -> Iterator[str]:
+    with canvas.served() as served:
+        yield served
+
+
+@pytest.mark.parametrize("kind", RAW)
+def test_bytes_that_no_browser_sends(url: str, kind: str) -> None:
+    sent, status = RAW[kind]
+    host, port = url.removeprefix("http://").strip("/").split(":")
+    with socket.create_connection((host, int(port)), timeout=10) as connection:
+        connection.sendall(sent.replace(b"HERE", f"{host}:{port}".encode()))
+        answer = connection.recv(65536)
+    assert answer.split(b" ", 2)[1] == status
+    assert b"root:" not in answer
+
+
+def test_a_message_that_is_too_large_ends_the_connection(url: str) -> None:
+    with connect(f"ws{url.removeprefix('http')}live", origin=Origin(url.strip("/"))) as connection:
+        assert '"hello"' in str(connection.recv())
+        connection.send(b"x" * (Limits().message_bytes + 1))
+        with pytest.raises(ConnectionClosed) as closed:
+            while True:
+                connection.recv()
+    assert closed.value.rcvd is not None
+    assert closed.value.rcvd.code == 1009
 
 
 def test_a_port_that_is_taken_is_one_line() -> None:
