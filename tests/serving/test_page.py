@@ -166,9 +166,11 @@ def test_every_setting_arrives(page: Any) -> None:
 def test_strokes_are_never_lost(page: Any) -> None:
     """Nor by another tool, another mode, another size of the window, or a lost connection."""
     click(page, "mode-image")
-    assert "The canvas is empty" in page.find_element("id", "hint").text
+    assert "the prompt alone is drawn" in page.find_element("id", "hint").text
+    place = page.find_element("id", "canvas").rect
     stroke(page, (60, 0), (0, 60))
     settled(page)
+    assert page.find_element("id", "canvas").rect == place  # it does not move under the pointer
     assert downloaded(page)[1].values["Denoising strength"] == "0.6"
     drawn = page.execute_script(COUNT_LINES)
     assert drawn > 0.005

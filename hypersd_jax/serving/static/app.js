@@ -76,7 +76,7 @@ function lacking(mode) {
     return board.painted ? null : "Paint over what is to change.";
   }
   if (board.painted || board.picture !== null) return null;
-  return mode === "image" ? "The canvas is empty: the prompt alone is drawn. Sketch something." : "Sketch something.";
+  return mode === "image" ? "Sketch something: until then the prompt alone is drawn." : "Sketch something.";
 }
 
 function say(text) {
