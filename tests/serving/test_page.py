@@ -134,6 +134,7 @@ def test_it_draws_while_one_types(page: Any) -> None:
     prompt.clear()
     for letter in "a blue cat":
         prompt.send_keys(letter)
+        time.sleep(0.06)  # or the page would ask once for two keys
     assert settled(page) >= before + 10
     image, text = downloaded(page)
     assert text.bare_prompt == "a blue cat"
@@ -161,6 +162,23 @@ def test_every_setting_arrives(page: Any) -> None:
     page.find_element("id", "prompt").send_keys("!")
     settled(page)
     assert downloaded(page)[1].values["Seed"] != "77"
+
+
+def test_a_slider_that_is_dragged_asks_no_more_than_the_server_reads(page: Any) -> None:
+    before = settled(page)
+    for _ in range(3):
+        drag = """
+            const slider = document.getElementById('guidance');
+            for (let i = 0; i <= 100; i++) {
+              slider.value = i / 10;
+              slider.dispatchEvent(new Event('input', {bubbles: true}));
+            }
+        """
+        page.execute_script(drag)
+        settled(page)
+    assert version(page) <= before + 6
+    assert page.find_element("id", "status").text == "Ready"
+    assert downloaded(page)[1].values["CFG scale"] == "10"
 
 
 def test_strokes_are_never_lost(page: Any) -> None:
