@@ -143,8 +143,8 @@ class Engine:
             for number, done in enumerate(threads.map(lambda each: self._probe(*each), plan), 1):
                 yield f"{number} of {len(plan)}: {done}"
         first = plan[0][0]
-        for factor in (0.5, 1.0):  # joining LoRAs anew runs small programs too
-            loras = {name: factor * scale + 1 - factor for name, scale in offer.loras.items()}
+        for change in (0.5, 0.0):  # joining LoRAs anew runs small programs too
+            loras = {name: scale - change for name, scale in offer.loras.items()}
             self.draw(dataclasses.replace(first, loras=loras))
 
     def _probe(self, probe: Request, role: str) -> str:
