@@ -13,7 +13,7 @@ from starlette.websockets import WebSocket
 from hypersd_jax.serving.desk import Desk
 from hypersd_jax.serving.guard import Entry, Guard
 from hypersd_jax.serving.limits import Limits
-from hypersd_jax.serving.request import PICTURES, Offer
+from hypersd_jax.serving.request import PICTURES, Offer, Reader
 from hypersd_jax.serving.session import Session
 from hypersd_jax.serving.worker import Work
 
@@ -42,7 +42,7 @@ class App:
     """
 
     def __init__(self, desk: Desk[Work], offer: Offer, limits: Limits, entry: Entry, about: Mapping[str, Any]) -> None:
-        self._desk, self._offer, self._limits = desk, offer, limits
+        self._desk, self._reader, self._limits = desk, Reader(offer, limits), limits
         self._hello = {"type": "hello", **about, **_described(offer, limits)}
         folder = resources.files("hypersd_jax.serving") / "static"
         self._files = {path: ((folder / name).read_bytes(), kind) for path, (name, kind) in FILES.items()}
@@ -78,7 +78,7 @@ class App:
             return
         self._clients += 1
         try:
-            await Session(socket, self._desk, self._offer, self._limits).run(self._hello)
+            await Session(socket, self._desk, self._reader, self._limits).run(self._hello)
         finally:
             self._clients -= 1
 

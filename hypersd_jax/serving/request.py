@@ -78,39 +78,51 @@ class Request:
         return self.guidance > 1
 
 
-def read_message(message: str | bytes, offer: Offer, limits: Limits) -> Request:
-    """Read a client's message: a JSON object as text, or one with pictures (`wire.unpack`).
+class Reader:
+    """Reads clients' messages.
 
-    Raises:
-        UserError: one line that names the field at fault.
+    Args:
+        offer: what they may choose from.
+        limits: their bounds.
     """
-    if isinstance(message, str):
-        return read_request(wire.read_object(message, limits.header_bytes), b"", offer, limits)
-    return read_request(*wire.unpack(message, limits.header_bytes), offer, limits)
 
+    def __init__(self, offer: Offer, limits: Limits) -> None:
+        self._offer, self._limits = offer, limits
+        self._checks = _checks(offer, limits)
 
-def read_request(fields: Mapping[str, Any], rest: bytes, offer: Offer, limits: Limits) -> Request:
-    """Read the fields of a message, and the bytes behind them; errors as in `read_message`."""
-    checks = _checks(offer, limits)
-    for name in fields:
-        if name not in checks and name != "pictures":
-            raise UserError(f"{shown(name)} is no field of a request")
-    values = {
-        name: default if name not in fields else check(name, fields[name]) for name, (default, check) in checks.items()
-    }
-    for name, value in values.items():
-        if value is _REQUIRED:
-            raise UserError(f"{name} is missing")
-    needed = PICTURES[values["mode"]]
-    found = wire.split(fields.get("pictures"), rest, needed)
-    for name in needed:
-        if name not in found:
-            raise UserError(f"pictures.{name} is missing")
-    if needed and int(values["steps"] * values["strength"]) < 1 and values["mode"] != CONTROL:
-        raise UserError(f"strength: {values['strength']:g} of {values['steps']} steps leaves none")
-    pictures = {name: read_picture(f"pictures.{name}", data, limits.picture_side) for name, data in found.items()}
-    loras = {**offer.loras, **values.pop("loras")}
-    return Request(**values, loras=loras, pictures=pictures)
+    def read(self, message: str | bytes) -> Request:
+        """Read a message: a JSON object as text, or one with pictures (`wire.unpack`).
+
+        Raises:
+            UserError: one line that names the field at fault.
+        """
+        most = self._limits.header_bytes
+        fields, rest = (
+            (wire.read_object(message, most), b"") if isinstance(message, str) else wire.unpack(message, most)
+        )
+        for name in fields:
+            if name not in self._checks and name != "pictures":
+                raise UserError(f"{shown(name)} is no field of a request")
+        values = {
+            name: check(name, fields[name]) if name in fields else default
+            for name, (default, check) in self._checks.items()
+        }
+        for name, value in values.items():
+            if value is _REQUIRED:
+                raise UserError(f"{name} is missing")
+        if values["mode"] in (IMAGE, INPAINT) and int(values["steps"] * values["strength"]) < 1:
+            raise UserError(f"strength: {values['strength']:g} of {values['steps']} steps leaves none")
+        pictures = self._pictures(values["mode"], fields.get("pictures"), rest)
+        loras = {**self._offer.loras, **values.pop("loras")}
+        return Request(**values, loras=loras, pictures=pictures)
+
+    def _pictures(self, mode: str, lengths: Any, rest: bytes) -> dict[str, Image.Image]:
+        found = wire.split(lengths, rest, PICTURES[mode])
+        for name in PICTURES[mode]:
+            if name not in found:
+                raise UserError(f"pictures.{name} is missing")
+        most = self._limits.picture_side
+        return {name: read_picture(f"pictures.{name}", data, most) for name, data in found.items()}
 
 
 _REQUIRED = object()

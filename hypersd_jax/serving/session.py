@@ -15,14 +15,14 @@ from starlette.websockets import WebSocket, WebSocketDisconnect
 from hypersd_jax.errors import UserError
 from hypersd_jax.serving.desk import Desk
 from hypersd_jax.serving.limits import Limits, Rate
-from hypersd_jax.serving.request import Offer, read_message
+from hypersd_jax.serving.request import Reader
 from hypersd_jax.serving.wire import pack
 from hypersd_jax.serving.worker import Failed, Outcome, Work
 
 _POLICY = 1008
 _SHOWN_OUT = {"type": "end", "message": "too many messages were refused"}
 _LINES = 20  # that wait for a client that does not read; older ones are dropped
-_TELL_SECONDS = 0.25  # between two words on a client's place
+_TELL_SECONDS = 0.5  # between two words on a client's place
 
 
 class Outbox:
@@ -67,12 +67,12 @@ class Session:
     Args:
         socket: accepted.
         desk: where its requests go.
-        offer: what it may choose from.
+        reader: of its messages.
         limits: its bounds.
     """
 
-    def __init__(self, socket: WebSocket, desk: Desk[Work], offer: Offer, limits: Limits) -> None:
-        self._socket, self._desk, self._offer, self._limits = socket, desk, offer, limits
+    def __init__(self, socket: WebSocket, desk: Desk[Work], reader: Reader, limits: Limits) -> None:
+        self._socket, self._desk, self._reader, self._limits = socket, desk, reader, limits
         self._outbox = Outbox()
         self._asked = asyncio.Event()
         self._newest = 0
@@ -102,9 +102,9 @@ class Session:
                 if not rate.allows(time.monotonic()):
                     raise UserError(f"more than {limits.messages_per_second:g} messages a second")
                 if isinstance(data, str):
-                    request = read_message(data, self._offer, limits)
+                    request = self._reader.read(data)
                 else:  # pictures take a while to decode
-                    request = await anyio.to_thread.run_sync(read_message, data, self._offer, limits)
+                    request = await anyio.to_thread.run_sync(self._reader.read, data)
                 if request.version <= self._newest:
                     raise UserError(f"version: {request.version} is not above {self._newest}")
             except UserError as error:
