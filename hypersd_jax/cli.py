@@ -19,6 +19,7 @@ from hypersd_jax.commands import (
     process,
     publish,
     sample,
+    serve,
     stack,
     train,
 )
@@ -64,6 +65,6 @@ def _parser() -> Parser:
     parser.add_argument("--version", action="version", version=f"hypersd_jax {metadata.version('hypersd_jax')}")
     parser.set_defaults(unknown=lambda options, rest, _arguments: options.parser.error_unknown(rest))
     commands = parser.add_subparsers(metavar="COMMAND", parser_class=Parser)
-    for each in (train, sample, convert, cache, evaluate, stack, benchmark, doctor, inspect, publish):
+    for each in (train, sample, convert, cache, evaluate, stack, benchmark, serve, doctor, inspect, publish):
         each.add_parser(commands)
     return parser

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import io
 import json
 import os
 import re
@@ -167,6 +168,13 @@ def save_images(
             except ValueError as error:  # a text or a side too long for the format
                 raise UserError(f"{file}: cannot be written ({error})") from None
     return paths
+
+
+def png_bytes(image: Image.Image, text: str) -> bytes:
+    """An image as the bytes of a PNG with its text (`parameters_text`) inside, written for speed rather than size."""
+    file = io.BytesIO()
+    image.save(file, format="PNG", compress_level=1, **_embedded(text, png=True))
+    return file.getvalue()
 
 
 def _embedded(text: str, *, png: bool) -> dict[str, Any]:

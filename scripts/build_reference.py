@@ -25,7 +25,10 @@ def main() -> None:
     save_reference(SHIPPED, reference, reference_identity(teacher, evaluator), device="")
     for each in reference.rows:
         print(
-            {key: each.row.get(key) for key in ("model", "steps", "guidance", "distance", "kid", "clip_gain", "diversity")}
+            {
+                key: each.row.get(key)
+                for key in ("model", "steps", "guidance", "distance", "kid", "clip_gain", "diversity")
+            }
         )
 
 

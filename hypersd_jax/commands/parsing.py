@@ -189,6 +189,14 @@ def reward(text: str) -> tuple[str, Path]:
     return name, path(file)
 
 
+def size(text: str) -> tuple[int, int]:
+    """The type of ``HxW``."""
+    found = re.fullmatch(r"([0-9]{1,6})x([0-9]{1,6})", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"must be HEIGHTxWIDTH in pixels, such as 512x512, not {text!r}")
+    return int(found[1]), int(found[2])
+
+
 def mesh(text: str) -> tuple[int | None, int | str]:
     """The type of ``auto`` or ``DATAxFSDP``: the arguments of `weights.mesh.mesh_of_option`."""
     if text == "auto":
@@ -197,6 +205,20 @@ def mesh(text: str) -> tuple[int | None, int | str]:
     if found is None:
         raise argparse.ArgumentTypeError(f"must be auto or DATAxFSDP, such as 8x1, not {text!r}")
     return int(found[1]), int(found[2])
+
+
+def add_model(group: Any) -> None:
+    """The options that name a model, and what is loaded on it."""
+    group.add_argument(
+        "--model",
+        type=source,
+        default="embedded",
+        metavar="SRC",
+        help="a folder, a single file or a hub id (default: the embedded model)",
+    )
+    add_loras(group)
+    group.add_argument("--vae", type=source, metavar="SRC", help="another autoencoder, such as a tiny one")
+    group.add_argument("--dtype", default="auto", choices=("auto", *DTYPES))
 
 
 def add_loras(group: Any) -> None:

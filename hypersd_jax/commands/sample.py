@@ -57,16 +57,7 @@ def add_parser(commands: Any) -> None:
     group.add_argument("--overwrite", action="store_true", help="begin the numbers of new images at 000 again")
 
     group = parser.add_argument_group("with")
-    group.add_argument(
-        "--model",
-        type=parsing.source,
-        default="embedded",
-        metavar="SRC",
-        help="a folder, a single file or a hub id (default: the embedded model)",
-    )
-    parsing.add_loras(group)
-    group.add_argument("--vae", type=parsing.source, metavar="SRC", help="another autoencoder, such as a tiny one")
-    group.add_argument("--dtype", default="auto", choices=("auto", *parsing.DTYPES))
+    parsing.add_model(group)
     parsing.add_mesh(group, "one device")
     group.add_argument("--tiled", action="store_true", help="work in tiles: less memory for large images")
 

@@ -79,6 +79,18 @@ class LoadedModel:
         refuse_unknown(unknown, cls.from_pretrained)
         return cls(load_base(source, dtype=parse_dtype(dtype), mesh=mesh))
 
+    def beside(self, *, controlnets: bool = False) -> Self:
+        """Another pipeline of the same base weights and compiled programs, with LoRAs of its own: none yet.
+
+        Args:
+            controlnets: whether it has the ControlNets that are loaded here.
+        """
+        other = type(self)(self.base)
+        other._programs = self._programs
+        if controlnets:
+            other._controlnets.update(self._controlnets)
+        return other
+
     # MARK: LoRA
 
     def load_lora(self, file: str | Path, scale: float = 1.0, name: str | None = None) -> LoraReport:

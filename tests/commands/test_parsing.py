@@ -18,7 +18,7 @@ from hypersd_jax.recipes import recipe_files, recipe_titles
 
 ROOT = Path(__file__).parents[2]
 COMMANDS = ("train", "sample", "convert", "convert lora", "convert model", "convert merge", "convert extract")
-COMMANDS += ("cache", "evaluate", "stack", "benchmark", "benchmark sampling", "doctor", "inspect", "publish")
+COMMANDS += ("cache", "evaluate", "stack", "benchmark", "benchmark sampling", "serve", "doctor", "inspect", "publish")
 
 WRONG = [
     # train
@@ -142,6 +142,18 @@ WRONG = [
     ("benchmark sampling --model nowhere", "nowhere: no such file or folder"),
     ("benchmark sampling --lora nothing.safetensors", "nothing.safetensors: no such file or folder"),
     ("benchmark sampling --output FILE", "--output FILE: is a file, expected a folder"),
+    # serve
+    ("serve --prot 80", "unrecognized arguments: --prot 80; did you mean --port?"),
+    ("serve --port 65536", "--port: must be a whole number from 0 to 65535, not '65536'"),
+    ("serve --port -1", "--port: must be a whole number from 0 to 65535"),
+    ("serve --host 203.0.113.1", "--host 203.0.113.1 --port 8000: cannot be listened on"),
+    ("serve --token short", "--token: must be 16 to 200 letters, digits, - and _"),
+    ("serve --size 512", "--size: must be HEIGHTxWIDTH in pixels, such as 512x512, not '512'"),
+    ("serve --model nowhere", "nowhere: no such file or folder"),
+    ("serve --lora nothing.safetensors", "nothing.safetensors: no such file or folder"),
+    ("serve --controlnet nowhere", "nowhere: no such file or folder"),
+    ("serve --vae nowhere", "nowhere: no such file or folder"),
+    ("serve --preset hyper", "preset='hyper' is not known"),
     ("fly", "invalid choice: 'fly'"),
 ]
 
@@ -209,7 +221,7 @@ def test_without_a_command_the_commands_are_listed(arguments: list[str], capsys:
     assert printed.out == ""
     assert printed.err.startswith("usage: hypersd")
     for name in (
-        ("train", "sample", "convert", "cache", "evaluate", "benchmark", "doctor", "inspect", "publish")
+        ("train", "sample", "convert", "cache", "evaluate", "benchmark", "serve", "doctor", "inspect", "publish")
         if not arguments
         else ("lora", "merge")
     ):
@@ -227,7 +239,7 @@ def test_help_explains_every_option_and_gives_an_example(command: str, capsys: p
         assert "(default: cut)" in printed
         for group in ("what:", "with:", "how:", "from images:"):
             assert f"\n{group}\n" in printed
-    if command in ("sample", "evaluate"):
+    if command in ("sample", "evaluate", "serve"):
         listed = printed.partition("presets:")[2].replace("\n", " ").replace(",", " ").split()
         assert listed == list(PRESETS)
     if command == "train":
