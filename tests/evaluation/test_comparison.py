@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import base64
 import dataclasses
-import io
 import json
 import re
 from collections.abc import Iterator
@@ -51,6 +50,7 @@ from hypersd_jax.evaluation.sources import training_images
 from hypersd_jax.pipeline import Pipeline
 from hypersd_jax.stages.export import export_student
 from hypersd_jax.training.output import Output, create_output
+from tests.helpers.grids import cells, shown
 from tests.helpers.lora_files import random_adapter
 from tests.helpers.small_features import small_features
 from tests.helpers.tiny_model import tiny_model
@@ -270,16 +270,6 @@ def test_a_student_like_the_base_gains_nothing(compared: Compared) -> None:
         assert row[key] == pytest.approx(teacher[key], abs=1e-7), key
 
 
-def cells(path: Path, column: int) -> np.ndarray:
-    """The images of a grid's column, as they are shown."""
-    sheet = np.asarray(Image.open(path).convert("RGB"))
-    side, pitch = grid.LEAST_CELL, grid.LEAST_CELL + grid.GAP
-    top, columns = sheet.shape[0] - SAMPLES * pitch, (sheet.shape[1] - grid.TEXT_WIDTH - 2 * grid.GAP) // pitch
-    left = grid.TEXT_WIDTH + grid.GAP + (column % columns) * pitch
-    tops = [top + row * pitch for row in range(SAMPLES)]
-    return np.stack([sheet[each : each + side, left : left + side] for each in tops])
-
-
 def ranked(compared: Compared) -> list[int]:
     """The list's indices, from the best text match of the teacher's image to the least; worked out here."""
     scorer, images = load_scorer("report"), compared.images(MANY, GUIDANCE)
@@ -288,21 +278,17 @@ def ranked(compared: Compared) -> list[int]:
     return [int(index) for index in np.argsort(-match.own, kind="stable")]
 
 
-def test_eight_seeds_of_a_prompt(compared: Compared) -> None:
+def test_eight_seeds_of_a_prompt(compared: Compared, tmp_path: Path) -> None:
     """The rows' middle prompt, from the seeds 0 to 7, in a grid of its own."""
     middle = evaluation_list(SAMPLES)[ranked(compared)[SAMPLES // 2]].prompt
     page = (compared.output.root / "report.html").read_text(encoding="utf-8")
     (image,) = re.findall(rf"{re.escape(middle)}: eight seeds.*?base64,([^\"]+)", page, flags=re.DOTALL)
-    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(image))).convert("RGB")).astype(int)
-    keys = [jax.random.key(seed) for seed in range(8)]
-    latents = np.stack([jax.random.normal(key, (8, 8, 4), jnp.float32) for key in keys])
+    (tmp_path / "seeds.png").write_bytes(base64.b64decode(image))
+    latents = np.stack([jax.random.normal(jax.random.key(seed), (8, 8, 4), jnp.float32) for seed in range(8)])
     call: dict[str, Any] = {"steps": MANY, "guidance": GUIDANCE, "sampler": "ddim", "eta": 0.0, "stepwise": True}
     images = np.round(compared.pipe([middle] * 8, latents=latents, output="np", **call) * 255).astype(np.uint8)
-    side, pitch = grid.LEAST_CELL, grid.LEAST_CELL + grid.GAP
-    for row, given in enumerate(images):
-        shown = np.asarray(Image.fromarray(given).resize((side, side), Image.Resampling.BICUBIC)).astype(int)
-        top, left = sheet.shape[0] - (8 - row) * pitch, grid.TEXT_WIDTH + grid.GAP
-        assert np.abs(sheet[top : top + side, left : left + side] - shown).max() <= 2, row
+    for cell, given in zip(cells(tmp_path / "seeds.png", 0, 8).astype(int), images, strict=True):
+        assert np.abs(cell - shown(given)).max() <= 2
 
 
 def test_the_grid_holds_the_images(compared: Compared) -> None:
@@ -320,9 +306,8 @@ def test_the_grid_holds_the_images(compared: Compared) -> None:
     width = grid.TEXT_WIDTH + (len(columns) + 1) * (side + grid.GAP) + 2 * grid.GAP
     assert Image.open(path).size[0] == width, "and the third student"
     for column, images in enumerate(columns):
-        for cell, image in zip(cells(path, column).astype(int), images[order], strict=True):
-            shown = np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BICUBIC)).astype(int)
-            assert np.abs(cell - shown).max() <= 2, column
+        for cell, image in zip(cells(path, column, SAMPLES).astype(int), images[order], strict=True):
+            assert np.abs(cell - shown(image)).max() <= 2, column
 
 
 def test_evaluate_generates_the_same_images(compared: Compared, tmp_path: Path) -> None:
@@ -334,8 +319,8 @@ def test_evaluate_generates_the_same_images(compared: Compared, tmp_path: Path) 
     rows = json.loads((tmp_path / "out" / "results.json").read_text())
     theirs, mine = rows[-1], compared.row(student)
     assert (mine["sampler"], mine["steps"]) == (theirs["sampler"], theirs["steps"]) == ("lcm", 2)
-    theirs_in_order = cells(tmp_path / "out" / "grid.png", -1)[ranked(compared)]
-    np.testing.assert_array_equal(cells(root / "grid.png", -1), theirs_in_order)
+    theirs_in_order = cells(tmp_path / "out" / "grid.png", -1, SAMPLES)[ranked(compared)]
+    np.testing.assert_array_equal(cells(root / "grid.png", -1, SAMPLES), theirs_in_order)
     assert theirs["protocol"] == mine["protocol"]
     for key in ("n", "calls", "distance", "diversity", "kid", "fid_train", "clip_gain"):
         assert theirs[key] == pytest.approx(mine[key], rel=1e-5, abs=1e-6), key
