@@ -26,6 +26,10 @@ from jax import lax
 # 1,024 tiles of 512 channels, 16 % at 4,096 of 256; at 256 tiles of 640 it is half as fast.
 MANY_TILES = 1024
 
+# Between what sizes of features tiles are faster than a direct convolution, see `pays`.
+FEWEST_TILES = 64
+MOST_PIXELS = 160 * 160
+
 Grid = list[list[jax.Array]]
 """Elements of all tiles: rows of columns, each an array (B, tiles down, tiles across, C)."""
 
@@ -83,6 +87,16 @@ def transform(kernel: jax.Array, m: int) -> jax.Array:
 def tile_side(transformed: jax.Array | jax.ShapeDtypeStruct) -> int:
     """The output tile's side m that a transformed kernel (n^2, in, out) is for."""
     return math.isqrt(transformed.shape[0]) - 2
+
+
+def pays(x: jax.Array, transformed: jax.Array) -> bool:
+    """Tell whether features (B, H, W, in) are large enough, and small enough, to be faster for it: see `prepared`.
+
+    Below 64 tiles the kernel, which is larger transformed, weighs more than the products that it saves; far above, the
+    transforms of large features are bound by memory.
+    """
+    m, (b, h, w, _) = tile_side(transformed), x.shape
+    return x.dtype == jnp.float32 and b * -(-h // m) * -(-w // m) >= FEWEST_TILES and h * w <= MOST_PIXELS
 
 
 def convolve_tiles(x: jax.Array, transformed: jax.Array) -> jax.Array:
