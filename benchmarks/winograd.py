@@ -2,7 +2,8 @@
 
 Milliseconds, medians of calls taken in turn, forward and with the input's gradient; float32, frozen kernels. Writes
 winograd.json and winograd.md into OUT. The shapes are those of SD 1.5 at 512 pixels, its autoencoder, SDXL and the
-embedded model.
+embedded model. With --unet, SD 1.5's whole UNet at 512 pixels instead, of random weights, as it is and prepared: a
+call, or one with the gradient of a LoRA of rank 16 (unet_call.json, unet_gradient.json).
 """
 
 from __future__ import annotations
@@ -10,7 +11,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import statistics
 import sys
 import time
@@ -26,7 +26,11 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
+from benchmarks.model_configs import model_configs
+from hypersd_jax.adapters import init, join, split
+from hypersd_jax.models import UNetConfig, unet
 from hypersd_jax.models.layers import convolve
+from hypersd_jax.models.prepared import prepare
 from hypersd_jax.models.winograd import convolve_tiles, transform
 
 # batch, side, channels in, channels out
@@ -122,11 +126,48 @@ def measure(batch: int, side: int, inputs: int, outputs: int, rounds: int) -> di
     return row
 
 
+def whole_unet(rounds: int, *, gradient: bool) -> dict[str, Any]:
+    """Time SD 1.5's UNet at 512 pixels, batch 1, with its own and with prepared parameters, and what that costs."""
+    network = unet(UNetConfig.from_dict(dict(model_configs("sd15")["unet"])))
+    params = network.init(0, gain=3**0.5)
+    random = np.random.default_rng(0)
+    x = jnp.asarray(random.standard_normal((1, 64, 64, 4), np.float32))
+    context = jnp.asarray(random.standard_normal((1, 77, 768), np.float32))
+    start = time.perf_counter()
+    added = jax.block_until_ready(prepare(params, 8, 2**40))
+    found: dict[str, Any] = {"gradient": gradient, "prepare_s": round(time.perf_counter() - start, 2)}
+    found |= {"kernels": len(added), "prepared_mb": round(sum(leaf.nbytes for leaf in added.values()) / 1e6)}
+    factors, scales = split(init(jax.random.key(0), network.shapes, rank=16))
+    factors = jax.tree.map(lambda leaf: leaf + 0.01, factors)
+
+    def call(params: Any, factors: Any) -> Any:
+        adapter = join(factors, scales) if gradient else None
+        return network(params, x, jnp.asarray([500.0]), context, adapter=adapter)
+
+    def step(params: Any, factors: Any) -> Any:
+        return jax.grad(lambda factors: jnp.mean(call(params, factors) ** 2))(factors)
+
+    calls: dict[str, Callable[[], Any]] = {}
+    for name, weights in (("direct", params), ("prepared", {**params, **added})):
+        start = time.perf_counter()
+        run = jax.jit(step if gradient else call).lower(weights, factors).compile()
+        found[name] = {"compile_s": round(time.perf_counter() - start, 1)}
+        found[name]["temp_mb"] = round(run.memory_analysis().temp_size_in_bytes / 1e6)
+        calls[name] = lambda run=run, weights=weights: run(weights, factors)
+    one, other = (np.concatenate([np.ravel(a) for a in jax.tree.leaves(run())]) for run in calls.values())
+    found["difference"] = float(np.linalg.norm(other - one) / np.linalg.norm(one))
+    for name, value in in_turn(calls, rounds).items():
+        found[name]["ms"] = value
+    return found
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a table of Markdown."""
     names = ("direct", "F2", "F4", "torch")
     lines = [
-        "| model | batch, side, in, out | forward: " + " / ".join(names) + " | with input gradient | transform F2 / F4 |"
+        "| model | batch, side, in, out | forward: "
+        + " / ".join(names)
+        + " | with input gradient | transform F2 / F4 |"
         " compile direct / F2 / F4, s | difference F2 / F4 |",
         "|---|---|---|---|---|---|---|",
     ]
@@ -145,14 +186,19 @@ if __name__ == "__main__":
     parser.add_argument("out", type=Path)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--models", nargs="+", default=list(SHAPES), choices=list(SHAPES))
+    parser.add_argument("--unet", nargs="?", const="call", choices=("call", "gradient"))
     options = parser.parse_args()
+    options.out.mkdir(parents=True, exist_ok=True)
+    if options.unet:
+        text = json.dumps(whole_unet(options.rounds, gradient=options.unet == "gradient"), indent=1)
+        (options.out / f"unet_{options.unet}.json").write_text(text + "\n")
+        sys.exit(print(text))
     rows = []
     for model in options.models:
         for shape in SHAPES[model]:
             rows.append({"model": model, **measure(*shape, options.rounds)})
             print(table(rows[-1:]).splitlines()[-1], flush=True)
-    versions = {"jax": jax.__version__, "torch": torch.__version__, "cores": os.cpu_count(), "cpu": platform.processor()}
-    options.out.mkdir(parents=True, exist_ok=True)
+    versions = {"jax": jax.__version__, "torch": torch.__version__, "cores": os.cpu_count()}
     (options.out / "winograd.json").write_text(json.dumps({"versions": versions, "rows": rows}, indent=1) + "\n")
     head = f"Milliseconds, medians of {options.rounds} calls taken in turn, float32; {versions}\n\n"
     (options.out / "winograd.md").write_text(head + table(rows))

@@ -71,7 +71,9 @@ TRANSFORMS = {
             ],
             np.float32,
         ),
-        outputs=np.asarray([[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], np.float32),
+        outputs=np.asarray(
+            [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]], np.float32
+        ),
     ),
 }
 """By the output tile's side m; with the points 0, 1, -1 and, for m = 4, 2 and -2."""
@@ -172,9 +174,7 @@ def _multiply(grid: Grid, transformed: jax.Array, axis: int) -> Grid:
     if math.prod(shape) < MANY_TILES:
         found: Any = product(jnp.stack(matrices), transformed, (((2,), (axis,)), ((0,), (0,))))
     else:
-        found = [
-            product(matrix, transformed[i], (((1,), (axis - 1,)), ((), ()))) for i, matrix in enumerate(matrices)
-        ]
+        found = [product(matrix, transformed[i], (((1,), (axis - 1,)), ((), ()))) for i, matrix in enumerate(matrices)]
     return [[found[i * n + j].reshape(*shape, -1) for j in range(n)] for i in range(n)]
 
 
