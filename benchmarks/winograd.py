@@ -192,7 +192,8 @@ if __name__ == "__main__":
     if options.unet:
         text = json.dumps(whole_unet(options.rounds, gradient=options.unet == "gradient"), indent=1)
         (options.out / f"unet_{options.unet}.json").write_text(text + "\n")
-        sys.exit(print(text))
+        print(text)
+        sys.exit()
     rows = []
     for model in options.models:
         for shape in SHAPES[model]:

@@ -152,9 +152,7 @@ def _combined(matrix: np.ndarray, parts: Sequence[jax.Array]) -> list[jax.Array]
         return part if factor == 1 else -part if factor == -1 else jnp.asarray(factor, part.dtype) * part
 
     return [
-        sum(  # type: ignore[misc]
-            (scaled(factor, part) for factor, part in found[1:]), start=scaled(*found[0])
-        )
+        sum((scaled(factor, part) for factor, part in found[1:]), start=scaled(*found[0]))
         for row in matrix.tolist()
         if (found := [(factor, part) for factor, part in zip(row, parts, strict=True) if factor])
     ]
