@@ -92,6 +92,12 @@ class StableDiffusionUNet:
         return pixels // self.downscale, pixels // self.downscale, self.latent_channels
 
     @property
+    def latent_side(self) -> int:
+        """Side of the latents at the run's resolution, or the model's own; 0 where neither is stated."""
+        native = min(self.native_size) if isinstance(self.native_size, tuple) else self.native_size or 0
+        return self.resolution // self.downscale if self.resolution else native
+
+    @property
     def image_side(self) -> int:
         """Side in pixels of the run's images."""
         return self.latent_shape[0] * self.downscale

@@ -176,6 +176,12 @@ class TextToImage(Base, Protocol):
     def unscale(self, latents: jax.Array) -> jax.Array:
         """Convert latents to what the decoder reads, the inverse of `scale`."""
 
+    def prepared(self, params: Params, most_bytes: int) -> Params:
+        """Return parameters with what makes the compiled programs faster for them, in at most so many bytes.
+
+        They are for programs alone, and for weights that do not change; what is saved or merged stays `params`.
+        """
+
     def without_weights(self) -> Self:
         """Return a copy without parameters, for compiled programs, which must not keep weights alive."""
 

@@ -24,6 +24,9 @@ from hypersd_jax.adapters import attach
 Params = dict[str, jax.Array]
 Shapes = dict[str, jax.ShapeDtypeStruct]
 
+WINOGRAD = ".winograd"
+"""What follows a kernel's path to name its transformed form, see `models.prepared`."""
+
 
 def dotted(path: tuple[Any, ...]) -> str:
     """Spell an NNX path, e.g. `("down_blocks", 0, "conv_in", "kernel")`, as `down_blocks.0.conv_in.kernel`."""
@@ -57,11 +60,22 @@ class Network:
         return getattr(module, method)(*args, **kwargs)
 
     def module(self, params: Mapping[str, Any]) -> nnx.Module:
-        """Put the module together around `params`; KeyError unless they have exactly the paths of `shapes`."""
-        if params.keys() != self.shapes.keys():
-            odd = sorted(params.keys() ^ self.shapes.keys())
+        """Put the module together around `params`; KeyError unless they have exactly the paths of `shapes`.
+
+        Transformed kernels may stand beside them, and go to the layers whose kernels they are.
+        """
+        transformed = {path for path in params if path.endswith(WINOGRAD)}
+        if odd := sorted((params.keys() - transformed) ^ self.shapes.keys()):
             raise KeyError(f"parameters do not match the network: {odd[0]} and {len(odd) - 1} others")
-        return nnx.merge(self.graphdef, nnx.from_flat_state([(undotted(path), params[path]) for path in self.shapes]))
+        flat = [(undotted(path), params[path]) for path in self.shapes]
+        module: nnx.Module = nnx.merge(self.graphdef, nnx.from_flat_state(flat))
+        for path in transformed:
+            *parts, _ = undotted(path.removesuffix(WINOGRAD))
+            layer: Any = module
+            for part in parts:
+                layer = layer[part] if isinstance(part, int) else getattr(layer, part)
+            layer.transformed = nnx.data(params[path])
+        return module
 
     def init(self, seed: int, *, gain: float = 1.0) -> Params:
         """Generate random parameters, with biases of zero.

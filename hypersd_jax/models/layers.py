@@ -3,7 +3,7 @@
 Layouts are channels-last: features (B, ..., C), Linear kernels (in, out), Conv kernels (kh, kw, in, out). A layer
 computes in the dtype of its input and casts its parameters to it; float32 means precision `highest`, and norm
 statistics are always float32. `Linear` and `Conv` have a `lora` attribute, None until `hypersd_jax.adapters.attach`
-sets it inside the trace.
+sets it inside the trace; so has `Conv` a `transformed` kernel, which `Network` sets where it is given one.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from flax import nnx
 from jax import lax
 
 from hypersd_jax.adapters import apply_conv, apply_linear, convolution
+from hypersd_jax.models import winograd
 
 Padding = tuple[tuple[int, int], tuple[int, int]]
 
@@ -77,10 +78,14 @@ class Conv(nnx.Module):
         self.kernel = parameter((size, size, in_channels, out_channels), dtype)
         self.bias = parameter((out_channels,), dtype) if bias else None
         self.lora = nnx.data(None)
+        self.transformed = nnx.data(None)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """Map (B, H, W, in) to (B, H', W', out)."""
-        y = convolve(x, self.kernel[...].astype(x.dtype), self.strides, self.padding, platform=self.platform)
+        if self.transformed is not None and winograd.pays(x, self.transformed):
+            y = winograd.convolve_tiles(x, self.transformed)
+        else:
+            y = convolve(x, self.kernel[...].astype(x.dtype), self.strides, self.padding, platform=self.platform)
         if self.bias is not None:
             y = y + _row(self.bias[...], y)
         if self.lora is not None:

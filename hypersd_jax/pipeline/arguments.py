@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -119,3 +120,11 @@ def latent_size(height: int | None, width: int | None, native: int | tuple[int, 
             raise UserError(f"{name}={pixels} must be a positive multiple of {factor}")
         sizes.append(pixels // factor)
     return sizes[0], sizes[1]
+
+
+def free_memory() -> int:
+    """Bytes of memory that no program and no file's cache holds; 0 where the system does not say."""
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):
+        return 0
